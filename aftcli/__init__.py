@@ -1,0 +1,55 @@
+"""Attribution maps of CNNs, with fine-tuned thresholds; the public Python API.
+
+Names are imported when first used, so that `import aftcli` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aftcli.core.cam import attribution_map as attribution_map
+    from aftcli.core.classifier import Classes as Classes
+    from aftcli.core.classifier import Classifier as Classifier
+    from aftcli.core.classifier import Preprocessing as Preprocessing
+    from aftcli.core.classifier import cut_classifier as cut_classifier
+    from aftcli.core.models import load_classifier as load_classifier
+    from aftcli.core.registry import METHODS as METHODS
+    from aftcli.data import read_image as read_image
+    from aftcli.data import to_input as to_input
+    from aftcli.errors import AftError as AftError
+    from aftcli.explanation import Explanation as Explanation
+    from aftcli.explanation import TftSettings as TftSettings
+    from aftcli.explanation import explain as explain
+    from aftcli.tft import TftResult as TftResult
+    from aftcli.tft import fine_tune_threshold as fine_tune_threshold
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AftError": "aftcli.errors",
+    "Classes": "aftcli.core.classifier",
+    "Classifier": "aftcli.core.classifier",
+    "Explanation": "aftcli.explanation",
+    "METHODS": "aftcli.core.registry",
+    "Preprocessing": "aftcli.core.classifier",
+    "TftResult": "aftcli.tft",
+    "TftSettings": "aftcli.explanation",
+    "attribution_map": "aftcli.core.cam",
+    "cut_classifier": "aftcli.core.classifier",
+    "explain": "aftcli.explanation",
+    "fine_tune_threshold": "aftcli.tft",
+    "load_classifier": "aftcli.core.models",
+    "read_image": "aftcli.data",
+    "to_input": "aftcli.data",
+}
+__all__ = list(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'aftcli' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

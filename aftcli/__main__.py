@@ -1,0 +1,5 @@
+"""`python -m aftcli` is `aft`."""
+
+from aftcli.cli import main
+
+main()

@@ -1,0 +1,244 @@
+"""The commands: parse, call, render. Torch is imported by the commands that need it."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import aftcli
+from aftcli import options as o
+from aftcli.errors import AftError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from aftcli.core.classifier import Classifier
+    from aftcli.explanation import TftSettings
+    from aftcli.report import Report, Subject
+
+app = typer.Typer(
+    name="aft",
+    help="See what a convolutional image classifier looked at: CAMs with fine-tuned thresholds.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"aft {aftcli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """See what a convolutional image classifier looked at: CAMs with fine-tuned thresholds."""
+
+
+@app.command()
+def explain(
+    images: o.ImagesArgument,
+    model: o.ModelOption = "efficientnet_lite0",
+    checkpoint: o.CheckpointOption = None,
+    classes: o.ClassesOption = None,
+    layer: o.LayerOption = None,
+    cam: o.CamsOption = ["layercam"],  # noqa: B006 - typer copies it
+    tft: o.TftOption = False,
+    target: o.TargetOption = None,
+    top_k: o.TopKOption = 1,
+    threshold: o.ThresholdOption = None,
+    mute: o.MuteOption = None,
+    thresholds: o.ThresholdsOption = "0:1:0.1",
+    masking: o.MaskingOption = "binary",
+    fill: o.FillOption = "mean",
+    threshold_mode: o.ThresholdModeOption = "value",
+    device: o.DeviceOption = "auto",
+    out: o.OutOption = Path("aft-out"),
+    save: o.SaveOption = None,
+    json: o.JsonOption = False,
+    quiet: o.QuietOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Show where the model looked for its prediction, or for any class.
+
+    With --tft the map's threshold is the one, of --thresholds, at which the image masked by the
+    map raises the class's probability most.
+    """
+    methods, cut = o.methods(cam), o.muting(threshold, mute, tft)
+    kinds = o.outputs(save, tft)
+    settings = _settings(thresholds, masking, fill, threshold_mode)
+    f = _classifier(model, checkpoint, classes, layer, device)
+    targets = _targets(f, target, top_k)
+
+    from aftcli import explanation as engine
+    from aftcli.report import write_outputs
+
+    def explain_image(subject: Subject) -> list[Report]:
+        x = _input(f, subject)
+        found = engine.explain(f, x, methods, targets, top_k, settings if tft else None)
+        return [write_outputs(f, subject, e, kinds, out, cut) for e in found]
+
+    _each_image(f, images, explain_image, settings, out, json, quiet)
+
+
+@app.command()
+def tft(
+    image: o.ImageArgument,
+    map_: o.MapOption = None,
+    absolute: o.AbsoluteOption = False,
+    model: o.ModelOption = "efficientnet_lite0",
+    checkpoint: o.CheckpointOption = None,
+    classes: o.ClassesOption = None,
+    layer: o.LayerOption = None,
+    cam: o.CamsOption = ["gradcam"],  # noqa: B006 - typer copies it
+    target: o.TargetOption = None,
+    top_k: o.TopKOption = 1,
+    thresholds: o.ThresholdsOption = "0:1:0.1",
+    masking: o.MaskingOption = "binary",
+    fill: o.FillOption = "mean",
+    threshold_mode: o.ThresholdModeOption = "value",
+    device: o.DeviceOption = "auto",
+    out: o.OutOption = Path("aft-out"),
+    save: o.SaveOption = None,
+    json: o.JsonOption = False,
+    quiet: o.QuietOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Fine-tune the threshold of an attribution map, our own or any other tool's."""
+    methods, kinds = o.methods(cam), o.outputs(save, True)
+    settings = _settings(thresholds, masking, fill, threshold_mode)
+
+    from aftcli import explanation as engine
+    from aftcli.data import fit_map, read_map
+    from aftcli.report import write_outputs
+
+    values = read_map(map_) if map_ else None
+    f = _classifier(model, checkpoint, classes, layer, device)
+    targets = _targets(f, target, top_k)
+
+    def explain_image(subject: Subject) -> list[Report]:
+        x = _input(f, subject)
+        if values is None:
+            found = engine.explain(f, x, methods, targets, top_k, settings)
+        else:
+            attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
+            found = engine.explain_map(f, x, attribution, targets, top_k, settings)
+        return [write_outputs(f, subject, e, kinds, out, None) for e in found]
+
+    _each_image(f, [image], explain_image, settings, out, json, quiet)
+
+
+def _settings(thresholds: str, masking: str, fill: str, mode: str) -> TftSettings:
+    values = o.thresholds(thresholds)
+
+    from aftcli.explanation import TftSettings
+    from aftcli.tft import check_settings
+
+    check_settings(values, masking, fill, mode)
+    return TftSettings(values, masking, fill, mode)
+
+
+def _classifier(
+    model: str, checkpoint: Path | None, classes: Path | None, layer: str | None, device: str
+) -> Classifier:
+    from aftcli.core.models import find_device, load_classifier
+    from aftcli.data import read_classes
+
+    names = read_classes(classes) if classes else None
+    where = find_device(device)
+    return load_classifier(model, checkpoint, layer, classes=names, device=where)
+
+
+def _targets(f: Classifier, names: list[str] | None, top_k: int) -> list[int]:
+    if names and top_k > 1:
+        raise AftError("--target and --top-k exclude each other: give one")
+    if top_k > len(f.classes):
+        raise AftError(f"--top-k {top_k}: {f.name} has {len(f.classes)} classes")
+    return list(dict.fromkeys(f.classes.index(name) for name in names or []))
+
+
+def _input(f: Classifier, subject: Subject) -> Tensor:
+    from aftcli.data import to_input
+
+    return to_input(subject.picture, f.preprocessing).to(f.device)
+
+
+def _each_image(
+    f: Classifier,
+    arguments: list[str],
+    explain_image: Callable[[Subject], list[Report]],
+    settings: TftSettings,
+    out: Path,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Explain every image that can be read; say of each other one what is wrong with it."""
+    from aftcli import report
+    from aftcli.data import find_images, read_image, view_of
+
+    paths, problems = find_images(arguments)
+    stems = report.stems(paths)
+    reports: list[Report] = []
+    if paths:
+        report.output_folder(out)
+    for path in report.progress(paths, "explaining", len(paths), quiet):
+        try:
+            picture = read_image(path)
+            view = view_of(picture.size, f.preprocessing)
+            reports += explain_image(report.Subject(path, stems[path], picture, view))
+        except AftError as error:
+            problems.append(str(error))
+    if json:
+        report.print_json(f, reports, settings)
+    elif reports:
+        report.print_reports(f, reports)
+    for problem in problems:
+        print(f"aft: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; every error ends here."""
+    debug = "--debug" in sys.argv
+    if not debug:
+        _silence_libraries()
+    try:
+        app(prog_name="aft")
+    except AftError as error:
+        if debug:
+            raise
+        print(f"aft: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("aft: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+    except Exception as error:  # the last resort of the edge: a bug
+        if debug:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(
+            f"aft: {type(error).__name__}: {reason}; this is a fault of aft's, run again with "
+            "--debug to see where and please report it",
+            file=sys.stderr,
+        )
+    sys.exit(1)
+
+
+def _silence_libraries() -> None:
+    import logging
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)

@@ -1,0 +1,1 @@
+"""Models, attribution maps and the tuner: everything that the commands share."""

@@ -1,0 +1,274 @@
+"""Attribution maps I from the activations A of one layer (§2.4, §3.1).
+
+Each method is a function of (classifier, activation, class_index, x) and returns I_pre, shape
+(N, h, w), after the outer ReLU, before scaling. Only methods that perturb the input look at x.
+The score y^c is the pre-softmax one (docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aftcli.core.classifier import Classifier
+from aftcli.core.head import LinearHead
+from aftcli.core.registry import method as find_method
+from aftcli.errors import AftError
+
+Method = Callable[[Classifier, Tensor, Tensor, Tensor], Tensor]
+
+BATCH = 64  # head or network passes at a time
+
+
+def class_score(logits: Tensor, class_index: Tensor) -> Tensor:
+    """Pre-softmax score y^c, shape (N,), of classes, shape (N,), from logits, shape (N, C)."""
+    return logits.gather(1, class_index[:, None]).squeeze(1)
+
+
+def score_gradient(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
+    """dy^c / dA, shape (N, K, h, w): autograd through the head only.
+
+    Args:
+        f: the classifier.
+        activation: A, shape (N, K, h, w).
+        class_index: c, shape (N,).
+    """
+    with torch.enable_grad():
+        activation = activation.detach().requires_grad_()
+        y = class_score(f.head(activation), class_index)
+        return torch.autograd.grad(y.sum(), activation)[0]
+
+
+def weighted_sum(alpha: Tensor, activation: Tensor) -> Tensor:
+    """I_pre = ReLU(sum_k alpha_k A^k), shape (N, h, w) (§2.4)."""
+    return torch.einsum("nk,nkhw->nhw", alpha, activation).relu()
+
+
+def cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """CAM: alpha = the class's weights of the last linear layer.
+
+    Raises:
+        AftError: the head is not global average pooling and one linear layer.
+    """
+    head = f.linear_head
+    if head is None or not (head.is_last and head.is_mean):
+        raise AftError(
+            f"cam needs a head of global average pooling and one linear layer after "
+            f"{f.layer_name}; {f.name} has another: use gradcam or layercam"
+        )
+    return weighted_sum(head.linear.weight[class_index], activation)
+
+
+def grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Grad-CAM: alpha_k = (1/Z) sum_ij dy^c/dA_ij^k."""
+    alpha = score_gradient(f, activation, class_index).mean((2, 3))
+    return weighted_sum(alpha, activation)
+
+
+def grad_cam_plus_plus(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Grad-CAM++: alpha_k = sum_ij s_ij^k ReLU(g_ij^k), s = g^2 / (2 g^2 + (sum_ab A_ab^k) g^3).
+
+    Eq. 19 of its paper for y = exp(score); written as s = 1 / (2 + (sum_ab A_ab^k) g), which is
+    the same for g != 0 and does not underflow where gradients are small.
+    """
+    g = score_gradient(f, activation, class_index)
+    denominator = 2 + activation.sum((2, 3), keepdim=True) * g
+    s = torch.where((g != 0) & (denominator != 0), 1 / denominator, 0)
+    alpha = (s * g.relu()).sum((2, 3))
+    return weighted_sum(alpha, activation)
+
+
+def x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """XGrad-CAM: alpha_k = sum_ij g_ij^k A_ij^k / sum_ij A_ij^k (0 for an empty channel)."""
+    g = score_gradient(f, activation, class_index)
+    total = activation.sum((2, 3))
+    alpha = torch.where(total != 0, (g * activation).sum((2, 3)) / total, 0)
+    return weighted_sum(alpha, activation)
+
+
+def layer_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Layer-CAM: I_pre = ReLU(sum_k ReLU(dy^c/dA_ij^k) A_ij^k)."""
+    g = score_gradient(f, activation, class_index)
+    return (g.relu() * activation).sum(1).relu()
+
+
+def hires_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """HiResCAM: I_pre = ReLU(sum_k dy^c/dA_ij^k A_ij^k)."""
+    g = score_gradient(f, activation, class_index)
+    return (g * activation).sum(1).relu()
+
+
+def eigen_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Eigen-CAM: A projected on its first right singular vector, whatever the class.
+
+    A singular vector has no sign of its own; the one with a positive sum of the map is taken.
+    """
+    cells = activation.flatten(2).mT
+    u, s, _ = torch.linalg.svd(cells, full_matrices=False)
+    first: Tensor = u[:, :, 0] * s[:, None, 0]
+    first = first * torch.where(first.sum(1, keepdim=True) < 0, -1, 1)
+    return first.view(len(activation), *activation.shape[2:]).relu()
+
+
+@torch.no_grad()
+def score_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Score-CAM: alpha_k = softmax over k of the score of x masked by the upsampled A^k.
+
+    Each A^k is scaled to [0, 1] first. Constant channels all give the same empty mask, which is
+    scored once.
+    """
+    return weighted_sum(masked_scores(f, activation, class_index, x).softmax(1), activation)
+
+
+def masked_scores(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Scores y^c, shape (N, K), of x masked by each channel of A, scaled and upsampled."""
+    channels = normalise(activation.flatten(0, 1)).view_as(activation)
+    scores = []
+    for a, c, x_n in zip(channels, class_index, x, strict=True):
+        varied = a.flatten(1).any(1)
+        y_empty = f(torch.zeros_like(x_n)[None])[0, c]
+        y = y_empty.repeat(len(a))
+        masked = (f(x_n * upsample(part, x_n)[:, None])[:, c] for part in a[varied].split(BATCH))
+        y[varied] = torch.cat([y_empty[None][:0], *masked])
+        scores.append(y)
+    return torch.stack(scores)
+
+
+@torch.no_grad()
+def ablation_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Ablation-CAM: alpha_k = (y^c - y_k^c) / |y^c|, y_k^c with channel k set to zero.
+
+    The magnitude in the denominator keeps the map from turning inside out where the score is
+    negative; for the usual positive score it is the paper's formula.
+    """
+    y = class_score(f.head(activation), class_index)[:, None]
+    drop = y - ablated_scores(f, activation, class_index)
+    return weighted_sum(torch.where(y != 0, drop / y.abs(), drop), activation)
+
+
+def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
+    """Scores y_k^c, shape (N, K), with each channel of A set to zero; the stem never runs.
+
+    Args:
+        f: the classifier.
+        activation: A, shape (N, K, h, w).
+        class_index: c, shape (N,).
+    """
+    if f.linear_head is None:
+        return ablated_by_batches(f, activation, class_index)
+    if f.linear_head.is_last:
+        return ablated_in_closed_form(f.linear_head, activation, class_index)
+    return ablated_before_mlp(f.linear_head, activation, class_index)
+
+
+def _channel_features(head: LinearHead, activation: Tensor) -> Tensor:
+    """What zeroing each channel takes from the linear layer's input, shape (N, K, m)."""
+    taken = head.pool(activation) - head.pool(torch.zeros_like(activation[:1]))
+    return taken.view(len(activation), activation.shape[1], -1)  # type: ignore[no-any-return]
+
+
+def ablated_in_closed_form(head: LinearHead, activation: Tensor, class_index: Tensor) -> Tensor:
+    """y_k^c = y^c - W_ck . pool(A^k): for a head of pooling and one linear layer."""
+    taken = _channel_features(head, activation)
+    y = class_score(head.rest(head.linear(head.pool(activation))), class_index)
+    weight = head.linear.weight[class_index].view_as(taken)
+    return y[:, None] - (weight * taken).sum(2)
+
+
+def ablated_before_mlp(head: LinearHead, activation: Tensor, class_index: Tensor) -> Tensor:
+    """y_k^c = rest(z - W_k pool(A^k)): subtract each channel's part of the first linear layer."""
+    taken = _channel_features(head, activation)
+    z = head.linear(head.pool(activation))
+    y = class_score(head.rest(z), class_index)
+    scores = []
+    for n, c in enumerate(class_index.tolist()):
+        alive = taken[n].any(1).nonzero().squeeze(1)
+        y_k = y[n].repeat(taken.shape[1])
+        if len(alive):
+            without = z[n] - _contributions(head.linear.weight, taken[n], alive)
+            y_k[alive] = torch.cat([head.rest(part)[:, c] for part in torch.split(without, 512)])
+        scores.append(y_k)
+    return torch.stack(scores)
+
+
+def _contributions(weight: Tensor, taken: Tensor, alive: Tensor) -> Tensor:
+    """W_k pool(A^k) for the channels that are not empty, shape (len(alive), D)."""
+    by_channel = weight.view(len(weight), *taken.shape)
+    # Row by row of W: the product of all at once would be as large as W itself.
+    rows = (torch.einsum("dkm,km->dk", w, taken) for w in by_channel.split(256))
+    return torch.cat(list(rows))[:, alive].mT
+
+
+def ablated_by_batches(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
+    """y_k^c by running the head on A with channel k zero, many k at a time: for any head."""
+    y = class_score(f.head(activation), class_index)
+    scores = []
+    for n, (a, c) in enumerate(zip(activation, class_index.tolist(), strict=True)):
+        y_k = y[n].repeat(len(a))
+        for part in a.flatten(1).any(1).nonzero().squeeze(1).split(BATCH):
+            ablated = a.repeat(len(part), 1, 1, 1)
+            ablated[torch.arange(len(part)), part] = 0
+            y_k[part] = f.head(ablated)[:, c]
+        scores.append(y_k)
+    return torch.stack(scores)
+
+
+def normalise(attribution: Tensor) -> Tensor:
+    """S: scale each map, shape (N, h, w), to [0, 1]; a constant one becomes zero (§3.1)."""
+    low = attribution.amin((1, 2), keepdim=True)
+    span = attribution.amax((1, 2), keepdim=True) - low
+    return torch.where(span > 0, (attribution - low) / span, 0)
+
+
+def upsample(attribution: Tensor, x: Tensor) -> Tensor:
+    """Stretch maps, shape (N, h, w), bilinearly to the height and width of x."""
+    size = x.shape[-2:]
+    stretched = F.interpolate(attribution[:, None], size, mode="bilinear", align_corners=False)
+    return stretched.squeeze(1)
+
+
+def layer_map(
+    f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor, method: str
+) -> Tensor:
+    """The attribution map at the activation's size, shape (N, h, w), in [0, 1].
+
+    Args:
+        f: the classifier.
+        activation: A = f.activation(x), shape (N, K, h, w).
+        class_index: c, shape (N,).
+        x: inputs, shape (N, 3, H, W), normalised; only methods that perturb the input look.
+        method: a key of METHODS.
+
+    Raises:
+        AftError: there is no such method, it does not fit the head, or its map is not finite.
+    """
+    with torch.no_grad():
+        attribution = find_method(method).load()(f, activation, class_index, x)
+    if not attribution.isfinite().all():
+        raise AftError(
+            f"{method} gives a map that is not finite: check the weights of {f.name} and the input"
+        )
+    return normalise(attribution)
+
+
+def attribution_map(f: Classifier, x: Tensor, class_index: Tensor, method: str) -> Tensor:
+    """The attribution map I of a CAM method, at the input's size (§2.4, §3.1).
+
+    Args:
+        f: the classifier.
+        x: inputs, shape (N, 3, H, W), normalised as the model wants.
+        class_index: the class explained for each input, shape (N,).
+        method: a key of METHODS: cam, gradcam, gradcam++, scorecam, ablationcam, layercam, …
+
+    Returns:
+        I, shape (N, H, W), in [0, 1]; an all-zero map stays zero.
+
+    Raises:
+        AftError: there is no such method, or it does not fit the classifier's head.
+    """
+    with torch.no_grad():
+        activation = f.activation(x)
+    return upsample(layer_map(f, activation, class_index, x, method), x)

@@ -1,0 +1,194 @@
+"""The classifier f(x) = head(layer(stem(x))) with weights w0, w1, w2 (§4.2)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from aftcli.core.cut import cut, last_layer
+from aftcli.core.head import LinearHead, linear_head
+from aftcli.errors import AftError, nearest
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the input x of a model.
+
+    Attributes:
+        size: height and width of x, pixels.
+        resize: the shorter side before the centre crop, pixels; None squashes the whole image
+            to `size`.
+        interpolation: nearest, bilinear or bicubic (with antialiasing).
+        mean: of each channel, subtracted from values in [0, 1].
+        std: of each channel, divided by.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    resize: int | None = 256
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a model.
+
+    Attributes:
+        names: one for each class; synonyms are separated by commas.
+        wnids: WordNet ids, where the classes are ImageNet's.
+    """
+
+    names: tuple[str, ...]
+    wnids: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """Name a class by its first synonym."""
+        return self.names[index].split(",")[0].strip()
+
+    def index(self, target: str) -> int:
+        """Find a class by index, name, synonym or wnid, whatever the case.
+
+        Raises:
+            AftError: no class has that name, several have, or the index is out of range.
+        """
+        if target.lstrip("-").isdigit():
+            if 0 <= int(target) < len(self):
+                return int(target)
+            raise AftError(f"class {target} is out of range: the classes are 0..{len(self) - 1}")
+        wanted = _plain(target)
+        full = [i for i, name in enumerate(self.names) if _plain(name) == wanted]
+        synonyms = {
+            index: None
+            for index, name in enumerate(self.names)
+            if wanted in map(_plain, name.split(","))
+        }
+        found = full or list(synonyms) or [i for i, w in enumerate(self.wnids) if w == wanted]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            which = "; ".join(f"{i}: {self.names[i]}" for i in found)
+            raise AftError(f"class {target!r} is ambiguous, give the index: {which}")
+        known = [s.strip() for name in self.names for s in name.split(",")]
+        raise AftError(f"unknown class {target!r}; nearest: {nearest(target, known)}")
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").lower().split())
+
+
+class Classifier(nn.Module):
+    """A network cut at layer l: logits = head(layer(stem(x))).
+
+    Attributes:
+        stem: w0, from the input to layer l.
+        layer: w1, layer l; its output is the activation A.
+        head: w2, from A to the logits.
+        name: the model's name, as `--model` takes it.
+        layer_name: the layer's name, as `--layer` takes it.
+        preprocessing: what makes x of an image.
+        classes: the names of the classes.
+        activation_shape: (K, h, w) of A at the preprocessing's input size.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        layer: nn.Module,
+        head: nn.Module,
+        *,
+        name: str,
+        layer_name: str,
+        preprocessing: Preprocessing,
+        classes: Classes,
+        activation_shape: tuple[int, int, int],
+    ) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = stem, layer, head
+        self.name, self.layer_name = name, layer_name
+        self.preprocessing, self.classes = preprocessing, classes
+        self.activation_shape = activation_shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape (N, C), of inputs x, shape (N, 3, H, W)."""
+        return self.head(self.activation(x))  # type: ignore[no-any-return]
+
+    def activation(self, x: Tensor) -> Tensor:
+        """Activations A of layer l, shape (N, K, h, w), of inputs x, shape (N, 3, H, W)."""
+        return self.layer(self.stem(x))  # type: ignore[no-any-return]
+
+    @cached_property
+    def linear_head(self) -> LinearHead | None:
+        """The head split at its first linear layer, where it can be (see core/head.py)."""
+        return linear_head(self.head, self.activation_shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+
+def cut_classifier(
+    model: nn.Module,
+    layer: str | None = None,
+    *,
+    name: str | None = None,
+    preprocessing: Preprocessing | None = None,
+    classes: Classes | None = None,
+    own: bool = False,
+) -> Classifier:
+    """Cut any CNN of the user's into a Classifier and check that nothing has changed.
+
+    Args:
+        model: a network from (N, 3, H, W) to logits (N, C); it is copied, not changed.
+        layer: where to cut; default the last convolutional layer with spatial extent.
+        name: the model's name in results; default its class's name.
+        preprocessing: what makes its input; default ImageNet's usual.
+        classes: the names of the classes; default numbers.
+        own: cut the model itself, without a copy; its activations may become out-of-place.
+
+    Returns:
+        A classifier in eval mode whose logits equal the model's bit for bit.
+
+    Raises:
+        AftError: the layer is unknown or can't be cut, or the parts do not equal the model.
+    """
+    model = (model if own else copy.deepcopy(model)).eval().requires_grad_(False)
+    preprocessing = preprocessing or Preprocessing()
+    layer = layer or last_layer(model, preprocessing.size)
+    parts = cut(model, layer)
+    x = torch.randn(1, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(model.parameters()))
+    with torch.no_grad():
+        activation = parts.layer(parts.stem(x))
+        if not isinstance(activation, Tensor) or activation.dim() != 4:
+            raise AftError(
+                f"layer {layer!r} can't be used: its output has shape "
+                f"{tuple(getattr(activation, 'shape', ()))}, a CAM needs (N, K, h, w)"
+            )
+        before = activation.clone()
+        logits = parts.head(activation)
+        if logits.dim() != 2 or not torch.equal(logits, model(x)):
+            raise AftError(f"cutting at {layer!r} changes the logits; cut at another layer")
+        if not torch.equal(before, activation):
+            raise AftError(f"what follows {layer!r} writes into its output; cut at another layer")
+    count = logits.shape[1]
+    classes = classes or Classes(tuple(f"class {i}" for i in range(count)))
+    if len(classes) != count:
+        raise AftError(f"{len(classes)} class names for a model with {count} classes")
+    _, *shape = activation.shape
+    return Classifier(
+        *parts,
+        name=name or type(model).__name__,
+        layer_name=layer,
+        preprocessing=preprocessing,
+        classes=classes,
+        activation_shape=(shape[0], shape[1], shape[2]),
+    ).eval()

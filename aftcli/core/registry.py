@@ -1,0 +1,65 @@
+"""The CAM methods by their command-line names (§2.4).
+
+One literal dict feeds the CLI's choices, its help and the parametrised tests. It names each
+function instead of importing it, so that `aft --help` does not import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+from aftcli.errors import AftError, nearest
+
+if TYPE_CHECKING:
+    from aftcli.core.cam import Method
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method's title and source, and where its function is."""
+
+    title: str
+    source: str
+    function: str
+
+    def load(self) -> Method:
+        """Import the method's function."""
+        module, name = self.function.split(":")
+        return cast("Method", getattr(import_module(module), name))
+
+
+METHODS: dict[str, Entry] = {
+    "cam": Entry("CAM", "Zhou et al., CVPR 2016", "aftcli.core.cam:cam"),
+    "gradcam": Entry("Grad-CAM", "Selvaraju et al., ICCV 2017", "aftcli.core.cam:grad_cam"),
+    "gradcam++": Entry(
+        "Grad-CAM++", "Chattopadhay et al., WACV 2018", "aftcli.core.cam:grad_cam_plus_plus"
+    ),
+    "scorecam": Entry("Score-CAM", "Wang et al., CVPRW 2020", "aftcli.core.cam:score_cam"),
+    "ablationcam": Entry(
+        "Ablation-CAM", "Desai and Ramaswamy, WACV 2020", "aftcli.core.cam:ablation_cam"
+    ),
+    "layercam": Entry("Layer-CAM", "Jiang et al., TIP 2021", "aftcli.core.cam:layer_cam"),
+    "xgradcam": Entry("XGrad-CAM", "Fu et al., BMVC 2020", "aftcli.core.cam:x_grad_cam"),
+    "hirescam": Entry("HiResCAM", "Draelos and Carin, 2020", "aftcli.core.cam:hires_cam"),
+    "eigencam": Entry("Eigen-CAM", "Muhammad and Yeasin, IJCNN 2020", "aftcli.core.cam:eigen_cam"),
+}
+
+
+def method(name: str) -> Entry:
+    """Find a method by its command-line name.
+
+    Args:
+        name: a key of METHODS.
+
+    Raises:
+        AftError: there is no such method; the nearest names are in the message.
+    """
+    try:
+        return METHODS[name]
+    except KeyError:
+        raise AftError(
+            f"unknown CAM method {name!r}; nearest: {nearest(name, METHODS)}; "
+            f"all: {', '.join(METHODS)}"
+        ) from None

@@ -1,0 +1,27 @@
+"""The one error of the package."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AftError(Exception):
+    """Something the user can put right; the message says what is wrong, where, and what to do."""
+
+
+def nearest(word: str, known: Iterable[str], n: int = 5) -> str:
+    """Name the known words nearest to a wrong one, for the end of an error message.
+
+    Args:
+        word: what was given.
+        known: what would have been right.
+        n: how many to name at the most.
+
+    Returns:
+        The nearest words, or the first ones where none is near, joined by commas.
+
+    >>> nearest("grad-cam", ["gradcam", "layercam", "eigencam"], n=1)
+    'gradcam'
+    """
+    words = {name.lower(): name for name in known}
+    close = get_close_matches(word.lower(), words, n=n, cutoff=0.5)
+    return ", ".join(words[name] for name in close or list(words)[:n])

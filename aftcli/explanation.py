@@ -1,0 +1,154 @@
+"""Explanations of single images: the plain map and its fine-tuned threshold (§3.1, §4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aftcli.core.cam import layer_map, upsample
+from aftcli.core.classifier import Classifier
+from aftcli.tft import THRESHOLDS, TftResult, cut_off, fine_tune_threshold, threshold_map
+
+
+@dataclass(frozen=True)
+class TftSettings:
+    """How thresholds are searched; see `fine_tune_threshold`."""
+
+    thresholds: tuple[float, ...] = THRESHOLDS
+    masking: str = "binary"
+    fill: str = "mean"
+    mode: str = "value"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why the classifier gives one image one class.
+
+    Attributes:
+        cam: the CAM method, or "map" for a map from another tool.
+        class_index: c.
+        probability: y^c, in [0, 1].
+        attribution: I, shape (H, W), in [0, 1].
+        tft: the threshold fine-tuned for I, N = 1; None where it was not asked for.
+        thresholds: those searched, T.
+    """
+
+    cam: str
+    class_index: int
+    probability: float
+    attribution: Tensor
+    tft: TftResult | None
+    thresholds: tuple[float, ...] = ()
+
+
+def explain(
+    f: Classifier,
+    x: Tensor,
+    methods: Sequence[str],
+    targets: Sequence[int] = (),
+    top_k: int = 1,
+    settings: TftSettings | None = None,
+) -> list[Explanation]:
+    """Explain one image by several methods and for several classes, with one stem pass.
+
+    Args:
+        f: the classifier.
+        x: the input, shape (1, 3, H, W).
+        methods: keys of METHODS.
+        targets: classes to explain; by default the predicted ones.
+        top_k: how many predicted classes.
+        settings: search thresholds with these; None for plain maps.
+
+    Returns:
+        One explanation for each method and class, method by method.
+
+    Raises:
+        AftError: see `layer_map` and `fine_tune_threshold`.
+    """
+    with torch.no_grad():
+        activation = f.activation(x)
+        y = f.head(activation).float().softmax(1)[0]
+    classes = torch.tensor(targets, device=x.device) if targets else y.topk(top_k).indices
+    count = len(classes)
+    x_c, activation_c = x.expand(count, -1, -1, -1), activation.expand(count, -1, -1, -1)
+    maps = [layer_map(f, activation_c, classes, x_c, method) for method in methods]
+    named = [method for method in methods for _ in classes]
+    attribution = upsample(torch.cat(maps), x)
+    return _search(f, x, attribution, named, classes.repeat(len(maps)), y, settings)
+
+
+def explain_map(
+    f: Classifier,
+    x: Tensor,
+    attribution: Tensor,
+    targets: Sequence[int] = (),
+    top_k: int = 1,
+    settings: TftSettings | None = None,
+) -> list[Explanation]:
+    """Fine-tune the threshold of a map from another tool.
+
+    Args:
+        f: the classifier.
+        x: the input, shape (1, 3, H, W).
+        attribution: I, shape (1, H, W), in [0, 1].
+        targets: see `explain`.
+        top_k: see `explain`.
+        settings: see `explain`.
+    """
+    with torch.no_grad():
+        y = f(x).float().softmax(1)[0]
+    classes = torch.tensor(targets, device=x.device) if targets else y.topk(top_k).indices
+    count = len(classes)
+    maps = attribution.expand(count, -1, -1)
+    return _search(f, x, maps, ["map"] * count, classes, y, settings)
+
+
+def _search(
+    f: Classifier,
+    x: Tensor,
+    maps: Tensor,
+    methods: Sequence[str],
+    classes: Tensor,
+    y: Tensor,
+    settings: TftSettings | None,
+) -> list[Explanation]:
+    results: list[TftResult | None] = [None] * len(maps)
+    if settings:
+        found = fine_tune_threshold(
+            f,
+            x.expand(len(maps), -1, -1, -1),
+            maps,
+            classes,
+            settings.thresholds,
+            settings.masking,
+            settings.fill,
+            settings.mode,
+            probability=y[classes],
+        )
+        results = [TftResult(*(field[i : i + 1] for field in found)) for i in range(len(maps))]
+    return [
+        Explanation(
+            method,
+            int(c),
+            float(y[c]),
+            attribution,
+            result,
+            settings.thresholds if settings else (),
+        )
+        for method, c, attribution, result in zip(methods, classes, maps, results, strict=True)
+    ]
+
+
+def muted(attribution: Tensor, threshold: float, mode: str = "value") -> Tensor:
+    """I_tau of one map, shape (H, W), for a fixed threshold: what other tools do (Table 1).
+
+    Args:
+        attribution: I, shape (H, W).
+        threshold: tau in [0, 1].
+        mode: "value" or "percentile", see `cut_off`.
+    """
+    cut = cut_off(attribution[None], attribution.new_tensor([threshold]), mode)
+    return threshold_map(attribution[None], cut)[0, 0]

@@ -1,0 +1,211 @@
+"""Each command-line option, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aftcli.core.registry import METHODS
+from aftcli.errors import AftError, nearest
+
+METHOD_HELP = f"{', '.join(METHODS)}."
+SAVE = ("overlay", "figure", "map", "mask")
+
+ImagesArgument = Annotated[
+    list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or globs.")
+]
+ImageArgument = Annotated[str, typer.Argument(metavar="IMAGE", help="A picture.")]
+MapOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--map",
+        metavar="FILE",
+        help="Attribution map of any tool: .npy, .npz or a grey picture, any size, any finite "
+        "scale. Default: our own, of --cam.",
+    ),
+]
+AbsoluteOption = Annotated[
+    bool,
+    typer.Option("--absolute", help="Take the map's magnitudes; else negatives become zero."),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="efficientnet_lite0 (weights installed, works offline), a torchvision CNN "
+        "(resnet50, vgg16, ...) or timm:NAME.",
+    ),
+]
+CheckpointOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="FILE",
+        help="State dict for the model (.safetensors, .pth, .pt). Default: published weights.",
+    ),
+]
+ClassesOption = Annotated[
+    Path | None,
+    typer.Option("--classes", metavar="FILE", help="Class names, one a line."),
+]
+LayerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layer",
+        metavar="NAME",
+        help="Layer l by its module name; consecutive ones joined by +. Default: the last "
+        "convolutional one.",
+    ),
+]
+CamsOption = Annotated[
+    list[str],
+    typer.Option("--cam", metavar="METHOD", help=f"{METHOD_HELP} Repeatable, or all."),
+]
+TftOption = Annotated[
+    bool, typer.Option("--tft", help="Find the threshold that explains this image best.")
+]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        metavar="CLASS",
+        help="Class to explain, by index or name; repeatable. Default: the predicted one.",
+    ),
+]
+TopKOption = Annotated[
+    int, typer.Option("--top-k", metavar="N", min=1, help="Explain the N likeliest classes.")
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option("--threshold", metavar="T", help="Mute scores below T, in [0, 1]."),
+]
+MuteOption = Annotated[
+    float | None,
+    typer.Option("--mute", metavar="PERCENT", help="Mute the lowest PERCENT of the map."),
+]
+ThresholdsOption = Annotated[
+    str,
+    typer.Option("--thresholds", metavar="LIST", help="Thresholds to try: 0:1:0.1 or 0,0.2,0.5."),
+]
+MaskingOption = Annotated[
+    str,
+    typer.Option(
+        "--masking",
+        metavar="binary|soft",
+        help="Multiply the image by the mask (the paper's text) or by the muted map (the "
+        "authors' code).",
+    ),
+]
+FillOption = Annotated[
+    str, typer.Option("--fill", metavar="mean|black|blur", help="What muted pixels show.")
+]
+ThresholdModeOption = Annotated[
+    str,
+    typer.Option(
+        "--threshold-mode",
+        metavar="value|percentile",
+        help="Thresholds cut scores, or ranks of scores.",
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Where the files go; made if missing.")
+]
+SaveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--save",
+        metavar=",".join(SAVE),
+        help="What to write: the picture with the map on it, the paper's Figure 3 row, I as "
+        ".npy, the mask as .png. Default: overlay; with --tft figure too.",
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON instead of a table.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def methods(names: list[str]) -> list[str]:
+    """Check the names of CAM methods; `all` stands for every one.
+
+    Raises:
+        AftError: a name is unknown.
+    """
+    if "all" in names:
+        return list(METHODS)
+    for name in names:
+        if name not in METHODS:
+            raise AftError(
+                f"unknown CAM method {name!r}; nearest: {nearest(name, METHODS)}; "
+                f"all: {', '.join(METHODS)}, or `all`"
+            )
+    return list(dict.fromkeys(names))
+
+
+def thresholds(text: str) -> tuple[float, ...]:
+    """Read thresholds, `start:stop:step` (stop included) or a list.
+
+    Raises:
+        AftError: the text is neither, or the values do not increase within [0, 1].
+
+    >>> thresholds("0:1:0.25")
+    (0.0, 0.25, 0.5, 0.75, 1.0)
+    """
+    form = "write 0:1:0.1 or 0,0.2,0.5"
+    try:
+        if ":" in text:
+            start, stop, step = (float(part) for part in text.split(":"))
+            if not (step > 0 and 0 <= start <= stop <= 1):
+                raise AftError(f"thresholds {text!r} must increase within [0, 1]; {form}")
+            if step < 1e-4:
+                raise AftError(f"thresholds {text!r}: the step is below 0.0001; {form}")
+            # Decimal thresholds, not sums of steps: 0.3, not 0.30000000000000004.
+            count = int((stop - start) / step + 1e-6) + 1
+            return tuple(round(start + i * step, 10) for i in range(count))
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise AftError(f"thresholds {text!r} are not numbers; {form}") from None
+    if not all(0 <= value <= 1 for value in values):
+        raise AftError(f"thresholds {text!r} must lie in [0, 1]; {form}")
+    if any(b <= a for a, b in zip(values, values[1:], strict=False)):
+        raise AftError(f"thresholds {text!r} must increase; {form}")
+    return values
+
+
+def outputs(text: str | None, tft: bool) -> tuple[str, ...]:
+    """Read what to write.
+
+    Raises:
+        AftError: a kind of output is unknown.
+    """
+    if text is None:
+        return ("overlay", "figure") if tft else ("overlay",)
+    kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for kind in kinds:
+        if kind not in SAVE:
+            raise AftError(f"unknown output {kind!r} in --save; there are {', '.join(SAVE)}")
+    return kinds
+
+
+def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[float, str] | None:
+    """Read a fixed cut-off: (tau, mode) as `muted` takes it, or None.
+
+    Raises:
+        AftError: more than one way of muting is asked for, or a value is out of range.
+    """
+    if (threshold is not None) + (mute is not None) + tft > 1:
+        raise AftError("--threshold, --mute and --tft exclude each other: give one")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise AftError(f"--threshold {threshold:g} must lie in [0, 1]")
+    if mute is not None and not 0 <= mute <= 100:
+        raise AftError(f"--mute {mute:g} must lie in [0, 100] percent")
+    if threshold is not None:
+        return threshold, "value"
+    return (mute / 100, "percentile") if mute is not None else None

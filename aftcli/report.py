@@ -1,0 +1,332 @@
+"""What people see: tables, JSON, pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from aftcli.core.classifier import Classifier
+from aftcli.data import View
+from aftcli.errors import AftError
+from aftcli.explanation import Explanation, TftSettings, muted
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+T = TypeVar("T")
+COLOURS = "turbo"
+OPACITY = 0.5
+PANEL = 448  # pixels, the side of a figure's picture
+
+
+class Subject(NamedTuple):
+    """The picture that is explained, and what of it the model sees."""
+
+    path: Path
+    stem: str
+    picture: Image.Image
+    view: View
+
+
+class Report(NamedTuple):
+    """An explanation with the files that show it."""
+
+    image: Path
+    explanation: Explanation
+    outputs: dict[str, Path]
+
+
+def progress(items: Iterable[T], what: str, total: int, quiet: bool) -> Iterable[T]:
+    """Show progress on stderr while the items are worked on; nothing without a terminal."""
+    console = Console(stderr=True)
+    hidden = quiet or total < 2 or not console.is_terminal
+    return track(items, what, total, console=console, transient=True, disable=hidden)
+
+
+def stems(paths: Iterable[Path]) -> dict[Path, str]:
+    """Name outputs after their images; images of one name by their folders or formats too."""
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        parts = path.with_suffix("").parts
+        long = "-".join(p for p in path.parts if p not in ("/", "..", ".")).replace(".", "-")
+        candidates = [path.stem, "-".join(parts[-2:]).replace(os.sep, ""), long]
+        candidates += [f"{long}-{i}" for i in range(2, len(taken) + 3)]
+        names[path] = next(c for c in candidates if c.lower() not in taken)
+        taken.add(names[path].lower())
+    return names
+
+
+def output_folder(path: Path) -> Path:
+    """Make a folder for outputs.
+
+    Raises:
+        AftError: it can't be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with replacing(path / ".aft-writable") as probe:
+            probe.touch()
+        (path / ".aft-writable").unlink()
+    except OSError as error:
+        raise AftError(
+            f"{path}: can't write there ({error.strerror or error}); give another --out"
+        ) from error
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all: to a temporary one, renamed at the end."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_outputs(
+    f: Classifier,
+    subject: Subject,
+    explanation: Explanation,
+    kinds: Iterable[str],
+    out: Path,
+    cut: tuple[float, str] | None,
+) -> Report:
+    """Write the files that show an explanation.
+
+    Args:
+        f: the classifier.
+        subject: the picture.
+        explanation: of it.
+        kinds: keys of OUTPUTS.
+        out: the folder.
+        cut: a fixed threshold, (tau, mode), for plain maps.
+
+    Raises:
+        AftError: a file can't be written.
+    """
+    name = class_name(f, explanation)
+    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:40] or "class"
+    if [f.classes.name(i) for i in range(len(f.classes))].count(name) > 1:
+        slug += f"_{explanation.class_index}"
+    shown = explanation.attribution.cpu()
+    if explanation.tft:
+        shown = explanation.tft.attribution[0].cpu()
+    elif cut:
+        shown = muted(shown, *cut)
+    files = {}
+    for kind in kinds:
+        suffix, write = OUTPUTS[kind]
+        path = out / f"{subject.stem}-{slug}-{explanation.cam}-{kind}{suffix}"
+        try:
+            with replacing(path) as temporary:
+                write(temporary, subject, explanation, shown, name)
+        except OSError as error:
+            raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
+        files[kind] = path
+    return Report(subject.path, explanation, files)
+
+
+def class_name(f: Classifier, explanation: Explanation) -> str:
+    """The name of the class explained."""
+    return f.classes.name(explanation.class_index)
+
+
+def overlay(picture: Image.Image, view: View, attribution: Tensor, kept: Tensor) -> Image.Image:
+    """Lay a map on the picture where the model looked; muted cells show the picture.
+
+    Args:
+        picture: RGB, any size.
+        view: what of it the model saw.
+        attribution: I, shape (H, W), in [0, 1].
+        kept: what is not muted, shape (H, W), bool.
+    """
+    left, top, right, bottom = (round(edge) for edge in view.box(picture.size))
+    left, right = max(left, 0), min(max(right, left + 1), picture.width)
+    top, bottom = max(top, 0), min(max(bottom, top + 1), picture.height)
+    size = (right - left, bottom - top)
+    values = (attribution * 255).round().to(torch.uint8).numpy()
+    heat = Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
+    heat.putpalette(_palette())
+    opacity = Image.fromarray(kept.to(torch.uint8).mul(round(255 * OPACITY)).numpy()).resize(size)
+    painted = picture.copy()
+    painted.paste(heat.convert("RGB"), (left, top), opacity)
+    return painted
+
+
+def _palette() -> bytes:
+    from matplotlib import colormaps
+
+    return bytes((colormaps[COLOURS](np.arange(256))[:, :3] * 255).round().astype(np.uint8))
+
+
+def _write_overlay(
+    path: Path, subject: Subject, explanation: Explanation, shown: Tensor, name: str
+) -> None:
+    painted = overlay(subject.picture, subject.view, explanation.attribution.cpu(), shown != 0)
+    painted.save(path, format="PNG", compress_level=3)
+
+
+def _write_map(
+    path: Path, subject: Subject, explanation: Explanation, shown: Tensor, name: str
+) -> None:
+    with path.open("wb") as file:
+        np.save(file, explanation.attribution.cpu().numpy().astype(np.float32))
+
+
+def _write_mask(
+    path: Path, subject: Subject, explanation: Explanation, shown: Tensor, name: str
+) -> None:
+    Image.fromarray((shown != 0).to(torch.uint8).mul(255).numpy()).save(path, format="PNG")
+
+
+def _write_figure(
+    path: Path, subject: Subject, explanation: Explanation, shown: Tensor, name: str
+) -> None:
+    """The paper's Figure 3 row: image, plain map, TFT map, RPI curve with tau* marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    plain = explanation.attribution.cpu()
+    seen, view = _seen(subject, plain.shape)
+    panels: list[tuple[str, Image.Image]] = [
+        (f"{name} {explanation.probability:.3f}", seen),
+        (f"{_title(explanation.cam)}", overlay(seen, view, plain, plain != 0)),
+    ]
+    tft = explanation.tft
+    if tft:
+        title = f"TFT: tau* = {float(tft.tau):g}, p = {_best(explanation):.3f}"
+        panels.append((title, overlay(seen, view, plain, shown != 0)))
+    elif not torch.equal(shown, plain):
+        panels.append(("fixed threshold", overlay(seen, view, plain, shown != 0)))
+    count = len(panels) + bool(tft)
+    figure = Figure(figsize=(3.1 * count, 3.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    for ax, (title, picture) in zip(axes, panels, strict=False):
+        ax.imshow(np.asarray(picture))
+        ax.set_title(title, fontsize=10)
+        ax.axis("off")
+    if tft:
+        _draw_rpi(axes[-1], explanation)
+    figure.savefig(path, format="png")
+
+
+def _seen(subject: Subject, shape: tuple[int, ...]) -> tuple[Image.Image, View]:
+    """What the model sees of the picture, at a resolution for the eye."""
+    high, wide = shape
+    size = (round(PANEL * wide / max(shape)), round(PANEL * high / max(shape)))
+    left, top, right, bottom = subject.view.box(subject.picture.size)
+    box = (
+        max(left, 0),
+        max(top, 0),
+        min(right, subject.picture.width),
+        min(bottom, subject.picture.height),
+    )
+    seen = subject.picture.resize(size, Image.Resampling.BICUBIC, box=box)
+    return seen, View(size, (0, 0, *size))
+
+
+def _title(cam: str) -> str:
+    from aftcli.core.registry import METHODS
+
+    return METHODS[cam].title if cam in METHODS else "given map"
+
+
+def _best(explanation: Explanation) -> float:
+    assert explanation.tft
+    return float(explanation.tft.probabilities[0, int(explanation.tft.rpi[0].argmax())])
+
+
+def _draw_rpi(ax: Axes, explanation: Explanation, colour: str = "tab:red") -> None:
+    assert explanation.tft
+    thresholds = explanation.thresholds
+    rpi = explanation.tft.rpi[0].cpu().numpy()
+    best = int(rpi.argmax())
+    ax.plot(thresholds, rpi, "o-", markersize=4)
+    ax.axvline(thresholds[best], color=colour, linestyle="--", linewidth=1)
+    ax.plot(thresholds[best], rpi[best], "o", color=colour, markersize=8)
+    ax.set_title(f"RPI {rpi[best]:.3f} at tau* = {thresholds[best]:g}", fontsize=10)
+    ax.set_xlabel("tau")
+    ax.set_ylim(bottom=0, top=None if rpi.max() > 0 else 1)
+
+
+Writer = Callable[[Path, Subject, Explanation, Tensor, str], None]
+OUTPUTS: dict[str, tuple[str, Writer]] = {
+    "overlay": (".png", _write_overlay),
+    "figure": (".png", _write_figure),
+    "map": (".npy", _write_map),
+    "mask": (".png", _write_mask),
+}
+
+
+def print_reports(f: Classifier, reports: list[Report]) -> None:
+    """Print explanations as a table, then the files written."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    tft = any(report.explanation.tft for report in reports)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("image", "cam", "class"):
+        table.add_column(column, overflow="fold")
+    for column in ("prob.", *(("tau*", "RPI", "masked", "kept") if tft else ())):
+        table.add_column(column, justify="right")
+    for image, e, _ in reports:
+        cells = [image.name, e.cam, f"{class_name(f, e)} ({e.class_index})", f"{e.probability:.4f}"]
+        if e.tft:
+            rpi = float(e.tft.rpi.max())
+            kept = float(e.tft.mask.float().mean())
+            cells += [f"{float(e.tft.tau):g}", f"{rpi:.4f}", f"{_best(e):.4f}", f"{kept:.1%}"]
+        table.add_row(*cells)
+    console.print(table)
+    for report in reports:
+        for path in report.outputs.values():
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(f: Classifier, reports: list[Report], settings: TftSettings) -> None:
+    """Print explanations as JSON, one object per image, method and class."""
+    print(json.dumps([as_dict(f, report, settings) for report in reports], indent=2))
+
+
+def as_dict(f: Classifier, report: Report, settings: TftSettings) -> dict[str, Any]:
+    """An explanation as plain values (docs/cli.md)."""
+    e = report.explanation
+    result: dict[str, Any] = {
+        "image": str(report.image),
+        "model": f.name,
+        "layer": f.layer_name,
+        "cam": e.cam,
+        "class_index": e.class_index,
+        "class_name": class_name(f, e),
+        "probability": e.probability,
+        "outputs": {kind: str(path) for kind, path in report.outputs.items()},
+    }
+    if e.tft:
+        result["tft"] = {
+            "thresholds": list(e.thresholds),
+            "probabilities": e.tft.probabilities[0].tolist(),
+            "rpi": e.tft.rpi[0].tolist(),
+            "tau": e.thresholds[int(e.tft.rpi[0].argmax())],
+            "probability": _best(e),
+            "area": float(e.tft.mask.float().mean()),
+            "masking": settings.masking,
+            "fill": settings.fill,
+            "threshold_mode": settings.mode,
+        }
+    return result
