@@ -119,7 +119,7 @@ def _search(
     if settings:
         found = fine_tune_threshold(
             f,
-            x.expand(len(maps), -1, -1, -1),
+            x,
             maps,
             classes,
             settings.thresholds,
@@ -127,6 +127,7 @@ def _search(
             settings.fill,
             settings.mode,
             probability=y[classes],
+            owner=torch.zeros_like(classes),
         )
         results = [TftResult(*(field[i : i + 1] for field in found)) for i in range(len(maps))]
     return [
@@ -151,4 +152,4 @@ def muted(attribution: Tensor, threshold: float, mode: str = "value") -> Tensor:
         mode: "value" or "percentile", see `cut_off`.
     """
     cut = cut_off(attribution[None], attribution.new_tensor([threshold]), mode)
-    return threshold_map(attribution[None], cut)[0, 0]
+    return threshold_map(attribution, cut[0, 0])

@@ -74,14 +74,13 @@ def threshold_map(attribution: Tensor, cut: Tensor) -> Tensor:
     """I_tau = I where I >= tau, else 0 (eq. 4).
 
     Args:
-        attribution: I, shape (N, H, W).
-        cut: from `cut_off`, shape (N, |T|).
+        attribution: I, shape (..., H, W).
+        cut: from `cut_off`, shape (...).
 
     Returns:
-        I_tau of each threshold, shape (N, |T|, H, W).
+        I_tau, shape (..., H, W).
     """
-    maps = attribution[:, None]
-    return torch.where(maps >= cut[..., None, None], maps, 0)
+    return torch.where(attribution >= cut[..., None, None], attribution, 0)
 
 
 def mask_of(thresholded: Tensor) -> Tensor:
@@ -157,36 +156,101 @@ def _listed(thresholds: Sequence[float]) -> str:
     return ", ".join(f"{tau:g}" for tau in thresholds) or "none"
 
 
+class Distinct(NamedTuple):
+    """Which masked images must be run.
+
+    Attributes:
+        pairs: (map, threshold) of each distinct masked image.
+        source: for each map and threshold its place in `pairs`, shape (N, |T|); WHOLE where
+            the mask keeps everything.
+    """
+
+    pairs: list[tuple[int, int]]
+    source: Tensor
+
+
+WHOLE = -1
+
+
+def distinct_masks(
+    attribution: Tensor, cut: Tensor, owner: list[int], masking: str, share_empty: bool
+) -> Distinct:
+    """Find equal masks, so that each distinct masked image is run once.
+
+    Masks shrink as tau grows, so two of one map are equal if they keep as many pixels; those
+    of different maps of one image are compared.
+
+    Args:
+        attribution: I, shape (N, H, W).
+        cut: from `cut_off`, shape (N, |T|).
+        owner: which image each map is of.
+        masking: a key of MASKINGS.
+        share_empty: empty masks of all images give the same masked image.
+    """
+    steps = range(cut.shape[1])
+    kept = torch.stack(
+        [mask_of(threshold_map(attribution, cut[:, t])).sum((1, 2)) for t in steps], dim=1
+    ).tolist()
+    whole = attribution[0].numel() if masking == "binary" else -1
+    pairs: list[tuple[int, int]] = []
+    known: dict[tuple[int, int], list[int]] = {}
+    source = torch.full(cut.shape, WHOLE, dtype=torch.long)
+    for n, image in enumerate(owner):
+        for t in steps:
+            area = kept[n][t]
+            if area == whole:
+                continue
+            alike = known.setdefault((WHOLE if share_empty and not area else image, area), [])
+            for place in alike:
+                other, step = pairs[place]
+                if (
+                    other == n
+                    or not area
+                    or _same(attribution, cut, (n, t), (other, step), masking)
+                ):
+                    source[n, t] = place
+                    break
+            else:
+                source[n, t] = len(pairs)
+                alike.append(len(pairs))
+                pairs.append((n, t))
+    return Distinct(pairs, source)
+
+
+def _same(
+    attribution: Tensor, cut: Tensor, one: tuple[int, int], two: tuple[int, int], masking: str
+) -> bool:
+    weights = [MASKINGS[masking](threshold_map(attribution[n], cut[n, t])) for n, t in (one, two)]
+    return torch.equal(*weights)
+
+
 @torch.no_grad()
 def _scores(
-    f: Classifier, x: Tensor, thresholded: Tensor, class_index: Tensor, masking: str, fill: str
+    f: Classifier,
+    x: Tensor,
+    attribution: Tensor,
+    cut: Tensor,
+    class_index: Tensor,
+    y: Tensor,
+    owner: Tensor,
+    masking: str,
+    fill: str,
 ) -> Tensor:
-    """y_hat^c of each thresholded map, shape (N, |T|), each distinct masked image run once."""
-    count, steps = thresholded.shape[:2]
-    # Masks shrink as tau grows: two of one image are equal if they keep as many pixels.
-    kept = mask_of(thresholded).sum((2, 3)).cpu()
+    """y_hat^c of each threshold of each map, shape (N, |T|)."""
+    pairs, source = distinct_masks(attribution, cut, owner.tolist(), masking, fill != "blur")
     filled = FILLS[fill](f, x)
-    empty_is_shared = fill != "blur"
-    first: dict[tuple[int, int], int] = {}
-    pairs: list[tuple[int, int]] = []
-    source = torch.empty(count, steps, dtype=torch.long)
-    for n in range(count):
-        for t in range(steps):
-            area = int(kept[n, t])
-            key = (-1 if area == 0 and empty_is_shared else n, area)
-            if key not in first:
-                first[key] = len(pairs)
-                pairs.append((n, t))
-            source[n, t] = first[key]
-    image, step = torch.tensor(pairs, device=x.device).mT
-    logits = [
-        f(masked_image(x[i], MASKINGS[masking](thresholded[i, t]), filled[i]))
-        for i, t in zip(image.split(BATCH), step.split(BATCH), strict=True)
-    ]
-    y_hat = torch.cat(logits).float().softmax(1)
-    image_of = torch.arange(count).repeat_interleave(steps)
-    chosen = y_hat[source.flatten().to(x.device), class_index[image_of.to(x.device)]]
-    return chosen.view(count, steps)
+    rows = []
+    for start in range(0, len(pairs), BATCH):
+        n, t = torch.tensor(pairs[start : start + BATCH], device=x.device).mT
+        weight = MASKINGS[masking](threshold_map(attribution[n], cut[n, t]))
+        image = owner[n]
+        rows.append(f(masked_image(x[image], weight, filled[image])).float().softmax(1))
+    if not rows:
+        return y[:, None].repeat(1, cut.shape[1])
+    source = source.to(x.device)
+    y_hat = torch.cat(rows)[source.clamp(min=0), class_index[:, None]]
+    # A mask that keeps everything changes nothing: exactly y, not y up to rounding.
+    return torch.where(source == WHOLE, y[:, None], y_hat)
 
 
 def fine_tune_threshold(
@@ -200,6 +264,7 @@ def fine_tune_threshold(
     mode: str = "value",
     *,
     probability: Tensor | None = None,
+    owner: Tensor | None = None,
 ) -> TftResult:
     """Find each image's threshold tau* = argmax RPI (Algorithm 1).
 
@@ -209,13 +274,15 @@ def fine_tune_threshold(
         classifier: f.
         x: inputs, shape (N, 3, H, W), normalised.
         attribution: I, shape (N, H, W), in [0, 1].
-        class_index: c, shape (N,).
+        class_index: c, shape (N,), of each map.
         thresholds: T, increasing, in [0, 1].
         masking: "binary", x_hat = M_tau * x (the text), or "soft", x_hat = I_tau * x (the
             authors' code).
         fill: what muted pixels show: "mean", "black" or "blur".
         mode: "value", tau cuts scores; "percentile", tau cuts ranks.
-        probability: y^c, shape (N,), where it is known already: saves a pass.
+        probability: y^c, shape (N,), of each map, where it is known already: saves a pass.
+        owner: which input each map is of, shape (N,), where several maps (of other methods or
+            classes) share inputs: equal masks of one input are scored once. Default one each.
 
     Returns:
         tau*, RPI and probabilities of all thresholds, I_tau* and M_tau*. Of equal maxima the
@@ -225,19 +292,21 @@ def fine_tune_threshold(
         AftError: thresholds are out of range or order, a name is unknown, or shapes disagree.
     """
     check_settings(thresholds, masking, fill, mode)
-    if attribution.shape != (len(x), *x.shape[2:]) or class_index.shape != (len(x),):
+    owner = torch.arange(len(x), device=x.device) if owner is None else owner
+    count = len(owner)
+    if attribution.shape != (count, *x.shape[2:]) or class_index.shape != (count,):
         raise AftError(
-            f"attribution must have shape {(len(x), *x.shape[2:])} and class_index "
-            f"{(len(x),)}, got {tuple(attribution.shape)} and {tuple(class_index.shape)}"
+            f"attribution must have shape {(count, *x.shape[2:])} and class_index "
+            f"{(count,)}, got {tuple(attribution.shape)} and {tuple(class_index.shape)}"
         )
-    tau = attribution.new_tensor(thresholds)
-    thresholded = threshold_map(attribution, cut_off(attribution, tau, mode))
-    y_hat = _scores(classifier, x, thresholded, class_index, masking, fill)
+    cut = cut_off(attribution, attribution.new_tensor(thresholds), mode)
     if probability is None:
         with torch.no_grad():
             y = classifier(x).float().softmax(1)
-        probability = y.gather(1, class_index[:, None]).squeeze(1)
+        probability = y[owner, class_index]
+    y_hat = _scores(classifier, x, attribution, cut, class_index, probability, owner, masking, fill)
     rpi = relative_probability_increase(y_hat, probability[:, None])
     best = rpi.argmax(1)
-    chosen = thresholded[torch.arange(len(x)), best]
-    return TftResult(tau[best], rpi, y_hat, probability, chosen, mask_of(chosen))
+    chosen = threshold_map(attribution, cut.gather(1, best[:, None]).squeeze(1))
+    tau = attribution.new_tensor(thresholds)[best]
+    return TftResult(tau, rpi, y_hat, probability, chosen, mask_of(chosen))
