@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from aftcli.core.classifier import Classifier
     from aftcli.explanation import TftSettings
+    from aftcli.generate import Processes
     from aftcli.report import Report, Subject
 
 app = typer.Typer(
@@ -137,6 +139,97 @@ def tft(
         return [write_outputs(f, subject, e, kinds, out, None) for e in found]
 
     _each_image(f, [image], explain_image, settings, out, json, quiet)
+
+
+@app.command()
+def gen_masks(
+    dataset: o.DatasetArgument = None,
+    split: o.SplitOption = None,
+    model: o.ModelOption = "efficientnet_lite0",
+    checkpoint: o.CheckpointOption = None,
+    classes: o.ClassesOption = None,
+    layer: o.LayerOption = None,
+    cam: o.CamsOption = ["gradcam"],  # noqa: B006 - typer copies it
+    limit: o.LimitOption = None,
+    thresholds: o.ThresholdsOption = "0:1:0.1",
+    masking: o.MaskingOption = "binary",
+    fill: o.FillOption = "mean",
+    threshold_mode: o.ThresholdModeOption = "value",
+    run: o.RunOption = Path("aft-run"),
+    overwrite: o.OverwriteOption = False,
+    strict: o.StrictOption = False,
+    show: o.ShowOption = None,
+    device: o.DeviceOption = "auto",
+    batch_size: o.BatchSizeOption = 16,
+    workers: o.WorkersOption = None,
+    json: o.JsonOption = False,
+    quiet: o.QuietOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Find the best masks of a whole data set: the auxiliary data of AFT.
+
+    Writes RUN/masks/MODEL-CAM.h5. Stopped at any point, the same command goes on. Runs on
+    several processes or machines under torchrun or accelerate launch.
+    """
+    if show or dataset is None:
+        return _show(show, json)
+    methods = o.methods(cam)
+    settings = _settings(thresholds, masking, fill, threshold_mode)
+    processes, device = _processes(device)
+    f = _classifier(model, checkpoint, classes, layer, device)
+
+    from aftcli import generate, report_masks
+    from aftcli.datasets import open_data_set
+
+    data = open_data_set(dataset, split, f.classes).limited(limit)
+    methods = [m for m in methods if len(methods) == 1 or generate.fits(f, m)]
+    watched = report_masks.watch(
+        generate.generate_masks(
+            f,
+            data,
+            methods,
+            run,
+            settings,
+            workers=_workers(workers),
+            batch=batch_size,
+            strict=strict,
+            overwrite=overwrite,
+            processes=processes,
+        ),
+        len(data.samples),
+        processes,
+        quiet,
+    )
+    if processes.index == 0:
+        paths = [generate.store_path(run, f.name, m) for m in methods]
+        report_masks.print_stores(paths, data.classes, watched, json)
+
+
+def _show(show: Path | None, json: bool) -> None:
+    if show is None:
+        raise AftError("name a DATASET to make masks of, or --show FILE to see what a file holds")
+
+    from aftcli import report_masks
+
+    report_masks.show_store(show, json)
+
+
+def _workers(wanted: int | None) -> int:
+    return min(max((os.cpu_count() or 2) // 2, 1), 8) if wanted is None else wanted
+
+
+def _processes(device: str) -> tuple[Processes, str]:
+    """The processes that torchrun or accelerate launch started, and this one's device."""
+    from aftcli.generate import Processes
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(), device
+
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu" or None)
+    own = str(state.device) if device == "auto" else device
+    return Processes(state.process_index, state.num_processes, state.wait_for_everyone), own
 
 
 def _settings(thresholds: str, masking: str, fill: str, mode: str) -> TftSettings:

@@ -125,6 +125,51 @@ SaveOption = Annotated[
         ".npy, the mask as .png. Default: overlay; with --tft figure too.",
     ),
 ]
+DatasetArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[DATASET]",
+        help="A folder of class folders, one with train/ and val/ of such (ImageNet), or a "
+        "VOCdevkit.",
+        show_default=False,
+    ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--split", metavar="NAME", help="Part of the data set. Default: train, where it has parts."
+    ),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", min=1, help="Take N images, spread over the classes."),
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Begin anew instead of going on.")
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Stop at an image that can't be read.")
+]
+ShowOption = Annotated[
+    Path | None,
+    typer.Option("--show", metavar="FILE", help="Print what a mask file holds, and check it."),
+]
+RunOption = Annotated[
+    Path,
+    typer.Option("--run", metavar="DIR", help="Where a study lives: masks/, tuned/, results/."),
+]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", metavar="N", min=1, help="Images in one pass of the stem.")
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        metavar="N",
+        min=0,
+        help="Processes that decode images. Default: half the cores, at most 8.",
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON instead of a table.")
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -128,6 +129,15 @@ class Classifier(nn.Module):
     def linear_head(self) -> LinearHead | None:
         """The head split at its first linear layer, where it can be (see core/head.py)."""
         return linear_head(self.head, self.activation_shape)
+
+    def weights_hash(self) -> str:
+        """SHA-256 of all weights, under the names of the uncut model."""
+        digest = hashlib.sha256()
+        parts = (self.stem, self.layer, self.head)
+        for name, value in sorted(item for part in parts for item in part.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,216 @@
+"""Data sets: class folders, the ImageNet layout, Pascal VOC."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+
+from aftcli.core.classifier import Classes
+from aftcli.data import SUFFIXES
+from aftcli.errors import AftError
+
+VOC_CLASSES = tuple(
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+    "person pottedplant sheep sofa train tvmonitor".split()
+)
+WNID = re.compile(r"n\d{8}")
+
+
+class Sample(NamedTuple):
+    """One image of a data set.
+
+    Attributes:
+        name: path below the data set's root, with forward slashes.
+        label: index into the data set's classes.
+    """
+
+    name: str
+    label: int
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Labelled images in a fixed order.
+
+    Attributes:
+        kind: "folders" or "voc".
+        root: the folder that names are relative to.
+        split: "train", "val", …; "" for a data set without splits.
+        classes: names of the labels: the model's where they could be mapped to it, else the
+            data set's own.
+        mapped: the labels are the model's classes.
+        samples: the images.
+    """
+
+    kind: str
+    root: Path
+    split: str
+    classes: tuple[str, ...]
+    mapped: bool
+    samples: Sequence[Sample]
+
+    def path(self, index: int) -> Path:
+        """The file of an image."""
+        return self.root / self.samples[index].name
+
+    def areas(self, index: int) -> list[float]:
+        """Share of the picture that each class covers; only VOC pictures show several."""
+        if self.kind == "voc":
+            return _voc_areas(self.root, Path(self.samples[index].name).stem)
+        return []
+
+    def limited(self, count: int | None) -> DataSet:
+        """Keep `count` images, evenly spread over the classes' order; None keeps all."""
+        if count is None or count >= len(self.samples):
+            return self
+        picked = [self.samples[i * len(self.samples) // count] for i in range(count)]
+        return DataSet(self.kind, self.root, self.split, self.classes, self.mapped, picked)
+
+
+def open_data_set(path: Path, split: str | None, classes: Classes) -> DataSet:
+    """Find the images and labels of a data set.
+
+    Args:
+        path: a folder of class folders; one with `train/` and `val/` of such (folders named by
+            wnid are mapped to the model's classes by wnid); or a VOCdevkit, or a folder above
+            or below it.
+        split: which part; default "train" where there are parts.
+        classes: the model's.
+
+    Raises:
+        AftError: there is no such folder, no data set or split in it, or no image.
+    """
+    if not path.is_dir():
+        raise AftError(f"{path}: there is no such folder")
+    voc = _voc_root(path)
+    data_set = (
+        _open_voc(voc, split or "train", classes) if voc else _open_folders(path, split, classes)
+    )
+    if not data_set.samples:
+        raise AftError(f"{data_set.root}: there is no image in its class folders")
+    return data_set
+
+
+def _open_folders(path: Path, split: str | None, classes: Classes) -> DataSet:
+    parts = sorted(p.name for p in path.iterdir() if p.is_dir())
+    if "train" in parts or "val" in parts:
+        split = split or "train"
+        if split not in parts:
+            raise AftError(f"{path}: has no split {split!r}; there are {', '.join(parts)}")
+        path = path / split
+    elif split:
+        raise AftError(
+            f"{path}: has no folder {split}/; leave --split out to take its class folders as they "
+            "are"
+        )
+    folders = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not folders:
+        raise AftError(
+            f"{path}: is no data set: it has no class folders, no train/ and val/, and no "
+            "VOC2012/ImageSets/Segmentation"
+        )
+    labels = _map_to_model(folders, classes)
+    samples = [
+        Sample(f"{folder}/{name}", index if labels is None else labels[index])
+        for index, folder in enumerate(folders)
+        for name in _images_below(path / folder)
+    ]
+    names = tuple(folders) if labels is None else classes.names
+    return DataSet("folders", path, split or "", names, labels is not None, samples)
+
+
+def _images_below(folder: Path) -> list[str]:
+    """Images in a folder and its subfolders, relative to it, sorted; links are not followed."""
+    found = []
+    for where, _, files in os.walk(folder):
+        relative = Path(where).relative_to(folder)
+        found += [
+            (relative / name).as_posix()
+            for name in files
+            if os.path.splitext(name)[1].lower() in SUFFIXES
+        ]
+    return sorted(found)
+
+
+def _map_to_model(folders: list[str], classes: Classes) -> list[int] | None:
+    """The model's class of each folder, or None where the folders are other classes."""
+    if all(WNID.fullmatch(folder) for folder in folders) and classes.wnids:
+        known = {wnid: index for index, wnid in enumerate(classes.wnids)}
+        strange = [folder for folder in folders if folder not in known]
+        if strange and len(strange) < len(folders):
+            raise AftError(
+                f"{len(strange)} of {len(folders)} class folders are no class of the model "
+                f"(first: {strange[0]}); take them out of the data set"
+            )
+        return None if strange else [known[folder] for folder in folders]
+    names = {name.split(",")[0].strip().lower(): i for i, name in enumerate(classes.names)}
+    wanted = [folder.replace("_", " ").lower() for folder in folders]
+    plain = {name.replace("_", " "): index for name, index in names.items()}
+    if len(plain) == len(classes) and all(name in plain for name in wanted):
+        return [plain[name] for name in wanted]
+    return None
+
+
+def _voc_root(path: Path) -> Path | None:
+    for below in ("", "VOC2012", "VOCdevkit/VOC2012"):
+        if (path / below / "ImageSets" / "Segmentation").is_dir():
+            return path / below
+    return None
+
+
+def _open_voc(root: Path, split: str, classes: Classes) -> DataSet:
+    lists = root / "ImageSets" / "Segmentation"
+    listed = lists / f"{split}.txt"
+    if not listed.is_file():
+        known = ", ".join(sorted(p.stem for p in lists.glob("*.txt")))
+        raise AftError(f"{root}: has no segmentation list {split!r}; there are {known}")
+    labels = _map_to_model(list(VOC_CLASSES), classes)
+    samples = []
+    for stem in sorted(listed.read_text(encoding="utf-8").split()):
+        if Path(stem).name != stem:
+            raise AftError(f"{listed}: {stem!r} is not the name of a picture")
+        areas = _voc_areas(root, stem)
+        own = max(range(len(areas)), key=areas.__getitem__) if any(areas) else 0
+        samples.append(Sample(f"JPEGImages/{stem}.jpg", labels[own] if labels else own))
+    names = classes.names if labels else VOC_CLASSES
+    return DataSet("voc", root, split, names, labels is not None, samples)
+
+
+def _voc_areas(root: Path, stem: str) -> list[float]:
+    """Share of the picture that each of the 20 classes covers, by segmentation, else by boxes."""
+    segmentation = root / "SegmentationClass" / f"{stem}.png"
+    annotation = root / "Annotations" / f"{stem}.xml"
+    try:
+        if segmentation.is_file():
+            with Image.open(segmentation) as image:
+                counts = np.bincount(np.asarray(image).ravel(), minlength=256)
+            return [float(count / counts.sum()) for count in counts[1:21]]
+        return _box_areas(ElementTree.parse(annotation).getroot())
+    except (OSError, ValueError, AttributeError, ElementTree.ParseError) as error:
+        raise AftError(
+            f"{root}: {stem} has neither a readable segmentation nor readable boxes ({error})"
+        ) from error
+
+
+def _box_areas(root: ElementTree.Element) -> list[float]:
+    def number(node: ElementTree.Element, name: str) -> float:
+        return float(node.findtext(name, ""))
+
+    areas = [0.0] * len(VOC_CLASSES)
+    size = root.find("size")
+    whole = number(size, "width") * number(size, "height") if size is not None else 0
+    for item in root.iter("object"):
+        name, box = item.findtext("name", ""), item.find("bndbox")
+        if name in VOC_CLASSES and box is not None:
+            wide = number(box, "xmax") - number(box, "xmin")
+            high = number(box, "ymax") - number(box, "ymin")
+            areas[VOC_CLASSES.index(name)] += wide * high / max(whole, 1)
+    return areas

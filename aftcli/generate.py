@@ -1,0 +1,488 @@
+"""The auxiliary data of AFT: TFT's masks M_tau* for a whole data set (§4.1, §4.2).
+
+Images are worked on in blocks of a fixed composition, so that results depend neither on
+interruptions nor on the number of processes; each block is stored whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from aftcli import __version__
+from aftcli.core.cam import layer_map, upsample
+from aftcli.core.classifier import Classifier, Preprocessing
+from aftcli.data import read_image, to_input
+from aftcli.datasets import DataSet
+from aftcli.errors import AftError
+from aftcli.explanation import TftSettings
+from aftcli.masks import (
+    FORMAT_VERSION,
+    Broken,
+    MaskStore,
+    Rows,
+    differences,
+    join_parts,
+    locked,
+    read_part,
+    split_float,
+    write_part,
+)
+from aftcli.tft import TftResult, cut_off, fine_tune_threshold, mask_of, threshold_map
+
+BLOCK = 32  # images stored at a time, at the least
+PARTS = 4000  # blocks, at the most
+BATCH = 16  # images in one pass of the stem
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share a run, as torchrun and accelerate launch start them.
+
+    Attributes:
+        index: of this one.
+        count: of all.
+        wait: returns when all have called it.
+    """
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+class Tuned(NamedTuple):
+    """TFT of one batch by one method, at both sizes.
+
+    Attributes:
+        class_index: the predicted class c, shape (N,).
+        tft: tau*, RPI and probabilities.
+        attribution: I at the activation's size, shape (N, h, w).
+        mask: M_tau* at the activation's size, shape (N, h, w), bool.
+    """
+
+    class_index: Tensor
+    tft: TftResult
+    attribution: Tensor
+    mask: Tensor
+
+
+class Done(NamedTuple):
+    """Some images of a run are done.
+
+    Attributes:
+        images: how many.
+        tau: the sum of their tau*, over methods.
+        raised: how many maps have a threshold with RPI > 0, over methods.
+        maps: how many maps.
+        broken: how many of the images could not be read.
+    """
+
+    images: int
+    tau: float = 0.0
+    raised: int = 0
+    maps: int = 0
+    broken: int = 0
+
+
+class Loaded(NamedTuple):
+    """A block of images, decoded."""
+
+    block: int
+    x: Tensor
+    indices: list[int]
+    broken: list[Broken]
+
+
+@torch.no_grad()
+def tune_batch(
+    f: Classifier, x: Tensor, methods: Sequence[str], settings: TftSettings
+) -> list[Tuned]:
+    """TFT of a batch by several methods, for the predicted classes, with one stem pass.
+
+    Args:
+        f: the classifier.
+        x: inputs, shape (N, 3, H, W).
+        methods: keys of METHODS.
+        settings: of the search.
+
+    Returns:
+        One result a method. Where methods give equal masks these are scored once.
+    """
+    count = len(x)
+    activation = f.activation(x)
+    y, class_index = f.head(activation).float().softmax(1).max(1)
+    low = torch.cat([layer_map(f, activation, class_index, x, method) for method in methods])
+    high = upsample(low, x)
+    result = fine_tune_threshold(
+        f,
+        x,
+        high,
+        class_index.repeat(len(methods)),
+        settings.thresholds,
+        settings.masking,
+        settings.fill,
+        settings.mode,
+        probability=y.repeat(len(methods)),
+        owner=torch.arange(count, device=x.device).repeat(len(methods)),
+    )
+    cut = cut_off(high, result.tau[:, None], settings.mode)[:, 0]
+    mask = mask_of(threshold_map(low, cut))
+    return [
+        Tuned(class_index, TftResult(*(field[part] for field in result)), low[part], mask[part])
+        for part in (slice(i, i + count) for i in range(0, len(low), count))
+    ]
+
+
+def fits(f: Classifier, method: str) -> bool:
+    """Whether a method can explain a classifier: CAM only fits some heads."""
+    return method != "cam" or (
+        f.linear_head is not None and f.linear_head.is_last and f.linear_head.is_mean
+    )
+
+
+class _Blocks(Dataset[Loaded]):
+    """Decodes the images of a block; runs in the worker processes."""
+
+    def __init__(
+        self, data_set: DataSet, spans: list[range], todo: list[int], preprocessing: Preprocessing
+    ) -> None:
+        self.data_set, self.spans, self.todo = data_set, spans, todo
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.todo)
+
+    def __getitem__(self, index: int) -> Loaded:
+        inputs, indices, broken = [], [], []
+        for i in self.spans[self.todo[index]]:
+            try:
+                image = read_image(self.data_set.path(i))
+                inputs.append(to_input(image, self.preprocessing))
+                indices.append(i)
+            except AftError as error:
+                name = self.data_set.samples[i].name
+                reason = str(error).removeprefix(f"{self.data_set.path(i)}: ")
+                broken.append(Broken(name, reason))
+        x = torch.cat(inputs) if inputs else torch.empty(0, 3, *self.preprocessing.size)
+        return Loaded(self.todo[index], x, indices, broken)
+
+
+def _leave_interrupts_to_the_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def store_path(run: Path, model: str, cam: str) -> Path:
+    """Where the masks of a model and a CAM method are kept in a run."""
+    return run / "masks" / f"{model.replace(':', '_').replace('/', '_')}-{cam}.h5"
+
+
+def store_settings(f: Classifier, data_set: DataSet, settings: TftSettings) -> dict[str, Any]:
+    """What masks are made with, but for the CAM: attributes of a store (docs/masks-format.md)."""
+    names = hashlib.sha256()
+    for sample in data_set.samples:
+        names.update(os.fsencode(f"{sample.name}\0{sample.label}\n"))
+    preprocessing = asdict(f.preprocessing)
+    return {
+        "format_version": FORMAT_VERSION,
+        "aft_version": __version__,
+        "model": f.name,
+        "weights": f.weights_hash(),
+        "layer": f.layer_name,
+        "activation_shape": list(f.activation_shape),
+        "thresholds": list(settings.thresholds),
+        "masking": settings.masking,
+        "fill": settings.fill,
+        "threshold_mode": settings.mode,
+        "preprocessing": {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in preprocessing.items()
+        },
+        "data_set": str(data_set.root.resolve()),
+        "data_kind": data_set.kind,
+        "split": data_set.split,
+        "labels": "model" if data_set.mapped else "data set",
+        "classes": [] if data_set.mapped else list(data_set.classes),
+        "images": len(data_set.samples),
+        "images_hash": names.hexdigest()[:16],
+    }
+
+
+class _Store:
+    """One store in the making: its finished file, its parts, its lock."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.parts = path.with_name(f".{path.stem}.parts")
+        self.lock = path.with_name(f".{path.stem}.lock")
+
+    def part(self, span: range) -> Path:
+        return self.parts / f"{span.start:09d}-{span.stop:09d}"
+
+    def finished(self) -> bool:
+        """Whether the finished file is there; refuse one made with other settings."""
+        if not self.path.exists():
+            return False
+        with MaskStore(self.path) as store:
+            self._refuse(self.path, store.settings)
+        return True
+
+    def has(self, span: range) -> bool:
+        """Whether a block is stored; a damaged one is not, one of other settings is refused."""
+        read = read_part(self.part(span))
+        if read is None:
+            return False
+        self._refuse(self.path, read[2])
+        return True
+
+    def _refuse(self, path: Path, found: dict[str, Any]) -> None:
+        other = differences(found, self.settings)
+        if other:
+            raise AftError(
+                f"{path}: was begun with other settings: {'; '.join(other)}; use the same ones, "
+                "another --run, or --overwrite"
+            )
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+
+class _Columns(NamedTuple):
+    """What the columns of a store measure, also where a block has no readable image."""
+
+    path: int
+    steps: int
+    cells: tuple[int, int]
+    areas: int
+
+    @classmethod
+    def of(cls, f: Classifier, data_set: DataSet, settings: TftSettings) -> _Columns:
+        longest = max(len(os.fsencode(sample.name)) for sample in data_set.samples)
+        _, h, w = f.activation_shape
+        return cls(longest, len(settings.thresholds), (h, w), len(data_set.areas(0)))
+
+
+def _rows(data_set: DataSet, indices: list[int], tuned: list[Tuned], size: _Columns) -> Rows:
+    """The results of one block by one method, as the store's columns."""
+
+    def column(values: list[Tensor], *shape: int) -> np.ndarray:
+        return torch.cat([torch.empty(0, *shape), *(v.cpu() for v in values)]).numpy()
+
+    half, correction = split_float(column([t.attribution for t in tuned], *size.cells))
+    areas = np.array([data_set.areas(i) for i in indices], dtype=np.float32)
+    return Rows(
+        np.array([os.fsencode(data_set.samples[i].name) for i in indices], f"S{size.path}"),
+        np.array([data_set.samples[i].label for i in indices], np.int32),
+        column([t.class_index for t in tuned]).astype(np.int32),
+        column([t.tft.probability for t in tuned]),
+        column([t.tft.probabilities for t in tuned], size.steps),
+        column([t.tft.rpi for t in tuned], size.steps),
+        column([t.tft.tau for t in tuned]),
+        half,
+        correction,
+        column([t.mask for t in tuned], *size.cells).astype(bool),
+        areas.reshape(len(indices), size.areas),
+    )
+
+
+def spans_of(count: int, block: int | None = None) -> list[range]:
+    """Divide images into blocks: small enough to lose little, few enough for any file system."""
+    size = block or max(BLOCK, -(-count // PARTS))
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def generate_masks(
+    f: Classifier,
+    data_set: DataSet,
+    methods: Sequence[str],
+    run: Path,
+    settings: TftSettings,
+    *,
+    workers: int = 1,
+    batch: int = BATCH,
+    strict: bool = False,
+    overwrite: bool = False,
+    processes: Processes | None = None,
+    block: int | None = None,
+) -> Iterator[Done]:
+    """Fine-tune the thresholds of a data set and store the masks, going on where a run stopped.
+
+    Args:
+        f: the classifier.
+        data_set: the images.
+        methods: keys of METHODS; their stem passes and equal masks are shared.
+        run: where the study lives; stores are `<run>/masks/<model>-<cam>.h5`.
+        settings: of the search.
+        workers: processes that decode images; 0 decodes in this one.
+        batch: images in one pass of the stem.
+        strict: stop at the first image that can't be read, instead of recording it.
+        overwrite: begin anew, whatever is there.
+        processes: the processes that share the run; default this one alone.
+        block: images stored at a time; default by the number of images.
+
+    Yields:
+        Progress, batch by batch; first what was done before.
+
+    Raises:
+        AftError: the stores are of other settings or in use, an image is broken and strict is
+            set, or a file can't be written.
+    """
+    processes = processes or Processes()
+    common = store_settings(f, data_set, settings)
+    stores = {
+        method: _Store(store_path(run, f.name, method), {**common, "cam": method})
+        for method in methods
+    }
+    columns = _Columns.of(f, data_set, settings)
+    with ExitStack() as held:
+        if processes.index == 0:
+            _take(stores, held, overwrite)
+        processes.wait()
+        open_stores = {m: s for m, s in stores.items() if not s.finished()}
+        if not open_stores:
+            yield Done(len(data_set.samples))
+            return
+        spans = spans_of(len(data_set.samples), block)
+        missing = {
+            i: [m for m, s in open_stores.items() if not s.has(span)]
+            for i, span in enumerate(spans)
+            if i % processes.count == processes.index
+        }
+        todo = [i for i, lacking in missing.items() if lacking]
+        yield Done(sum(len(spans[i]) for i in missing if not missing[i]))
+        for loaded in _load(f, data_set, spans, todo, workers):
+            if strict and loaded.broken:
+                first = loaded.broken[0]
+                raise AftError(f"{data_set.root / first.path}: {first.reason} (--strict)")
+            lacking = missing[loaded.block]
+            results: list[list[Tuned]] = []
+            for x in loaded.x.split(batch) if loaded.indices else ():
+                results.append(tune_batch(f, x.to(f.device), lacking, settings))
+                yield _progress(results[-1])
+            for i, method in enumerate(lacking):
+                store = open_stores[method]
+                rows = _rows(data_set, loaded.indices, [tuned[i] for tuned in results], columns)
+                write_part(store.part(spans[loaded.block]), rows, loaded.broken, store.settings)
+            yield Done(len(loaded.broken), broken=len(loaded.broken))
+        processes.wait()
+        if processes.index == 0:
+            for store in open_stores.values():
+                join_parts(store.path, map(store.part, spans), store.settings)
+                shutil.rmtree(store.parts, ignore_errors=True)
+        processes.wait()
+
+
+def _take(stores: dict[str, _Store], held: ExitStack, overwrite: bool) -> None:
+    for store in stores.values():
+        try:
+            store.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AftError(
+                f"{store.path.parent}: can't be made ({error.strerror or error}); give another "
+                "--run"
+            ) from error
+        held.enter_context(locked(store.lock))
+        if overwrite:
+            store.clear()
+        if not store.finished():
+            store.parts.mkdir(exist_ok=True)
+
+
+def _load(
+    f: Classifier, data_set: DataSet, spans: list[range], todo: list[int], workers: int
+) -> Iterator[Loaded]:
+    if not todo:
+        return
+    loader: DataLoader[Loaded] = DataLoader(
+        _Blocks(data_set, spans, todo, f.preprocessing),
+        batch_size=None,
+        num_workers=min(workers, len(todo)),
+        worker_init_fn=_leave_interrupts_to_the_parent,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise AftError(
+            f"a process that decodes images died ({str(error).splitlines()[0][:120]}); run the "
+            "same command again, with fewer --workers if memory is short"
+        ) from error
+
+
+def _progress(tuned: list[Tuned]) -> Done:
+    tau = torch.cat([t.tft.tau for t in tuned])
+    raised = torch.cat([t.tft.rpi.amax(1) > 0 for t in tuned])
+    return Done(len(tuned[0].class_index), float(tau.sum()), int(raised.sum()), len(tau))
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """What a store holds, in figures.
+
+    Attributes:
+        path: of the file.
+        cam: the method.
+        images: how many.
+        broken: those that could not be read.
+        tau: mean tau*.
+        raised: share of images with a threshold whose RPI > 0.
+        rpi: mean RPI at tau*.
+        probability: mean y^c.
+        bytes_per_image: of the file.
+        labels: how many images have each label, by name.
+    """
+
+    path: Path
+    cam: str
+    images: int
+    broken: list[Broken]
+    tau: float
+    raised: float
+    rpi: float
+    probability: float
+    bytes_per_image: float
+    labels: dict[str, int]
+
+
+def summarise(store: MaskStore, names: Sequence[str]) -> StoreSummary:
+    """Sum up a store, a piece at a time.
+
+    Args:
+        store: of `aft gen-masks`.
+        names: of the labels.
+    """
+    totals = np.zeros(4)
+    labels = np.zeros(max(len(names), 1), dtype=np.int64)
+    for start in range(0, len(store), 4096):
+        rows = store.rows(start, start + 4096)
+        best = rows.rpi.max(1) if len(rows.rpi) else np.zeros(0)
+        totals += [rows.tau.sum(), (best > 0).sum(), best.sum(), rows.probability.sum()]
+        labels += np.bincount(rows.label, minlength=len(labels))
+    count = max(len(store), 1)
+    tau, raised, rpi, probability = (totals / count).tolist()
+    return StoreSummary(
+        store.path,
+        store.settings["cam"],
+        len(store),
+        store.broken,
+        tau,
+        raised,
+        rpi,
+        probability,
+        store.path.stat().st_size / count,
+        {name: int(n) for name, n in zip(names, labels, strict=False) if n},
+    )

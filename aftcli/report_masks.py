@@ -1,0 +1,141 @@
+"""What people see of mask stores: progress, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from aftcli.generate import Done, Processes, StoreSummary, summarise
+from aftcli.masks import MaskStore
+
+
+class Watched(NamedTuple):
+    """How a run went: images done now, seconds, images done before."""
+
+    images: int
+    seconds: float
+    before: int
+
+
+def watch(steps: Iterator[Done], total: int, processes: Processes, quiet: bool) -> Watched:
+    """Run to the end, showing images/s, the time left, mean tau* and the share of RPI > 0."""
+    console = Console(stderr=True)
+    share = -(-total // processes.count)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[means]}"),
+        console=console,
+        transient=True,
+        disable=quiet or processes.index > 0 or not console.is_terminal,
+    )
+    before = next(steps, None)
+    known = before.images if before else 0
+    start, images, tau, raised, maps = time.monotonic(), 0, 0.0, 0, 0
+    with bar:
+        task = bar.add_task("masks", total=share, completed=known, speed="", means="")
+        for done in steps:
+            images, tau = images + done.images, tau + done.tau
+            raised, maps = raised + done.raised, maps + done.maps
+            speed = f"{images / max(time.monotonic() - start, 1e-9):.1f} images/s"
+            means = f"tau* {tau / maps:.2f}, RPI > 0 in {raised / maps:.0%}" if maps else ""
+            bar.update(task, completed=known + images, speed=speed, means=means)
+    return Watched(images, time.monotonic() - start, known)
+
+
+def print_stores(paths: list[Path], names: Sequence[str], watched: Watched, json_: bool) -> None:
+    """Print what a run of gen-masks has made: a table, the class counts, the broken images."""
+    summaries = []
+    for path in paths:
+        with MaskStore(path) as store:
+            summaries.append(summarise(store, names))
+    speed = watched.images / watched.seconds if watched.images else None
+    if json_:
+        stores = [_summary_dict(s) for s in summaries]
+        result = {"stores": stores, "seconds": watched.seconds, "images_per_second": speed}
+        print(json.dumps(result, indent=2))
+    else:
+        _print_summaries(summaries)
+        if speed:
+            print(f"{watched.images} images in {watched.seconds:.0f} s, {speed:.2f} images/s")
+    for broken in summaries[0].broken[:20]:
+        print(f"aft: left out {broken.path}: {broken.reason}", file=sys.stderr)
+    if len(summaries[0].broken) > 20:
+        print(f"aft: left out {len(summaries[0].broken) - 20} more", file=sys.stderr)
+
+
+def show_store(path: Path, json_: bool) -> None:
+    """Print what a mask store holds, after checking its content against its digest."""
+    with MaskStore(path) as store:
+        store.verify()
+        names = store.settings["classes"] or _label_names(store)
+        summary = summarise(store, names)
+        settings = store.settings
+    if json_:
+        print(json.dumps({"settings": settings, **_summary_dict(summary)}, indent=2))
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for key, value in settings.items():
+        table.add_row(key, escape(_shown(value)))
+    _console().print(table)
+    _print_summaries([summary])
+    for broken in summary.broken:
+        print(f"left out {broken.path}: {broken.reason}")
+
+
+def _label_names(store: MaskStore) -> Sequence[str]:
+    from aftcli.core.models import imagenet_classes
+
+    most = max(
+        (int(store.rows(i, i + 4096).label.max()) for i in range(0, len(store), 4096)), default=0
+    )
+    names = imagenet_classes().names
+    return names if most < len(names) else [f"class {i}" for i in range(most + 1)]
+
+
+def _shown(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _summary_dict(summary: StoreSummary) -> dict[str, Any]:
+    broken = [b._asdict() for b in summary.broken]
+    return {**asdict(summary), "path": str(summary.path), "broken": broken}
+
+
+def _print_summaries(summaries: list[StoreSummary]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("cam")
+    for name in ("images", "broken", "tau*", "RPI > 0", "RPI", "prob.", "bytes/image"):
+        table.add_column(name, justify="right")
+    table.add_column("file", overflow="fold")
+    for s in summaries:
+        figures = (f"{s.tau:.3f}", f"{s.raised:.1%}", f"{s.rpi:.4f}", f"{s.probability:.4f}")
+        counts = (str(s.images), str(len(s.broken)))
+        table.add_row(s.cam, *counts, *figures, f"{s.bytes_per_image:.0f}", escape(str(s.path)))
+    console = _console()
+    console.print(table)
+    labels = summaries[0].labels
+    if len(labels) <= 30:
+        counted = ", ".join(f"{name.split(',')[0]} {n}" for name, n in labels.items())
+    else:
+        counted = f"{len(labels)} with {min(labels.values())} to {max(labels.values())} images each"
+    console.print(f"classes: {counted}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
