@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from aftcli.explanation import Explanation as Explanation
     from aftcli.explanation import TftSettings as TftSettings
     from aftcli.explanation import explain as explain
+    from aftcli.generate import generate_masks as generate_masks
+    from aftcli.masks import MaskStore as MaskStore
     from aftcli.tft import TftResult as TftResult
     from aftcli.tft import fine_tune_threshold as fine_tune_threshold
 
@@ -31,6 +33,7 @@ _HOMES = {
     "Classifier": "aftcli.core.classifier",
     "Explanation": "aftcli.explanation",
     "METHODS": "aftcli.core.registry",
+    "MaskStore": "aftcli.masks",
     "Preprocessing": "aftcli.core.classifier",
     "TftResult": "aftcli.tft",
     "TftSettings": "aftcli.explanation",
@@ -38,6 +41,7 @@ _HOMES = {
     "cut_classifier": "aftcli.core.classifier",
     "explain": "aftcli.explanation",
     "fine_tune_threshold": "aftcli.tft",
+    "generate_masks": "aftcli.generate",
     "load_classifier": "aftcli.core.models",
     "read_image": "aftcli.data",
     "to_input": "aftcli.data",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +18,7 @@ from aftcli.errors import AftError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from torch import Tensor
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from aftcli.explanation import TftSettings
     from aftcli.generate import Processes
     from aftcli.report import Report, Subject
+
+INTERRUPTED = 130  # what typer, and shells, make of Ctrl-C
 
 app = typer.Typer(
     name="aft",
@@ -91,7 +96,7 @@ def explain(
         found = engine.explain(f, x, methods, targets, top_k, settings if tft else None)
         return [write_outputs(f, subject, e, kinds, out, cut) for e in found]
 
-    _each_image(f, images, explain_image, settings, out, json, quiet)
+    _each_image(f, images, explain_image, settings, out, json, quiet, debug)
 
 
 @app.command()
@@ -138,7 +143,7 @@ def tft(
             found = engine.explain_map(f, x, attribution, targets, top_k, settings)
         return [write_outputs(f, subject, e, kinds, out, None) for e in found]
 
-    _each_image(f, [image], explain_image, settings, out, json, quiet)
+    _each_image(f, [image], explain_image, settings, out, json, quiet, debug)
 
 
 @app.command()
@@ -225,9 +230,10 @@ def _processes(device: str) -> tuple[Processes, str]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(), device
 
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu" or None)
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     own = str(state.device) if device == "auto" else device
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone), own
 
@@ -275,29 +281,38 @@ def _each_image(
     out: Path,
     json: bool,
     quiet: bool,
+    debug: bool,
 ) -> None:
     """Explain every image that can be read; say of each other one what is wrong with it."""
     from aftcli import report
     from aftcli.data import find_images, read_image, view_of
 
-    paths, problems = find_images(arguments)
+    paths, problems = find_images(arguments, out)
     stems = report.stems(paths)
-    reports: list[Report] = []
+    results: list[dict[str, Any]] = []
     if paths:
         report.output_folder(out)
     for path in report.progress(paths, "explaining", len(paths), quiet):
         try:
             picture = read_image(path)
             view = view_of(picture.size, f.preprocessing)
-            reports += explain_image(report.Subject(path, stems[path], picture, view))
+            reports = explain_image(report.Subject(path, stems[path], picture, view))
+            # Numbers instead of the maps: a folder may hold very many images.
+            results += [report.as_dict(f, each, settings) for each in reports]
         except AftError as error:
             problems.append(str(error))
-    if json:
-        report.print_json(f, reports, settings)
-    elif reports:
-        report.print_reports(f, reports)
-    for problem in problems:
-        print(f"aft: {problem}", file=sys.stderr)
+            if debug:
+                traceback.print_exc()
+    try:
+        if json or results:
+            (report.print_json if json else report.print_table)(results)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise AftError(f"the result can't be printed ({error.strerror})") from error
+    finally:
+        for problem in problems:
+            _complain(problem)
     if problems:
         raise typer.Exit(1)
 
@@ -307,27 +322,38 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not debug:
         _silence_libraries()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="aft")
     except AftError as error:
         if debug:
             raise
-        print(f"aft: {error}", file=sys.stderr)
+        _complain(str(error))
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _complain("interrupted")
+        raise
     except KeyboardInterrupt:
-        print("aft: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _complain("interrupted")
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
     except Exception as error:  # the last resort of the edge: a bug
         if debug:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(
-            f"aft: {type(error).__name__}: {reason}; this is a fault of aft's, run again with "
-            "--debug to see where and please report it",
-            file=sys.stderr,
+        _complain(
+            f"{type(error).__name__}: {reason}; this is a fault of aft's, run again with "
+            "--debug to see where and please report it"
         )
     sys.exit(1)
+
+
+def _complain(problem: str) -> None:
+    # With stderr closed, print would go to stdout.
+    if sys.stderr is not None:
+        print(f"aft: {o.plain(problem)}", file=sys.stderr)
 
 
 def _silence_libraries() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import os
+import textwrap
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,11 +44,12 @@ class View(NamedTuple):
         return (left * across, top * down, right * across, bottom * down)
 
 
-def find_images(arguments: Iterable[str]) -> tuple[list[Path], list[str]]:
+def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list[Path], list[str]]:
     """Turn files, folders and globs into image files.
 
     Args:
         arguments: names as the user gave them.
+        out: where results go; a folder that holds it does not give them back as images.
 
     Returns:
         The files, each once, those of a folder sorted; and what was wrong with arguments.
@@ -54,20 +57,30 @@ def find_images(arguments: Iterable[str]) -> tuple[list[Path], list[str]]:
     found: dict[Path, None] = {}
     problems = []
     for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            images = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            if not images:
-                problems.append(f"{path}: there is no image in this folder")
-        elif path.exists():
-            images = [path]
-        else:
-            images = sorted(Path(p) for p in glob.glob(argument, recursive=True))
-            images = [p for p in images if p.is_file()]
-            if not images:
-                problems.append(f"{path}: there is no such file or folder")
+        names = [argument] if os.path.lexists(argument) else glob.glob(argument, recursive=True)
+        images = []
+        for path in sorted(map(Path, names)):
+            images += _images_in(path, out) if path.is_dir() else [path]
+        if not images:
+            missing = "image in this folder" if names else "such file or folder"
+            problems.append(f"{argument or repr(argument)}: there is no {missing}")
         found.update(dict.fromkeys(images))
     return list(found), problems
+
+
+def _images_in(folder: Path, out: Path | None) -> list[Path]:
+    """The images below a folder, sorted; none that is hidden or below `out`."""
+    results = None
+    if out and folder.resolve() in out.resolve().parents:
+        results = folder / out.resolve().relative_to(folder.resolve())
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not path.is_dir()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not (results and path.is_relative_to(results))
+    )
 
 
 def read_image(path: Path) -> Image.Image:
@@ -86,23 +99,27 @@ def read_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                return _rgb(ImageOps.exif_transpose(image))
+                # In place: a copy of a large picture is hundreds of megabytes.
+                ImageOps.exif_transpose(image, in_place=True)
+                return _rgb(image)
     except AftError:
         raise
     except UnidentifiedImageError as error:
-        raise AftError(f"{path}: is not a picture in a known format") from error
+        raise AftError(f"{path}: is not a picture in a known format, or is damaged") from error
     except Image.DecompressionBombError as error:
         raise AftError(f"{path}: is too large ({error}); scale it down first") from error
     except Exception as error:
-        raise AftError(
-            f"{path}: can't be read as a picture ({_reason(error)}); the file may be damaged"
-        ) from error
+        damaged = "" if isinstance(error, OSError) and error.strerror else "; it may be damaged"
+        raise AftError(f"{path}: can't be read as a picture ({_reason(error)}){damaged}") from error
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    if "pickle" in str(error):  # numpy's message tells how to run the file's code
+        return "it holds no plain array of numbers"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return textwrap.shorten(reason, 160, placeholder="...")
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -119,7 +136,10 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+        image.info.pop("icc_profile", None)  # of another colour space
+    return image
 
 
 def view_of(size: tuple[int, int], preprocessing: Preprocessing) -> View:
@@ -171,7 +191,7 @@ def read_map(path: Path) -> Tensor:
         path: `.npy`, `.npz` with one array, or a grey picture.
 
     Returns:
-        The map, shape (h, w), float32, of any finite scale.
+        The map, shape (h, w), float64, scaled to magnitudes of at most 1.
 
     Raises:
         AftError: the file is missing, damaged or of another kind, or its array is not a
@@ -197,19 +217,20 @@ def read_map(path: Path) -> Tensor:
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
         raise AftError(f"{path}: the map has values that are NaN or infinite")
-    # To [-1, 1] before float32: a finite float64 may not be finite there.
-    return torch.from_numpy(array / max(np.abs(array).max(), np.finfo(float).tiny)).float()
+    # To [-1, 1]: the span of finite float64 values may not be finite, nor they in float32.
+    return torch.from_numpy(array / max(np.abs(array).max(), np.finfo(float).tiny))
 
 
 def _array(path: Path) -> np.ndarray:
-    if path.suffix.lower() == ".npy":
-        return np.load(path, allow_pickle=False)  # type: ignore[no-any-return]
-    if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
+    if path.suffix.lower() in (".npy", ".npz"):
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded as arrays:
             if len(arrays.files) != 1:
                 raise AftError(
-                    f"{path}: a map file holds one array, this has {len(arrays.files)}: "
-                    f"{', '.join(arrays.files)[:100]}"
+                    f"{path}: a map file holds one array, this has {len(arrays.files)}"
+                    f"{': ' if arrays.files else ''}{', '.join(arrays.files)[:100]}; save one map"
                 )
             return arrays[arrays.files[0]]  # type: ignore[no-any-return]
     with Image.open(path) as image:
@@ -258,12 +279,15 @@ def read_classes(path: Path) -> tuple[str, ...]:
         AftError: the file is missing, not text, or empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise AftError(f"{path}: can't be read as class names, one a line ({error})") from error
+        raise AftError(
+            f"{path}: can't be read as class names, one a line in UTF-8 ({_reason(error)})"
+        ) from error
     names = tuple(line.strip() for line in lines)
     while names and not names[-1]:
         names = names[:-1]
     if not names or not all(names):
-        raise AftError(f"{path}: holds {'an empty line' if names else 'no class names'}")
+        what = f"an empty line, number {names.index('') + 1}" if names else "no class names"
+        raise AftError(f"{path}: holds {what}; write one class name a line")
     return names

@@ -97,10 +97,14 @@ class Done(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A block of images, decoded."""
+    """A block of images, decoded.
+
+    An array, not a tensor: workers would hand tensors over in shared memory, which containers
+    keep small.
+    """
 
     block: int
-    x: Tensor
+    x: np.ndarray
     indices: list[int]
     broken: list[Broken]
 
@@ -175,8 +179,12 @@ class _Blocks(Dataset[Loaded]):
                 name = self.data_set.samples[i].name
                 reason = str(error).removeprefix(f"{self.data_set.path(i)}: ")
                 broken.append(Broken(name, reason))
-        x = torch.cat(inputs) if inputs else torch.empty(0, 3, *self.preprocessing.size)
-        return Loaded(self.todo[index], x, indices, broken)
+        x = torch.cat([torch.empty(0, 3, *self.preprocessing.size), *inputs])
+        return Loaded(self.todo[index], x.numpy(), indices, broken)
+
+
+def _as_it_is(loaded: Any) -> Any:  # noqa: ANN401 - what torch declares
+    return loaded
 
 
 def _leave_interrupts_to_the_parent(_: int) -> None:
@@ -369,7 +377,7 @@ def generate_masks(
                 raise AftError(f"{data_set.root / first.path}: {first.reason} (--strict)")
             lacking = missing[loaded.block]
             results: list[list[Tuned]] = []
-            for x in loaded.x.split(batch) if loaded.indices else ():
+            for x in torch.from_numpy(loaded.x).split(batch) if loaded.indices else ():
                 results.append(tune_batch(f, x.to(f.device), lacking, settings))
                 yield _progress(results[-1])
             for i, method in enumerate(lacking):
@@ -397,7 +405,10 @@ def _take(stores: dict[str, _Store], held: ExitStack, overwrite: bool) -> None:
         held.enter_context(locked(store.lock))
         if overwrite:
             store.clear()
-        if not store.finished():
+        if store.finished():
+            # A kill may come between joining and clearing away.
+            shutil.rmtree(store.parts, ignore_errors=True)
+        else:
             store.parts.mkdir(exist_ok=True)
 
 
@@ -409,8 +420,11 @@ def _load(
     loader: DataLoader[Loaded] = DataLoader(
         _Blocks(data_set, spans, todo, f.preprocessing),
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=min(workers, len(todo)),
         worker_init_fn=_leave_interrupts_to_the_parent,
+        # Forked workers see that their parent has died; those of a fork server live on.
+        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
     )
     try:
         yield from loader

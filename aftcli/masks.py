@@ -150,7 +150,7 @@ def _read_settings(group: h5py.Group) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for key, value in group.attrs.items():
         plain = value.item() if isinstance(value, np.generic) else value
-        if isinstance(plain, str) and plain[:1] in "[{":
+        if isinstance(plain, str) and plain.startswith(("[", "{")):
             plain = json.loads(plain)
         settings[key] = plain
     return settings
@@ -225,7 +225,10 @@ def _broken(group: h5py.Group) -> list[Broken]:
 
 def join_parts(path: Path, parts: Iterable[Path], settings: Mapping[str, Any]) -> None:
     """Join the blocks of a store, in their order, into one file; memory stays flat."""
+    parts = list(parts)
     with _durable(path) as temporary:
+        # HDF5 crashes where the disk is full; parts together are larger than the whole.
+        _require_space(temporary, 2**16 + sum(p.stat().st_size for p in parts if p.exists()))
         broken: list[Broken] = []
         running = hashlib.sha256()
         with h5py.File(temporary, "w", libver=FEATURES) as file:
@@ -239,6 +242,12 @@ def join_parts(path: Path, parts: Iterable[Path], settings: Mapping[str, Any]) -
                 _digest(running, rows)
             _write_broken(file, broken)
             _write_settings(file, {**settings, "digest": running.hexdigest(), "complete": True})
+
+
+def _require_space(path: Path, size: int) -> None:
+    """Fail cleanly, with OSError, if a file of that size can't be written."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _append(file: h5py.File, rows: Rows) -> None:
@@ -417,10 +426,11 @@ def locked(path: Path) -> Iterator[None]:
 
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not flock: forked workers would inherit it and outlive a killed parent.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise AftError(
-                f"{path.with_suffix('.h5')}: another process is writing this store; wait for it "
-                "or choose another --run"
+                f"{path.with_name(path.stem.lstrip('.'))}.h5: another process is writing this "
+                "store; wait for it or choose another --run"
             ) from error
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from aftcli.core.registry import METHODS
 from aftcli.errors import AftError, nearest
 
 METHOD_HELP = f"{', '.join(METHODS)}."
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 SAVE = ("overlay", "figure", "map", "mask")
 
 ImagesArgument = Annotated[
@@ -177,6 +179,15 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def plain(text: str) -> str:
+    r"""Write control characters as escapes: a file's name may hold any, a terminal obeys them.
+
+    >>> print(plain("a\nb"))
+    a\nb
+    """
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def methods(names: list[str]) -> list[str]:
     """Check the names of CAM methods; `all` stands for every one.
 
@@ -216,7 +227,7 @@ def thresholds(text: str) -> tuple[float, ...]:
             return tuple(round(start + i * step, 10) for i in range(count))
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise AftError(f"thresholds {text!r} are not numbers; {form}") from None
+        raise AftError(f"thresholds {text!r} can't be read; {form}") from None
     if not all(0 <= value <= 1 for value in values):
         raise AftError(f"thresholds {text!r} must lie in [0, 1]; {form}")
     if any(b <= a for a, b in zip(values, values[1:], strict=False)):

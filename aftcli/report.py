@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -16,12 +19,14 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
 from aftcli.data import View
 from aftcli.errors import AftError
 from aftcli.explanation import Explanation, TftSettings, muted
+from aftcli.options import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +35,8 @@ T = TypeVar("T")
 COLOURS = "turbo"
 OPACITY = 0.5
 PANEL = 448  # pixels, the side of a figure's picture
+STRIP = 512  # pixels, rows that are coloured at a time: a large picture is large in memory
+LONGEST = 120  # bytes of an image's name in the names of its outputs; systems allow 255 in all
 
 
 class Subject(NamedTuple):
@@ -61,13 +68,21 @@ def stems(paths: Iterable[Path]) -> dict[Path, str]:
     names: dict[Path, str] = {}
     taken: set[str] = set()
     for path in paths:
-        parts = path.with_suffix("").parts
-        long = "-".join(p for p in path.parts if p not in ("/", "..", ".")).replace(".", "-")
-        candidates = [path.stem, "-".join(parts[-2:]).replace(os.sep, ""), long]
-        candidates += [f"{long}-{i}" for i in range(2, len(taken) + 3)]
-        names[path] = next(c for c in candidates if c.lower() not in taken)
+        names[path] = next(c for c in _candidates(path) if c.lower() not in taken)
         taken.add(names[path].lower())
     return names
+
+
+def _candidates(path: Path) -> Iterator[str]:
+    parts = path.with_suffix("").parts
+    long = "-".join(p for p in path.parts if p not in ("/", "..", ".")).replace(".", "-")
+    yield from map(_short, (path.stem, "-".join(parts[-2:]).replace(os.sep, ""), long))
+    yield from (f"{_short(long)}-{i}" for i in count(2))
+
+
+def _short(name: str) -> str:
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= LONGEST else encoded[:LONGEST].decode(errors="ignore")
 
 
 def output_folder(path: Path) -> Path:
@@ -78,9 +93,8 @@ def output_folder(path: Path) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with replacing(path / ".aft-writable") as probe:
-            probe.touch()
-        (path / ".aft-writable").unlink()
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise AftError(
             f"{path}: can't write there ({error.strerror or error}); give another --out"
@@ -121,8 +135,8 @@ def write_outputs(
         AftError: a file can't be written.
     """
     name = class_name(f, explanation)
-    slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:40] or "class"
-    if [f.classes.name(i) for i in range(len(f.classes))].count(name) > 1:
+    slug = _slug(name)
+    if [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1:
         slug += f"_{explanation.class_index}"
     shown = explanation.attribution.cpu()
     if explanation.tft:
@@ -140,6 +154,10 @@ def write_outputs(
             raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
         files[kind] = path
     return Report(subject.path, explanation, files)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:40] or "class"
 
 
 def class_name(f: Classifier, explanation: Explanation) -> str:
@@ -165,7 +183,9 @@ def overlay(picture: Image.Image, view: View, attribution: Tensor, kept: Tensor)
     heat.putpalette(_palette())
     opacity = Image.fromarray(kept.to(torch.uint8).mul(round(255 * OPACITY)).numpy()).resize(size)
     painted = picture.copy()
-    painted.paste(heat.convert("RGB"), (left, top), opacity)
+    for y in range(0, size[1], STRIP):
+        strip = (0, y, size[0], min(y + STRIP, size[1]))
+        painted.paste(heat.crop(strip).convert("RGB"), (left, top + y), opacity.crop(strip))
     return painted
 
 
@@ -220,7 +240,7 @@ def _write_figure(
     axes = figure.subplots(1, count, squeeze=False)[0]
     for ax, (title, picture) in zip(axes, panels, strict=False):
         ax.imshow(np.asarray(picture))
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title, fontsize=10, parse_math=False)
         ax.axis("off")
     if tft:
         _draw_rpi(axes[-1], explanation)
@@ -275,33 +295,37 @@ OUTPUTS: dict[str, tuple[str, Writer]] = {
 }
 
 
-def print_reports(f: Classifier, reports: list[Report]) -> None:
-    """Print explanations as a table, then the files written."""
-    console = Console()
+def print_table(results: Sequence[dict[str, Any]]) -> None:
+    """Print what `as_dict` gives as a table, then the files written."""
+    console = Console(emoji=False, highlight=False, markup=False)
     if not console.is_terminal:
-        console = Console(width=200)
-    tft = any(report.explanation.tft for report in reports)
+        console.width = 1000
+    tft = any("tft" in result for result in results)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("image", "cam", "class"):
         table.add_column(column, overflow="fold")
     for column in ("prob.", *(("tau*", "RPI", "masked", "kept") if tft else ())):
         table.add_column(column, justify="right")
-    for image, e, _ in reports:
-        cells = [image.name, e.cam, f"{class_name(f, e)} ({e.class_index})", f"{e.probability:.4f}"]
-        if e.tft:
-            rpi = float(e.tft.rpi.max())
-            kept = float(e.tft.mask.float().mean())
-            cells += [f"{float(e.tft.tau):g}", f"{rpi:.4f}", f"{_best(e):.4f}", f"{kept:.1%}"]
-        table.add_row(*cells)
+    sharing = Counter(Path(image).name for image in {result["image"] for result in results})
+    for result in results:
+        name = Path(result["image"]).name
+        image = plain(name if sharing[name] == 1 else result["image"])
+        named = plain(f"{result['class_name']} ({result['class_index']})")
+        cells = [image, result["cam"], named, f"{result['probability']:.4f}"]
+        if found := result.get("tft"):
+            cells += [f"{found['tau']:g}", f"{max(found['rpi']):.4f}"]
+            cells += [f"{found['probability']:.4f}", f"{found['area']:.1%}"]
+        table.add_row(*map(Text, cells))
     console.print(table)
-    for report in reports:
-        for path in report.outputs.values():
-            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    for result in results:
+        for path in result["outputs"].values():
+            console.print(f"wrote {plain(path)}", soft_wrap=True)
+    print(end="", flush=True)
 
 
-def print_json(f: Classifier, reports: list[Report], settings: TftSettings) -> None:
-    """Print explanations as JSON, one object per image, method and class."""
-    print(json.dumps([as_dict(f, report, settings) for report in reports], indent=2))
+def print_json(results: Sequence[dict[str, Any]]) -> None:
+    """Print what `as_dict` gives as JSON, one object per image, method and class."""
+    print(json.dumps(results, indent=2), flush=True)
 
 
 def as_dict(f: Classifier, report: Report, settings: TftSettings) -> dict[str, Any]:
@@ -321,7 +345,8 @@ def as_dict(f: Classifier, report: Report, settings: TftSettings) -> dict[str, A
         result["tft"] = {
             "thresholds": list(e.thresholds),
             "probabilities": e.tft.probabilities[0].tolist(),
-            "rpi": e.tft.rpi[0].tolist(),
+            # JSON knows no infinity; RPI is, where y^c underflows.
+            "rpi": e.tft.rpi[0].nan_to_num().tolist(),
             "tau": e.thresholds[int(e.tft.rpi[0].argmax())],
             "probability": _best(e),
             "area": float(e.tft.mask.float().mean()),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,9 +66,9 @@ def _torchvision(name: str, weights: bool, num_classes: int | None) -> Network:
     published = get_model_weights(name)
     # The paper's accuracies (ResNet-50 .737) are those of the first weights, not of the newest.
     chosen = getattr(published, "IMAGENET1K_V1", None) or next(iter(published), None)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"progress": sys.stderr is not None and sys.stderr.isatty()}
     if name in ("inception_v3", "googlenet"):
-        options = {"transform_input": True, "init_weights": False}
+        options |= {"transform_input": True, "init_weights": False}
     if num_classes:
         options["num_classes"] = num_classes
     model = get_model(name, weights=chosen if weights else None, **options)
@@ -173,17 +176,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         else:
             saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        # Not the library's words: they tell how to run the file's code, or nothing at all.
+        reason = getattr(error, "strerror", None) or "it is damaged, or holds more than tensors"
         raise AftError(
-            f"{path}: can't be read as a checkpoint ({str(error).splitlines()[0][:120]}); "
-            "give a .safetensors file, or a .pth or .pt file that holds only tensors"
+            f"{path}: can't be read as a checkpoint ({reason}); give a .safetensors file, or a "
+            ".pth or .pt file of torch.save(model.state_dict(), FILE)"
         ) from error
     for wrapper in ("state_dict", "model", "model_state_dict"):
         if isinstance(saved, Mapping) and isinstance(saved.get(wrapper), Mapping):
             saved = saved[wrapper]
     if not isinstance(saved, Mapping) or not saved:
         raise AftError(f"{path}: holds no state dict; save model.state_dict()")
-    if not all(isinstance(v, Tensor) for v in saved.values()):
-        raise AftError(f"{path}: holds other things than tensors; save model.state_dict()")
+    if not all(isinstance(v, Tensor) and v.layout == torch.strided for v in saved.values()):
+        raise AftError(f"{path}: holds other things than dense tensors; save model.state_dict()")
     return {str(key).removeprefix("module."): value for key, value in saved.items()}
 
 
@@ -216,22 +221,28 @@ def _load_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path, nam
             f"{path}: is not a checkpoint of {name}: {', '.join(differences)}; pass the --model "
             "that it was saved from"
         )
-    for key, value in saved.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise AftError(f"{path}: {key} holds NaN or infinite weights")
     model.load_state_dict(dict(saved), strict=False)
+    for key, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise AftError(f"{path}: {key} holds NaN or infinite weights; save the model again")
 
 
 def _published(name: str, source: Callable[[str, bool, int | None], Network]) -> Network:
     try:
-        return source(name, True, None)
+        # torch.hub says on stdout what it downloads.
+        with redirect_stdout(sys.stderr):
+            return source(name, True, None)
     except AftError:
         raise
     except Exception as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise AftError(
-            f"the published weights of {name} can't be loaded ({cause[:160]}); {OFFLINE}"
+            f"the published weights of {name} can't be loaded ({_reason(error)}); {OFFLINE}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return textwrap.shorten(reason, 120, placeholder="...")
 
 
 def load_classifier(
@@ -294,12 +305,13 @@ def find_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+        raise AftError(f"unknown device {name!r}; there are auto, cpu, cuda, cuda:N and mps")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except Exception as error:
         raise AftError(
-            f"device {name!r} can't be used here ({str(error).splitlines()[0][:100]}); "
-            "use --device auto or cpu"
+            f"device {name!r} can't be used here ({_reason(error)}); use --device auto or cpu"
         ) from error
     return device

@@ -1,0 +1,100 @@
+"""Throughput of gen-masks against its floor, decoding included.
+
+    python benchmarks/gen_masks.py DATA/imagenet [--limit 96] [--models efficientnet_lite0 resnet50]
+
+The floor is (1 + distinct masks of an image) x the model's best measured batch forward: what the
+network alone must cost. Decoding, maps, masks, packing and storing come on top; the ratio
+floor / measured says how little. ResNet-50 has random weights, which changes no cost but the
+number of distinct masks, and that is counted.
+"""
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from aftcli import load_classifier
+from aftcli.core.classifier import Classifier
+from aftcli.datasets import DataSet, open_data_set
+from aftcli.explanation import TftSettings
+from aftcli.generate import generate_masks
+
+
+class Counted:
+    """Counts the images that pass through a classifier's forward."""
+
+    def __init__(self, f: Classifier) -> None:
+        """Wrap the classifier's forward."""
+        self.images = 0
+        self.forward = f.forward
+        f.forward = self.count  # type: ignore[method-assign]
+
+    def count(self, x: torch.Tensor) -> torch.Tensor:
+        """Pass x on."""
+        self.images += len(x)
+        return self.forward(x)
+
+
+@torch.no_grad()
+def best_forward(f: Classifier, runs: int) -> tuple[float, int]:
+    """Seconds an image in the best batch size, median of runs, and that size."""
+    best = (float("inf"), 0)
+    for size in (8, 16, 32, 64):
+        x = torch.randn(size, 3, *f.preprocessing.size)
+        f(x)
+        seconds = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            f(x)
+            seconds.append((time.perf_counter() - start) / size)
+        best = min(best, (statistics.median(seconds), size))
+    return best
+
+
+def measure(f: Classifier, data: DataSet, workers: int) -> tuple[float, float]:
+    """Seconds of a run, and network passes an image."""
+    counted = Counted(f)
+    with tempfile.TemporaryDirectory() as run:
+        start = time.perf_counter()
+        for _ in generate_masks(f, data, ["gradcam"], Path(run), TftSettings(), workers=workers):
+            pass
+        seconds = time.perf_counter() - start
+    f.forward = counted.forward  # type: ignore[method-assign]
+    return seconds, 1 + counted.images / len(data.samples)
+
+
+def main() -> None:
+    """Print a row a model."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--limit", type=int, default=96)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--models", nargs="+", default=["efficientnet_lite0", "resnet50"])
+    args = parser.parse_args()
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ")
+    print(f"Python {platform.python_version()}, {args.limit} images\n")
+    print("| model | forward ms (batch) | passes an image | images/s | floor images/s | ratio |")
+    print("|---|---|---|---|---|---|")
+    for name in args.models:
+        torch.manual_seed(0)
+        f = load_classifier(name, weights=name == "efficientnet_lite0")
+        data = open_data_set(args.data, None, f.classes).limited(args.limit)
+        before, size = best_forward(f, args.runs)
+        seconds, passes = measure(f, data, args.workers)
+        after, size_after = best_forward(f, args.runs)
+        forward, size = min((before, size), (after, size_after))
+        floor = passes * forward * len(data.samples)
+        print(
+            f"| {name} | {forward * 1000:.1f} ({size}) | {passes:.2f} | "
+            f"{len(data.samples) / seconds:.2f} | {len(data.samples) / floor:.2f} | "
+            f"{floor / seconds:.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
