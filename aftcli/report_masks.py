@@ -6,17 +6,77 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aftcli.generate import Done, Processes, StoreSummary, summarise
-from aftcli.masks import MaskStore
+from aftcli.generate import Done, Processes
+from aftcli.masks import Broken, MaskStore
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """What a store holds, in figures.
+
+    Attributes:
+        path: of the file.
+        cam: the method.
+        images: how many.
+        broken: those that could not be read.
+        tau: mean tau*.
+        raised: share of images with a threshold whose RPI > 0.
+        rpi: mean RPI at tau*.
+        probability: mean y^c.
+        bytes_per_image: of the file.
+        labels: how many images have each label, by name.
+    """
+
+    path: Path
+    cam: str
+    images: int
+    broken: list[Broken]
+    tau: float
+    raised: float
+    rpi: float
+    probability: float
+    bytes_per_image: float
+    labels: dict[str, int]
+
+
+def summarise(store: MaskStore, names: Sequence[str]) -> StoreSummary:
+    """Sum up a store, a piece at a time.
+
+    Args:
+        store: of `aft gen-masks`.
+        names: of the labels.
+    """
+    totals = np.zeros(4)
+    labels = np.zeros(max(len(names), 1), dtype=np.int64)
+    for start in range(0, len(store), 4096):
+        rows = store.rows(start, start + 4096)
+        best = rows.rpi.max(1) if len(rows.rpi) else np.zeros(0)
+        totals += [rows.tau.sum(), (best > 0).sum(), best.sum(), rows.probability.sum()]
+        labels += np.bincount(rows.label, minlength=len(labels))
+    count = max(len(store), 1)
+    tau, raised, rpi, probability = (totals / count).tolist()
+    return StoreSummary(
+        store.path,
+        store.settings["cam"],
+        len(store),
+        store.broken,
+        tau,
+        raised,
+        rpi,
+        probability,
+        store.path.stat().st_size / count,
+        {name: int(n) for name, n in zip(names, labels, strict=False) if n},
+    )
 
 
 class Watched(NamedTuple):

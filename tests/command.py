@@ -1,0 +1,42 @@
+"""Run `aft` in the test's own process: a process of its own spends seconds on its imports."""
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from typing import NamedTuple
+from unittest import mock
+
+from aftcli import cli
+
+
+class Result(NamedTuple):
+    """What a command left behind: its exit code, stdout and stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+def aft(*arguments, stdout=None):
+    """Run `aft` with these arguments; output as it is without a terminal."""
+    out, err = stdout or io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["aft", *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        finally:
+            logging.disable(logging.NOTSET)
+    return Result(code, "" if stdout else out.getvalue(), err.getvalue())
+
+
+def leftovers(folder):
+    """Files in a folder that no command should have left there."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())

@@ -1,0 +1,323 @@
+"""The paper again, slowly: literal float64 loops that share no code with aftcli.
+
+Written from the equations (§2.4, §3.1, §4.1) and the methods' own papers. Everything runs on the
+uncut network: a forward hook observes or replaces the output of the layer's last module. Images
+go through one by one. Maps are numpy arrays.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def with_layer_output(model, layer, x, change):
+    """Logits of the whole network with the named module's output A replaced by change(A)."""
+    handle = model.get_submodule(layer).register_forward_hook(lambda m, args, out: change(out))
+    try:
+        return model(x)[0]
+    finally:
+        handle.remove()
+
+
+def activation_of(model, layer, x):
+    """A, shape (K, h, w), of one image x, shape (1, 3, H, W)."""
+    seen = []
+
+    def keep(output):
+        # What follows in the network may write into its input.
+        seen.append(output.detach().clone())
+        return output
+
+    with torch.no_grad():
+        with_layer_output(model, layer, x, keep)
+    return seen[0][0].numpy()
+
+
+def gradient_of(model, layer, x, c):
+    """dy^c / dA, shape (K, h, w), y^c the score before softmax."""
+    leaf = []
+
+    def restart(output):
+        leaf.append(output.detach().clone().requires_grad_())
+        return leaf[0].clone()
+
+    with torch.enable_grad():
+        y = with_layer_output(model, layer, x, restart)[c]
+        (gradient,) = torch.autograd.grad(y, leaf[0])
+    return gradient[0].numpy()
+
+
+def score(model, x, c):
+    with torch.no_grad():
+        return float(model(x)[0, c])
+
+
+def probability(model, x, c):
+    with torch.no_grad():
+        logits = model(x)[0].double().tolist()
+    top = max(logits)
+    exponentials = [np.exp(z - top) for z in logits]
+    return float(exponentials[c] / sum(exponentials))
+
+
+def ablated_score(model, layer, x, c, k):
+    """y_k^c: the whole network with channel k of A set to zero."""
+
+    def ablate(output):
+        output = output.clone()
+        output[:, k] = 0
+        return output
+
+    with torch.no_grad():
+        return float(with_layer_output(model, layer, x, ablate)[c])
+
+
+# I_pre of each method, shape (h, w)
+
+
+def weighted_sum(alpha, activation):
+    """I_pre = ReLU(sum_k alpha_k A^k), cell by cell."""
+    channels, height, width = activation.shape
+    cells = activation.tolist()
+    result = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            total = 0.0
+            for k in range(channels):
+                total += alpha[k] * cells[k][i][j]
+            result[i, j] = max(total, 0.0)
+    return result
+
+
+def cam(model, layer, x, c):
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    return weighted_sum(linear.weight[c].tolist(), activation_of(model, layer, x))
+
+
+def gradcam(model, layer, x, c):
+    alpha = []
+    for g in gradient_of(model, layer, x, c).tolist():
+        values = [v for row in g for v in row]
+        alpha.append(sum(values) / len(values))
+    return weighted_sum(alpha, activation_of(model, layer, x))
+
+
+def gradcam_plus_plus(model, layer, x, c):
+    """alpha_k = sum_ij s_ij ReLU(g_ij), s = g^2 / (2 g^2 + (sum_ab A_ab^k) g^3), 0 where g = 0."""
+    activation = activation_of(model, layer, x)
+    alpha = []
+    for a, g_k in zip(activation, gradient_of(model, layer, x, c).tolist(), strict=True):
+        total = sum(a.flatten().tolist())
+        alpha_k = 0.0
+        for g in (v for row in g_k for v in row):
+            s = g**2 / (2 * g**2 + total * g**3) if g != 0 else 0.0
+            alpha_k += s * max(g, 0.0)
+        alpha.append(alpha_k)
+    return weighted_sum(alpha, activation)
+
+
+def scorecam(model, layer, x, c):
+    activation = activation_of(model, layer, x)
+    scores = []
+    for a in activation:
+        mask = torch.from_numpy(upsample(scale(a), x.shape[-2:])).to(x)
+        scores.append(score(model, mask * x, c))
+    exponentials = [np.exp(s - max(scores)) for s in scores]
+    return weighted_sum([e / sum(exponentials) for e in exponentials], activation)
+
+
+def ablationcam(model, layer, x, c):
+    """alpha_k = (y^c - y_k^c) / |y^c|: the paper's y^c is positive (its sign: see test_cam)."""
+    activation = activation_of(model, layer, x)
+    y = score(model, x, c)
+    alpha = []
+    for k in range(len(activation)):
+        alpha.append((y - ablated_score(model, layer, x, c, k)) / (abs(y) or 1.0))
+    return weighted_sum(alpha, activation)
+
+
+def layercam(model, layer, x, c):
+    """I_pre = ReLU(sum_k ReLU(g_ij^k) A_ij^k)."""
+    return _cell_by_cell(model, layer, x, c, lambda g: max(g, 0.0))
+
+
+def hirescam(model, layer, x, c):
+    """I_pre = ReLU(sum_k g_ij^k A_ij^k)."""
+    return _cell_by_cell(model, layer, x, c, lambda g: g)
+
+
+def _cell_by_cell(model, layer, x, c, weight):
+    activation = activation_of(model, layer, x)
+    gradient = gradient_of(model, layer, x, c)
+    channels, height, width = activation.shape
+    result = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            terms = [weight(gradient[k, i, j]) * activation[k, i, j] for k in range(channels)]
+            result[i, j] = max(sum(terms), 0.0)
+    return result
+
+
+def xgradcam(model, layer, x, c):
+    """alpha_k = sum_ij A_ij^k g_ij^k / sum_ab A_ab^k, 0 for an empty channel."""
+    activation = activation_of(model, layer, x)
+    alpha = []
+    for a, g in zip(activation, gradient_of(model, layer, x, c), strict=True):
+        total = sum(a.flatten().tolist())
+        product = sum(p * q for p, q in zip(a.flatten(), g.flatten(), strict=True))
+        alpha.append(product / total if total != 0 else 0.0)
+    return weighted_sum(alpha, activation)
+
+
+def eigencam(model, layer, x, c):
+    """A, cells by channels, on its first right singular vector: eigenvector of the Gram matrix."""
+    activation = activation_of(model, layer, x)
+    channels, height, width = activation.shape
+    gram = np.zeros((channels, channels))
+    for p in range(channels):
+        for q in range(channels):
+            gram[p, q] = sum((activation[p] * activation[q]).flatten().tolist())
+    values, vectors = np.linalg.eigh(gram)
+    first = vectors[:, np.argmax(values)]
+    projected = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            projected[i, j] = sum(first[k] * activation[k, i, j] for k in range(channels))
+    sign = -1 if projected.sum() < 0 else 1
+    return np.maximum(sign * projected, 0)
+
+
+CAMS = {
+    "cam": cam,
+    "gradcam": gradcam,
+    "gradcam++": gradcam_plus_plus,
+    "scorecam": scorecam,
+    "ablationcam": ablationcam,
+    "layercam": layercam,
+    "xgradcam": xgradcam,
+    "hirescam": hirescam,
+    "eigencam": eigencam,
+}
+
+
+# From I_pre to I
+
+
+def scale(values):
+    """S: to [0, 1]; a constant map becomes zero."""
+    low, high = values.min(), values.max()
+    result = np.zeros(values.shape, values.dtype)
+    if high > low:
+        for index in np.ndindex(*values.shape):
+            result[index] = (values[index] - low) / (high - low)
+    return result
+
+
+def upsample(values, size):
+    """Bilinear, pixel centres at half steps (align_corners=False), edges repeated."""
+    height, width = values.shape
+    cells = values.tolist()
+    result = np.zeros(size, values.dtype)
+    columns = [_neighbours(j, width, size[1]) for j in range(size[1])]
+    for i in range(size[0]):
+        top, bottom, v = _neighbours(i, height, size[0])
+        for j, (left, right, u) in enumerate(columns):
+            upper = (1 - u) * cells[top][left] + u * cells[top][right]
+            lower = (1 - u) * cells[bottom][left] + u * cells[bottom][right]
+            result[i, j] = (1 - v) * upper + v * lower
+    return result
+
+
+def _neighbours(i, cells, pixels):
+    position = max((i + 0.5) * cells / pixels - 0.5, 0.0)
+    before = int(position)
+    return before, min(before + 1, cells - 1), position - before
+
+
+def attribution_map(model, layer, x, c, method):
+    """I, shape (H, W), of one image."""
+    return upsample(scale(CAMS[method](model, layer, x, c)), x.shape[-2:])
+
+
+# Algorithm 1
+
+
+class Search(NamedTuple):
+    """What Algorithm 1 finds for one image; x_hat holds all masked images."""
+
+    tau: float
+    rpi: np.ndarray
+    y_hat: np.ndarray
+    y: float
+    attribution: np.ndarray
+    mask: np.ndarray
+    x_hat: list
+
+
+def blur(x, sigma=10):
+    """Gaussian, separable, its reach three sigma or as far as one reflection at the border goes."""
+    reach = min(3 * sigma, x.shape[-1] - 1, x.shape[-2] - 1)
+    steps = range(-reach, reach + 1)
+    kernel = [np.exp(-0.5 * (d / sigma) ** 2) for d in steps]
+    kernel = [v / sum(kernel) for v in kernel]
+    result = np.array(x, dtype=np.float64)
+    for axis in (-2, -1):
+        length, source = x.shape[axis], np.moveaxis(result, axis, 0)
+        rows = []
+        for i in range(length):
+            row = 0.0
+            for d, weight in zip(steps, kernel, strict=True):
+                at = abs(i + d)
+                at = at if at < length else 2 * (length - 1) - at
+                row = row + weight * source[at]
+            rows.append(row)
+        result = np.moveaxis(np.array(rows), 0, axis)
+    return result
+
+
+def fill_of(x, fill, mean, std):
+    """What muted pixels show: the mean colour is zero after normalisation."""
+    if fill == "mean":
+        return np.zeros_like(x)
+    if fill == "black":
+        black = np.zeros_like(x)
+        for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
+            black[channel] = (0 - m) / s
+        return black
+    return {"blur": blur}[fill](x)
+
+
+def thresholded(attribution, tau, mode):
+    """Eq. 4; by rank, tau is the share of the map's pixels below the cut."""
+    cut = {"value": tau, "percentile": np.percentile(attribution, 100 * tau)}[mode]
+    return np.where(attribution >= attribution.dtype.type(cut), attribution, 0)
+
+
+def masked_images(x, attribution, thresholds, masking, fill, mode, mean, std):
+    """x_hat for each threshold: eq. 5, 6."""
+    background = fill_of(x, fill, mean, std)
+    images = []
+    for tau in thresholds:
+        i_tau = thresholded(attribution, tau, mode)
+        m_tau = np.where(i_tau != 0, 1, 0).astype(i_tau.dtype)
+        weight = {"binary": m_tau, "soft": i_tau}[masking]
+        images.append(weight * x + (1 - weight) * background)
+    return images
+
+
+def algorithm_1(
+    model, x, attribution, c, thresholds, masking, fill, mode, mean=(0, 0, 0), std=(1, 1, 1)
+):
+    """Algorithm 1 for one image x, shape (1, 3, H, W), one masked image at a time."""
+    y = probability(model, x, c)
+    images = masked_images(x[0].numpy(), attribution, thresholds, masking, fill, mode, mean, std)
+    y_hat = [probability(model, torch.from_numpy(image)[None].to(x), c) for image in images]
+    rpi = [max(p - y, 0) / y for p in y_hat]
+    best = 0
+    for t in range(len(thresholds)):
+        if rpi[t] > rpi[best]:
+            best = t
+    i_tau = thresholded(attribution, thresholds[best], mode)
+    return Search(thresholds[best], np.array(rpi), np.array(y_hat), y, i_tau, i_tau != 0, images)

@@ -1,0 +1,136 @@
+"""What may import what; no hooks; a command line that starts without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import aftcli
+
+PACKAGE = Path(aftcli.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Downwards: each imports only those to its right. A module of several files shares its place
+# (report, report_masks).
+ORDER = [
+    "__main__",
+    "cli",
+    "report",
+    "options",
+    "evaluate",
+    "generate",
+    "masks",
+    "explanation",
+    "aft",
+    "tft",
+    "datasets",
+    "data",
+    "metrics",
+    "core",
+    "errors",
+]
+# What stays at the edge.
+EDGE = {"typer", "rich", "h5py", "matplotlib", "PIL"}
+ENGINE = ("core", "tft", "aft", "metrics")
+
+
+def place_of(path):
+    """A file's place in ORDER."""
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return name if name in ORDER else name.split("_")[0]
+
+
+def imports_of(path):
+    """Every module that a file imports, also inside functions and under TYPE_CHECKING."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "import_module"):
+            found |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+    return found
+
+
+def own_imports(path):
+    """The places in ORDER of what a file imports of aftcli."""
+    places = set()
+    for name in imports_of(path):
+        first, *rest = name.split(".")
+        if first == "aftcli" and rest:
+            module = PACKAGE.joinpath(rest[0])
+            if module.is_dir() or module.with_suffix(".py").is_file():
+                places.add(place_of(module.with_suffix(".py")))
+    return places
+
+
+def named(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda p: str(p.relative_to(PACKAGE)))
+
+
+def test_the_parser_sees_imports_wherever_they_are(tmp_path):
+    source = tmp_path / "source.py"
+    source.write_text(
+        "import a.b\nfrom c import d\ndef f():\n    import e\n    import_module('g')\n"
+    )
+    assert imports_of(source) == {"a.b", "c.d", "e", "g"}
+
+
+@named([path for path in FILES if place_of(path) in ENGINE])
+def test_the_engine_imports_nothing_of_the_edge(path):
+    packages = {name.split(".")[0] for name in imports_of(path)}
+    assert not packages & EDGE
+
+
+@named([path for path in FILES if path.name != "__init__.py"])
+def test_imports_run_downwards_only(path):
+    place = place_of(path)
+    assert place in ORDER, f"give {place} its place in ORDER"
+    below = ORDER[ORDER.index(place) :]
+    assert own_imports(path) <= set(below)
+
+
+def test_the_order_is_that_of_the_files():
+    places = {place_of(path) for path in FILES}
+    assert {"cli", "report", "explanation", "tft", "data", "core", "errors"} <= places
+    # The test above compares something: the command line does import the engine.
+    assert {"options", "report", "explanation", "core", "errors"} <= own_imports(PACKAGE / "cli.py")
+    assert own_imports(PACKAGE / "tft.py") == {"core", "errors"}
+
+
+@named(FILES)
+def test_nothing_hooks_into_networks(path):
+    assert "_hook(" not in path.read_text()
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("module", ["aftcli", "aftcli.cli", "aftcli.core.registry"])
+def test_importing_the_command_line_does_not_import_torch(module):
+    heavy = ("torch", "torchvision", "timm", "matplotlib", "h5py")
+    run = python(f"import {module}, sys; print([m for m in {heavy} if m in sys.modules])")
+    assert (run.returncode, run.stdout.strip()) == (0, "[]"), run.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["explain"], ["tft"]])
+def test_help_works_where_torch_cannot_be_imported(command):
+    argv = ["aft", *command, "--help"]
+    run = python(
+        "import sys; sys.modules.update(torch=None, torchvision=None, timm=None); "
+        f"sys.argv = {argv}; from aftcli.cli import main; main()"
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Usage: aft" in run.stdout
+
+
+def test_public_names_exist():
+    assert set(aftcli.__all__) == set(aftcli._HOMES)
+    for name in aftcli.__all__:
+        assert getattr(aftcli, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        aftcli.nothing  # noqa: B018
