@@ -269,8 +269,12 @@ def _has_convolution(module: nn.Module) -> bool:
 
 def _is_pointwise(module: nn.Module) -> bool:
     """A normalisation or activation: it belongs to the layer before it."""
-    name = type(module).__name__
-    return type(module).__module__ == "torch.nn.modules.activation" or "Norm" in name
+    # torchvision's Conv2dNormActivation has a norm in its name, and a convolution in it.
+    if _has_convolution(module):
+        return False
+    return type(module).__module__ == "torch.nn.modules.activation" or (
+        "Norm" in type(module).__name__
+    )
 
 
 def last_layer(model: nn.Module, size: tuple[int, int] = (224, 224)) -> str:
