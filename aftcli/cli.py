@@ -93,7 +93,8 @@ def explain(
 
     def explain_image(subject: Subject) -> list[Report]:
         x = _input(f, subject)
-        found = engine.explain(f, x, methods, targets, top_k, settings if tft else None)
+        fitting = _fitting(f, methods, cam)
+        found = engine.explain(f, x, fitting, targets, top_k, settings if tft else None)
         return [write_outputs(f, subject, e, kinds, out, cut) for e in found]
 
     _each_image(f, images, explain_image, settings, out, json, quiet, debug)
@@ -137,7 +138,8 @@ def tft(
     def explain_image(subject: Subject) -> list[Report]:
         x = _input(f, subject)
         if values is None:
-            found = engine.explain(f, x, methods, targets, top_k, settings)
+            fitting = _fitting(f, methods, cam)
+            found = engine.explain(f, x, fitting, targets, top_k, settings)
         else:
             attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
             found = engine.explain_map(f, x, attribution, targets, top_k, settings)
@@ -187,7 +189,7 @@ def gen_masks(
     from aftcli.datasets import open_data_set
 
     data = open_data_set(dataset, split, f.classes).limited(limit)
-    methods = [m for m in methods if len(methods) == 1 or generate.fits(f, m)]
+    methods = _fitting(f, methods, cam)
     watched = report_masks.watch(
         generate.generate_masks(
             f,
@@ -257,6 +259,13 @@ def _classifier(
     names = read_classes(classes) if classes else None
     where = find_device(device)
     return load_classifier(model, checkpoint, layer, classes=names, device=where)
+
+
+def _fitting(f: Classifier, methods: list[str], asked: list[str]) -> list[str]:
+    """`--cam all` is all that fit the model; a method asked for by name must fit."""
+    from aftcli.explanation import fits
+
+    return [m for m in methods if fits(f, m)] if "all" in asked else methods
 
 
 def _targets(f: Classifier, names: list[str] | None, top_k: int) -> list[int]:

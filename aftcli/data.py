@@ -83,7 +83,7 @@ def _images_in(folder: Path, out: Path | None) -> list[Path]:
     )
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
     """Read a picture as people see it: upright, 8 bits, RGB, transparency over white.
 
     Args:
@@ -93,6 +93,7 @@ def read_image(path: Path) -> Image.Image:
         AftError: the file is missing, empty, damaged, no picture, or larger than Pillow's
             limit (about 179 million pixels).
     """
+    path = Path(path)
     try:
         if path.stat().st_size == 0:
             raise AftError(f"{path}: the file is empty")
@@ -175,7 +176,8 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     Returns:
         x, shape (1, 3, H, W).
     """
-    image = _centre(image)
+    if preprocessing.resize is not None:
+        image = _centre(image)
     view = view_of(image.size, preprocessing)
     image = image.resize(view.scaled, INTERPOLATIONS[preprocessing.interpolation]).crop(view.crop)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

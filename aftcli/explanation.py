@@ -44,6 +44,13 @@ class Explanation:
     thresholds: tuple[float, ...] = ()
 
 
+def fits(f: Classifier, method: str) -> bool:
+    """Whether a method can explain a classifier: CAM only fits some heads."""
+    return method != "cam" or (
+        f.linear_head is not None and f.linear_head.is_last and f.linear_head.is_mean
+    )
+
+
 def explain(
     f: Classifier,
     x: Tensor,

@@ -149,13 +149,6 @@ def tune_batch(
     ]
 
 
-def fits(f: Classifier, method: str) -> bool:
-    """Whether a method can explain a classifier: CAM only fits some heads."""
-    return method != "cam" or (
-        f.linear_head is not None and f.linear_head.is_last and f.linear_head.is_mean
-    )
-
-
 class _Blocks(Dataset[Loaded]):
     """Decodes the images of a block; runs in the worker processes."""
 

@@ -66,6 +66,10 @@ def _convolutional():
     ]
 
 
+def _mixing():
+    return [("mix", nn.Conv2d(8, 8, 1)), ("relu3", nn.ReLU(inplace=True)), *_pooled()]
+
+
 # Kind of head: modules, layer l.
 KINDS = {
     # Global average pooling and one linear layer, as in ResNets.
@@ -76,6 +80,8 @@ KINDS = {
     "late norm": (lambda: [*_rectified(), *_pooled()], "conv2"),
     # As in VGG.
     "mlp": (lambda: [*_rectified(), *_mlp()], "conv2+bn2+relu2"),
+    # A linear layer at the end, but channels are mixed before it.
+    "mixing": (lambda: [*_rectified(), *_mixing()], "conv2+bn2+relu2"),
     # As in SqueezeNet.
     "conv": (lambda: [*_rectified(), *_convolutional()], "conv2+bn2+relu2"),
 }

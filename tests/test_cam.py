@@ -220,7 +220,7 @@ def test_all_ways_to_ablate_agree_with_zeroing_each_channel(kind, seed):
 
 def test_small_heads_take_the_ways_they_are_meant_to_test():
     heads = {kind: small(kind).f.linear_head for kind in KINDS}
-    assert heads["conv"] is None
+    assert heads["conv"] is None and heads["mixing"] is None
     assert [heads[k].is_last for k in ("linear", "signed", "late norm", "mlp")] == [
         True,
         True,

@@ -133,11 +133,16 @@ def test_the_figure_shows_image_map_and_fine_tuned_map(real, folder):
         image.convert("L").save("grey.png")
     [found] = objects("explain", "grey.png", "--tft", "--target", "tabby", "--save", "figure")
     # On a grey picture colour is the map's.
-    coloured = [np.ptp(panel, axis=2) > 15 for panel in panels(found["outputs"]["figure"], 3)]
+    shown = panels(found["outputs"]["figure"], 3)
+    coloured = [np.ptp(panel, axis=2) > 15 for panel in shown]
     area = found["tft"]["area"]
     assert 0.05 < area < 0.9
     shares = [panel.mean() for panel in coloured]
     assert shares == [0, pytest.approx(1, abs=0.06), pytest.approx(area, abs=0.03)]
+    picture = read_image(Path("grey.png"))
+    box = view_of(picture.size, real.preprocessing).box(picture.size)
+    seen = picture.resize(shown[0].shape[1::-1], Image.Resampling.BICUBIC, box=box)
+    assert np.abs(np.asarray(seen).astype(int) - shown[0]).mean() < 8
 
 
 def panels(path, count):

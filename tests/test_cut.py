@@ -360,6 +360,34 @@ def test_a_cut_that_would_change_the_logits_is_refused():
         assert_bit_identical(f, model.eval(), torch.randn(2, 3, *SIZE))
 
 
+def test_a_module_that_writes_into_the_activation_is_refused():
+    class Shift(nn.Module):
+        def forward(self, x):
+            x -= 1
+            return x
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), Shift(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    with pytest.raises(AftError, match="what follows '0' writes into its output"):
+        cut_classifier(model, "0", preprocessing=Preprocessing(SIZE))
+
+
+def test_a_model_in_training_mode_is_cut_as_it_will_be_evaluated():
+    # Neither dropout nor running statistics may take part in the check.
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Dropout(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    ).train()
+    f = cut_classifier(model, "0+1", preprocessing=Preprocessing(SIZE))
+    assert_bit_identical(f, model.eval(), torch.randn(2, 3, *SIZE))
+
+
 def test_class_names_must_be_as_many_as_classes(resnet18):
     from aftcli.core.classifier import Classes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -60,7 +61,7 @@ class Classes:
         Raises:
             AftError: no class has that name, several have, or the index is out of range.
         """
-        if target.lstrip("-").isdigit():
+        if re.fullmatch(r"-?[0-9]{1,9}", target):
             if 0 <= int(target) < len(self):
                 return int(target)
             raise AftError(f"class {target} is out of range: the classes are 0..{len(self) - 1}")
@@ -192,7 +193,10 @@ def cut_classifier(
     count = logits.shape[1]
     classes = classes or Classes(tuple(f"class {i}" for i in range(count)))
     if len(classes) != count:
-        raise AftError(f"{len(classes)} class names for a model with {count} classes")
+        raise AftError(
+            f"{len(classes)} class names for a model with {count} classes; give one name a line, "
+            "in the order of the model's outputs"
+        )
     _, *shape = activation.shape
     return Classifier(
         *parts,
