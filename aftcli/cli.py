@@ -187,7 +187,9 @@ def gen_masks(
 
     from aftcli import generate, report_masks
     from aftcli.datasets import open_data_set
+    from aftcli.memory import keep_freed_memory
 
+    keep_freed_memory()
     data = open_data_set(dataset, split, f.classes).limited(limit)
     methods = _fitting(f, methods, cam)
     watched = report_masks.watch(

@@ -12,7 +12,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError, nearest
 
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(11))
-BATCH = 32  # masked images in one pass of the network
+BATCH = 16  # masked images in one pass of the network
 BLUR_SIGMA = 10.0  # pixels
 
 

@@ -28,6 +28,7 @@ ORDER = [
     "data",
     "metrics",
     "core",
+    "memory",
     "errors",
 ]
 # What stays at the edge.
