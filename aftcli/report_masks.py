@@ -75,7 +75,12 @@ def summarise(store: MaskStore, names: Sequence[str]) -> StoreSummary:
         rpi,
         probability,
         store.path.stat().st_size / count,
-        {name: int(n) for name, n in zip(names, labels, strict=False) if n},
+        {
+            # Two of ImageNet's classes share a name with another (crane, maillot).
+            name if names.count(name) == 1 else f"{name} ({i})": int(n)
+            for i, (name, n) in enumerate(zip(names, labels, strict=False))
+            if n
+        },
     )
 
 
