@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from accelerate import Accelerator
     from torch import Tensor
 
     from aftcli.core.classifier import Classifier
@@ -56,11 +57,11 @@ def root(
 @app.command()
 def explain(
     images: o.ImagesArgument,
-    model: o.ModelOption = "efficientnet_lite0",
+    model: o.ModelOption = None,
     checkpoint: o.CheckpointOption = None,
     classes: o.ClassesOption = None,
     layer: o.LayerOption = None,
-    cam: o.CamsOption = ["layercam"],  # noqa: B006 - typer copies it
+    cam: o.CamsOption = None,
     tft: o.TftOption = False,
     target: o.TargetOption = None,
     top_k: o.TopKOption = 1,
@@ -82,10 +83,12 @@ def explain(
     With --tft the map's threshold is the one, of --thresholds, at which the image masked by the
     map raises the class's probability most.
     """
-    methods, cut = o.methods(cam), o.muting(threshold, mute, tft)
+    cut = o.muting(threshold, mute, tft)
     kinds = o.outputs(save, tft)
     settings = _settings(thresholds, masking, fill, threshold_mode)
+    o.methods(cam)
     f = _classifier(model, checkpoint, classes, layer, device)
+    methods = _methods(f, cam, "layercam")
     targets = _targets(f, target, top_k)
 
     from aftcli import explanation as engine
@@ -93,8 +96,7 @@ def explain(
 
     def explain_image(subject: Subject) -> list[Report]:
         x = _input(f, subject)
-        fitting = _fitting(f, methods, cam)
-        found = engine.explain(f, x, fitting, targets, top_k, settings if tft else None)
+        found = engine.explain(f, x, methods, targets, top_k, settings if tft else None)
         return [write_outputs(f, subject, e, kinds, out, cut) for e in found]
 
     _each_image(f, images, explain_image, settings, out, json, quiet, debug)
@@ -105,11 +107,11 @@ def tft(
     image: o.ImageArgument,
     map_: o.MapOption = None,
     absolute: o.AbsoluteOption = False,
-    model: o.ModelOption = "efficientnet_lite0",
+    model: o.ModelOption = None,
     checkpoint: o.CheckpointOption = None,
     classes: o.ClassesOption = None,
     layer: o.LayerOption = None,
-    cam: o.CamsOption = ["gradcam"],  # noqa: B006 - typer copies it
+    cam: o.CamsOption = None,
     target: o.TargetOption = None,
     top_k: o.TopKOption = 1,
     thresholds: o.ThresholdsOption = "0:1:0.1",
@@ -124,8 +126,9 @@ def tft(
     debug: o.DebugOption = False,
 ) -> None:
     """Fine-tune the threshold of an attribution map, our own or any other tool's."""
-    methods, kinds = o.methods(cam), o.outputs(save, True)
+    kinds = o.outputs(save, True)
     settings = _settings(thresholds, masking, fill, threshold_mode)
+    o.methods(cam)
 
     from aftcli import explanation as engine
     from aftcli.data import fit_map, read_map
@@ -138,8 +141,8 @@ def tft(
     def explain_image(subject: Subject) -> list[Report]:
         x = _input(f, subject)
         if values is None:
-            fitting = _fitting(f, methods, cam)
-            found = engine.explain(f, x, fitting, targets, top_k, settings)
+            methods = _methods(f, cam, "gradcam")
+            found = engine.explain(f, x, methods, targets, top_k, settings)
         else:
             attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
             found = engine.explain_map(f, x, attribution, targets, top_k, settings)
@@ -152,11 +155,11 @@ def tft(
 def gen_masks(
     dataset: o.DatasetArgument = None,
     split: o.SplitOption = None,
-    model: o.ModelOption = "efficientnet_lite0",
+    model: o.ModelOption = None,
     checkpoint: o.CheckpointOption = None,
     classes: o.ClassesOption = None,
     layer: o.LayerOption = None,
-    cam: o.CamsOption = ["gradcam"],  # noqa: B006 - typer copies it
+    cam: o.CamsOption = None,
     limit: o.LimitOption = None,
     thresholds: o.ThresholdsOption = "0:1:0.1",
     masking: o.MaskingOption = "binary",
@@ -180,7 +183,7 @@ def gen_masks(
     """
     if show or dataset is None:
         return _show(show, json)
-    methods = o.methods(cam)
+    o.methods(cam)
     settings = _settings(thresholds, masking, fill, threshold_mode)
     processes, device = _processes(device)
     f = _classifier(model, checkpoint, classes, layer, device)
@@ -191,7 +194,7 @@ def gen_masks(
 
     keep_freed_memory()
     data = open_data_set(dataset, split, f.classes).limited(limit)
-    methods = _fitting(f, methods, cam)
+    methods = _methods(f, cam, "gradcam")
     watched = report_masks.watch(
         generate.generate_masks(
             f,
@@ -212,6 +215,65 @@ def gen_masks(
     if processes.index == 0:
         paths = [generate.store_path(run, f.name, m) for m in methods]
         report_masks.print_stores(paths, data.classes, watched, json)
+
+
+@app.command()
+def finetune(
+    dataset: o.DatasetArgument = None,
+    split: o.SplitOption = None,
+    no_masks: o.NoMasksOption = False,
+    model: o.ModelOption = None,
+    checkpoint: o.CheckpointOption = None,
+    classes: o.ClassesOption = None,
+    layer: o.LayerOption = None,
+    cam: o.CamsOption = None,
+    lam: o.LamOption = 1.0,
+    lr: o.LearningRateOption = None,
+    epochs: o.EpochsOption = None,
+    batch_size: o.BatchSizeOption = 32,
+    patience: o.PatienceOption = 3,
+    held_out: o.HeldOutOption = 0.1,
+    limit: o.LimitOption = None,
+    augment: o.AugmentOption = False,
+    seed: o.SeedOption = 0,
+    precision: o.PrecisionOption = "auto",
+    cache: o.CacheOption = "auto",
+    run: o.RunOption = Path("aft-run"),
+    overwrite: o.OverwriteOption = False,
+    export: o.ExportOption = None,
+    device: o.DeviceOption = "auto",
+    workers: o.WorkersOption = None,
+    json: o.JsonOption = False,
+    quiet: o.QuietOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Fine-tune the network so that its plain maps are as good as fine-tuned ones (AFT).
+
+    Takes the masks of aft gen-masks in RUN/masks and writes RUN/tuned/MODEL-CAM.safetensors, which
+    --checkpoint takes. Stopped at any point, the same command goes on. Runs on several processes
+    under torchrun or accelerate launch.
+    """
+    cams, wanted = o.methods(cam), o.export(export)
+
+    from aftcli import finetune as engine
+    from aftcli import report_tuned
+    from aftcli.memory import keep_freed_memory
+
+    lam_or_none = None if no_masks else lam
+    settings = engine.in_situation(lam_or_none, lr, epochs, batch_size, patience, held_out, seed)
+    accelerator = _accelerator(device, precision)
+    source = engine.Source(model, checkpoint, layer, _names(classes), accelerator.device)
+    keep_freed_memory()
+    if no_masks:
+        jobs = engine.control_jobs(run, source, dataset, split, limit, seed)
+    else:
+        jobs = engine.mask_jobs(run, source, cams, dataset, limit)
+    options = engine.Options(cache, augment, _workers(workers), overwrite)
+    events = engine.fine_tune(jobs, run, settings, options, accelerator)
+    tuned = report_tuned.watch(events, quiet or accelerator.process_index > 0)
+    if accelerator.process_index == 0:
+        exported = [report_tuned.export(t.path) for t in tuned] if wanted else []
+        report_tuned.print_tuned(tuned, exported, json)
 
 
 def _show(show: Path | None, json: bool) -> None:
@@ -242,6 +304,26 @@ def _processes(device: str) -> tuple[Processes, str]:
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone), own
 
 
+def _accelerator(device: str, precision: str) -> Accelerator:
+    """Accelerate's view of this process: its device, the precision, the other processes."""
+    from aftcli.core.models import find_device
+
+    if precision not in ("auto", "no", "bf16", "fp16"):
+        raise AftError(f"unknown precision {precision!r}; there are auto, no, bf16 and fp16")
+    where = find_device(device)
+
+    from accelerate import Accelerator
+
+    if device not in ("auto", "cpu"):
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", device)
+    try:
+        return Accelerator(
+            cpu=where.type == "cpu", mixed_precision=None if precision == "auto" else precision
+        )
+    except ValueError as error:
+        raise AftError(f"--precision {precision} can't be used here ({error})") from error
+
+
 def _settings(thresholds: str, masking: str, fill: str, mode: str) -> TftSettings:
     values = o.thresholds(thresholds)
 
@@ -253,21 +335,26 @@ def _settings(thresholds: str, masking: str, fill: str, mode: str) -> TftSetting
 
 
 def _classifier(
-    model: str, checkpoint: Path | None, classes: Path | None, layer: str | None, device: str
+    model: str | None, checkpoint: Path | None, classes: Path | None, layer: str | None, device: str
 ) -> Classifier:
     from aftcli.core.models import find_device, load_classifier
+
+    where = find_device(device)
+    return load_classifier(model, checkpoint, layer, classes=_names(classes), device=where)
+
+
+def _names(classes: Path | None) -> tuple[str, ...] | None:
     from aftcli.data import read_classes
 
-    names = read_classes(classes) if classes else None
-    where = find_device(device)
-    return load_classifier(model, checkpoint, layer, classes=names, device=where)
+    return read_classes(classes) if classes else None
 
 
-def _fitting(f: Classifier, methods: list[str], asked: list[str]) -> list[str]:
+def _methods(f: Classifier, asked: list[str] | None, default: str) -> list[str]:
     """`--cam all` is all that fit the model; a method asked for by name must fit."""
     from aftcli.explanation import fits
 
-    return [m for m in methods if fits(f, m)] if "all" in asked else methods
+    methods = o.methods(asked or [f.cam or default])
+    return [m for m in methods if fits(f, m)] if "all" in (asked or []) else methods
 
 
 def _targets(f: Classifier, names: list[str] | None, top_k: int) -> list[int]:

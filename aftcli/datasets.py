@@ -99,6 +99,23 @@ def open_data_set(path: Path, split: str | None, classes: Classes) -> DataSet:
     return data_set
 
 
+def validation_of(data_set: DataSet, classes: Classes) -> DataSet | None:
+    """The val split beside a train split; None where there is none with the model's classes.
+
+    Args:
+        data_set: opened by `open_data_set`, or made of a mask store.
+        classes: the model's.
+    """
+    if data_set.split != "train":
+        return None
+    root = data_set.root if data_set.kind == "voc" else data_set.root.parent
+    try:
+        found = open_data_set(root, "val", classes)
+    except AftError:
+        return None
+    return found if found.mapped else None
+
+
 def _open_folders(path: Path, split: str | None, classes: Classes) -> DataSet:
     parts = sorted(p.name for p in path.iterdir() if p.is_dir())
     if "train" in parts or "val" in parts:

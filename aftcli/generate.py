@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,23 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from aftcli import __version__
 from aftcli.core.cam import layer_map, upsample
-from aftcli.core.classifier import Classifier, Preprocessing
-from aftcli.data import read_image, to_input
+from aftcli.core.classifier import Classifier
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError
 from aftcli.explanation import TftSettings
+from aftcli.files import locked, make_folder
+from aftcli.loading import load_blocks
 from aftcli.masks import (
     FORMAT_VERSION,
-    Broken,
     MaskStore,
     Rows,
     differences,
     join_parts,
-    locked,
     read_part,
     split_float,
     write_part,
@@ -96,19 +93,6 @@ class Done(NamedTuple):
     broken: int = 0
 
 
-class Loaded(NamedTuple):
-    """A block of images, decoded.
-
-    An array, not a tensor: workers would hand tensors over in shared memory, which containers
-    keep small.
-    """
-
-    block: int
-    x: np.ndarray
-    indices: list[int]
-    broken: list[Broken]
-
-
 @torch.no_grad()
 def tune_batch(
     f: Classifier, x: Tensor, methods: Sequence[str], settings: TftSettings
@@ -149,42 +133,6 @@ def tune_batch(
     ]
 
 
-class _Blocks(Dataset[Loaded]):
-    """Decodes the images of a block; runs in the worker processes."""
-
-    def __init__(
-        self, data_set: DataSet, spans: list[range], todo: list[int], preprocessing: Preprocessing
-    ) -> None:
-        self.data_set, self.spans, self.todo = data_set, spans, todo
-        self.preprocessing = preprocessing
-
-    def __len__(self) -> int:
-        return len(self.todo)
-
-    def __getitem__(self, index: int) -> Loaded:
-        inputs, indices, broken = [], [], []
-        for i in self.spans[self.todo[index]]:
-            try:
-                image = read_image(self.data_set.path(i))
-                inputs.append(to_input(image, self.preprocessing))
-                indices.append(i)
-            except AftError as error:
-                name = self.data_set.samples[i].name
-                reason = str(error).removeprefix(f"{self.data_set.path(i)}: ")
-                broken.append(Broken(name, reason))
-        x = torch.cat([torch.empty(0, 3, *self.preprocessing.size), *inputs])
-        return Loaded(self.todo[index], x.numpy(), indices, broken)
-
-
-def _as_it_is(loaded: Any) -> Any:  # noqa: ANN401 - what torch declares
-    return loaded
-
-
-def _leave_interrupts_to_the_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
 def store_path(run: Path, model: str, cam: str) -> Path:
     """Where the masks of a model and a CAM method are kept in a run."""
     return run / "masks" / f"{model.replace(':', '_').replace('/', '_')}-{cam}.h5"
@@ -201,6 +149,7 @@ def store_settings(f: Classifier, data_set: DataSet, settings: TftSettings) -> d
         "aft_version": __version__,
         "model": f.name,
         "weights": f.weights_hash(),
+        "checkpoint": f.checkpoint,
         "layer": f.layer_name,
         "activation_shape": list(f.activation_shape),
         "thresholds": list(settings.thresholds),
@@ -227,7 +176,6 @@ class _Store:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
         self.parts = path.with_name(f".{path.stem}.parts")
-        self.lock = path.with_name(f".{path.stem}.lock")
 
     def part(self, span: range) -> Path:
         return self.parts / f"{span.start:09d}-{span.stop:09d}"
@@ -364,7 +312,7 @@ def generate_masks(
         }
         todo = [i for i, lacking in missing.items() if lacking]
         yield Done(sum(len(spans[i]) for i in missing if not missing[i]))
-        for loaded in _load(f, data_set, spans, todo, workers):
+        for loaded in load_blocks(f.preprocessing, data_set, spans, todo, workers):
             if strict and loaded.broken:
                 first = loaded.broken[0]
                 raise AftError(f"{data_set.root / first.path}: {first.reason} (--strict)")
@@ -388,14 +336,8 @@ def generate_masks(
 
 def _take(stores: dict[str, _Store], held: ExitStack, overwrite: bool) -> None:
     for store in stores.values():
-        try:
-            store.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AftError(
-                f"{store.path.parent}: can't be made ({error.strerror or error}); give another "
-                "--run"
-            ) from error
-        held.enter_context(locked(store.lock))
+        make_folder(store.path.parent)
+        held.enter_context(locked(store.path))
         if overwrite:
             store.clear()
         if store.finished():
@@ -403,31 +345,6 @@ def _take(stores: dict[str, _Store], held: ExitStack, overwrite: bool) -> None:
             shutil.rmtree(store.parts, ignore_errors=True)
         else:
             store.parts.mkdir(exist_ok=True)
-
-
-def _load(
-    f: Classifier, data_set: DataSet, spans: list[range], todo: list[int], workers: int
-) -> Iterator[Loaded]:
-    if not todo:
-        return
-    loader: DataLoader[Loaded] = DataLoader(
-        _Blocks(data_set, spans, todo, f.preprocessing),
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=min(workers, len(todo)),
-        worker_init_fn=_leave_interrupts_to_the_parent,
-        # Forked workers see that their parent has died; those of a fork server live on.
-        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
-    )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise AftError(
-            f"a process that decodes images died ({str(error).splitlines()[0][:120]}); run the "
-            "same command again, with fewer --workers if memory is short"
-        ) from error
 
 
 def _progress(tuned: list[Tuned]) -> Done:

@@ -11,7 +11,6 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,20 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aftcli.errors import AftError
+from aftcli.files import durable
+from aftcli.loading import Broken as Broken
 from aftcli.tft import cut_off, mask_of, threshold_map
 
 FORMAT_VERSION = 1
 # Recorded, but a store may be continued by another version of aft or from a moved data set.
-INFORMATION = frozenset({"aft_version", "data_set", "complete", "digest"})
+INFORMATION = frozenset({"aft_version", "checkpoint", "data_set", "complete", "digest"})
 ROWS = 1024  # images a chunk
 FEATURES = ("v110", "v110")  # of HDF5: compact, and readable since 1.10 (2016)
-
-
-class Broken(NamedTuple):
-    """An image that could not be read."""
-
-    path: str
-    reason: str
 
 
 class Rows(NamedTuple):
@@ -156,33 +150,6 @@ def _read_settings(group: h5py.Group) -> dict[str, Any]:
     return settings
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _durable(path: Path) -> Iterator[Path]:
-    """Write a file whole or not at all, also through a power loss."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        raise AftError(
-            f"{path}: can't be written ({getattr(error, 'strerror', None) or error}); free space "
-            "or choose another --run; the same command goes on where it stopped"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_part(path: Path, rows: Rows, broken: list[Broken], settings: Mapping[str, Any]) -> None:
     """Write the results of one block of images.
 
@@ -197,7 +164,7 @@ def write_part(path: Path, rows: Rows, broken: list[Broken], settings: Mapping[s
         content = file.id.get_file_image()
     # A torn write leaves a file that HDF5 might still open; its own digest tells.
     digest = hashlib.sha256(content).digest()
-    with _durable(path) as temporary:
+    with durable(path) as temporary:
         temporary.write_bytes(content + digest)
 
 
@@ -226,7 +193,7 @@ def _broken(group: h5py.Group) -> list[Broken]:
 def join_parts(path: Path, parts: Iterable[Path], settings: Mapping[str, Any]) -> None:
     """Join the blocks of a store, in their order, into one file; memory stays flat."""
     parts = list(parts)
-    with _durable(path) as temporary:
+    with durable(path) as temporary:
         # HDF5 crashes where the disk is full; parts together are larger than the whole.
         _require_space(temporary, 2**16 + sum(p.stat().st_size for p in parts if p.exists()))
         broken: list[Broken] = []
@@ -411,26 +378,3 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
 
 def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a store: a second process on it is refused.
-
-    The lock goes with the process, however it ends.
-
-    Raises:
-        AftError: another process holds the store.
-    """
-    import fcntl
-
-    with path.open("a") as file:
-        try:
-            # Not flock: forked workers would inherit it and outlive a killed parent.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise AftError(
-                f"{path.with_name(path.stem.lstrip('.'))}.h5: another process is writing this "
-                "store; wait for it or choose another --run"
-            ) from error
-        yield

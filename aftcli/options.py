@@ -33,12 +33,13 @@ AbsoluteOption = Annotated[
     typer.Option("--absolute", help="Take the map's magnitudes; else negatives become zero."),
 ]
 ModelOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--model",
         metavar="NAME",
         help="efficientnet_lite0 (weights installed, works offline), a torchvision CNN "
-        "(resnet50, vgg16, ...) or timm:NAME.",
+        "(resnet50, vgg16, ...) or timm:NAME. Default: that of a tuned --checkpoint or of the "
+        "masks, else efficientnet_lite0.",
     ),
 ]
 CheckpointOption = Annotated[
@@ -46,7 +47,8 @@ CheckpointOption = Annotated[
     typer.Option(
         "--checkpoint",
         metavar="FILE",
-        help="State dict for the model (.safetensors, .pth, .pt). Default: published weights.",
+        help="What aft finetune wrote (it knows its model, layer, classes and CAM), or a state "
+        "dict for the model (.safetensors, .pth, .pt). Default: published weights.",
     ),
 ]
 ClassesOption = Annotated[
@@ -63,8 +65,13 @@ LayerOption = Annotated[
     ),
 ]
 CamsOption = Annotated[
-    list[str],
-    typer.Option("--cam", metavar="METHOD", help=f"{METHOD_HELP} Repeatable, or all."),
+    list[str] | None,
+    typer.Option(
+        "--cam",
+        metavar="METHOD",
+        help=f"{METHOD_HELP} Repeatable, or all. Default: that of a tuned --checkpoint, else "
+        "layercam to explain and gradcam elsewhere; finetune takes all masks that there are.",
+    ),
 ]
 TftOption = Annotated[
     bool, typer.Option("--tft", help="Find the threshold that explains this image best.")
@@ -132,7 +139,7 @@ DatasetArgument = Annotated[
     typer.Argument(
         metavar="[DATASET]",
         help="A folder of class folders, one with train/ and val/ of such (ImageNet), or a "
-        "VOCdevkit.",
+        "VOCdevkit. finetune knows it from the masks.",
         show_default=False,
     ),
 ]
@@ -161,7 +168,13 @@ RunOption = Annotated[
     typer.Option("--run", metavar="DIR", help="Where a study lives: masks/, tuned/, results/."),
 ]
 BatchSizeOption = Annotated[
-    int, typer.Option("--batch-size", metavar="N", min=1, help="Images in one pass of the stem.")
+    int,
+    typer.Option(
+        "--batch-size",
+        metavar="N",
+        min=1,
+        help="Images in one pass of the stem; of finetune, in one step of training.",
+    ),
 ]
 WorkersOption = Annotated[
     int | None,
@@ -170,6 +183,80 @@ WorkersOption = Annotated[
         metavar="N",
         min=0,
         help="Processes that decode images. Default: half the cores, at most 8.",
+    ),
+]
+NoMasksOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-masks",
+        help="Plain cross-entropy on the same weights: the control; with a DATASET of other "
+        "classes than the model's it makes a new last layer for them.",
+    ),
+]
+LamOption = Annotated[
+    float,
+    typer.Option("--lam", metavar="L", help="lambda of eq. 8, for a sum over the mask's cells."),
+]
+LearningRateOption = Annotated[
+    float | None,
+    typer.Option(
+        "--lr",
+        metavar="RATE",
+        help="Learning rate of Adam. Default: 0.0001; with a new last layer 0.001.",
+    ),
+]
+EpochsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--epochs",
+        metavar="N",
+        min=1,
+        help="Epochs at the most. Default: 10; with a new last layer 30.",
+    ),
+]
+PatienceOption = Annotated[
+    int,
+    typer.Option(
+        "--patience",
+        metavar="N",
+        min=0,
+        help="Stop after N epochs without a better loss on held-out training images; 0 never.",
+    ),
+]
+HeldOutOption = Annotated[
+    float,
+    typer.Option(
+        "--held-out",
+        metavar="SHARE",
+        help="Share of the training images that choose the epoch instead of being trained on.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of all randomness.")]
+CacheOption = Annotated[
+    str,
+    typer.Option(
+        "--cache",
+        metavar="auto|memory|disk|off",
+        help="Where the outputs of the frozen layers are kept; auto takes the first with room.",
+    ),
+]
+AugmentOption = Annotated[
+    bool, typer.Option("--augment", help="Flip and crop the images at random; nothing is cached.")
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="auto|no|bf16|fp16",
+        help="Mixed precision; auto is what accelerate launch says, else no.",
+    ),
+]
+ExportOption = Annotated[
+    str | None,
+    typer.Option(
+        "--export",
+        metavar="onnx",
+        help="Also write the network and its map as one graph for other runtimes.",
     ),
 ]
 JsonOption = Annotated[
@@ -188,12 +275,13 @@ def plain(text: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def methods(names: list[str]) -> list[str]:
-    """Check the names of CAM methods; `all` stands for every one.
+def methods(names: list[str] | None) -> list[str]:
+    """Check the names of CAM methods; `all` stands for every one, None for none.
 
     Raises:
         AftError: a name is unknown.
     """
+    names = names or []
     if "all" in names:
         return list(METHODS)
     for name in names:
@@ -248,6 +336,17 @@ def outputs(text: str | None, tft: bool) -> tuple[str, ...]:
         if kind not in SAVE:
             raise AftError(f"unknown output {kind!r} in --save; there are {', '.join(SAVE)}")
     return kinds
+
+
+def export(format_: str | None) -> bool:
+    """Whether to export the tuned networks.
+
+    Raises:
+        AftError: the format is unknown.
+    """
+    if format_ not in (None, "onnx"):
+        raise AftError(f"unknown format {format_!r} in --export; there is onnx")
+    return format_ is not None
 
 
 def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[float, str] | None:

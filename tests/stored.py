@@ -13,8 +13,8 @@ from torch import nn
 from aftcli.core.classifier import Classes, Preprocessing, cut_classifier
 from aftcli.datasets import open_data_set
 from aftcli.explanation import TftSettings
+from aftcli.files import locked
 from aftcli.generate import Processes, generate_masks
-from aftcli.masks import locked
 
 NAMES = ("apple", "pear", "plum")
 

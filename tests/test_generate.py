@@ -183,7 +183,7 @@ def test_other_weights_are_refused(images, tmp_path, monkeypatch):
 def test_a_second_process_on_a_store_is_refused(images, processes, tmp_path):
     (tmp_path / "masks").mkdir()
     held, release = processes.Event(), processes.Event()
-    lock = tmp_path / "masks/.small-gradcam.lock"
+    lock = tmp_path / "masks/small-gradcam.h5"
     other = processes.Process(target=hold, args=(lock, held, release))
     other.start()
     held.wait()

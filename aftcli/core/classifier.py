@@ -98,6 +98,8 @@ class Classifier(nn.Module):
         preprocessing: what makes x of an image.
         classes: the names of the classes.
         activation_shape: (K, h, w) of A at the preprocessing's input size.
+        cam: the CAM method that it was fine-tuned for (§4.2); None without.
+        checkpoint: the file its weights are from; "" for published or given ones.
     """
 
     def __init__(
@@ -111,12 +113,14 @@ class Classifier(nn.Module):
         preprocessing: Preprocessing,
         classes: Classes,
         activation_shape: tuple[int, int, int],
+        cam: str | None = None,
     ) -> None:
         super().__init__()
         self.stem, self.layer, self.head = stem, layer, head
         self.name, self.layer_name = name, layer_name
         self.preprocessing, self.classes = preprocessing, classes
         self.activation_shape = activation_shape
+        self.cam, self.checkpoint = cam, ""
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, shape (N, C), of inputs x, shape (N, 3, H, W)."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aftcli.core.checkpoint import card_classes, card_preprocessing, read_card, restore
 from aftcli.core.classifier import Classes, Classifier, Preprocessing, cut_classifier
 from aftcli.errors import AftError, nearest
 
@@ -246,7 +247,7 @@ def _reason(error: Exception) -> str:
 
 
 def load_classifier(
-    name: str = DEFAULT_MODEL,
+    name: str | None = None,
     checkpoint: str | Path | None = None,
     layer: str | None = None,
     *,
@@ -257,8 +258,10 @@ def load_classifier(
     """Load a CNN and cut it at layer l into w0, w1, w2 (§4.2).
 
     Args:
-        name: `efficientnet_lite0`, a classification CNN of torchvision's, or `timm:NAME`.
-        checkpoint: a state dict for it; default the model's published weights.
+        name: `efficientnet_lite0`, a classification CNN of torchvision's, or `timm:NAME`;
+            default the checkpoint's, else `efficientnet_lite0`.
+        checkpoint: a file of `aft finetune`, which knows its model, layer and classes, or a
+            state dict for the model; default the model's published weights.
         layer: a module's name, or consecutive modules joined by `+`; default the last
             convolutional layer.
         classes: class names; default the model's.
@@ -271,6 +274,10 @@ def load_classifier(
     Raises:
         AftError: model, layer or checkpoint is unknown, damaged, does not fit or can't be had.
     """
+    card = read_card(Path(checkpoint)) if checkpoint else None
+    if checkpoint and card:
+        return _tuned(Path(checkpoint), card, name, layer, classes).to(device)
+    name = name or DEFAULT_MODEL
     source = _source(name)
     if checkpoint is None:
         network = _published(name, source) if weights else source(name, False, None)
@@ -281,15 +288,75 @@ def load_classifier(
         if count:
             network = source(name, False, count)
         _load_weights(network.model, saved, Path(checkpoint), name)
-    classifier = cut_classifier(
+    classifier = _cut(name, network, layer, Classes(classes) if classes else network.classes)
+    classifier.checkpoint = str(Path(checkpoint).resolve()) if checkpoint else ""
+    return classifier.to(device)
+
+
+def _cut(name: str, network: Network, layer: str | None, classes: Classes | None) -> Classifier:
+    return cut_classifier(
         network.model,
         layer or LAYERS.get(name),
         name=name,
         preprocessing=network.preprocessing,
-        classes=Classes(classes) if classes else network.classes,
+        classes=classes,
         own=True,
     )
-    return classifier.to(device)
+
+
+def _tuned(
+    path: Path,
+    card: dict[str, Any],
+    name: str | None,
+    layer: str | None,
+    classes: tuple[str, ...] | None,
+) -> Classifier:
+    """A classifier that `aft finetune` has written."""
+    for what, asked, known in (
+        ("--model", name, card["model"]),
+        ("--layer", layer, card["layer"]),
+    ):
+        if asked is not None and asked != known:
+            raise AftError(
+                f"{path}: was tuned for {what} {known}, asked for {asked}; leave {what} out"
+            )
+    own = card_classes(card)
+    if classes and len(classes) != len(own):
+        raise AftError(f"{path}: has {len(own)} classes, --classes names {len(classes)}")
+    network = _source(card["model"])(card["model"], False, len(own))
+    network = network._replace(preprocessing=card_preprocessing(card))
+    f = _cut(card["model"], network, card["layer"], Classes(classes) if classes else own)
+    restore(f, path, card)
+    f.checkpoint = str(path.resolve())
+    return f
+
+
+def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Classifier:
+    """Give a classifier an output for each of other classes; all other weights stay.
+
+    Args:
+        f: a classifier of `load_classifier`.
+        classes: their names.
+        seed: of the new weights.
+
+    Raises:
+        AftError: the model is none of those that can be made with any number of classes.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _source(f.name)(f.name, False, len(classes))
+    network = network._replace(preprocessing=f.preprocessing)
+    new = _cut(f.name, network, f.layer_name, Classes(classes))
+    for own, other in ((new.stem, f.stem), (new.layer, f.layer), (new.head, f.head)):
+        known, kept = other.state_dict(), own.state_dict()
+        own.load_state_dict(
+            {
+                k: known[k] if k in known and known[k].shape == v.shape else v
+                for k, v in kept.items()
+            }
+        )
+    new.checkpoint = f.checkpoint
+    return new.to(f.device)
 
 
 def find_device(name: str) -> torch.device:

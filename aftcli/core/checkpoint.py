@@ -1,0 +1,172 @@
+"""Tuned classifiers as files: weights, tuner, and all that is needed to use them (§4.2).
+
+One safetensors file: the network's tensors under the names that its authors gave them, the
+tuner's behind `TUNER`, and a card, JSON in the file's metadata (docs/checkpoint-format.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from aftcli.core.classifier import Classes, Classifier, Preprocessing
+from aftcli.core.tuner import Tuner
+from aftcli.errors import AftError
+
+FORMAT_VERSION = 1
+CARD = "aft"
+TUNER = "aft_tuner."
+
+
+def write_checkpoint(
+    path: Path, f: Classifier, tuner: Tuner | None, card: Mapping[str, Any]
+) -> None:
+    """Write a classifier and its card.
+
+    Args:
+        path: of the file.
+        f: the classifier.
+        tuner: f_tuner; None for a control.
+        card: further entries, of plain values.
+    """
+    tensors = {
+        name: value.detach().cpu().contiguous()
+        for part in (f.stem, f.layer, f.head)
+        for name, value in part.state_dict().items()
+    }
+    if tuner is not None:
+        weights = tuner.state_dict()
+        tensors |= {f"{TUNER}{k}": v.detach().cpu().contiguous() for k, v in weights.items()}
+    own = {
+        "format_version": FORMAT_VERSION,
+        "model": f.name,
+        "layer": f.layer_name,
+        "cam": f.cam,
+        "classes": {"names": f.classes.names, "wnids": f.classes.wnids},
+        "preprocessing": asdict(f.preprocessing),
+        "digest": _digest(tensors),
+    }
+    # As bytes: save_file would give the file to its owner alone.
+    path.write_bytes(save(tensors, {CARD: _sealed({**card, **own})}))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sealed(card: Mapping[str, Any]) -> str:
+    """JSON with a hash of itself: one flipped bit would be other settings."""
+    text = json.dumps(card, sort_keys=True)
+    return json.dumps({"card": json.loads(text), "sha256": _hash(text)}, sort_keys=True)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_card(path: Path) -> dict[str, Any] | None:
+    """Read what a file of `aft finetune` says of itself, without its tensors.
+
+    Args:
+        path: of any checkpoint.
+
+    Returns:
+        The card; None for another kind of file.
+
+    Raises:
+        AftError: the card is damaged or of a format that this version can't read.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(CARD)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path) from error
+    if text is None:
+        return None
+    try:
+        read = json.loads(text)
+        card: dict[str, Any] = read["card"]
+        whole = _hash(json.dumps(card, sort_keys=True)) == read["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
+    if not whole:
+        raise _damaged(path)
+    if card.get("format_version") != FORMAT_VERSION:
+        raise AftError(
+            f"{path}: is a checkpoint of format {card.get('format_version')}, this aft reads "
+            f"format {FORMAT_VERSION}; upgrade aft, or tune again"
+        )
+    return card
+
+
+def _damaged(path: Path) -> AftError:
+    return AftError(f"{path}: is damaged or cut short; write it again with aft finetune")
+
+
+def card_classes(card: Mapping[str, Any]) -> Classes:
+    """The classes that a card names."""
+    return Classes(tuple(card["classes"]["names"]), tuple(card["classes"]["wnids"]))
+
+
+def card_preprocessing(card: Mapping[str, Any]) -> Preprocessing:
+    """The preprocessing that a card names."""
+    values: dict[str, Any] = card["preprocessing"]
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    return Preprocessing(**{**values, **lists})
+
+
+def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
+    """Put a checkpoint's weights into a classifier of the same architecture.
+
+    Args:
+        f: the classifier; its weights are replaced.
+        path: of the checkpoint.
+        card: its card.
+
+    Returns:
+        The tuner; None where the file is a control's.
+
+    Raises:
+        AftError: the file is damaged, or does not fit the classifier.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path) from error
+    if _digest(tensors) != card["digest"]:
+        raise _damaged(path)
+    own = {k.removeprefix(TUNER): v for k, v in tensors.items() if k.startswith(TUNER)}
+    weights = {k: v for k, v in tensors.items() if not k.startswith(TUNER)}
+    expected = {
+        name: value
+        for part in (f.stem, f.layer, f.head)
+        for name, value in part.state_dict().items()
+    }
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
+        raise AftError(
+            f"{path}: its weights do not fit {f.name} as it is installed here; install the "
+            f"versions it was tuned with: {card.get('versions', 'unknown')}"
+        )
+    for part in (f.stem, f.layer, f.head):
+        part.load_state_dict({name: weights[name] for name in part.state_dict()})
+    f.cam = card["cam"]
+    if not own:
+        return None
+    hidden, channels = own["reduce.weight"].shape[:2]
+    tuner = Tuner(channels, hidden).to(next(iter(own.values())))
+    tuner.load_state_dict(own)
+    return tuner.eval().requires_grad_(False)

@@ -1,0 +1,85 @@
+"""Files that are written whole or not at all, and locks that end with their process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from aftcli.errors import AftError
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def durable(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all, also through a power loss.
+
+    Args:
+        path: of the file; what is written to the path that is yielded is renamed to it.
+
+    Raises:
+        AftError: it can't be written.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        raise AftError(
+            f"{path}: can't be written ({getattr(error, 'strerror', None) or error}); free space "
+            "or choose another --run; the same command goes on where it stopped"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> Path:
+    """Make a folder of a run.
+
+    Raises:
+        AftError: it can't be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AftError(
+            f"{path}: can't be made ({error.strerror or error}); give another --run"
+        ) from error
+    return path
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold a file in the making: a second process on it is refused.
+
+    The lock goes with the process, however it ends.
+
+    Args:
+        target: the file; the lock lies beside it, hidden.
+
+    Raises:
+        AftError: another process holds it.
+    """
+    import fcntl
+
+    with target.with_name(f".{target.stem}.lock").open("a") as file:
+        try:
+            # Not flock: forked workers would inherit it and outlive a killed parent.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise AftError(
+                f"{target}: another process is writing this file; wait for it or choose another "
+                "--run"
+            ) from error
+        yield

@@ -1,0 +1,609 @@
+"""From mask stores, or a data set alone, to tuned checkpoints (§4.2).
+
+A run may be stopped at any point: the training's state is stored at short intervals, and the
+same command goes on from it to the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
+
+from aftcli import __version__
+from aftcli.aft import AftSettings, Epoch, Measured, Step, Training, check_settings
+from aftcli.core.checkpoint import read_card, write_checkpoint
+from aftcli.core.classifier import Classifier
+from aftcli.core.models import load_classifier, with_new_head
+from aftcli.datasets import DataSet, Sample, open_data_set, validation_of
+from aftcli.errors import AftError
+from aftcli.features import Cache, CachedExamples, Masks, choose_cache
+from aftcli.files import durable, locked, make_folder
+from aftcli.loading import Broken
+from aftcli.masks import MaskStore, differences
+
+SAVE_EVERY = 30.0  # seconds between stored states, at the least
+TUNING, NEW_HEAD = (1e-4, 10), (1e-3, 30)  # learning rate and epochs (docs/decisions.md)
+OVERHEAD = 0.05  # share of the time that storing them may take
+
+
+@dataclass(frozen=True)
+class Job:
+    """A classifier and what it is to be tuned with.
+
+    Attributes:
+        f: the classifier.
+        data_set: the training images; labels are f's classes.
+        masks: of these images; None for a control.
+        cam: the method that they were made with; None for a control.
+        made: what the masks were made with, plain values.
+        new_head: f's last layer was made anew for the classes of the data set.
+    """
+
+    f: Classifier
+    data_set: DataSet
+    masks: Masks | None = None
+    cam: str | None = None
+    made: dict[str, Any] | None = None
+    new_head: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint."""
+        return f"{self.f.name.replace(':', '_').replace('/', '_')}-{self.cam or 'control'}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run goes, but for what it computes.
+
+    Attributes:
+        cache: of aftcli.features.CACHES.
+        augment: flip and crop images at random.
+        workers: processes that decode images.
+        overwrite: begin anew.
+        save_every: seconds between stored states, at the least.
+    """
+
+    cache: str = "auto"
+    augment: bool = False
+    workers: int = 1
+    overwrite: bool = False
+    save_every: float = SAVE_EVERY
+
+
+class Begun(NamedTuple):
+    """A job begins, or goes on after `epoch` epochs."""
+
+    job: Job
+    epoch: int
+    epochs: int
+    train: int
+    held_out: int
+    broken: list[Broken]
+
+
+class Cached(NamedTuple):
+    """So many images of `total` are behind w0; `where` they are kept."""
+
+    images: int
+    total: int
+    where: str
+    split: str
+
+
+class Tuned(NamedTuple):
+    """A job is done.
+
+    Attributes:
+        path: of the checkpoint.
+        card: what it says of itself.
+        before: whether it was done already.
+    """
+
+    path: Path
+    card: dict[str, Any]
+    before: bool
+
+
+class Source(NamedTuple):
+    """Where classifiers come from; see `load_classifier`. None is what the masks say."""
+
+    model: str | None = None
+    checkpoint: Path | None = None
+    layer: str | None = None
+    classes: tuple[str, ...] | None = None
+    device: torch.device | str = "cpu"
+
+    def load(self) -> Classifier:
+        """Load the classifier."""
+        name, checkpoint, layer, classes, device = self
+        return load_classifier(name, checkpoint, layer, classes=classes, device=device)
+
+    def of_masks(self, made: dict[str, Any]) -> Source:
+        """The classifier that masks were made with, but for what was asked for."""
+        recorded = made.get("checkpoint")  # "" for published weights
+        return self._replace(
+            model=self.model or made["model"],
+            checkpoint=self.checkpoint or (Path(recorded) if recorded else None),
+            layer=self.layer or made["layer"],
+        )
+
+
+def in_situation(
+    lam: float | None,
+    learning_rate: float | None,
+    epochs: int | None,
+    batch: int = 32,
+    patience: int = 3,
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> Callable[[Job], AftSettings]:
+    """Settings that depend on the job where they are None; see `AftSettings`.
+
+    Raises:
+        AftError: a value is out of range.
+    """
+
+    def settings(new_head: bool) -> AftSettings:
+        usual_rate, usual_epochs = NEW_HEAD if new_head else TUNING
+        return AftSettings(
+            lam,
+            usual_rate if learning_rate is None else learning_rate,
+            usual_epochs if epochs is None else epochs,
+            batch,
+            patience,
+            held_out,
+            seed,
+        )
+
+    check_settings(settings(False))
+    return lambda job: settings(job.new_head)
+
+
+def mask_jobs(
+    run: Path,
+    source: Source,
+    cams: Sequence[str],
+    data: Path | None = None,
+    limit: int | None = None,
+) -> list[Job]:
+    """Make jobs of a run's mask stores, each with the classifier that it was made with.
+
+    Args:
+        run: where the study lives.
+        source: of the classifiers.
+        cams: only these methods; empty for all.
+        data: where the data set is now; default where it was.
+        limit: take so many images, spread over the store.
+
+    Raises:
+        AftError: see `find_stores` and `mask_job`.
+    """
+    loaded: dict[Source, Classifier] = {}
+    jobs = []
+    for store in find_stores(run, source.model, cams):
+        own = source.of_masks(store.settings)
+        if own not in loaded:
+            loaded[own] = own.load()
+        jobs.append(mask_job(store, loaded[own], data, limit))
+    return jobs
+
+
+def control_jobs(
+    run: Path,
+    source: Source,
+    data: Path | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Job]:
+    """Make jobs without masks, of a data set or of those that a run's masks are of.
+
+    Args:
+        run: where the study lives.
+        source: of the classifiers.
+        data: the data set; default those of the masks, with their classifiers.
+        split: part of it; default train.
+        limit: take so many images, spread over the classes.
+        seed: of a new head.
+
+    Raises:
+        AftError: there is no such data set, nor masks that name one.
+    """
+    if data is not None:
+        return [control_job(source.load(), data, split, limit, seed)]
+    models: dict[str, dict[str, Any]] = {}
+    for store in find_stores(run, source.model, []):
+        models.setdefault(store.settings["model"], store.settings)
+    jobs = []
+    for made in models.values():
+        f = source.of_masks(made).load()
+        root, part = Path(made["data_set"]), split or made["split"]
+        above = root.parent if made["data_kind"] == "folders" and part else root
+        jobs.append(control_job(f, above, part or None, limit, seed))
+    return jobs
+
+
+def find_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskStore]:
+    """Open the mask stores of a run.
+
+    Args:
+        run: where the study lives.
+        model: only those of this model; None for all.
+        cams: only those of these methods; empty for all.
+
+    Raises:
+        AftError: there is none, or one that is asked for by name is missing or damaged.
+    """
+    paths = sorted((run / "masks").glob("*.h5"))
+    stores = [MaskStore(path) for path in paths if not path.name.startswith(".")]
+    fitting = [s for s in stores if model in (None, s.settings["model"])]
+    found = [s for s in fitting if not cams or s.settings["cam"] in cams]
+    missing = set(cams) - {s.settings["cam"] for s in found}
+    if not found or missing:
+        whose = f" of {model}" if model else ""
+        which = f" by {', '.join(sorted(missing))}" if missing else ""
+        there = ", ".join(path.name for path in paths) or "nothing"
+        raise AftError(
+            f"{run / 'masks'}: there are no masks{whose}{which} (there is {there}); make them with "
+            "aft gen-masks DATASET, or pass the --run that has them"
+        )
+    return found
+
+
+def mask_job(
+    store: MaskStore, f: Classifier, data: Path | None = None, limit: int | None = None
+) -> Job:
+    """Make a job of a mask store.
+
+    Args:
+        store: of `aft gen-masks`.
+        f: the classifier.
+        data: where the data set is now; default where it was.
+        limit: take so many images, spread over the store.
+
+    Raises:
+        AftError: the store is damaged, was made for another classifier, has labels of other
+            classes, or its data set is gone.
+    """
+    made = store.settings
+    preprocessing = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in vars(f.preprocessing).items()
+    }
+    asked = {
+        "model": f.name,
+        "layer": f.layer_name,
+        "weights": f.weights_hash(),
+        "activation_shape": list(f.activation_shape),
+        "preprocessing": preprocessing,
+    }
+    other = differences({key: made[key] for key in asked}, asked)
+    if other:
+        raise AftError(
+            f"{store.path}: the masks were made for another classifier: {'; '.join(other)}; pass "
+            "the --model, --checkpoint and --layer that they were made with, or make them again "
+            "with aft gen-masks"
+        )
+    if made["labels"] != "model":
+        raise AftError(
+            f"{store.path}: the labels of these images are no classes of {f.name}; first give it "
+            "an output for each with aft finetune DATASET --no-masks, then run aft gen-masks and "
+            "aft finetune with the --checkpoint that this writes"
+        )
+    store.verify()
+    if not len(store):
+        raise AftError(f"{store.path}: holds no image that could be read")
+    chunks = [store.rows(i, min(i + 4096, len(store))) for i in range(0, len(store), 4096)]
+    paths = np.concatenate([c.path for c in chunks])
+    labels = np.concatenate([c.label for c in chunks])
+    low = torch.from_numpy(np.concatenate([c.mask for c in chunks]))
+    count = min(limit or len(store), len(store))
+    picked = [i * len(store) // count for i in range(count)]
+    samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
+    if max(sample.label for sample in samples) >= len(f.classes):
+        raise AftError(f"{store.path}: has labels beyond the {len(f.classes)} classes of {f.name}")
+    root = Path(made["data_set"])
+    if data is not None:
+        root = open_data_set(data, made["split"] or None, f.classes).root
+    if not root.is_dir():
+        raise AftError(
+            f"{root}: the data set of {store.path} is no longer there; say where it is: "
+            "aft finetune DATASET"
+        )
+    data_set = DataSet(made["data_kind"], root, made["split"], f.classes.names, True, samples)
+    masks = Masks(low[torch.tensor(picked)], lambda i: store.full_mask(picked[i]))
+    searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
+    return Job(f, data_set, masks, made["cam"], searched)
+
+
+def control_job(
+    f: Classifier, data: Path, split: str | None, limit: int | None, seed: int = 0
+) -> Job:
+    """Make a job without masks; a data set of other classes than f's gets a new head.
+
+    Args:
+        f: the classifier.
+        data: the data set.
+        split: part of it; default train.
+        limit: take so many images, spread over the classes.
+        seed: of a new head.
+
+    Raises:
+        AftError: there is no such data set or split.
+    """
+    data_set = open_data_set(data, split, f.classes)
+    if not data_set.mapped:
+        f = with_new_head(f, data_set.classes, seed)
+        return Job(f, open_data_set(data, split, f.classes).limited(limit), new_head=True)
+    return Job(f, data_set.limited(limit))
+
+
+def _identity(job: Job, settings: AftSettings, options: Options, precision: str) -> dict[str, Any]:
+    """All that decides the result: entries of the card."""
+    names = hashlib.sha256()
+    for sample in job.data_set.samples:
+        names.update(os.fsencode(f"{sample.name}\0{sample.label}\n"))
+    return {
+        "start": job.f.weights_hash(),
+        "layer": job.f.layer_name,
+        "masks": job.made,
+        "images": len(job.data_set.samples),
+        "images_hash": names.hexdigest()[:16],
+        "split": job.data_set.split,
+        "augment": options.augment,
+        "precision": precision,
+        **vars(settings),
+    }
+
+
+class _Files:
+    """The files of one job: its checkpoint and, on the way there, its state."""
+
+    def __init__(self, run: Path, job: Job, identity: dict[str, Any]) -> None:
+        self.folder = make_folder(run / "tuned")
+        self.path = self.folder / f"{job.name}.safetensors"
+        self.state = self.folder / f".{job.name}.state"
+        self.identity = identity
+        if job.f.checkpoint and Path(job.f.checkpoint) == self.path.resolve():
+            raise AftError(
+                f"{self.path}: is what the training starts from; give another --run, so that it "
+                "is not overwritten"
+            )
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.state.unlink(missing_ok=True)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The card of the finished checkpoint; one of other settings is refused."""
+        if not self.path.exists():
+            return None
+        card = read_card(self.path)
+        if card is None:
+            raise AftError(f"{self.path}: was not written by aft; move it away, or --overwrite")
+        self._refuse({key: card.get(key) for key in self.identity})
+        return card
+
+    def _refuse(self, found: dict[str, Any]) -> None:
+        # A tuple is a list after JSON.
+        other = differences(found, json.loads(json.dumps(self.identity)))
+        if other:
+            raise AftError(
+                f"{self.path}: was begun with other settings: {'; '.join(other)}; use the same "
+                "ones, another --run, or --overwrite"
+            )
+
+    def save(self, training: Training) -> None:
+        tensors, values = training.state()
+        plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        with durable(self.state) as temporary:
+            safetensors.torch.save_file(
+                plain,
+                temporary,
+                {"values": json.dumps(values), "identity": json.dumps(self.identity)},
+            )
+
+    def restore(self, training: Training) -> bool:
+        """Go back to the stored state; False if there is none, or a damaged one."""
+        if not self.state.exists():
+            return False
+        try:
+            with safe_open(self.state, "pt") as file:
+                read = file.metadata()
+                values, identity = json.loads(read["values"]), json.loads(read["identity"])
+            tensors = safetensors.torch.load_file(self.state)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            return False
+        self._refuse(identity)
+        training.restore(type(training.state())(tensors, values))
+        return True
+
+
+Event = Begun | Cached | Step | Epoch | Tuned
+
+
+def fine_tune(
+    jobs: Sequence[Job],
+    run: Path,
+    settings: Callable[[Job], AftSettings],
+    options: Options | None = None,
+    accelerator: Accelerator | None = None,
+) -> Iterator[Event]:
+    """Tune classifiers, one after the other, going on where a run stopped.
+
+    Args:
+        jobs: what to tune; jobs of the same w0 and images share its outputs.
+        run: where the study lives; checkpoints are `<run>/tuned/<model>-<cam>.safetensors`.
+        settings: of a job's training.
+        options: how the run goes.
+        accelerator: device, precision and processes; default one process on f's device.
+
+    Yields:
+        What happens.
+
+    Raises:
+        AftError: a checkpoint of other settings is there, another process works on it, an image
+            can't be read, or a file can't be written.
+    """
+    options = options or Options()
+    accelerator = accelerator or Accelerator(cpu=jobs[0].f.device.type == "cpu")
+    caches: dict[str, Cache] = {}
+    for job in jobs:
+        yield from _tune(job, run, settings(job), options, accelerator, caches)
+    if accelerator.process_index == 0:
+        for cache in caches.values():
+            cache.remove()
+
+
+def _tune(
+    job: Job,
+    run: Path,
+    settings: AftSettings,
+    options: Options,
+    accelerator: Accelerator,
+    caches: dict[str, Cache],
+) -> Iterator[Event]:
+    files = _Files(run, job, _identity(job, settings, options, accelerator.mixed_precision))
+    first = accelerator.process_index == 0
+    with ExitStack() as held:
+        if first:
+            held.enter_context(locked(files.path))
+            if options.overwrite:
+                files.clear()
+        accelerator.wait_for_everyone()
+        card = files.finished()
+        if card is None:
+            cache = yield from _cache(
+                job.f,
+                job.data_set,
+                run,
+                options,
+                accelerator,
+                caches,
+                strict=job.masks is not None,
+                augment=options.augment,
+            )
+            examples = CachedExamples(cache, job.masks, options.augment, settings.seed)
+            training = Training(job.f, examples, settings, accelerator)
+            val = yield from _validation(job, run, options, accelerator, caches)
+            before = training.measure(val, val.usable) if val else None
+            files.restore(training)
+            yield _begun(job, training, examples)
+            yield from _train(training, files if first else None, options)
+            training.use_best()
+            after = training.measure(val, val.usable) if val else None
+            card = _card(job, files.identity, training, before, after)
+            if first:
+                tuned = training.classifier(job.cam)
+                with durable(files.path) as temporary:
+                    write_checkpoint(temporary, tuned, training.tail.tuner, card)
+            accelerator.free_memory()
+            accelerator.wait_for_everyone()
+            yield Tuned(files.path, files.finished() or card, False)
+        else:
+            yield Tuned(files.path, card, True)
+        if first:
+            files.state.unlink(missing_ok=True)
+
+
+def _begun(job: Job, training: Training, examples: CachedExamples) -> Begun:
+    counts = len(training.train), len(training.held_out)
+    done = max(len(training.history) - 1, 0)
+    return Begun(job, done, training.settings.epochs, *counts, examples.cache.broken)
+
+
+def _train(training: Training, files: _Files | None, options: Options) -> Iterator[Event]:
+    saved, cost = time.monotonic(), 0.0
+    for event in training.run():
+        pause = max(0.0 if isinstance(event, Epoch) else options.save_every, cost / OVERHEAD)
+        if files and time.monotonic() - saved >= pause:
+            start = time.monotonic()
+            files.save(training)
+            saved = time.monotonic()
+            cost = saved - start
+        yield event
+
+
+def _cache(
+    f: Classifier,
+    data_set: DataSet,
+    run: Path,
+    options: Options,
+    accelerator: Accelerator,
+    caches: dict[str, Cache],
+    strict: bool,
+    augment: bool,
+) -> Generator[Event, None, Cache]:
+    """w0's outputs for a data set: those of an earlier job where they are the same."""
+    count = accelerator.num_processes
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    how = choose_cache(options.cache, f, len(data_set.samples), run, here, augment)
+    share = accelerator.process_index, count
+    cache = Cache(f, data_set, how, run / "cache", options.workers, share, strict)
+    if cache.key in caches and caches[cache.key].strict == strict:
+        return caches[cache.key]
+    done, total = 0, -(-len(data_set.samples) // count)
+    for images in cache.fill():
+        done += images
+        yield Cached(done, total, how, data_set.split)
+    cache.share_out(lambda t: accelerator.reduce(t, "sum"), accelerator.wait_for_everyone)
+    caches[cache.key] = cache
+    return cache
+
+
+def _validation(
+    job: Job, run: Path, options: Options, accelerator: Accelerator, caches: dict[str, Cache]
+) -> Generator[Event, None, CachedExamples | None]:
+    """The val split, for the report only: nothing is chosen by it."""
+    data_set = validation_of(job.data_set, job.f.classes)
+    if data_set is None:
+        return None
+    cache = yield from _cache(
+        job.f, data_set, run, options, accelerator, caches, strict=False, augment=False
+    )
+    return CachedExamples(cache, None)
+
+
+def _card(
+    job: Job,
+    identity: dict[str, Any],
+    training: Training,
+    before: Measured | None,
+    after: Measured | None,
+) -> dict[str, Any]:
+    def plain(held_out: Measured | None, val: Measured | None) -> dict[str, Any]:
+        return {
+            "held_out": held_out._asdict() if held_out else None,
+            "val": val._asdict() if val else None,
+        }
+
+    history = training.history
+    best = history[training.best_epoch]
+    return {
+        **identity,
+        "data_set": str(job.data_set.root.resolve()),
+        "data_kind": job.data_set.kind,
+        "new_head": job.new_head,
+        "trained_on": len(training.train),
+        "versions": {"aft": __version__, "torch": torch.__version__},
+        "metrics": {
+            "epoch": training.best_epoch,
+            "before": plain(history[0].held_out, before),
+            "after": plain(best.held_out, after),
+            "history": [epoch.as_dict() for epoch in history],
+        },
+    }

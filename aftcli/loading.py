@@ -1,0 +1,121 @@
+"""Decode the images of a data set, block by block, in worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from aftcli.core.classifier import Preprocessing
+from aftcli.data import read_image, to_input
+from aftcli.datasets import DataSet
+from aftcli.errors import AftError
+
+
+class Broken(NamedTuple):
+    """An image that could not be read."""
+
+    path: str
+    reason: str
+
+
+class Loaded(NamedTuple):
+    """A block of images, decoded.
+
+    An array, not a tensor: workers would hand tensors over in shared memory, which containers
+    keep small.
+    """
+
+    block: int
+    x: np.ndarray
+    indices: list[int]
+    broken: list[Broken]
+
+
+class _Blocks(Dataset[Loaded]):
+    """Decodes the images of a block; runs in the worker processes."""
+
+    def __init__(
+        self,
+        data_set: DataSet,
+        spans: Sequence[Sequence[int]],
+        todo: Sequence[int],
+        preprocessing: Preprocessing,
+    ) -> None:
+        self.data_set, self.spans, self.todo = data_set, spans, todo
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.todo)
+
+    def __getitem__(self, index: int) -> Loaded:
+        inputs, indices, broken = [], [], []
+        for i in self.spans[self.todo[index]]:
+            try:
+                image = read_image(self.data_set.path(i))
+                inputs.append(to_input(image, self.preprocessing))
+                indices.append(i)
+            except AftError as error:
+                name = self.data_set.samples[i].name
+                reason = str(error).removeprefix(f"{self.data_set.path(i)}: ")
+                broken.append(Broken(name, reason))
+        x = torch.cat([torch.empty(0, 3, *self.preprocessing.size), *inputs])
+        return Loaded(self.todo[index], x.numpy(), indices, broken)
+
+
+def _as_it_is(loaded: Any) -> Any:  # noqa: ANN401 - what torch declares
+    return loaded
+
+
+def _leave_interrupts_to_the_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def load_blocks(
+    preprocessing: Preprocessing,
+    data_set: DataSet,
+    spans: Sequence[Sequence[int]],
+    todo: Sequence[int],
+    workers: int,
+) -> Iterator[Loaded]:
+    """Decode blocks of images, in worker processes.
+
+    Args:
+        preprocessing: of the model.
+        data_set: the images.
+        spans: which images each block holds.
+        todo: which blocks to decode, in this order.
+        workers: how many processes; 0 decodes in this one.
+
+    Yields:
+        Each block of `todo`, in its order.
+
+    Raises:
+        AftError: a worker died.
+    """
+    if not todo:
+        return
+    loader: DataLoader[Loaded] = DataLoader(
+        _Blocks(data_set, spans, todo, preprocessing),
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=min(workers, len(todo)),
+        worker_init_fn=_leave_interrupts_to_the_parent,
+        # Forked workers see that their parent has died; those of a fork server live on.
+        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise AftError(
+            f"a process that decodes images died ({str(error).splitlines()[0][:120]}); run the "
+            "same command again, with fewer --workers if memory is short"
+        ) from error
