@@ -35,7 +35,7 @@ from aftcli.loading import Broken
 from aftcli.masks import MaskStore, differences
 
 SAVE_EVERY = 30.0  # seconds between stored states, at the least
-TUNING, NEW_HEAD = (1e-4, 10), (1e-3, 30)  # learning rate and epochs (docs/decisions.md)
+TUNING, NEW_HEAD = (1e-4, 10), (3e-4, 30)  # learning rate and epochs (docs/decisions.md)
 OVERHEAD = 0.05  # share of the time that storing them may take
 
 

@@ -202,7 +202,7 @@ LearningRateOption = Annotated[
     typer.Option(
         "--lr",
         metavar="RATE",
-        help="Learning rate of Adam. Default: 0.0001; with a new last layer 0.001.",
+        help="Learning rate of Adam. Default: 0.0001; with a new last layer 0.0003.",
     ),
 ]
 EpochsOption = Annotated[

@@ -5,6 +5,7 @@ uncut network: a forward hook observes or replaces the output of the layer's las
 go through one by one. Maps are numpy arrays.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -321,3 +322,71 @@ def algorithm_1(
             best = t
     i_tau = thresholded(attribution, thresholds[best], mode)
     return Search(thresholds[best], np.array(rpi), np.array(y_hat), y, i_tau, i_tau != 0, images)
+
+
+# §4.2, equation 8
+
+
+def aft_loss(logits, labels, tuned, masks, lam):
+    """Total, cross-entropy and mask term, each a mean over the images."""
+    cross_entropy = mask_term = 0.0
+    for scores, label, t, m in zip(logits, labels, tuned, masks, strict=True):
+        largest = max(scores)
+        log_sum = largest + math.log(sum(math.exp(s - largest) for s in scores))
+        cross_entropy += log_sum - scores[label]
+        for i in range(t.shape[0]):
+            for j in range(t.shape[1]):
+                mask_term += (t[i, j] - (1.0 if m[i, j] else 0.0)) ** 2
+    count = len(logits)
+    cross_entropy, mask_term = cross_entropy / count, mask_term / count
+    return cross_entropy + lam * mask_term, cross_entropy, mask_term
+
+
+def tuner(activation, w1, b1, w2, b2):
+    """Two 1x1 convolutions, cell by cell."""
+    _, height, width = activation.shape
+    out = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            hidden = [
+                sum(w1[n, k, 0, 0] * activation[k, i, j] for k in range(w1.shape[1])) + b1[n]
+                for n in range(w1.shape[0])
+            ]
+            out[i, j] = sum(w2[0, n, 0, 0] * hidden[n] for n in range(len(hidden))) + b2[0]
+    return out
+
+
+def aft_objective(features, labels, masks, values, lam):
+    """Eq. 8 of the "linear" small network from the stem's output on, weights by name."""
+    logits, tuned = [], []
+    for x in features:
+        activation = convolve(x, values["layer.conv2.weight"], values["layer.conv2.bias"])
+        for k in range(len(activation)):
+            mean, var = (values[f"layer.bn2.running_{what}"][k] for what in ("mean", "var"))
+            scaled = (activation[k] - mean) / math.sqrt(var + 1e-5)
+            scaled = scaled * values["layer.bn2.weight"][k] + values["layer.bn2.bias"][k]
+            activation[k] = np.maximum(scaled, 0)
+        pooled = [channel.sum() / channel.size for channel in activation]
+        weight, bias = values["head.fc.weight"], values["head.fc.bias"]
+        logits.append(
+            [
+                sum(w * p for w, p in zip(row, pooled, strict=True)) + b
+                for row, b in zip(weight, bias, strict=True)
+            ]
+        )
+        names = ("reduce.weight", "reduce.bias", "combine.weight", "combine.bias")
+        tuned.append(tuner(activation, *(values[f"tuner.{name}"] for name in names)))
+    return aft_loss(logits, labels, tuned, masks, lam)[0]
+
+
+def convolve(x, weight, bias):
+    """A 3x3 convolution of stride 2 with padding 1."""
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
+    height, width = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
+    out = np.zeros((len(weight), height, width))
+    for k in range(len(weight)):
+        for i in range(height):
+            for j in range(width):
+                patch = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+                out[k, i, j] = (patch * weight[k]).sum() + bias[k]
+    return out

@@ -22,6 +22,8 @@ OFFLINE = (
     "--checkpoint FILE with a state dict of the model that you have"
 )
 
+NEW_HEAD_SCALE = 0.01  # of the model's own initial weights; not 0, for a ReLU may follow
+
 # The layer l where the automatic choice (core.cut.last_layer) is not what the paper means.
 LAYERS = {
     "efficientnet_lite0": "conv_head+bn2",
@@ -333,6 +335,8 @@ def _tuned(
 
 def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Classifier:
     """Give a classifier an output for each of other classes; all other weights stay.
+
+    The new weights are small: all classes begin about equally likely (docs/decisions.md).
 
     Args:
         f: a classifier of `load_classifier`.
