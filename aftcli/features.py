@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aftcli.aft import Batch, Features
 from aftcli.core.classifier import Classifier
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError, nearest
-from aftcli.files import durable, make_folder
+from aftcli.files import make_folder, write_tensors
 from aftcli.loading import Broken, Loaded, load_blocks
 
 CACHES = ("auto", "memory", "disk", "off")
@@ -148,11 +148,9 @@ class Cache:
         self.broken += loaded.broken
 
     def _write(self, loaded: Loaded, features: Features) -> None:
-        tensors = {str(i): t.contiguous() for i, t in enumerate(features)}
+        tensors = {str(i): t for i, t in enumerate(features)}
         tensors["rows"] = torch.tensor(loaded.indices, dtype=torch.long)
-        reasons = {b.path: b.reason for b in loaded.broken}
-        with durable(self._path(loaded.block)) as temporary:
-            save_file(tensors, temporary, {k: str(v) for k, v in reasons.items()})
+        write_tensors(self._path(loaded.block), tensors, {b.path: b.reason for b in loaded.broken})
 
     def _path(self, block: int) -> Path:
         return self.folder / f"{block:06d}.safetensors"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aftcli.errors import AftError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _sync_folder(path: Path) -> None:
@@ -42,6 +46,36 @@ def durable(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        metadata: text by name.
+
+    Raises:
+        AftError: it can't be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with durable(path) as temporary:
+        try:
+            save_file(plain, temporary, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        # save_file leaves it to its owner alone.
+        temporary.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def make_folder(path: Path) -> Path:

@@ -24,13 +24,13 @@ from safetensors import SafetensorError, safe_open
 
 from aftcli import __version__
 from aftcli.aft import AftSettings, Epoch, Measured, Step, Training, check_settings
-from aftcli.core.checkpoint import read_card, write_checkpoint
+from aftcli.core.checkpoint import checkpoint_of, read_card
 from aftcli.core.classifier import Classifier
 from aftcli.core.models import load_classifier, with_new_head
 from aftcli.datasets import DataSet, Sample, open_data_set, validation_of
 from aftcli.errors import AftError
 from aftcli.features import Cache, CachedExamples, Masks, choose_cache
-from aftcli.files import durable, locked, make_folder
+from aftcli.files import locked, make_folder, write_tensors
 from aftcli.loading import Broken
 from aftcli.masks import MaskStore, differences
 
@@ -74,7 +74,7 @@ class Options:
         augment: flip and crop images at random.
         workers: processes that decode images.
         overwrite: begin anew.
-        save_every: seconds between stored states, at the least.
+        save_every: seconds between stored states, at the least; 0 stores one at each step.
     """
 
     cache: str = "auto"
@@ -409,13 +409,8 @@ class _Files:
 
     def save(self, training: Training) -> None:
         tensors, values = training.state()
-        plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        with durable(self.state) as temporary:
-            safetensors.torch.save_file(
-                plain,
-                temporary,
-                {"values": json.dumps(values), "identity": json.dumps(self.identity)},
-            )
+        metadata = {"values": json.dumps(values), "identity": json.dumps(self.identity)}
+        write_tensors(self.state, tensors, metadata)
 
     def restore(self, training: Training) -> bool:
         """Go back to the stored state; False if there is none, or a damaged one."""
@@ -509,15 +504,25 @@ def _tune(
             card = _card(job, files.identity, training, before, after)
             if first:
                 tuned = training.classifier(job.cam)
-                with durable(files.path) as temporary:
-                    write_checkpoint(temporary, tuned, training.tail.tuner, card)
+                tensors, metadata = checkpoint_of(tuned, training.tail.tuner, card)
+                write_tensors(files.path, tensors, metadata)
             accelerator.free_memory()
             accelerator.wait_for_everyone()
             yield Tuned(files.path, files.finished() or card, False)
         else:
+            if first:
+                _clear_caches(job, run)
             yield Tuned(files.path, card, True)
         if first:
             files.state.unlink(missing_ok=True)
+
+
+def _clear_caches(job: Job, run: Path) -> None:
+    """Delete what a kill between the checkpoint and the end has left."""
+    if any((run / "cache").glob("*")):
+        for data_set in (job.data_set, validation_of(job.data_set, job.f.classes)):
+            if data_set is not None:
+                Cache(job.f, data_set, "disk", run / "cache").remove()
 
 
 def _begun(job: Job, training: Training, examples: CachedExamples) -> Begun:
@@ -529,7 +534,8 @@ def _begun(job: Job, training: Training, examples: CachedExamples) -> Begun:
 def _train(training: Training, files: _Files | None, options: Options) -> Iterator[Event]:
     saved, cost = time.monotonic(), 0.0
     for event in training.run():
-        pause = max(0.0 if isinstance(event, Epoch) else options.save_every, cost / OVERHEAD)
+        least = 0.0 if isinstance(event, Epoch) else options.save_every
+        pause = max(least, cost / OVERHEAD) if options.save_every else 0.0
         if files and time.monotonic() - saved >= pause:
             start = time.monotonic()
             files.save(training)

@@ -1,6 +1,5 @@
 """gen-masks: whatever stops it, whoever shares it, the content is the same."""
 
-import multiprocessing
 import os
 import random
 import resource
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -52,18 +50,6 @@ def assert_same(found, expected):
         for name, a, b in zip(Rows._fields, found[method][0], expected[method][0], strict=True):
             assert np.array_equal(a, b), (method, name)
         assert found[method][1:] == expected[method][1:]
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that start quickly, forked from one that has imported what they need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stored"])
-    # Python 3.11's server looks for what it preloads on its own path only.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.path.dirname(__file__))
-        forkserver.ensure_running()
-    return context
 
 
 def test_twenty_kills_at_random_moments_change_nothing(images, uninterrupted, processes, tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from aftcli.core.classifier import Classes, Classifier, Preprocessing
@@ -26,13 +26,12 @@ CARD = "aft"
 TUNER = "aft_tuner."
 
 
-def write_checkpoint(
-    path: Path, f: Classifier, tuner: Tuner | None, card: Mapping[str, Any]
-) -> None:
-    """Write a classifier and its card.
+def checkpoint_of(
+    f: Classifier, tuner: Tuner | None, card: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A classifier and its card as the tensors and the metadata of a safetensors file.
 
     Args:
-        path: of the file.
         f: the classifier.
         tuner: f_tuner; None for a control.
         card: further entries, of plain values.
@@ -54,8 +53,7 @@ def write_checkpoint(
         "preprocessing": asdict(f.preprocessing),
         "digest": _digest(tensors),
     }
-    # As bytes: save_file would give the file to its owner alone.
-    path.write_bytes(save(tensors, {CARD: _sealed({**card, **own})}))
+    return tensors, {CARD: _sealed({**card, **own})}
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -348,17 +348,18 @@ def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Cla
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _source(f.name)(f.name, False, len(classes))
+        source = _source(f.name)
+        network = source(f.name, False, len(classes))
+        larger = source(f.name, False, len(classes) + 1).model.state_dict()
+    by_class = {k for k, v in network.model.state_dict().items() if v.shape != larger[k].shape}
     network = network._replace(preprocessing=f.preprocessing)
     new = _cut(f.name, network, f.layer_name, Classes(classes))
     for own, other in ((new.stem, f.stem), (new.layer, f.layer), (new.head, f.head)):
-        known, kept = other.state_dict(), own.state_dict()
-        own.load_state_dict(
-            {
-                k: known[k] if k in known and known[k].shape == v.shape else v
-                for k, v in kept.items()
-            }
-        )
+        kept = {k: v for k, v in other.state_dict().items() if k not in by_class}
+        own.load_state_dict(kept, strict=False)
+        for key, value in own.state_dict().items():
+            if key in by_class:
+                value.mul_(NEW_HEAD_SCALE)
     new.checkpoint = f.checkpoint
     return new.to(f.device)
 
