@@ -261,6 +261,7 @@ def finetune(
 
     lam_or_none = None if no_masks else lam
     settings = engine.in_situation(lam_or_none, lr, epochs, batch_size, patience, held_out, seed)
+    options = engine.Options(cache, augment, _workers(workers), overwrite)
     accelerator = _accelerator(device, precision)
     source = engine.Source(model, checkpoint, layer, _names(classes), accelerator.device)
     keep_freed_memory()
@@ -268,7 +269,6 @@ def finetune(
         jobs = engine.control_jobs(run, source, dataset, split, limit, seed)
     else:
         jobs = engine.mask_jobs(run, source, cams, dataset, limit)
-    options = engine.Options(cache, augment, _workers(workers), overwrite)
     events = engine.fine_tune(jobs, run, settings, options, accelerator)
     tuned = report_tuned.watch(events, quiet or accelerator.process_index > 0)
     if accelerator.process_index == 0:

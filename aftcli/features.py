@@ -257,6 +257,21 @@ def _key(f: Classifier, data_set: DataSet) -> str:
     return digest.hexdigest()[:16]
 
 
+def check_cache(how: str, augment: bool) -> None:
+    """Check the name of a cache before anything is computed.
+
+    Raises:
+        AftError: it is unknown, or a cache is asked for images that change.
+    """
+    if how not in CACHES:
+        raise AftError(f"unknown cache {how!r}; nearest: {nearest(how, CACHES)}")
+    if augment and how in ("memory", "disk"):
+        raise AftError(
+            "--augment changes the images from epoch to epoch, so nothing can be cached: leave "
+            "--cache out"
+        )
+
+
 def choose_cache(
     how: str, f: Classifier, images: int, folder: Path, processes: int, augment: bool
 ) -> str:
@@ -272,16 +287,10 @@ def choose_cache(
         augment: images change from epoch to epoch.
 
     Raises:
-        AftError: the name is unknown, or a cache is asked for images that change.
+        AftError: see `check_cache`.
     """
-    if how not in CACHES:
-        raise AftError(f"unknown cache {how!r}; nearest: {nearest(how, CACHES)}")
+    check_cache(how, augment)
     if augment:
-        if how in ("memory", "disk"):
-            raise AftError(
-                "--augment changes the images from epoch to epoch, so nothing can be cached: "
-                "leave --cache out"
-            )
         return "off"
     if how != "auto":
         return how

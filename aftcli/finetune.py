@@ -29,7 +29,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.models import load_classifier, with_new_head
 from aftcli.datasets import DataSet, Sample, open_data_set, validation_of
 from aftcli.errors import AftError
-from aftcli.features import Cache, CachedExamples, Masks, choose_cache
+from aftcli.features import Cache, CachedExamples, Masks, check_cache, choose_cache
 from aftcli.files import locked, make_folder, write_tensors
 from aftcli.loading import Broken
 from aftcli.masks import MaskStore, differences
@@ -75,6 +75,9 @@ class Options:
         workers: processes that decode images.
         overwrite: begin anew.
         save_every: seconds between stored states, at the least; 0 stores one at each step.
+
+    Raises:
+        AftError: see `check_cache`.
     """
 
     cache: str = "auto"
@@ -82,6 +85,9 @@ class Options:
     workers: int = 1
     overwrite: bool = False
     save_every: float = SAVE_EVERY
+
+    def __post_init__(self) -> None:
+        check_cache(self.cache, self.augment)
 
 
 class Begun(NamedTuple):

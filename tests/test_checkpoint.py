@@ -1,0 +1,300 @@
+"""Checkpoints: one file is all that is needed, and nothing but the right file is taken."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from command import aft
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from aftcli import AftError, load_classifier, read_image, to_input
+from aftcli.core.checkpoint import checkpoint_of, read_card, restore
+from aftcli.core.classifier import Classifier
+from aftcli.files import write_tensors
+
+# By their wnids: tiger cat, espresso, missile.
+PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """gen-masks and finetune on a small data set of ImageNet classes, by the real commands."""
+    from conftest import ROOT
+
+    folder = tmp_path_factory.mktemp("study")
+    for name, photo in PHOTOS.items():
+        with Image.open(ROOT / f"docs/images/{photo}.jpg") as image:
+            width, height = image.size
+            for split, count in (("train", 4), ("val", 1)):
+                (folder / "data" / split / name).mkdir(parents=True)
+                for i in range(count):
+                    cut = 12 * i + (6 if split == "val" else 0)
+                    part = image.crop((cut, cut, width - cut, height - cut))
+                    part.save(folder / "data" / split / name / f"{i}.png")
+    done = aft("gen-masks", folder / "data", "--run", folder / "run", "--thresholds", "0.3")
+    assert done.code in (0, None), done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(study):
+    """The path of the tuned checkpoint, made by `aft finetune` without a further argument."""
+    options = ("--epochs", "2", "--batch-size", "4", "--held-out", "0.2")
+    done = aft("finetune", "--run", study / "run", *options, "--json")
+    assert done.code in (0, None), done.err
+    (result,) = json.loads(done.out)
+    assert result["path"] == str(study / "run/tuned/efficientnet_lite0-gradcam.safetensors")
+    assert Image.open(result["figure"]).format == "PNG"
+    metrics = result["metrics"]
+    assert metrics["before"]["val"]["images"] == metrics["after"]["val"]["images"] == 3
+    assert [e["number"] for e in metrics["history"]] == [0, 1, 2]
+    assert metrics["after"]["held_out"]["mask"] < metrics["before"]["held_out"]["mask"]
+    assert (result["trained_on"], result["lam"], result["learning_rate"]) == (10, 1.0, 1e-4)
+    assert "epoch 2: cross-entropy" in done.err and "mask" in done.err
+    return study / "run/tuned/efficientnet_lite0-gradcam.safetensors"
+
+
+@pytest.fixture(scope="module")
+def x(tuned):
+    f = load_classifier()
+    images = sorted((tuned.parents[2] / "data/train").rglob("*.png"))
+    return torch.cat([to_input(read_image(path), f.preprocessing) for path in images])
+
+
+def rebuilt(path, x):
+    """Logits without aftcli: timm's network with the file's tensors."""
+    import timm
+
+    tensors = {k: v for k, v in load_file(path).items() if not k.startswith("aft_tuner.")}
+    network = timm.create_model("tf_efficientnet_lite0")
+    network.load_state_dict(tensors)
+    with torch.no_grad():
+        return network.eval()(x)
+
+
+def test_a_reloaded_checkpoint_has_the_same_logits_bit_for_bit(tuned, x):
+    f = load_classifier(checkpoint=tuned)
+    assert (f.name, f.layer_name, f.cam) == ("efficientnet_lite0", "conv_head+bn2", "gradcam")
+    assert f.classes == load_classifier().classes
+    with torch.no_grad():
+        assert torch.equal(f(x), rebuilt(tuned, x))
+        assert not torch.equal(f(x), load_classifier()(x))
+
+
+def test_only_w1_and_w2_differ_from_the_original(tuned):
+    f, original = load_classifier(checkpoint=tuned), load_classifier()
+    for (name, a), b in zip(f.state_dict().items(), original.state_dict().values(), strict=True):
+        trained = not name.startswith("stem.") and "running" not in name and "num_b" not in name
+        assert torch.equal(a, b) != trained, name
+
+
+def test_the_card_says_what_was_done(tuned, study):
+    card = read_card(tuned)
+    assert card["preprocessing"] == json.loads(json.dumps(vars(load_classifier().preprocessing)))
+    assert len(card["classes"]["names"]) == len(card["classes"]["wnids"]) == 1000
+    assert card["start"] == load_classifier().weights_hash()
+    assert card["masks"]["thresholds"] == [0.3] and len(card["masks"]["digest"]) == 64
+    assert card["data_set"] == str((study / "data/train").resolve())
+    assert card["images"] == 12 and not card["new_head"] and card["seed"] == 0
+
+
+def test_the_tuner_comes_back(tuned):
+    f = load_classifier(checkpoint=tuned)
+    tuner = restore(f, tuned, read_card(tuned))
+    tensors = load_file(tuned)
+    for name, value in tuner.state_dict().items():
+        assert torch.equal(value, tensors[f"aft_tuner.{name}"])
+    assert tuner(torch.zeros(1, 1280, 7, 7)).shape == (1, 7, 7)
+
+
+def test_explain_takes_it_alone(tuned, tmp_path, chelsea):
+    from conftest import ROOT
+
+    photo = ROOT / "docs/images/chelsea.jpg"
+    done = aft("explain", photo, "--checkpoint", tuned, "--out", tmp_path, "--json")
+    (result,) = json.loads(done.out)
+    assert (result["model"], result["cam"]) == ("efficientnet_lite0", "gradcam")
+    with torch.no_grad():
+        y = load_classifier(checkpoint=tuned)(chelsea).softmax(1)[0]
+    assert result["probability"] == pytest.approx(float(y.max()), rel=1e-6)
+    # Another method may still be asked for.
+    done = aft("explain", photo, "--checkpoint", tuned, "--out", tmp_path, "--cam", "layercam")
+    assert done.code in (0, None) and "layercam" in done.out
+
+
+def test_finetune_again_says_that_it_is_there(tuned, study):
+    options = ("--epochs", "2", "--batch-size", "4", "--held-out", "0.2")
+    before = tuned.stat().st_mtime_ns
+    done = aft("finetune", "--run", study / "run", *options)
+    assert done.code in (0, None) and "there already" in done.out
+    assert tuned.stat().st_mtime_ns == before
+    rows = [line.split() for line in done.out.splitlines()]
+    assert [row[2:4] for row in rows if row[:1] == ["efficientnet_lite0"]] == [
+        ["train,", "held"],
+        ["train,", "held"],
+        ["val", "3"],
+        ["val", "3"],
+    ]
+    done = aft("finetune", "--run", study / "run", *options, "--lr", "0.01")
+    assert done.code == 1
+    assert "learning_rate is 0.0001, asked for 0.01; use the same ones" in done.err
+
+
+def test_masks_of_a_tuned_checkpoint_remember_it(tuned, study, tmp_path):
+    """gen-masks --checkpoint, then finetune without: it finds the checkpoint by the store."""
+    done = aft(
+        *("gen-masks", study / "data", "--checkpoint", tuned, "--run", tmp_path),
+        *("--limit", "3", "--thresholds", "0.3"),
+    )
+    assert done.code in (0, None), done.err
+    done = aft("finetune", "--run", tmp_path, "--epochs", "1")
+    assert done.code in (0, None), done.err
+    card = read_card(tmp_path / "tuned/efficientnet_lite0-gradcam.safetensors")
+    assert card["start"] == load_classifier(checkpoint=tuned).weights_hash()
+    moved = tmp_path / "moved.safetensors"
+    shutil.move(tmp_path / "tuned/efficientnet_lite0-gradcam.safetensors", moved)
+
+
+def test_the_start_is_not_overwritten(tuned, study):
+    before = tuned.read_bytes()
+    done = aft("gen-masks", study / "data", "--checkpoint", tuned, "--run", study / "run")
+    assert done.code == 1 and "weights is" in done.err
+    own = tuned.with_name("efficientnet_lite0-control.safetensors")
+    own.write_bytes(before)
+    done = aft(
+        *("finetune", study / "data", "--no-masks", "--checkpoint", own),
+        *("--run", study / "run", "--overwrite"),
+    )
+    assert done.code == 1 and "is what the training starts from; give another --run" in done.err
+    assert own.read_bytes() == before
+    own.unlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "resnet50"), "was tuned for --model efficientnet_lite0, asked for resnet50"),
+        (("--layer", "blocks.5"), r"was tuned for --layer conv_head+bn2, asked for blocks.5"),
+    ],
+)
+def test_another_model_or_layer_is_refused(tuned, tmp_path, options, message):
+    from conftest import ROOT
+
+    photo = ROOT / "docs/images/chelsea.jpg"
+    done = aft("explain", photo, "--checkpoint", tuned, *options, "--out", tmp_path)
+    assert done.code == 1 and message in done.err
+
+
+def test_torn_and_changed_files_are_refused(tuned, tmp_path):
+    whole = tuned.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    rng = random.Random(2)
+    path = tmp_path / "torn.safetensors"
+    places = [rng.randrange(8) for _ in range(4)]
+    places += [rng.randrange(8, 8 + header) for _ in range(12)]
+    places += [rng.randrange(8 + header, len(whole)) for _ in range(8)]
+    damaged = [whole[: rng.randrange(len(whole))] for _ in range(6)]
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << rng.randrange(8)
+        damaged.append(bytes(changed))
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(AftError, match="damaged|can't be read as a checkpoint|is not a check"):
+            load_classifier(checkpoint=path)
+
+
+def test_a_foreign_safetensors_file_is_a_state_dict_or_refused(tuned, tmp_path, x):
+    tensors = {k: v for k, v in load_file(tuned).items() if not k.startswith("aft_tuner.")}
+    plain = tmp_path / "plain.safetensors"
+    save_file(tensors, plain)
+    assert read_card(plain) is None
+    f = load_classifier(checkpoint=plain)
+    assert f.cam is None
+    with torch.no_grad():
+        assert torch.equal(f(x), rebuilt(tuned, x))
+    save_file({"something": torch.zeros(3)}, plain)
+    with pytest.raises(AftError, match="is not a checkpoint of efficientnet_lite0"):
+        load_classifier(checkpoint=plain)
+    save_file({"a": torch.zeros(1)}, plain, {"aft": '{"card": {}}'})
+    with pytest.raises(AftError, match="damaged"):
+        load_classifier(checkpoint=plain)
+
+
+def sealed_with(tuned, path, **changed):
+    """A checkpoint with other entries in its card, as a later version might write it."""
+    import hashlib
+
+    with safe_open(tuned, "pt") as file:
+        card = json.loads(file.metadata()["aft"])["card"] | changed
+    text = json.dumps(card, sort_keys=True)
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    metadata = {"aft": json.dumps({"card": card, "sha256": seal})}
+    save_file(load_file(tuned), path, metadata)
+    return path
+
+
+def test_a_later_format_or_another_architecture_is_named(tuned, tmp_path):
+    path = sealed_with(tuned, tmp_path / "later.safetensors", format_version=9)
+    with pytest.raises(AftError, match="format 9, this aft reads format 1; upgrade aft"):
+        load_classifier(checkpoint=path)
+    path = sealed_with(tuned, tmp_path / "other.safetensors", model="resnet18", layer="layer4.1")
+    with pytest.raises(AftError, match="do not fit resnet18 as it is installed here"):
+        load_classifier(checkpoint=path)
+
+
+def test_a_new_head_keeps_its_classes(tmp_path, x):
+    f = load_classifier()
+    from aftcli.core.models import with_new_head
+
+    new = with_new_head(f, ("cat", "cup", "rocket"))
+    assert isinstance(new, Classifier)
+    path = tmp_path / "new.safetensors"
+    write_tensors(path, *checkpoint_of(new, None, {}))
+    loaded = load_classifier(checkpoint=path)
+    assert loaded.classes == new.classes
+    with torch.no_grad():
+        assert torch.equal(loaded(x), new(x))
+    with pytest.raises(AftError, match="has 3 classes, --classes names 2"):
+        load_classifier(checkpoint=path, classes=("a", "b"))
+    renamed = load_classifier(checkpoint=path, classes=("a", "b", "c"))
+    assert renamed.classes.names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--cam", "layercam"), "there are no masks by layercam (there is efficientnet_lite0-grad"),
+        (("--cam", "gradcan"), "unknown CAM method 'gradcan'; nearest: gradcam"),
+        (("--model", "vgg16"), "there are no masks of vgg16"),
+        (("--lam", "-1"), "lambda must be 0 or more, got -1"),
+        (("--lr", "0"), "the learning rate must be above 0"),
+        (("--held-out", "1"), "the held-out share must lie in [0, 1)"),
+        (("--cache", "ram"), "unknown cache 'ram'; nearest: auto"),
+        (("--cache", "memory", "--augment"), "leave --cache out"),
+        (("--precision", "fp8"), "unknown precision 'fp8'"),
+        (("--export", "tflite"), "unknown format 'tflite' in --export; there is onnx"),
+        (("elsewhere",), "elsewhere: there is no such folder"),
+        (("elsewhere", "--no-masks"), "elsewhere: there is no such folder"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_leave_nothing(study, options, message):
+    run = study / "run"
+    before = sorted(run.rglob("*"))
+    done = aft("finetune", *options, "--run", run)
+    assert done.code == 1 and message in done.err
+    assert len(done.err.strip().splitlines()) == 1 and done.out == ""
+    assert [p for p in sorted(run.rglob("*")) if p.suffix != ".lock"] == [
+        p for p in before if p.suffix != ".lock"
+    ]
+
+
+def test_without_masks_the_error_says_how_to_make_them(tmp_path):
+    for options in ((), ("--no-masks",)):
+        done = aft("finetune", *options, "--run", tmp_path / "run")
+        assert done.code == 1 and "make them with aft gen-masks DATASET" in done.err
+    assert not (tmp_path / "run").exists()
