@@ -312,7 +312,8 @@ class Training:
             tuner = tuner.to(next(f.parameters()))
         self.accelerator = accelerator or Accelerator(cpu=f.device.type == "cpu")
         self.tail = Tail(f, tuner).to(self.accelerator.device)
-        optimizer = torch.optim.Adam(self.tail.parameters(), lr=settings.learning_rate)
+        fused = self.accelerator.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.Adam(self.tail.parameters(), lr=settings.learning_rate, fused=fused)
         self.model, self.optimizer = self.accelerator.prepare(self.tail, optimizer)
         self.best = self._weights()
         self.best_epoch, self.epoch, self.step = 0, 1, 0

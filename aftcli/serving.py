@@ -24,7 +24,7 @@ from aftcli.core.registry import METHODS
 from aftcli.core.registry import method as find_method
 from aftcli.errors import AftError
 
-TRACED = 5  # images: unlike any channel or size, or the tracer would take them for the same
+TRACED = 61  # images: unlike any usual size, or the tracer might take one for the other
 CARD = ("model", "layer", "cam", "classes", "preprocessing", "digest")
 
 aten = torch.ops.aten
@@ -38,11 +38,17 @@ def _max_pool_backward(grad: Tensor, x: Tensor, *settings: object) -> Tensor:
 
 
 def _adaptive_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
-    high, wide = (int(a) // int(b) for a, b in zip(x.shape[2:], grad.shape[2:], strict=True))
-    if [high * grad.shape[2], wide * grad.shape[3]] != list(x.shape[2:]):
-        raise NotImplementedError("adaptive pooling to a size that does not divide its input's")
-    spread = grad[:, :, :, None, :, None].expand(-1, -1, -1, high, -1, wide)
-    return spread.reshape(x.shape) / (high * wide)
+    high, wide = (
+        _bins(int(a), int(b), grad) for a, b in zip(x.shape[2:], grad.shape[2:], strict=True)
+    )
+    return high.mT @ grad @ wide
+
+
+def _bins(size: int, bins: int, like: Tensor) -> Tensor:
+    """What adaptive average pooling multiplies a side with, shape (bins, size)."""
+    edges = [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
+    rows = [[(a <= j < b) / (b - a) for j in range(size)] for a, b in edges]
+    return torch.tensor(rows, dtype=like.dtype)
 
 
 def _convolution_backward(
@@ -104,9 +110,10 @@ def traced(f: Classifier, method: str) -> nn.Module:
     x = next(f.parameters()).new_zeros(TRACED, 3, *f.preprocessing.size)
     rules: dict[Any, Callable[..., Any]] = {**core_aten_decompositions(), **BACKWARD}
     try:
-        return make_fx(both, rules, "symbolic", _allow_non_fake_inputs=True)(x)
+        graph = make_fx(both, rules, "symbolic", _allow_non_fake_inputs=True)(x)
     except Exception as error:
         raise _not_exportable(f, method, error) from error
+    return graph.eval()
 
 
 def _not_exportable(f: Classifier, method: str, error: Exception) -> AftError:
@@ -162,6 +169,8 @@ def export_onnx(checkpoint: Path, path: Path) -> None:
         logging.getLogger("torch.onnx").setLevel(noisy)
     assert program is not None
     model = program.model_proto
+    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise _not_exportable(f, method, ValueError("it would take one number of images only"))
     onnx.helper.set_model_props(
         model, {"aft": json.dumps({key: card[key] for key in CARD} | {"cam": method})}
     )

@@ -1,17 +1,22 @@
 """Fixtures that several files share."""
 
+import json
 import multiprocessing
 import os
 from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
+from command import aft
 from compare import uncut
+from PIL import Image
 
 from aftcli.core.models import load_classifier
 from aftcli.data import read_image, to_input
 
 ROOT = Path(__file__).parent.parent
+# By their wnids: tiger cat, espresso, missile.
+PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +58,39 @@ def processes():
         patch.setenv("PYTHONPATH", os.path.dirname(__file__))
         forkserver.ensure_running()
     return context
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """gen-masks and finetune on a small data set of ImageNet classes, by the real commands."""
+    folder = tmp_path_factory.mktemp("study")
+    for name, photo in PHOTOS.items():
+        with Image.open(ROOT / f"docs/images/{photo}.jpg") as image:
+            width, height = image.size
+            for split, count in (("train", 4), ("val", 1)):
+                (folder / "data" / split / name).mkdir(parents=True)
+                for i in range(count):
+                    cut = 12 * i + (6 if split == "val" else 0)
+                    part = image.crop((cut, cut, width - cut, height - cut))
+                    part.save(folder / "data" / split / name / f"{i}.png")
+    done = aft("gen-masks", folder / "data", "--run", folder / "run", "--thresholds", "0.3")
+    assert done.code in (0, None), done.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tuned(study):
+    """The path of the tuned checkpoint, made by `aft finetune` without a further argument."""
+    options = ("--epochs", "2", "--batch-size", "4", "--held-out", "0.2")
+    done = aft("finetune", "--run", study / "run", *options, "--json")
+    assert done.code in (0, None), done.err
+    (result,) = json.loads(done.out)
+    assert result["path"] == str(study / "run/tuned/efficientnet_lite0-gradcam.safetensors")
+    assert Image.open(result["figure"]).format == "PNG"
+    metrics = result["metrics"]
+    assert metrics["before"]["val"]["images"] == metrics["after"]["val"]["images"] == 3
+    assert [e["number"] for e in metrics["history"]] == [0, 1, 2]
+    assert metrics["after"]["held_out"]["mask"] < metrics["before"]["held_out"]["mask"]
+    assert (result["trained_on"], result["lam"], result["learning_rate"]) == (10, 1.0, 1e-4)
+    assert "epoch 2: cross-entropy" in done.err and "mask" in done.err
+    return study / "run/tuned/efficientnet_lite0-gradcam.safetensors"

@@ -130,7 +130,7 @@ def test_lambda_zero_is_plain_cross_entropy_bit_for_bit(kind, lam):
     own = dict(training.tail.layer.named_parameters()) | dict(training.tail.head.named_parameters())
     parameters = [p for name, p in network.named_parameters() if name in own]
     assert len(parameters) == len(own)
-    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    optimizer = torch.optim.Adam(parameters, lr=1e-2, fused=True)
     for epoch in (1, 2):
         for batch in torch.tensor(shuffled(range(11), 0, epoch)).split(4):
             optimizer.zero_grad()

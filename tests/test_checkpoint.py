@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from command import aft
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,47 +14,6 @@ from aftcli import AftError, load_classifier, read_image, to_input
 from aftcli.core.checkpoint import checkpoint_of, read_card, restore
 from aftcli.core.classifier import Classifier
 from aftcli.files import write_tensors
-
-# By their wnids: tiger cat, espresso, missile.
-PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    """gen-masks and finetune on a small data set of ImageNet classes, by the real commands."""
-    from conftest import ROOT
-
-    folder = tmp_path_factory.mktemp("study")
-    for name, photo in PHOTOS.items():
-        with Image.open(ROOT / f"docs/images/{photo}.jpg") as image:
-            width, height = image.size
-            for split, count in (("train", 4), ("val", 1)):
-                (folder / "data" / split / name).mkdir(parents=True)
-                for i in range(count):
-                    cut = 12 * i + (6 if split == "val" else 0)
-                    part = image.crop((cut, cut, width - cut, height - cut))
-                    part.save(folder / "data" / split / name / f"{i}.png")
-    done = aft("gen-masks", folder / "data", "--run", folder / "run", "--thresholds", "0.3")
-    assert done.code in (0, None), done.err
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tuned(study):
-    """The path of the tuned checkpoint, made by `aft finetune` without a further argument."""
-    options = ("--epochs", "2", "--batch-size", "4", "--held-out", "0.2")
-    done = aft("finetune", "--run", study / "run", *options, "--json")
-    assert done.code in (0, None), done.err
-    (result,) = json.loads(done.out)
-    assert result["path"] == str(study / "run/tuned/efficientnet_lite0-gradcam.safetensors")
-    assert Image.open(result["figure"]).format == "PNG"
-    metrics = result["metrics"]
-    assert metrics["before"]["val"]["images"] == metrics["after"]["val"]["images"] == 3
-    assert [e["number"] for e in metrics["history"]] == [0, 1, 2]
-    assert metrics["after"]["held_out"]["mask"] < metrics["before"]["held_out"]["mask"]
-    assert (result["trained_on"], result["lam"], result["learning_rate"]) == (10, 1.0, 1e-4)
-    assert "epoch 2: cross-entropy" in done.err and "mask" in done.err
-    return study / "run/tuned/efficientnet_lite0-gradcam.safetensors"
 
 
 @pytest.fixture(scope="module")

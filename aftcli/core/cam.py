@@ -167,7 +167,8 @@ def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Te
 def _channel_features(head: LinearHead, activation: Tensor) -> Tensor:
     """What zeroing each channel takes from the linear layer's input, shape (N, K, m)."""
     taken = head.pool(activation) - head.pool(torch.zeros_like(activation[:1]))
-    return taken.view(len(activation), activation.shape[1], -1)  # type: ignore[no-any-return]
+    # Not len(): a tracer (serving.py) would take it for a fixed number.
+    return taken.view(*activation.shape[:2], -1)  # type: ignore[no-any-return]
 
 
 def ablated_in_closed_form(head: LinearHead, activation: Tensor, class_index: Tensor) -> Tensor:
