@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from aftcli.aft import AftSettings as AftSettings
+    from aftcli.aft import Training as Training
     from aftcli.core.cam import attribution_map as attribution_map
     from aftcli.core.classifier import Classes as Classes
     from aftcli.core.classifier import Classifier as Classifier
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from aftcli.explanation import Explanation as Explanation
     from aftcli.explanation import TftSettings as TftSettings
     from aftcli.explanation import explain as explain
+    from aftcli.finetune import control_job as control_job
+    from aftcli.finetune import fine_tune as fine_tune
+    from aftcli.finetune import mask_job as mask_job
     from aftcli.generate import generate_masks as generate_masks
     from aftcli.masks import MaskStore as MaskStore
     from aftcli.tft import TftResult as TftResult
@@ -29,6 +34,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AftError": "aftcli.errors",
+    "AftSettings": "aftcli.aft",
     "Classes": "aftcli.core.classifier",
     "Classifier": "aftcli.core.classifier",
     "Explanation": "aftcli.explanation",
@@ -37,12 +43,16 @@ _HOMES = {
     "Preprocessing": "aftcli.core.classifier",
     "TftResult": "aftcli.tft",
     "TftSettings": "aftcli.explanation",
+    "Training": "aftcli.aft",
     "attribution_map": "aftcli.core.cam",
+    "control_job": "aftcli.finetune",
     "cut_classifier": "aftcli.core.classifier",
     "explain": "aftcli.explanation",
+    "fine_tune": "aftcli.finetune",
     "fine_tune_threshold": "aftcli.tft",
     "generate_masks": "aftcli.generate",
     "load_classifier": "aftcli.core.models",
+    "mask_job": "aftcli.finetune",
     "read_image": "aftcli.data",
     "to_input": "aftcli.data",
 }

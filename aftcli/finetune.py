@@ -20,6 +20,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 
 from aftcli import __version__
@@ -400,7 +401,9 @@ class _Files:
             return None
         card = read_card(self.path)
         if card is None:
-            raise AftError(f"{self.path}: was not written by aft; move it away, or --overwrite")
+            raise AftError(
+                f"{self.path}: is damaged, or was not written by aft; move it away, or --overwrite"
+            )
         self._refuse({key: card.get(key) for key in self.identity})
         return card
 
@@ -440,7 +443,7 @@ Event = Begun | Cached | Step | Epoch | Tuned
 def fine_tune(
     jobs: Sequence[Job],
     run: Path,
-    settings: Callable[[Job], AftSettings],
+    settings: AftSettings | Callable[[Job], AftSettings],
     options: Options | None = None,
     accelerator: Accelerator | None = None,
 ) -> Iterator[Event]:
@@ -449,7 +452,7 @@ def fine_tune(
     Args:
         jobs: what to tune; jobs of the same w0 and images share its outputs.
         run: where the study lives; checkpoints are `<run>/tuned/<model>-<cam>.safetensors`.
-        settings: of a job's training.
+        settings: of the training; a function where they depend on the job (`in_situation`).
         options: how the run goes.
         accelerator: device, precision and processes; default one process on f's device.
 
@@ -464,7 +467,8 @@ def fine_tune(
     accelerator = accelerator or Accelerator(cpu=jobs[0].f.device.type == "cpu")
     caches: dict[str, Cache] = {}
     for job in jobs:
-        yield from _tune(job, run, settings(job), options, accelerator, caches)
+        own = settings(job) if callable(settings) else settings
+        yield from _tune(job, run, own, options, accelerator, caches)
     if accelerator.process_index == 0:
         for cache in caches.values():
             cache.remove()
@@ -503,6 +507,8 @@ def _tune(
             val = yield from _validation(job, run, options, accelerator, caches)
             before = training.measure(val, val.usable) if val else None
             files.restore(training)
+            # All have read the state before the first writes a new one.
+            accelerator.wait_for_everyone()
             yield _begun(job, training, examples)
             yield from _train(training, files if first else None, options)
             training.use_best()
@@ -563,7 +569,10 @@ def _cache(
     """w0's outputs for a data set: those of an earlier job where they are the same."""
     count = accelerator.num_processes
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    how = choose_cache(options.cache, f, len(data_set.samples), run, here, augment)
+    # One choice for all: each may see another amount of free memory.
+    (how,) = broadcast_object_list(
+        [choose_cache(options.cache, f, len(data_set.samples), run, here, augment)]
+    )
     share = accelerator.process_index, count
     cache = Cache(f, data_set, how, run / "cache", options.workers, share, strict)
     if cache.key in caches and caches[cache.key].strict == strict:
@@ -587,7 +596,7 @@ def _validation(
     cache = yield from _cache(
         job.f, data_set, run, options, accelerator, caches, strict=False, augment=False
     )
-    return CachedExamples(cache, None)
+    return CachedExamples(cache, None) if cache.usable else None
 
 
 def _card(

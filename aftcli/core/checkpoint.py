@@ -81,7 +81,7 @@ def read_card(path: Path) -> dict[str, Any] | None:
         path: of any checkpoint.
 
     Returns:
-        The card; None for another kind of file.
+        The card; None for another kind of file, or one whose header can't be read.
 
     Raises:
         AftError: the card is damaged or of a format that this version can't read.
@@ -91,8 +91,8 @@ def read_card(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(CARD)
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path) from error
+    except (SafetensorError, OSError):
+        return None
     if text is None:
         return None
     try:

@@ -279,7 +279,7 @@ def load_classifier(
     card = read_card(Path(checkpoint)) if checkpoint else None
     if checkpoint and card:
         return _tuned(Path(checkpoint), card, name, layer, classes).to(device)
-    name = name or DEFAULT_MODEL
+    name = DEFAULT_MODEL if name is None else name
     source = _source(name)
     if checkpoint is None:
         network = _published(name, source) if weights else source(name, False, None)
