@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
@@ -34,8 +33,7 @@ class _Watch:
         self.quiet, self.console = quiet, Console(stderr=True, highlight=False)
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=8),  # a line of 80 columns has the losses too
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
             console=self.console,
@@ -48,7 +46,8 @@ class _Watch:
     def show(self, event: Event) -> None:
         if isinstance(event, Cached):
             what = f"{event.split or 'images'} behind w0 ({event.where})"
-            self._update(what, event.images, event.total, "")
+            count = f"{event.images}/{event.total}"
+            self._update(what, event.images, event.total, count)
             if event.images >= event.total:
                 self._close()
         elif isinstance(event, Begun):
@@ -60,8 +59,8 @@ class _Watch:
         elif isinstance(event, Step):
             assert self.begun
             done = (event.epoch - 1) * event.steps + event.step
-            what = f"{self.begun.job.name}, epoch {event.epoch}"
-            self._update(what, done, event.steps * self.begun.epochs, _losses(event.train))
+            total = event.steps * self.begun.epochs
+            self._update(f"epoch {event.epoch}", done, total, _losses(event.train))
         elif isinstance(event, Epoch):
             self._say(_epoch_line(event))
         else:
