@@ -254,6 +254,10 @@ def finetune(
     under torchrun or accelerate launch.
     """
     cams, wanted = o.methods(cam), o.export(export)
+    if no_masks and cam:
+        raise AftError("--no-masks and --cam exclude each other: a control has no CAM")
+    if split and not no_masks:
+        raise AftError("--split goes with --no-masks: masks know the images that they were made of")
 
     from aftcli import finetune as engine
     from aftcli import report_tuned

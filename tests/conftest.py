@@ -60,6 +60,16 @@ def processes():
     return context
 
 
+@pytest.fixture
+def accelerate_anew():
+    """Let Accelerate forget the precision that it was asked for, before and after the test."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 @pytest.fixture(scope="session")
 def study(tmp_path_factory):
     """gen-masks and finetune on a small data set of ImageNet classes, by the real commands."""

@@ -235,12 +235,15 @@ def test_a_new_head_keeps_its_classes(tmp_path, x):
         (("--cache", "ram"), "unknown cache 'ram'; nearest: auto"),
         (("--cache", "memory", "--augment"), "leave --cache out"),
         (("--precision", "fp8"), "unknown precision 'fp8'"),
+        (("--precision", "fp16"), "--precision fp16 can't be used here (fp16 mixed precision"),
+        (("--no-masks", "--cam", "gradcam"), "--no-masks and --cam exclude each other"),
+        (("--split", "val"), "--split goes with --no-masks"),
         (("--export", "tflite"), "unknown format 'tflite' in --export; there is onnx"),
         (("elsewhere",), "elsewhere: there is no such folder"),
         (("elsewhere", "--no-masks"), "elsewhere: there is no such folder"),
     ],
 )
-def test_wrong_arguments_are_one_line_and_leave_nothing(study, options, message):
+def test_wrong_arguments_are_one_line_and_leave_nothing(study, options, message, accelerate_anew):
     run = study / "run"
     before = sorted(run.rglob("*"))
     done = aft("finetune", *options, "--run", run)

@@ -181,13 +181,13 @@ def test_other_settings_are_refused_and_named(images, run, settings, lam, differ
     assert not tuned(tune(images, run, lam, options, settings=settings)).before
 
 
-def stop_after(images, run, count):
+def stop_after(images, run, count, accelerator=None):
     """Leave a run in the middle, as an exception would."""
     from aftcli.finetune import fine_tune, in_situation
 
     job = mask_job(MaskStore(run / "masks/small-gradcam.h5"), small_float())
     chosen = in_situation(0.5, 1e-3, 3, 5, held_out=0.2)
-    events = fine_tune([job], run, chosen, Options(workers=0, save_every=0))
+    events = fine_tune([job], run, chosen, Options(workers=0, save_every=0), accelerator)
     for _ in range(count):
         next(events)
     events.close()
@@ -572,3 +572,26 @@ def test_a_control_of_other_classes_gets_a_new_head_by_itself(tmp_path, monkeypa
     assert job.new_head and job.f.classes.names == ("pear", "plum", "quince")
     assert job.data_set.mapped and {s.label for s in job.data_set.samples} == {0, 1, 2}
     assert finetune.in_situation(None, None, None)(job).learning_rate == finetune.NEW_HEAD[0]
+
+
+def test_mixed_precision_trains_nearly_the_same_and_resumes(
+    images, masks, tmp_path, uninterrupted, accelerate_anew
+):
+    from accelerate import Accelerator
+
+    torch.set_num_threads(1)
+    half = Accelerator(cpu=True, mixed_precision="bf16")
+    path = tuned(tune(images, new_run(tmp_path / "a", masks), accelerator=half)).path
+    (_, card), (_, exact) = content(path), content(uninterrupted)
+    assert (card["precision"], exact["precision"]) == ("bf16", "no")
+    found, expected = (c["metrics"]["after"]["held_out"]["total"] for c in (card, exact))
+    assert found != expected and found == pytest.approx(expected, rel=0.02)
+    run = new_run(tmp_path / "b", masks)
+    stop_after(images, run, 9, half)
+    assert (run / "tuned/.small-gradcam.state").exists()
+    assert_same(tuned(tune(images, run, accelerator=half)).path, path)
+    with pytest.raises(AftError, match="precision is bf16, asked for no"):
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+        tune(images, run)
