@@ -315,6 +315,9 @@ def _accelerator(device: str, precision: str) -> Accelerator:
     if precision not in ("auto", "no", "bf16", "fp16"):
         raise AftError(f"unknown precision {precision!r}; there are auto, no, bf16 and fp16")
     where = find_device(device)
+    if precision == "fp16" and where.type == "cpu":
+        # There it would run without scaling the loss, and small gradients would become 0.
+        raise AftError("--precision fp16 can't be used on a CPU; use bf16 or no")
 
     from accelerate import Accelerator
 
