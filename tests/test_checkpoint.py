@@ -235,7 +235,7 @@ def test_a_new_head_keeps_its_classes(tmp_path, x):
         (("--cache", "ram"), "unknown cache 'ram'; nearest: auto"),
         (("--cache", "memory", "--augment"), "leave --cache out"),
         (("--precision", "fp8"), "unknown precision 'fp8'"),
-        (("--precision", "fp16"), "--precision fp16 can't be used here (fp16 mixed precision"),
+        (("--precision", "fp16"), "--precision fp16 can't be used on a CPU; use bf16"),
         (("--no-masks", "--cam", "gradcam"), "--no-masks and --cam exclude each other"),
         (("--split", "val"), "--split goes with --no-masks"),
         (("--export", "tflite"), "unknown format 'tflite' in --export; there is onnx"),
@@ -243,7 +243,7 @@ def test_a_new_head_keeps_its_classes(tmp_path, x):
         (("elsewhere", "--no-masks"), "elsewhere: there is no such folder"),
     ],
 )
-def test_wrong_arguments_are_one_line_and_leave_nothing(study, options, message, accelerate_anew):
+def test_wrong_arguments_are_one_line_and_leave_nothing(study, options, message):
     run = study / "run"
     before = sorted(run.rglob("*"))
     done = aft("finetune", *options, "--run", run)
