@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from aftcli.explanation import Explanation as Explanation
     from aftcli.explanation import TftSettings as TftSettings
     from aftcli.explanation import explain as explain
-    from aftcli.finetune import control_job as control_job
     from aftcli.finetune import fine_tune as fine_tune
-    from aftcli.finetune import mask_job as mask_job
+    from aftcli.finetune_jobs import control_job as control_job
+    from aftcli.finetune_jobs import mask_job as mask_job
     from aftcli.generate import generate_masks as generate_masks
     from aftcli.masks import MaskStore as MaskStore
     from aftcli.tft import TftResult as TftResult
@@ -45,14 +45,14 @@ _HOMES = {
     "TftSettings": "aftcli.explanation",
     "Training": "aftcli.aft",
     "attribution_map": "aftcli.core.cam",
-    "control_job": "aftcli.finetune",
+    "control_job": "aftcli.finetune_jobs",
     "cut_classifier": "aftcli.core.classifier",
     "explain": "aftcli.explanation",
     "fine_tune": "aftcli.finetune",
     "fine_tune_threshold": "aftcli.tft",
     "generate_masks": "aftcli.generate",
     "load_classifier": "aftcli.core.models",
-    "mask_job": "aftcli.finetune",
+    "mask_job": "aftcli.finetune_jobs",
     "read_image": "aftcli.data",
     "to_input": "aftcli.data",
 }

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -359,7 +359,7 @@ class Training:
         if self.accelerator.scaler and values["scaler"]:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.epoch, self.step = values["epoch"], values["step"]
-        self.sums = self._zeros() + self._zeros().new_tensor(values["sums"])
+        self.sums = self._zeros().new_tensor(values["sums"])
         self.best_epoch = values["best_epoch"]
         self.history = [Epoch.from_dict(e) for e in values["history"]]
 
@@ -479,7 +479,3 @@ class Training:
             cam=cam,
         )
         return f.eval().requires_grad_(False)
-
-    def settings_dict(self) -> dict[str, Any]:
-        """The settings as plain values."""
-        return asdict(self.settings)

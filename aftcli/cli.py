@@ -260,19 +260,19 @@ def finetune(
         raise AftError("--split goes with --no-masks: masks know the images that they were made of")
 
     from aftcli import finetune as engine
-    from aftcli import report_tuned
+    from aftcli import finetune_jobs, report_tuned
     from aftcli.memory import keep_freed_memory
 
     lam_or_none = None if no_masks else lam
     settings = engine.in_situation(lam_or_none, lr, epochs, batch_size, patience, held_out, seed)
     options = engine.Options(cache, augment, _workers(workers), overwrite)
     accelerator = _accelerator(device, precision)
-    source = engine.Source(model, checkpoint, layer, _names(classes), accelerator.device)
+    source = finetune_jobs.Source(model, checkpoint, layer, _names(classes), accelerator.device)
     keep_freed_memory()
     if no_masks:
-        jobs = engine.control_jobs(run, source, dataset, split, limit, seed)
+        jobs = finetune_jobs.control_jobs(run, source, dataset, split, limit, seed)
     else:
-        jobs = engine.mask_jobs(run, source, cams, dataset, limit)
+        jobs = finetune_jobs.mask_jobs(run, source, cams, dataset, limit)
     events = engine.fine_tune(jobs, run, settings, options, accelerator)
     tuned = report_tuned.watch(events, quiet or accelerator.process_index > 0)
     if accelerator.process_index == 0:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -71,8 +72,24 @@ class DataSet:
         """Keep `count` images, evenly spread over the classes' order; None keeps all."""
         if count is None or count >= len(self.samples):
             return self
-        picked = [self.samples[i * len(self.samples) // count] for i in range(count)]
-        return DataSet(self.kind, self.root, self.split, self.classes, self.mapped, picked)
+        return replace(self, samples=[self.samples[i] for i in spread(len(self.samples), count)])
+
+    def fingerprint(self) -> str:
+        """A hash of the images' names and labels, in their order."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(os.fsencode(f"{sample.name}\0{sample.label}\n"))
+        return digest.hexdigest()[:16]
+
+
+def spread(total: int, count: int | None) -> list[int]:
+    """Pick `count` of `total` places, evenly spread; None, or too many, picks all.
+
+    >>> spread(10, 3)
+    [0, 3, 6]
+    """
+    count = min(total if count is None else count, total)
+    return [i * total // count for i in range(count)]
 
 
 def open_data_set(path: Path, split: str | None, classes: Classes) -> DataSet:

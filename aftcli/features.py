@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aftcli.aft import Batch, Features
-from aftcli.core.classifier import Classifier
+from aftcli.core.classifier import Classifier, tensors_hash
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError, nearest
 from aftcli.files import make_folder, write_tensors
@@ -109,6 +108,7 @@ class Cache:
         yield sum(len(self.spans[i]) for i in own) - sum(len(self.spans[i]) for i in missing)
         for loaded in self._load(self.spans, missing):
             features = tuple(t.cpu() for t in self._pass(loaded.x))
+            self.broken += loaded.broken
             if self.how == "memory":
                 self._keep(loaded, features)
             else:
@@ -145,12 +145,11 @@ class Cache:
         for column, values in zip(self.columns, features, strict=False):
             column[rows] = values
         self.columns[-1][rows] = 1
-        self.broken += loaded.broken
 
     def _write(self, loaded: Loaded, features: Features) -> None:
         tensors = {str(i): t for i, t in enumerate(features)}
         tensors["rows"] = torch.tensor(loaded.indices, dtype=torch.long)
-        write_tensors(self._path(loaded.block), tensors, {b.path: b.reason for b in loaded.broken})
+        write_tensors(self._path(loaded.block), tensors, {})
 
     def _path(self, block: int) -> Path:
         return self.folder / f"{block:06d}.safetensors"
@@ -163,6 +162,13 @@ class Cache:
             except Exception:  # noqa: BLE001 - missing, or damaged: to be made again
                 return None
         return self.blocks[block]
+
+    def _stored(self, block: int) -> dict[str, Tensor]:
+        """A block's tensors that must be there by now."""
+        tensors = self._block(block)
+        if tensors is None:
+            raise AftError(f"{self._path(block)}: is gone or damaged; run the same command again")
+        return tensors
 
     def share_out(self, add: Callable[[Tensor], Tensor], wait: Callable[[], None]) -> None:
         """Give every process what each has computed.
@@ -177,7 +183,8 @@ class Cache:
                 self._add_columns(add)
             self.usable = self.columns[-1].nonzero()[:, 0].tolist()
         if self.how == "disk":
-            self.usable = [i for b in range(len(self.spans)) for i in self._rows(b)]
+            blocks = range(len(self.spans))
+            self.usable = [i for b in blocks for i in self._stored(b)["rows"].tolist()]
         names = {self.data_set.samples[i].name for i in self.usable}
         known = {b.path: b.reason for b in self.broken}
         self.broken = [
@@ -195,12 +202,6 @@ class Cache:
             for start in range(0, len(column), 4096):
                 part = slice(start, start + 4096)
                 self.columns[i][part] = add(column[part].to(self.f.device)).cpu()
-
-    def _rows(self, block: int) -> list[int]:
-        tensors = self._block(block)
-        if tensors is None:
-            raise AftError(f"{self._path(block)}: is damaged; run the same command again")
-        return tensors["rows"].tolist()
 
     def batches(
         self, wanted: Sequence[Sequence[int]], change: Callable[[Tensor, Sequence[int]], Tensor]
@@ -227,9 +228,7 @@ class Cache:
     def _from_disk(self, indices: Sequence[int]) -> Features:
         rows = []
         for i in indices:
-            block = self._block(i // BLOCK)
-            if block is None:
-                raise AftError(f"{self._path(i // BLOCK)}: is gone; run the same command again")
+            block = self._stored(i // BLOCK)
             row = int((block["rows"] == i).nonzero()[0, 0])
             rows.append([block[str(n)][row] for n in range(len(block) - 1)])
         return tuple(torch.stack(column) for column in zip(*rows, strict=True))
@@ -243,10 +242,8 @@ class Cache:
 
 def _key(f: Classifier, data_set: DataSet) -> str:
     """Name what a cache depends on: w0, the preprocessing, the images' files."""
-    digest = hashlib.sha256(repr(asdict(f.preprocessing)).encode())
-    for name, value in sorted(f.stem.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    digest = hashlib.sha256(repr(f.preprocessing).encode())
+    digest.update(tensors_hash(f.stem.state_dict()).encode())
     for i, sample in enumerate(data_set.samples):
         digest.update(os.fsencode(sample.name))
         try:

@@ -23,6 +23,17 @@ def _sync_folder(path: Path) -> None:
 
 
 @contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all: to a temporary one, renamed at the end."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def durable(path: Path) -> Iterator[Path]:
     """Write a file whole or not at all, also through a power loss.
 
@@ -32,20 +43,17 @@ def durable(path: Path) -> Iterator[Path]:
     Raises:
         AftError: it can't be written.
     """
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         raise AftError(
             f"{path}: can't be written ({getattr(error, 'strerror', None) or error}); free space "
             "or choose another --run; the same command goes on where it stopped"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -76,6 +84,15 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def file_stem(model: str, what: str) -> str:
+    """Name the files of a run after a model and what was done with it.
+
+    >>> file_stem("timm:resnet18.a1_in1k", "gradcam")
+    'timm_resnet18.a1_in1k-gradcam'
+    """
+    return f"{model.replace(':', '_').replace('/', '_')}-{what}"
 
 
 def make_folder(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""From mask stores, or a data set alone, to tuned checkpoints (§4.2).
+"""From jobs to tuned checkpoints (§4.2).
 
 A run may be stopped at any point: the training's state is stored at short intervals, and the
 same command goes on from it to the same weights, bit for bit.
@@ -6,7 +6,6 @@ same command goes on from it to the same weights, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import safetensors.torch
 import torch
 from accelerate import Accelerator
@@ -24,46 +22,20 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 
 from aftcli import __version__
-from aftcli.aft import AftSettings, Epoch, Measured, Step, Training, check_settings
+from aftcli.aft import AftSettings, Epoch, Measured, State, Step, Training, check_settings
 from aftcli.core.checkpoint import checkpoint_of, read_card
 from aftcli.core.classifier import Classifier
-from aftcli.core.models import load_classifier, with_new_head
-from aftcli.datasets import DataSet, Sample, open_data_set, validation_of
+from aftcli.datasets import DataSet, validation_of
 from aftcli.errors import AftError
-from aftcli.features import Cache, CachedExamples, Masks, check_cache, choose_cache
+from aftcli.features import Cache, CachedExamples, check_cache, choose_cache
 from aftcli.files import locked, make_folder, write_tensors
+from aftcli.finetune_jobs import Job
 from aftcli.loading import Broken
-from aftcli.masks import MaskStore, differences
+from aftcli.masks import refuse_other_settings
 
 SAVE_EVERY = 30.0  # seconds between stored states, at the least
 TUNING, NEW_HEAD = (1e-4, 10), (3e-4, 30)  # learning rate and epochs (docs/decisions.md)
 OVERHEAD = 0.05  # share of the time that storing them may take
-
-
-@dataclass(frozen=True)
-class Job:
-    """A classifier and what it is to be tuned with.
-
-    Attributes:
-        f: the classifier.
-        data_set: the training images; labels are f's classes.
-        masks: of these images; None for a control.
-        cam: the method that they were made with; None for a control.
-        made: what the masks were made with, plain values.
-        new_head: f's last layer was made anew for the classes of the data set.
-    """
-
-    f: Classifier
-    data_set: DataSet
-    masks: Masks | None = None
-    cam: str | None = None
-    made: dict[str, Any] | None = None
-    new_head: bool = False
-
-    @property
-    def name(self) -> str:
-        """Of the checkpoint."""
-        return f"{self.f.name.replace(':', '_').replace('/', '_')}-{self.cam or 'control'}"
 
 
 @dataclass(frozen=True)
@@ -125,30 +97,6 @@ class Tuned(NamedTuple):
     before: bool
 
 
-class Source(NamedTuple):
-    """Where classifiers come from; see `load_classifier`. None is what the masks say."""
-
-    model: str | None = None
-    checkpoint: Path | None = None
-    layer: str | None = None
-    classes: tuple[str, ...] | None = None
-    device: torch.device | str = "cpu"
-
-    def load(self) -> Classifier:
-        """Load the classifier."""
-        name, checkpoint, layer, classes, device = self
-        return load_classifier(name, checkpoint, layer, classes=classes, device=device)
-
-    def of_masks(self, made: dict[str, Any]) -> Source:
-        """The classifier that masks were made with, but for what was asked for."""
-        recorded = made.get("checkpoint")  # "" for published weights
-        return self._replace(
-            model=self.model or made["model"],
-            checkpoint=self.checkpoint or (Path(recorded) if recorded else None),
-            layer=self.layer or made["layer"],
-        )
-
-
 def in_situation(
     lam: float | None,
     learning_rate: float | None,
@@ -180,196 +128,14 @@ def in_situation(
     return lambda job: settings(job.new_head)
 
 
-def mask_jobs(
-    run: Path,
-    source: Source,
-    cams: Sequence[str],
-    data: Path | None = None,
-    limit: int | None = None,
-) -> list[Job]:
-    """Make jobs of a run's mask stores, each with the classifier that it was made with.
-
-    Args:
-        run: where the study lives.
-        source: of the classifiers.
-        cams: only these methods; empty for all.
-        data: where the data set is now; default where it was.
-        limit: take so many images, spread over the store.
-
-    Raises:
-        AftError: see `find_stores` and `mask_job`.
-    """
-    loaded: dict[Source, Classifier] = {}
-    jobs = []
-    for store in find_stores(run, source.model, cams):
-        own = source.of_masks(store.settings)
-        if own not in loaded:
-            loaded[own] = own.load()
-        jobs.append(mask_job(store, loaded[own], data, limit))
-    return jobs
-
-
-def control_jobs(
-    run: Path,
-    source: Source,
-    data: Path | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-) -> list[Job]:
-    """Make jobs without masks, of a data set or of those that a run's masks are of.
-
-    Args:
-        run: where the study lives.
-        source: of the classifiers.
-        data: the data set; default those of the masks, with their classifiers.
-        split: part of it; default train.
-        limit: take so many images, spread over the classes.
-        seed: of a new head.
-
-    Raises:
-        AftError: there is no such data set, nor masks that name one.
-    """
-    if data is not None:
-        return [control_job(source.load(), data, split, limit, seed)]
-    models: dict[str, dict[str, Any]] = {}
-    for store in find_stores(run, source.model, []):
-        models.setdefault(store.settings["model"], store.settings)
-    jobs = []
-    for made in models.values():
-        f = source.of_masks(made).load()
-        root, part = Path(made["data_set"]), split or made["split"]
-        above = root.parent if made["data_kind"] == "folders" and part else root
-        jobs.append(control_job(f, above, part or None, limit, seed))
-    return jobs
-
-
-def find_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskStore]:
-    """Open the mask stores of a run.
-
-    Args:
-        run: where the study lives.
-        model: only those of this model; None for all.
-        cams: only those of these methods; empty for all.
-
-    Raises:
-        AftError: there is none, or one that is asked for by name is missing or damaged.
-    """
-    paths = sorted((run / "masks").glob("*.h5"))
-    stores = [MaskStore(path) for path in paths if not path.name.startswith(".")]
-    fitting = [s for s in stores if model in (None, s.settings["model"])]
-    found = [s for s in fitting if not cams or s.settings["cam"] in cams]
-    missing = set(cams) - {s.settings["cam"] for s in found}
-    if not found or missing:
-        whose = f" of {model}" if model else ""
-        which = f" by {', '.join(sorted(missing))}" if missing else ""
-        there = ", ".join(path.name for path in paths) or "nothing"
-        raise AftError(
-            f"{run / 'masks'}: there are no masks{whose}{which} (there is {there}); make them with "
-            "aft gen-masks DATASET, or pass the --run that has them"
-        )
-    return found
-
-
-def mask_job(
-    store: MaskStore, f: Classifier, data: Path | None = None, limit: int | None = None
-) -> Job:
-    """Make a job of a mask store.
-
-    Args:
-        store: of `aft gen-masks`.
-        f: the classifier.
-        data: where the data set is now; default where it was.
-        limit: take so many images, spread over the store.
-
-    Raises:
-        AftError: the store is damaged, was made for another classifier, has labels of other
-            classes, or its data set is gone.
-    """
-    made = store.settings
-    preprocessing = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in vars(f.preprocessing).items()
-    }
-    asked = {
-        "model": f.name,
-        "layer": f.layer_name,
-        "weights": f.weights_hash(),
-        "activation_shape": list(f.activation_shape),
-        "preprocessing": preprocessing,
-    }
-    other = differences({key: made[key] for key in asked}, asked)
-    if other:
-        raise AftError(
-            f"{store.path}: the masks were made for another classifier: {'; '.join(other)}; pass "
-            "the --model, --checkpoint and --layer that they were made with, or make them again "
-            "with aft gen-masks"
-        )
-    if made["labels"] != "model":
-        raise AftError(
-            f"{store.path}: the labels of these images are no classes of {f.name}; first give it "
-            "an output for each with aft finetune DATASET --no-masks, then run aft gen-masks and "
-            "aft finetune with the --checkpoint that this writes"
-        )
-    store.verify()
-    if not len(store):
-        raise AftError(f"{store.path}: holds no image that could be read")
-    chunks = [store.rows(i, min(i + 4096, len(store))) for i in range(0, len(store), 4096)]
-    paths = np.concatenate([c.path for c in chunks])
-    labels = np.concatenate([c.label for c in chunks])
-    low = torch.from_numpy(np.concatenate([c.mask for c in chunks]))
-    count = min(limit or len(store), len(store))
-    picked = [i * len(store) // count for i in range(count)]
-    samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
-    if max(sample.label for sample in samples) >= len(f.classes):
-        raise AftError(f"{store.path}: has labels beyond the {len(f.classes)} classes of {f.name}")
-    root = Path(made["data_set"])
-    if data is not None:
-        root = open_data_set(data, made["split"] or None, f.classes).root
-    if not root.is_dir():
-        raise AftError(
-            f"{root}: the data set of {store.path} is no longer there; say where it is: "
-            "aft finetune DATASET"
-        )
-    data_set = DataSet(made["data_kind"], root, made["split"], f.classes.names, True, samples)
-    masks = Masks(low[torch.tensor(picked)], lambda i: store.full_mask(picked[i]))
-    searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
-    return Job(f, data_set, masks, made["cam"], searched)
-
-
-def control_job(
-    f: Classifier, data: Path, split: str | None, limit: int | None, seed: int = 0
-) -> Job:
-    """Make a job without masks; a data set of other classes than f's gets a new head.
-
-    Args:
-        f: the classifier.
-        data: the data set.
-        split: part of it; default train.
-        limit: take so many images, spread over the classes.
-        seed: of a new head.
-
-    Raises:
-        AftError: there is no such data set or split.
-    """
-    data_set = open_data_set(data, split, f.classes)
-    if not data_set.mapped:
-        f = with_new_head(f, data_set.classes, seed)
-        return Job(f, open_data_set(data, split, f.classes).limited(limit), new_head=True)
-    return Job(f, data_set.limited(limit))
-
-
 def _identity(job: Job, settings: AftSettings, options: Options, precision: str) -> dict[str, Any]:
     """All that decides the result: entries of the card."""
-    names = hashlib.sha256()
-    for sample in job.data_set.samples:
-        names.update(os.fsencode(f"{sample.name}\0{sample.label}\n"))
     return {
         "start": job.f.weights_hash(),
         "layer": job.f.layer_name,
         "masks": job.made,
         "images": len(job.data_set.samples),
-        "images_hash": names.hexdigest()[:16],
+        "images_hash": job.data_set.fingerprint(),
         "split": job.data_set.split,
         "augment": options.augment,
         "precision": precision,
@@ -384,7 +150,8 @@ class _Files:
         self.folder = make_folder(run / "tuned")
         self.path = self.folder / f"{job.name}.safetensors"
         self.state = self.folder / f".{job.name}.state"
-        self.identity = identity
+        # As it comes back from a file: a tuple is a list in JSON.
+        self.identity = json.loads(json.dumps(identity))
         if job.f.checkpoint and Path(job.f.checkpoint) == self.path.resolve():
             raise AftError(
                 f"{self.path}: is what the training starts from; give another --run, so that it "
@@ -404,17 +171,9 @@ class _Files:
             raise AftError(
                 f"{self.path}: is damaged, or was not written by aft; move it away, or --overwrite"
             )
-        self._refuse({key: card.get(key) for key in self.identity})
+        found = {key: card.get(key) for key in self.identity}
+        refuse_other_settings(self.path, found, self.identity)
         return card
-
-    def _refuse(self, found: dict[str, Any]) -> None:
-        # A tuple is a list after JSON.
-        other = differences(found, json.loads(json.dumps(self.identity)))
-        if other:
-            raise AftError(
-                f"{self.path}: was begun with other settings: {'; '.join(other)}; use the same "
-                "ones, another --run, or --overwrite"
-            )
 
     def save(self, training: Training) -> None:
         tensors, values = training.state()
@@ -432,8 +191,8 @@ class _Files:
             tensors = safetensors.torch.load_file(self.state)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             return False
-        self._refuse(identity)
-        training.restore(type(training.state())(tensors, values))
+        refuse_other_settings(self.path, identity, self.identity)
+        training.restore(State(tensors, values))
         return True
 
 

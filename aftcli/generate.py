@@ -6,12 +6,11 @@ interruptions nor on the number of processes; each block is stored whole or not 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +24,15 @@ from aftcli.core.classifier import Classifier
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError
 from aftcli.explanation import TftSettings
-from aftcli.files import locked, make_folder
+from aftcli.files import file_stem, locked, make_folder
 from aftcli.loading import load_blocks
 from aftcli.masks import (
     FORMAT_VERSION,
     MaskStore,
     Rows,
-    differences,
     join_parts,
     read_part,
+    refuse_other_settings,
     split_float,
     write_part,
 )
@@ -135,15 +134,11 @@ def tune_batch(
 
 def store_path(run: Path, model: str, cam: str) -> Path:
     """Where the masks of a model and a CAM method are kept in a run."""
-    return run / "masks" / f"{model.replace(':', '_').replace('/', '_')}-{cam}.h5"
+    return run / "masks" / f"{file_stem(model, cam)}.h5"
 
 
 def store_settings(f: Classifier, data_set: DataSet, settings: TftSettings) -> dict[str, Any]:
     """What masks are made with, but for the CAM: attributes of a store (docs/masks-format.md)."""
-    names = hashlib.sha256()
-    for sample in data_set.samples:
-        names.update(os.fsencode(f"{sample.name}\0{sample.label}\n"))
-    preprocessing = asdict(f.preprocessing)
     return {
         "format_version": FORMAT_VERSION,
         "aft_version": __version__,
@@ -156,17 +151,14 @@ def store_settings(f: Classifier, data_set: DataSet, settings: TftSettings) -> d
         "masking": settings.masking,
         "fill": settings.fill,
         "threshold_mode": settings.mode,
-        "preprocessing": {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in preprocessing.items()
-        },
+        "preprocessing": f.preprocessing.as_dict(),
         "data_set": str(data_set.root.resolve()),
         "data_kind": data_set.kind,
         "split": data_set.split,
         "labels": "model" if data_set.mapped else "data set",
         "classes": [] if data_set.mapped else list(data_set.classes),
         "images": len(data_set.samples),
-        "images_hash": names.hexdigest()[:16],
+        "images_hash": data_set.fingerprint(),
     }
 
 
@@ -185,7 +177,7 @@ class _Store:
         if not self.path.exists():
             return False
         with MaskStore(self.path) as store:
-            self._refuse(self.path, store.settings)
+            refuse_other_settings(self.path, store.settings, self.settings)
         return True
 
     def has(self, span: range) -> bool:
@@ -193,16 +185,8 @@ class _Store:
         read = read_part(self.part(span))
         if read is None:
             return False
-        self._refuse(self.path, read[2])
+        refuse_other_settings(self.path, read[2], self.settings)
         return True
-
-    def _refuse(self, path: Path, found: dict[str, Any]) -> None:
-        other = differences(found, self.settings)
-        if other:
-            raise AftError(
-                f"{path}: was begun with other settings: {'; '.join(other)}; use the same ones, "
-                "another --run, or --overwrite"
-            )
 
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aftcli.errors import AftError
 from aftcli.files import durable
-from aftcli.loading import Broken as Broken
+from aftcli.loading import Broken
 from aftcli.tft import cut_off, mask_of, threshold_map
 
 FORMAT_VERSION = 1
@@ -103,6 +103,20 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         if found.get(key) != wanted.get(key):
             named.append(f"{key} is {_short(found.get(key))}, asked for {_short(wanted.get(key))}")
     return named
+
+
+def refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with a file that was begun with other settings.
+
+    Raises:
+        AftError: they differ; the message names where.
+    """
+    other = differences(found, wanted)
+    if other:
+        raise AftError(
+            f"{path}: was begun with other settings: {'; '.join(other)}; use the same ones, "
+            "another --run, or --overwrite"
+        )
 
 
 def _short(value: object) -> str:

@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -26,6 +25,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.data import View
 from aftcli.errors import AftError
 from aftcli.explanation import Explanation, TftSettings, muted
+from aftcli.files import replacing
 from aftcli.options import plain
 
 if TYPE_CHECKING:
@@ -100,17 +100,6 @@ def output_folder(path: Path) -> Path:
             f"{path}: can't write there ({error.strerror or error}); give another --out"
         ) from error
     return path
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file whole or not at all: to a temporary one, renamed at the end."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_outputs(

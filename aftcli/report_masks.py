@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from aftcli.generate import Done, Processes
-from aftcli.masks import Broken, MaskStore
+from aftcli.loading import Broken
+from aftcli.masks import MaskStore
 
 
 @dataclass(frozen=True)

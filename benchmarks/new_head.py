@@ -22,7 +22,7 @@ from aftcli import load_classifier
 from aftcli.aft import AftSettings, Training
 from aftcli.core import models
 from aftcli.features import Cache, CachedExamples
-from aftcli.finetune import control_job
+from aftcli.finetune_jobs import control_job
 from aftcli.memory import keep_freed_memory
 
 

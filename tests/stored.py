@@ -3,6 +3,8 @@
 Kept free of timm and torchvision, so that a process that runs it starts quickly.
 """
 
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,17 @@ def generate_as_one_of(index, count, barrier, root, run):
     """One of several processes on a run."""
     torch.set_num_threads(1)
     generate(root, run, processes=Processes(index, count, barrier.wait), workers=0)
+
+
+@contextmanager
+def full_disk(size):
+    """No file may become larger than that many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def hold(path, held, release):

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stored import NAMES, small_float
+from stored import NAMES, full_disk, small_float
 from trained import epochs, make_colours, masks_of, tune, tune_and_exit, tuned
 
 from aftcli import AftError, MaskStore
@@ -31,7 +30,8 @@ from aftcli.features import (
     random_crop,
     stem_output,
 )
-from aftcli.finetune import Begun, Cached, Options, control_job, find_stores, mask_job
+from aftcli.finetune import Begun, Cached, Options
+from aftcli.finetune_jobs import control_job, find_stores, mask_job
 
 
 @pytest.fixture(scope="module")
@@ -213,13 +213,8 @@ def test_going_on_says_so_and_repeats_no_epoch(images, run):
 
 def test_a_full_disk_is_an_error_and_the_run_goes_on_later(images, run, uninterrupted):
     torch.set_num_threads(1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
-    try:
-        with pytest.raises(AftError, match="can't be written"):
-            tune(images, run)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(3000), pytest.raises(AftError, match="can't be written"):
+        tune(images, run)
     assert leftovers(run) == []
     assert_same(tuned(tune(images, run)).path, uninterrupted)
 
@@ -362,6 +357,7 @@ def test_a_control_leaves_broken_images_out_and_says_so(tmp_path, cache):
     events = tune(images, tmp_path / "run", None, options)
     (begun,) = (e for e in events if isinstance(e, Begun))
     assert [b.path for b in begun.broken] == ["pear/3.png"]
+    assert "not a picture" in begun.broken[0].reason
     assert begun.train + begun.held_out == 17
     with pytest.raises(AftError, match=r"pear/3\.png"):
         tune(images, tmp_path / "other", None, Options("off", workers=0))

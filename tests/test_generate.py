@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +10,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from stored import generate, generate_and_exit, generate_as_one_of, hold, make_images, small_float
+from stored import (
+    full_disk,
+    generate,
+    generate_and_exit,
+    generate_as_one_of,
+    hold,
+    make_images,
+    small_float,
+)
 
 from aftcli import AftError, MaskStore
 from aftcli.explanation import TftSettings
@@ -198,13 +205,8 @@ def test_broken_images_are_recorded_and_left_out(tmp_path):
 
 def test_a_full_disk_is_an_error_and_the_run_goes_on_later(images, uninterrupted, tmp_path):
     torch.set_num_threads(1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-    try:
-        with pytest.raises(AftError, match="can't be written"):
-            generate(images, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(4000), pytest.raises(AftError, match="can't be written"):
+        generate(images, tmp_path)
     left = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
     assert left == []
     generate(images, tmp_path)
@@ -216,12 +218,8 @@ def test_a_full_disk_while_joining_leaves_the_parts(images, uninterrupted, tmp_p
     from aftcli import generate as module
 
     def full(*_):
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
-        try:
+        with full_disk(9000):
             real(*_)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     real = module.join_parts
     monkeypatch.setattr(module, "join_parts", full)

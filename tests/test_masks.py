@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from aftcli import AftError, MaskStore, attribution_map, fine_tune_threshold, to_input
 from aftcli.data import read_image
 from aftcli.explanation import TftSettings
-from aftcli.masks import Broken, Rows, join_float, read_part, split_float, write_part
+from aftcli.loading import Broken
+from aftcli.masks import Rows, join_float, read_part, split_float, write_part
 
 METHODS = ("gradcam", "layercam", "ablationcam")
 

@@ -9,7 +9,8 @@ from PIL import Image
 from stored import NAMES, generate, small_float
 
 from aftcli.aft import Batch, Epoch
-from aftcli.finetune import Options, Tuned, control_job, fine_tune, in_situation, mask_job
+from aftcli.finetune import Options, Tuned, fine_tune, in_situation
+from aftcli.finetune_jobs import control_job, mask_job
 from aftcli.masks import MaskStore
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aftcli.core.classifier import Classes, Classifier, Preprocessing
+from aftcli.core.classifier import Classes, Classifier, tensors_hash
 from aftcli.core.tuner import Tuner
 from aftcli.errors import AftError
 
@@ -36,32 +35,19 @@ def checkpoint_of(
         tuner: f_tuner; None for a control.
         card: further entries, of plain values.
     """
-    tensors = {
-        name: value.detach().cpu().contiguous()
-        for part in (f.stem, f.layer, f.head)
-        for name, value in part.state_dict().items()
-    }
+    tensors = f.weights()
     if tuner is not None:
-        weights = tuner.state_dict()
-        tensors |= {f"{TUNER}{k}": v.detach().cpu().contiguous() for k, v in weights.items()}
+        tensors |= {f"{TUNER}{name}": value for name, value in tuner.state_dict().items()}
     own = {
         "format_version": FORMAT_VERSION,
         "model": f.name,
         "layer": f.layer_name,
         "cam": f.cam,
         "classes": {"names": f.classes.names, "wnids": f.classes.wnids},
-        "preprocessing": asdict(f.preprocessing),
-        "digest": _digest(tensors),
+        "preprocessing": f.preprocessing.as_dict(),
+        "digest": tensors_hash(tensors),
     }
     return tensors, {CARD: _sealed({**card, **own})}
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _sealed(card: Mapping[str, Any]) -> str:
@@ -120,13 +106,6 @@ def card_classes(card: Mapping[str, Any]) -> Classes:
     return Classes(tuple(card["classes"]["names"]), tuple(card["classes"]["wnids"]))
 
 
-def card_preprocessing(card: Mapping[str, Any]) -> Preprocessing:
-    """The preprocessing that a card names."""
-    values: dict[str, Any] = card["preprocessing"]
-    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-    return Preprocessing(**{**values, **lists})
-
-
 def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
     """Put a checkpoint's weights into a classifier of the same architecture.
 
@@ -145,16 +124,11 @@ def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise _damaged(path) from error
-    if _digest(tensors) != card["digest"]:
+    if tensors_hash(tensors) != card["digest"]:
         raise _damaged(path)
     own = {k.removeprefix(TUNER): v for k, v in tensors.items() if k.startswith(TUNER)}
     weights = {k: v for k, v in tensors.items() if not k.startswith(TUNER)}
-    expected = {
-        name: value
-        for part in (f.stem, f.layer, f.head)
-        for name, value in part.state_dict().items()
-    }
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in expected.items()}:
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in f.weights().items()}:
         raise AftError(
             f"{path}: its weights do not fit {f.name} as it is installed here; install the "
             f"versions it was tuned with: {card.get('versions', 'unknown')}"

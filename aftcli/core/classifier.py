@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,16 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON gives them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """The inverse of `as_dict`."""
+        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+        return cls(**{**values, **lists})
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,15 @@ def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").lower().split())
 
 
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors, their names, shapes and types."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Classifier(nn.Module):
     """A network cut at layer l: logits = head(layer(stem(x))).
 
@@ -135,14 +156,14 @@ class Classifier(nn.Module):
         """The head split at its first linear layer, where it can be (see core/head.py)."""
         return linear_head(self.head, self.activation_shape)
 
+    def weights(self) -> dict[str, Tensor]:
+        """All weights and statistics, under the names of the uncut model."""
+        parts = (self.stem, self.layer, self.head)
+        return {name: value for part in parts for name, value in part.state_dict().items()}
+
     def weights_hash(self) -> str:
         """SHA-256 of all weights, under the names of the uncut model."""
-        digest = hashlib.sha256()
-        parts = (self.stem, self.layer, self.head)
-        for name, value in sorted(item for part in parts for item in part.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return tensors_hash(self.weights())
 
     @property
     def device(self) -> torch.device:

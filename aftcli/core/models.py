@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aftcli.core.checkpoint import card_classes, card_preprocessing, read_card, restore
+from aftcli.core.checkpoint import card_classes, read_card, restore
 from aftcli.core.classifier import Classes, Classifier, Preprocessing, cut_classifier
 from aftcli.errors import AftError, nearest
 
@@ -326,7 +326,7 @@ def _tuned(
     if classes and len(classes) != len(own):
         raise AftError(f"{path}: has {len(own)} classes, --classes names {len(classes)}")
     network = _source(card["model"])(card["model"], False, len(own))
-    network = network._replace(preprocessing=card_preprocessing(card))
+    network = network._replace(preprocessing=Preprocessing.from_dict(card["preprocessing"]))
     f = _cut(card["model"], network, card["layer"], Classes(classes) if classes else own)
     restore(f, path, card)
     f.checkpoint = str(path.resolve())

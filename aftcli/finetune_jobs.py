@@ -1,0 +1,245 @@
+"""What is to be fine-tuned: classifiers with the masks, or the data set, to tune them with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from aftcli.core.classifier import Classifier
+from aftcli.core.models import load_classifier, with_new_head
+from aftcli.datasets import DataSet, Sample, open_data_set, spread
+from aftcli.errors import AftError
+from aftcli.features import Masks
+from aftcli.files import file_stem
+from aftcli.masks import MaskStore, differences
+
+
+@dataclass(frozen=True)
+class Job:
+    """A classifier and what it is to be tuned with.
+
+    Attributes:
+        f: the classifier.
+        data_set: the training images; labels are f's classes.
+        masks: of these images; None for a control.
+        cam: the method that they were made with; None for a control.
+        made: what the masks were made with, plain values.
+        new_head: f's last layer was made anew for the classes of the data set.
+    """
+
+    f: Classifier
+    data_set: DataSet
+    masks: Masks | None = None
+    cam: str | None = None
+    made: dict[str, Any] | None = None
+    new_head: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint."""
+        return file_stem(self.f.name, self.cam or "control")
+
+
+class Source(NamedTuple):
+    """Where classifiers come from; see `load_classifier`. None is what the masks say."""
+
+    model: str | None = None
+    checkpoint: Path | None = None
+    layer: str | None = None
+    classes: tuple[str, ...] | None = None
+    device: torch.device | str = "cpu"
+
+    def load(self) -> Classifier:
+        """Load the classifier."""
+        name, checkpoint, layer, classes, device = self
+        return load_classifier(name, checkpoint, layer, classes=classes, device=device)
+
+    def of_masks(self, made: dict[str, Any]) -> Source:
+        """The classifier that masks were made with, but for what was asked for."""
+        recorded = made.get("checkpoint")  # "" for published weights
+        return self._replace(
+            model=self.model or made["model"],
+            checkpoint=self.checkpoint or (Path(recorded) if recorded else None),
+            layer=self.layer or made["layer"],
+        )
+
+
+def mask_jobs(
+    run: Path,
+    source: Source,
+    cams: Sequence[str],
+    data: Path | None = None,
+    limit: int | None = None,
+) -> list[Job]:
+    """Make jobs of a run's mask stores, each with the classifier that it was made with.
+
+    Args:
+        run: where the study lives.
+        source: of the classifiers.
+        cams: only these methods; empty for all.
+        data: where the data set is now; default where it was.
+        limit: take so many images, spread over the store.
+
+    Raises:
+        AftError: see `find_stores` and `mask_job`.
+    """
+    loaded: dict[Source, Classifier] = {}
+    jobs = []
+    for store in find_stores(run, source.model, cams):
+        own = source.of_masks(store.settings)
+        if own not in loaded:
+            loaded[own] = own.load()
+        jobs.append(mask_job(store, loaded[own], data, limit))
+    return jobs
+
+
+def control_jobs(
+    run: Path,
+    source: Source,
+    data: Path | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Job]:
+    """Make jobs without masks, of a data set or of those that a run's masks are of.
+
+    Args:
+        run: where the study lives.
+        source: of the classifiers.
+        data: the data set; default those of the masks, with their classifiers.
+        split: part of it; default train.
+        limit: take so many images, spread over the classes.
+        seed: of a new head.
+
+    Raises:
+        AftError: there is no such data set, nor masks that name one.
+    """
+    if data is not None:
+        return [control_job(source.load(), data, split, limit, seed)]
+    models: dict[str, dict[str, Any]] = {}
+    for store in find_stores(run, source.model, []):
+        models.setdefault(store.settings["model"], store.settings)
+    jobs = []
+    for made in models.values():
+        f = source.of_masks(made).load()
+        root, part = Path(made["data_set"]), split or made["split"]
+        above = root.parent if made["data_kind"] == "folders" and part else root
+        jobs.append(control_job(f, above, part or None, limit, seed))
+    return jobs
+
+
+def find_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskStore]:
+    """Open the mask stores of a run.
+
+    Args:
+        run: where the study lives.
+        model: only those of this model; None for all.
+        cams: only those of these methods; empty for all.
+
+    Raises:
+        AftError: there is none, or one that is asked for by name is missing or damaged.
+    """
+    paths = sorted((run / "masks").glob("*.h5"))
+    stores = [MaskStore(path) for path in paths if not path.name.startswith(".")]
+    fitting = [s for s in stores if model in (None, s.settings["model"])]
+    found = [s for s in fitting if not cams or s.settings["cam"] in cams]
+    missing = set(cams) - {s.settings["cam"] for s in found}
+    if not found or missing:
+        whose = f" of {model}" if model else ""
+        which = f" by {', '.join(sorted(missing))}" if missing else ""
+        there = ", ".join(path.name for path in paths) or "nothing"
+        raise AftError(
+            f"{run / 'masks'}: there are no masks{whose}{which} (there is {there}); make them with "
+            "aft gen-masks DATASET, or pass the --run that has them"
+        )
+    return found
+
+
+def mask_job(
+    store: MaskStore, f: Classifier, data: Path | None = None, limit: int | None = None
+) -> Job:
+    """Make a job of a mask store.
+
+    Args:
+        store: of `aft gen-masks`.
+        f: the classifier.
+        data: where the data set is now; default where it was.
+        limit: take so many images, spread over the store.
+
+    Raises:
+        AftError: the store is damaged, was made for another classifier, has labels of other
+            classes, or its data set is gone.
+    """
+    made = store.settings
+    asked = {
+        "model": f.name,
+        "layer": f.layer_name,
+        "weights": f.weights_hash(),
+        "activation_shape": list(f.activation_shape),
+        "preprocessing": f.preprocessing.as_dict(),
+    }
+    other = differences({key: made[key] for key in asked}, asked)
+    if other:
+        raise AftError(
+            f"{store.path}: the masks were made for another classifier: {'; '.join(other)}; pass "
+            "the --model, --checkpoint and --layer that they were made with, or make them again "
+            "with aft gen-masks"
+        )
+    if made["labels"] != "model":
+        raise AftError(
+            f"{store.path}: the labels of these images are no classes of {f.name}; first give it "
+            "an output for each with aft finetune DATASET --no-masks, then run aft gen-masks and "
+            "aft finetune with the --checkpoint that this writes"
+        )
+    store.verify()
+    if not len(store):
+        raise AftError(f"{store.path}: holds no image that could be read")
+    chunks = [store.rows(i, min(i + 4096, len(store))) for i in range(0, len(store), 4096)]
+    paths = np.concatenate([c.path for c in chunks])
+    labels = np.concatenate([c.label for c in chunks])
+    low = torch.from_numpy(np.concatenate([c.mask for c in chunks]))
+    picked = spread(len(store), limit)
+    samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
+    if max(sample.label for sample in samples) >= len(f.classes):
+        raise AftError(f"{store.path}: has labels beyond the {len(f.classes)} classes of {f.name}")
+    root = Path(made["data_set"])
+    if data is not None:
+        root = open_data_set(data, made["split"] or None, f.classes).root
+    if not root.is_dir():
+        raise AftError(
+            f"{root}: the data set of {store.path} is no longer there; say where it is: "
+            "aft finetune DATASET"
+        )
+    data_set = DataSet(made["data_kind"], root, made["split"], f.classes.names, True, samples)
+    masks = Masks(low[torch.tensor(picked)], lambda i: store.full_mask(picked[i]))
+    searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
+    return Job(f, data_set, masks, made["cam"], searched)
+
+
+def control_job(
+    f: Classifier, data: Path, split: str | None, limit: int | None, seed: int = 0
+) -> Job:
+    """Make a job without masks; a data set of other classes than f's gets a new head.
+
+    Args:
+        f: the classifier.
+        data: the data set.
+        split: part of it; default train.
+        limit: take so many images, spread over the classes.
+        seed: of a new head.
+
+    Raises:
+        AftError: there is no such data set or split.
+    """
+    data_set = open_data_set(data, split, f.classes).limited(limit)
+    if data_set.mapped:
+        return Job(f, data_set)
+    # The data set's classes are the new head's, in their order.
+    new = with_new_head(f, data_set.classes, seed)
+    return Job(new, replace(data_set, mapped=True), new_head=True)
