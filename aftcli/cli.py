@@ -262,7 +262,10 @@ def finetune(
     from aftcli import finetune as engine
     from aftcli import finetune_jobs, report_tuned
     from aftcli.memory import keep_freed_memory
+    from aftcli.serving import check_onnx
 
+    if wanted:
+        check_onnx()
     lam_or_none = None if no_masks else lam
     settings = engine.in_situation(lam_or_none, lr, epochs, batch_size, patience, held_out, seed)
     options = engine.Options(cache, augment, _workers(workers), overwrite)

@@ -14,7 +14,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from aftcli.aft import Epoch, Measured, Step
-from aftcli.errors import AftError
 from aftcli.files import durable
 from aftcli.finetune import Begun, Cached, Event, Tuned
 from aftcli.options import plain
@@ -216,11 +215,6 @@ def export(path: Path) -> Path:
 
     target = path.with_suffix(".onnx")
     print(f"exporting {plain(str(target))}", file=sys.stderr)
-    try:
-        with durable(target) as temporary:
-            export_onnx(path, temporary)
-    except ImportError as error:
-        raise AftError(
-            f"--export onnx needs {error.name}; install it with: pip install 'aftcli[onnx]'"
-        ) from error
+    with durable(target) as temporary:
+        export_onnx(path, temporary)
     return target

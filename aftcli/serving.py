@@ -125,6 +125,21 @@ def _not_exportable(f: Classifier, method: str, error: Exception) -> AftError:
     )
 
 
+def check_onnx() -> None:
+    """Check that networks can be exported, before anything is computed.
+
+    Raises:
+        AftError: onnx or onnxscript is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401 - torch.onnx says only much later that it is missing
+    except ImportError as error:
+        raise AftError(
+            f"--export onnx needs {error.name}; install it with: pip install 'aftcli[onnx]'"
+        ) from error
+
+
 def export_onnx(checkpoint: Path, path: Path) -> None:
     """Write a tuned classifier and its plain map as an ONNX file.
 
@@ -135,11 +150,11 @@ def export_onnx(checkpoint: Path, path: Path) -> None:
             the checkpoint's classes and preprocessing as JSON under `aft`.
 
     Raises:
-        AftError: the map has no fixed graph.
-        ImportError: onnx or onnxscript is not installed.
+        AftError: the map has no fixed graph, or see `check_onnx`.
     """
+    check_onnx()
+
     import onnx
-    import onnxscript  # noqa: F401 - torch.onnx says only much later that it is missing
 
     card = read_card(checkpoint)
     if card is None:

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from command import aft
 from conftest import ROOT
 from small import KINDS, small
 
@@ -133,3 +134,6 @@ def test_what_is_missing_is_named(tuned, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(AftError, match=r"needs onnxscript; install it with: pip install 'aftcli"):
         export(tuned)
+    # Before anything is trained.
+    done = aft("finetune", "--run", tuned.parents[1] / "none", "--export", "onnx")
+    assert done.code == 1 and "needs onnxscript; install it with" in done.err
