@@ -92,15 +92,18 @@ def spread(total: int, count: int | None) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def open_data_set(path: Path, split: str | None, classes: Classes) -> DataSet:
+def open_data_set(
+    path: Path, split: str | None, classes: Classes, default: str = "train"
+) -> DataSet:
     """Find the images and labels of a data set.
 
     Args:
         path: a folder of class folders; one with `train/` and `val/` of such (folders named by
             wnid are mapped to the model's classes by wnid); or a VOCdevkit, or a folder above
             or below it.
-        split: which part; default "train" where there are parts.
+        split: which part; default `default`, where there are parts.
         classes: the model's.
+        default: the part that is taken where none is asked for.
 
     Raises:
         AftError: there is no such folder, no data set or split in it, or no image.
@@ -109,7 +112,9 @@ def open_data_set(path: Path, split: str | None, classes: Classes) -> DataSet:
         raise AftError(f"{path}: there is no such folder")
     voc = _voc_root(path)
     data_set = (
-        _open_voc(voc, split or "train", classes) if voc else _open_folders(path, split, classes)
+        _open_voc(voc, split or default, classes)
+        if voc
+        else _open_folders(path, split, classes, default)
     )
     if not data_set.samples:
         raise AftError(f"{data_set.root}: there is no image in its class folders")
@@ -133,10 +138,10 @@ def validation_of(data_set: DataSet, classes: Classes) -> DataSet | None:
     return found if found.mapped else None
 
 
-def _open_folders(path: Path, split: str | None, classes: Classes) -> DataSet:
+def _open_folders(path: Path, split: str | None, classes: Classes, default: str) -> DataSet:
     parts = sorted(p.name for p in path.iterdir() if p.is_dir())
     if "train" in parts or "val" in parts:
-        split = split or "train"
+        split = split or default
         if split not in parts:
             raise AftError(f"{path}: has no split {split!r}; there are {', '.join(parts)}")
         path = path / split

@@ -161,20 +161,11 @@ def find_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskS
     return found
 
 
-def mask_job(
-    store: MaskStore, f: Classifier, data: Path | None = None, limit: int | None = None
-) -> Job:
-    """Make a job of a mask store.
-
-    Args:
-        store: of `aft gen-masks`.
-        f: the classifier.
-        data: where the data set is now; default where it was.
-        limit: take so many images, spread over the store.
+def check_made_for(store: MaskStore, f: Classifier) -> None:
+    """Check that masks were made for a classifier.
 
     Raises:
-        AftError: the store is damaged, was made for another classifier, has labels of other
-            classes, or its data set is gone.
+        AftError: they were made for another one; the message names where they differ.
     """
     made = store.settings
     asked = {
@@ -191,6 +182,25 @@ def mask_job(
             "the --model, --checkpoint and --layer that they were made with, or make them again "
             "with aft gen-masks"
         )
+
+
+def mask_job(
+    store: MaskStore, f: Classifier, data: Path | None = None, limit: int | None = None
+) -> Job:
+    """Make a job of a mask store.
+
+    Args:
+        store: of `aft gen-masks`.
+        f: the classifier.
+        data: where the data set is now; default where it was.
+        limit: take so many images, spread over the store.
+
+    Raises:
+        AftError: the store is damaged, was made for another classifier, has labels of other
+            classes, or its data set is gone.
+    """
+    made = store.settings
+    check_made_for(store, f)
     if made["labels"] != "model":
         raise AftError(
             f"{store.path}: the labels of these images are no classes of {f.name}; first give it "

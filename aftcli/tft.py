@@ -225,7 +225,7 @@ def _same(
 
 
 @torch.no_grad()
-def _scores(
+def masked_probabilities(
     f: Classifier,
     x: Tensor,
     attribution: Tensor,
@@ -236,7 +236,19 @@ def _scores(
     masking: str,
     fill: str,
 ) -> Tensor:
-    """y_hat^c of each threshold of each map, shape (N, |T|)."""
+    """y_hat^c of each threshold of each map, shape (N, |T|); equal masks are scored once.
+
+    Args:
+        f: the classifier.
+        x: inputs, shape (M, 3, H, W).
+        attribution: I, shape (N, H, W).
+        cut: thresholds, from `cut_off`, shape (N, |T|), in any order.
+        class_index: c, shape (N,).
+        y: y^c of the whole image, shape (N,).
+        owner: which input each map is of, shape (N,).
+        masking: a key of MASKINGS.
+        fill: a key of FILLS.
+    """
     pairs, source = distinct_masks(attribution, cut, owner.tolist(), masking, fill != "blur")
     filled = FILLS[fill](f, x)
     rows = []
@@ -304,7 +316,9 @@ def fine_tune_threshold(
         with torch.no_grad():
             y = classifier(x).float().softmax(1)
         probability = y[owner, class_index]
-    y_hat = _scores(classifier, x, attribution, cut, class_index, probability, owner, masking, fill)
+    y_hat = masked_probabilities(
+        classifier, x, attribution, cut, class_index, probability, owner, masking, fill
+    )
     rpi = relative_probability_increase(y_hat, probability[:, None])
     best = rpi.argmax(1)
     chosen = threshold_map(attribution, cut.gather(1, best[:, None]).squeeze(1))

@@ -18,11 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """A method's title and source, and where its function is."""
+    """A method's title and source, and where its function is.
+
+    Attributes:
+        title: its name in tables.
+        source: its paper.
+        function: module and name.
+        muted: the share of the map, in [0, 1], that its published default mutes (the paper's
+            Table 1); None where there is none.
+    """
 
     title: str
     source: str
     function: str
+    muted: float | None = None
 
     def load(self) -> Method:
         """Import the method's function."""
@@ -32,15 +41,15 @@ class Entry:
 
 METHODS: dict[str, Entry] = {
     "cam": Entry("CAM", "Zhou et al., CVPR 2016", "aftcli.core.cam:cam"),
-    "gradcam": Entry("Grad-CAM", "Selvaraju et al., ICCV 2017", "aftcli.core.cam:grad_cam"),
+    "gradcam": Entry("Grad-CAM", "Selvaraju et al., ICCV 2017", "aftcli.core.cam:grad_cam", 0.85),
     "gradcam++": Entry(
-        "Grad-CAM++", "Chattopadhay et al., WACV 2018", "aftcli.core.cam:grad_cam_plus_plus"
+        "Grad-CAM++", "Chattopadhay et al., WACV 2018", "aftcli.core.cam:grad_cam_plus_plus", 0.5
     ),
-    "scorecam": Entry("Score-CAM", "Wang et al., CVPRW 2020", "aftcli.core.cam:score_cam"),
+    "scorecam": Entry("Score-CAM", "Wang et al., CVPRW 2020", "aftcli.core.cam:score_cam", 0.5),
     "ablationcam": Entry(
-        "Ablation-CAM", "Desai and Ramaswamy, WACV 2020", "aftcli.core.cam:ablation_cam"
+        "Ablation-CAM", "Desai and Ramaswamy, WACV 2020", "aftcli.core.cam:ablation_cam", 0.8
     ),
-    "layercam": Entry("Layer-CAM", "Jiang et al., TIP 2021", "aftcli.core.cam:layer_cam"),
+    "layercam": Entry("Layer-CAM", "Jiang et al., TIP 2021", "aftcli.core.cam:layer_cam", 0.85),
     "xgradcam": Entry("XGrad-CAM", "Fu et al., BMVC 2020", "aftcli.core.cam:x_grad_cam"),
     "hirescam": Entry("HiResCAM", "Draelos and Carin, 2020", "aftcli.core.cam:hires_cam"),
     "eigencam": Entry("Eigen-CAM", "Muhammad and Yeasin, IJCNN 2020", "aftcli.core.cam:eigen_cam"),

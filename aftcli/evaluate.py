@@ -1,0 +1,266 @@
+"""What the measures say of a batch of images: plain maps, fixed cut-offs and TFT (§5.2).
+
+Three views of a map: `original`, the map itself, which is tau = 0; `fixed`, the share of Table 1
+muted; `tft`, the map with tau* found for this image. AFT and the control are other classifiers,
+of which there is only the original view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aftcli import metrics
+from aftcli.core.cam import class_score, layer_map, upsample
+from aftcli.core.classifier import Classifier
+from aftcli.core.registry import METHODS
+from aftcli.explanation import TftSettings
+from aftcli.metrics_road import road
+from aftcli.objects import Regions
+from aftcli.tft import (
+    cut_off,
+    mask_of,
+    masked_image,
+    masked_probabilities,
+    relative_probability_increase,
+    threshold_map,
+)
+
+Columns = dict[str, Tensor]  # one value, or one curve, an image, by name
+
+
+class Unit(NamedTuple):
+    """What is measured, and kept, together: one method under one reading of the paper."""
+
+    cam: str
+    masking: str
+
+
+class Wanted(NamedTuple):
+    """What is measured of each map.
+
+    Attributes:
+        search: the settings of TFT, but for the masking; None for plain maps only.
+        extras: of `aftcli.measures.EXTRAS`, and "baselines".
+        fill: what muted pixels show.
+    """
+
+    search: TftSettings | None
+    extras: frozenset[str] = frozenset()
+    fill: str = "mean"
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch.
+
+    Attributes:
+        x: inputs, shape (N, 3, H, W).
+        label: shape (N,).
+        index: place in the data set, shape (N,).
+        regions: where the objects of a class are in the image of an index.
+    """
+
+    x: Tensor
+    label: Tensor
+    index: Tensor
+    regions: Callable[[int, int], Regions]
+
+
+class _Maps(NamedTuple):
+    """The maps of one method for a batch, and how each view mutes maps of the same images."""
+
+    f: Classifier
+    x: Tensor
+    class_index: Tensor
+    cam: str
+    attribution: Tensor
+    probability: Tensor
+
+    def probability_of(self, x: Tensor) -> Tensor:
+        return class_score(self.f(x).float().softmax(1), self.class_index)
+
+
+Mute = Callable[[Tensor], Tensor]  # from maps I to their cuts, shape (N,)
+
+
+@torch.no_grad()
+def measure_batch(
+    f: Classifier, images: Images, units: Sequence[Unit], wanted: Wanted
+) -> dict[Unit, Columns]:
+    """Measure the maps of the predicted classes, with one pass of the stem for all units.
+
+    Args:
+        f: the classifier.
+        images: the batch.
+        units: methods and maskings.
+        wanted: what is measured.
+
+    Returns:
+        For each unit columns `index, label, class_index, probability`, with a search `tau` and
+        `curve`, y_hat^c over T, and for each view `VIEW/MEASURE`, where the measure `y_hat` is
+        the probability of the masked image. NaN where a measure is undefined.
+    """
+    x = images.x
+    activation = f.activation(x)
+    probability, class_index = f.head(activation).float().softmax(1).max(1)
+    cams = list(dict.fromkeys(unit.cam for unit in units))
+    maps = {
+        cam: _Maps(
+            f,
+            x,
+            class_index,
+            cam,
+            upsample(layer_map(f, activation, class_index, x, cam), x),
+            probability,
+        )
+        for cam in cams
+    }
+    regions = [
+        images.regions(int(i), int(c)) for i, c in zip(images.index, class_index, strict=True)
+    ]
+    common = {
+        "index": images.index,
+        "label": images.label,
+        "class_index": class_index.cpu(),
+        "probability": probability.cpu(),
+    }
+    of_maps: dict[tuple[str, str], Columns] = {}
+    found: dict[Unit, Columns] = {}
+    for masking in dict.fromkeys(unit.masking for unit in units):
+        own = [unit.cam for unit in units if unit.masking == masking]
+        for cam, (columns, views) in _scores(maps, own, masking, wanted).items():
+            for view, mute in views.items():
+                # Only TFT's view depends on the masking.
+                key = (cam, f"{view}-{masking}" if view == "tft" else view)
+                if key not in of_maps:
+                    of_maps[key] = _of_map(maps[cam], mute, wanted, images.index, regions)
+                columns |= {f"{view}/{name}": v for name, v in of_maps[key].items()}
+            found[Unit(cam, masking)] = common | {k: v.cpu() for k, v in columns.items()}
+    return found
+
+
+def _scores(
+    maps: dict[str, _Maps], cams: Sequence[str], masking: str, wanted: Wanted
+) -> dict[str, tuple[Columns, dict[str, Mute]]]:
+    """Probabilities of the masked images, and the views: one search for all methods."""
+    some = maps[cams[0]]
+    count = len(some.x)
+    attribution = torch.cat([maps[cam].attribution for cam in cams])
+    thresholds = wanted.search.thresholds if wanted.search else ()
+    mode = wanted.search.mode if wanted.search else "value"
+    steps = cut_off(attribution, attribution.new_tensor(thresholds), mode)
+    fixed = torch.cat([_fixed(cam, maps[cam].attribution) for cam in cams])
+    cut = torch.cat([steps, torch.zeros_like(fixed)[:, None]], 1)
+    if "baselines" in wanted.extras:
+        cut = torch.cat([cut, fixed[:, None]], 1)
+    y = some.probability.repeat(len(cams))
+    y_hat = masked_probabilities(
+        some.f,
+        some.x,
+        attribution,
+        cut,
+        some.class_index.repeat(len(cams)),
+        y,
+        torch.arange(count, device=y.device).repeat(len(cams)),
+        masking,
+        wanted.search.fill if wanted.search else wanted.fill,
+    )
+    found: dict[str, tuple[Columns, dict[str, Mute]]] = {}
+    for i, cam in enumerate(cams):
+        own = y_hat[i * count : (i + 1) * count]
+        columns = {"original/y_hat": own[:, len(thresholds)]}
+        views: dict[str, Mute] = {"original": _muting_nothing}
+        if "baselines" in wanted.extras and METHODS[cam].muted is not None:
+            columns["fixed/y_hat"] = own[:, -1]
+            views["fixed"] = lambda maps, cam=cam: _fixed(cam, maps)  # type: ignore[misc]
+        if wanted.search:
+            curve = own[:, : len(thresholds)]
+            best = relative_probability_increase(curve, some.probability[:, None]).argmax(1)
+            tau = attribution.new_tensor(thresholds)[best]
+            columns |= {"tau": tau, "curve": curve}
+            columns["tft/y_hat"] = curve.gather(1, best[:, None])[:, 0]
+            views["tft"] = lambda maps, tau=tau: cut_off(maps, tau[:, None], mode)[:, 0]  # type: ignore[misc]
+        found[cam] = columns, views
+    return found
+
+
+def _muting_nothing(maps: Tensor) -> Tensor:
+    return torch.zeros_like(maps[:, 0, 0])
+
+
+def _fixed(cam: str, maps: Tensor) -> Tensor:
+    """The cut below which the share of Table 1 lies."""
+    share = METHODS[cam].muted or 0.0
+    return cut_off(maps, maps.new_tensor([share]), "percentile")[:, 0]
+
+
+def _of_map(
+    maps: _Maps, mute: Mute, wanted: Wanted, index: Tensor, regions: Sequence[Regions]
+) -> Columns:
+    """The measures that do not depend on the masking."""
+    f, x, c = maps.f, maps.x, maps.class_index
+    shown = threshold_map(maps.attribution, mute(maps.attribution))
+    mask = mask_of(shown)
+    found = {
+        "area": mask.float().flatten(1).mean(1),
+        "complexity": metrics.complexity(shown),
+        **_on_objects(shown, mask, regions),
+    }
+    if "adcc" in wanted.extras:
+        x_hat = masked_image(x, shown, torch.zeros_like(x))
+        activation = f.activation(x_hat)
+        y_hat = class_score(f.head(activation).float().softmax(1), c)
+        of_masked = upsample(layer_map(f, activation, c, x_hat, maps.cam), x)
+        of_masked = threshold_map(of_masked, mute(of_masked))
+        drop = metrics.drop(y_hat, maps.probability)
+        found["coherency"] = metrics.coherency(shown, of_masked)
+        found["adcc"] = metrics.adcc(found["coherency"], found["complexity"], drop)
+    if "insertion" in wanted.extras:
+        found["insertion"] = metrics.insertion(x, shown, maps.probability_of)
+        found["deletion"] = metrics.deletion(x, shown, maps.probability_of)
+    if "road" in wanted.extras:
+        found["road"] = road(x, shown, maps.probability_of, index.tolist())
+    return found
+
+
+def _on_objects(shown: Tensor, mask: Tensor, regions: Sequence[Regions]) -> Columns:
+    """Measures against boxes and segmentations; NaN where the class has none in the image."""
+    nothing = torch.full((len(shown),), torch.nan)
+    names = ("energy", "pointing", "iou", "energy_segmentation", "iou_segmentation")
+    found = {name: nothing.clone() for name in names}
+    for n, region in enumerate(regions):
+        one = slice(n, n + 1)
+        if region.boxes is not None:
+            boxes = region.boxes[None].to(shown.device)
+            found["energy"][n] = metrics.energy(shown[one], boxes)[0]
+            found["pointing"][n] = metrics.pointing(shown[one], boxes)[0]
+            found["iou"][n] = metrics.iou(mask[one], boxes)[0]
+        if region.segmentation is not None and region.counted is not None:
+            seen = region.segmentation[None].to(shown.device)
+            counted = region.counted[None].to(shown.device)
+            found["energy_segmentation"][n] = metrics.energy(shown[one] * counted, seen)[0]
+            found["iou_segmentation"][n] = metrics.iou(mask[one], seen, counted)[0]
+    return found
+
+
+def measure(columns: Columns, view: str, name: str) -> Tensor:
+    """One value an image of a measure, shape (N,), from the columns of a unit.
+
+    Args:
+        columns: of `measure_batch`.
+        view: original, fixed or tft.
+        name: a key of MEASURES.
+    """
+    of_probabilities = {
+        "average_increase": metrics.increase,
+        "average_drop": metrics.drop,
+        "average_gain": metrics.gain,
+    }
+    if name in of_probabilities:
+        return of_probabilities[name](columns[f"{view}/y_hat"], columns["probability"])
+    return columns[f"{view}/{name}"]

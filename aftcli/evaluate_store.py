@@ -1,0 +1,168 @@
+"""Results on disk: found again by what they were computed from, safe against interruptions.
+
+A result file holds one value an image of each measure (docs/formats.md). Its name has a hash of
+all that decides the values: weights, images, annotations, settings. So a changed input is
+another file, and a second call finds the first one's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aftcli.core.classifier import tensors_hash
+from aftcli.files import durable, write_tensors
+from aftcli.loading import Broken
+
+FORMAT_VERSION = 1
+
+
+class Result(NamedTuple):
+    """What was measured of some images.
+
+    Attributes:
+        columns: see `aftcli.evaluate.measure_batch`.
+        broken: images that could not be read.
+        identity: what it was computed from.
+    """
+
+    columns: dict[str, Tensor]
+    broken: list[Broken]
+    identity: dict[str, Any]
+
+
+class ResultFile:
+    """One result, and on the way there its parts.
+
+    Args:
+        folder: of the results.
+        stem: of the file's name.
+        identity: plain values; all that decides what the columns hold.
+        extras: which of the measures that cost much there are; a file that has more will do.
+    """
+
+    def __init__(
+        self, folder: Path, stem: str, identity: Mapping[str, Any], extras: frozenset[str]
+    ) -> None:
+        text = json.dumps({"format_version": FORMAT_VERSION, **identity}, sort_keys=True)
+        self.identity: dict[str, Any] = json.loads(text)
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.extras = extras
+        self.path = folder / f"{stem}-{self.key}.safetensors"
+        self.parts = folder / f".{stem}-{self.key}.parts"
+
+    def read(self) -> Result | None:
+        """The result; None if it is missing, damaged or lacks what is wanted."""
+        return self._read(self.path)
+
+    def has(self, span: range) -> bool:
+        """Whether a block of images is done."""
+        return self._read(self._part(span)) is not None
+
+    def write_part(
+        self, span: range, columns: Mapping[str, Tensor], broken: Sequence[Broken]
+    ) -> None:
+        """Store a block of images."""
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self._write(self._part(span), columns, broken)
+
+    def join(self, spans: Iterable[range]) -> bool:
+        """Make one file of all blocks; False if one is damaged."""
+        read = [self._read(self._part(span)) for span in spans]
+        whole = [part for part in read if part is not None]
+        if len(whole) < len(read):
+            return False
+        # A block of broken images has no columns.
+        names = next((part.columns for part in whole if part.columns), {})
+        columns = {n: torch.cat([p.columns[n] for p in whole if p.columns]) for n in names}
+        self._write(self.path, columns, [b for part in whole for b in part.broken])
+        shutil.rmtree(self.parts, ignore_errors=True)
+        return True
+
+    def clear(self) -> None:
+        """Delete what is there."""
+        self.path.unlink(missing_ok=True)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _part(self, span: range) -> Path:
+        return self.parts / f"{span.start:09d}-{span.stop:09d}"
+
+    def _write(
+        self, path: Path, columns: Mapping[str, Tensor], broken: Sequence[Broken]
+    ) -> None:
+        head = {"identity": self.identity, "broken": broken, "extras": sorted(self.extras)}
+        # One hash over both: a flipped bit in either is found.
+        text = json.dumps(head)
+        seal = hashlib.sha256((text + tensors_hash(columns)).encode()).hexdigest()
+        write_tensors(path, columns, {"aft_result": text, "sha256": seal})
+
+    def _read(self, path: Path) -> Result | None:
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            columns = load_file(path)
+            text = metadata["aft_result"]
+            head = json.loads(text)
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None
+        seal = hashlib.sha256((text + tensors_hash(columns)).encode()).hexdigest()
+        if seal != metadata.get("sha256") or head["identity"] != self.identity:
+            return None
+        if not self.extras <= set(head["extras"]):
+            return None
+        return Result(columns, [Broken(*b) for b in head["broken"]], head["identity"])
+
+
+def content_hash(files: Iterable[Path], known_in: Path) -> str:
+    """A hash of files' names and contents; each content is read again only if it changed.
+
+    Args:
+        files: in their order.
+        known_in: a JSON file that remembers size, time and hash of each.
+
+    Raises:
+        AftError: what is to be remembered can't be written.
+    """
+    known = _known(known_in)
+    seen: dict[str, list[Any]] = {}
+    digest = hashlib.sha256()
+    for path in files:
+        name = str(path.absolute())
+        try:
+            stat = path.stat()
+            at = [stat.st_size, stat.st_mtime_ns]
+            old = known.get(name)
+            new = old if old and old[:2] == at else [*at, _file_hash(path)]
+        except OSError:
+            new = [0, 0, "unreadable"]
+        seen[name] = new
+        digest.update(os.fsencode(f"{path.parent.name}/{path.name} {new[2]}\n"))
+    if any(known.get(name) != value for name, value in seen.items()):
+        with durable(known_in) as temporary:
+            temporary.write_text(json.dumps({**known, **seen}), encoding="utf-8")
+    return digest.hexdigest()
+
+
+def _known(path: Path) -> dict[str, list[Any]]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,245 @@
+"""How good an attribution map is (§5.2), measure by measure.
+
+Formulas act on batches and return one value an image; `Average` is their mean over images and
+over processes. Those that run the network take it as `probability_of`, a function from inputs,
+shape (N, 3, H, W), to the probability y^c of each one's class, shape (N,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.aggregation import MeanMetric
+
+STEPS = 20  # of insertion and deletion: shares 0, 1/20, … 1 of the pixels
+ROAD_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the pixels that ROAD removes
+BLUR = (11, 5.0)  # kernel and sigma, pixels, of what insertion starts from
+BATCH = 16  # images in one pass of the network
+
+Probability = Callable[[Tensor], Tensor]
+
+
+def increase(y_hat: Tensor, y: Tensor) -> Tensor:
+    """1[y_hat^c > y^c]: the masked image is the likelier one (§5.2); its mean is Average Increase.
+
+    Args:
+        y_hat: probability of class c for the masked image, shape (N,).
+        y: the same for the whole image.
+
+    >>> increase(torch.tensor([0.75, 0.5]), torch.tensor([0.5, 0.5]))
+    tensor([1., 0.])
+    """
+    return (y_hat > y).float()
+
+
+def drop(y_hat: Tensor, y: Tensor) -> Tensor:
+    """max(y^c - y_hat^c, 0) / y^c (§5.2); its mean is Average Drop.
+
+    >>> drop(torch.tensor([0.75, 0.2]), torch.tensor([0.5, 0.5]))
+    tensor([0.0000, 0.6000])
+    """
+    fall = (y - y_hat).clamp(min=0)
+    # y = 0 happens only where a probability underflows; 0 / 0 is no drop.
+    return torch.where(fall > 0, fall / y, 0)
+
+
+def gain(y_hat: Tensor, y: Tensor) -> Tensor:
+    """max(y_hat^c - y^c, 0) / (1 - y^c); its mean is Average Gain (Opti-CAM, Zhang et al. 2024).
+
+    >>> gain(torch.tensor([0.75, 0.2]), torch.tensor([0.5, 0.5]))
+    tensor([0.5000, 0.0000])
+    """
+    rise = (y_hat - y).clamp(min=0)
+    return torch.where(rise > 0, rise / (1 - y), 0)
+
+
+def complexity(attribution: Tensor) -> Tensor:
+    """The mean of the map, ||I||_1 / (H W) (ADCC, Poppi et al. 2021).
+
+    Args:
+        attribution: I, shape (N, H, W), in [0, 1].
+    """
+    return attribution.flatten(1).mean(1)
+
+
+def coherency(attribution: Tensor, of_masked: Tensor) -> Tensor:
+    """(1 + rho(I(x * I), I)) / 2 with Pearson's rho (ADCC, Poppi et al. 2021).
+
+    Args:
+        attribution: I of the image, shape (N, H, W).
+        of_masked: I of the image multiplied by I, same class and method.
+
+    Returns:
+        In [0, 1], shape (N,); 0 where a map is constant, for which there is no correlation (its
+        authors' code gives 0 where a map is not a number).
+    """
+    one, two = (m.flatten(1).double() for m in (attribution, of_masked))
+    one, two = one - one.mean(1, keepdim=True), two - two.mean(1, keepdim=True)
+    scale = (one.square().sum(1) * two.square().sum(1)).sqrt()
+    # A constant map has no more than the rounding of its mean.
+    flat = torch.minimum(one.abs().amax(1), two.abs().amax(1)) < 1e-9
+    rho = torch.where(flat, -1, (one * two).sum(1) / torch.where(flat, 1, scale))
+    return ((1 + rho) / 2).clamp(0, 1).float()
+
+
+def adcc(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
+    """3 / (1 / coherency + 1 / (1 - complexity) + 1 / (1 - drop)) (Poppi et al., CVPRW 2021).
+
+    A map of all ones has drop 0 and complexity 1, so ADCC 0.
+
+    >>> adcc(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.0]))
+    tensor([0.7500])
+    """
+    parts = torch.stack([coherency, 1 - complexity, 1 - drop])
+    return torch.where((parts > 0).all(0), 3 / parts.reciprocal().sum(0), 0)
+
+
+def order_of(attribution: Tensor) -> Tensor:
+    """Pixels from the highest score to the lowest, shape (N, H W); equal ones from the top left."""
+    return attribution.flatten(1).argsort(dim=1, descending=True, stable=True)
+
+
+def ranks_of(attribution: Tensor) -> Tensor:
+    """The place of each pixel in `order_of`, shape (N, H, W), from 0."""
+    order = order_of(attribution)
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places).view_as(attribution)
+
+
+def blurred(x: Tensor) -> Tensor:
+    """What insertion starts from: x, shape (N, 3, H, W), blurred as RISE's authors do."""
+    from torchvision.transforms.functional import gaussian_blur
+
+    kernel, sigma = BLUR
+    size = min(kernel, (min(x.shape[-2:]) - 1) | 1)
+    return gaussian_blur(x, [size, size], [sigma, sigma])  # type: ignore[no-any-return]
+
+
+def shares_replaced(
+    x: Tensor, attribution: Tensor, other: Tensor, shares: Tensor | list[float]
+) -> Tensor:
+    """Inputs with their highest-scoring pixels replaced, shape (S, N, 3, H, W).
+
+    Args:
+        x: inputs, shape (N, 3, H, W).
+        attribution: I, shape (N, H, W).
+        other: what replaces the pixels, shape of x.
+        shares: of the pixels that are replaced, shape (S,), in [0, 1].
+    """
+    ranks = ranks_of(attribution)[:, None]
+    pixels = attribution[0].numel()
+    counts = [round(float(share) * pixels) for share in shares]
+    return torch.stack([torch.where(ranks < count, other, x) for count in counts])
+
+
+def _area(
+    start: Tensor, attribution: Tensor, goal: Tensor, probability_of: Probability, steps: int
+) -> Tensor:
+    """Area under y^c while start becomes goal, most relevant pixels first, shape (N,)."""
+    shares = [i / steps for i in range(steps + 1)]
+    y = [
+        probability_of(replaced)
+        for share in shares
+        for replaced in shares_replaced(start, attribution, goal, [share])
+    ]
+    return torch.trapezoid(torch.stack(y), dx=1 / steps, dim=0)
+
+
+def insertion(
+    x: Tensor, attribution: Tensor, probability_of: Probability, steps: int = STEPS
+) -> Tensor:
+    """Area under y^c while a blurred image becomes x, most relevant pixels first (RISE, 2018).
+
+    Args:
+        x: inputs, shape (N, 3, H, W).
+        attribution: I, shape (N, H, W).
+        probability_of: y^c of inputs of this shape.
+        steps: in how many equal parts pixels are shown (RISE: one row of pixels a part).
+
+    Returns:
+        In [0, 1], shape (N,); higher is better.
+    """
+    return _area(blurred(x), attribution, x, probability_of, steps)
+
+
+def deletion(
+    x: Tensor, attribution: Tensor, probability_of: Probability, steps: int = STEPS
+) -> Tensor:
+    """Area under y^c while x becomes the mean colour, most relevant pixels first (RISE, 2018).
+
+    Lower is better; arguments as of `insertion`.
+    """
+    return _area(x, attribution, torch.zeros_like(x), probability_of, steps)
+
+
+def energy(attribution: Tensor, region: Tensor) -> Tensor:
+    """Share of the map's sum that lies on the object (energy pointing game, Score-CAM, 2020).
+
+    Args:
+        attribution: I, shape (N, H, W), in [0, 1].
+        region: the object, shape (N, H, W), bool.
+
+    Returns:
+        In [0, 1], shape (N,); 0 for an all-zero map. Higher is better.
+    """
+    total = attribution.flatten(1).sum(1)
+    inside = (attribution * region).flatten(1).sum(1)
+    return torch.where(total > 0, inside / total, 0)
+
+
+def pointing(attribution: Tensor, region: Tensor) -> Tensor:
+    """1 where the map's maximum lies on the object (pointing game, Zhang et al. 2016).
+
+    Without their tolerance of 15 pixels. Of equal maxima the first counts; an all-zero map
+    points nowhere: 0.
+    """
+    flat = attribution.flatten(1)
+    top, where = flat.max(1)
+    hit = region.flatten(1).gather(1, where[:, None])[:, 0]
+    return (hit & (top > 0)).float()
+
+
+def iou(mask: Tensor, region: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Intersection over union of a mask and the object, shape (N,).
+
+    Args:
+        mask: M_tau, shape (N, H, W), bool.
+        region: the object, shape (N, H, W), bool.
+        counted: pixels that count, shape (N, H, W), bool; default all. VOC leaves the objects'
+            borders out.
+    """
+    counted = torch.ones_like(mask) if counted is None else counted
+    both = (mask & region & counted).flatten(1).sum(1)
+    either = ((mask | region) & counted).flatten(1).sum(1)
+    return torch.where(either > 0, both / either, 0)
+
+
+class Average(MeanMetric):
+    """The mean of a measure over images, over batches and over processes; undefined ones left out.
+
+    A torchmetrics metric: `update` batch by batch, `compute` reduces over the processes of
+    torch.distributed.
+
+    Args:
+        measure: a function of this file; default values as they are.
+
+    >>> average_drop = Average(drop)
+    >>> average_drop.update(torch.tensor([0.75, 0.2]), torch.tensor([0.5, 0.5]))
+    >>> round(float(average_drop.compute()), 4)
+    0.3
+    """
+
+    def __init__(self, measure: Callable[..., Tensor] | None = None) -> None:
+        super().__init__(nan_strategy="ignore")
+        self.measure = measure
+        self.set_dtype(torch.float64)
+
+    def update(self, *args: Any) -> None:  # noqa: ANN401 - those of the measure
+        """Add a batch; arguments as of the measure."""
+        (values,) = (self.measure(*args),) if self.measure else args
+        known = values.double()[~values.isnan()]
+        if len(known):
+            super().update(known)
