@@ -44,7 +44,7 @@ class Wanted(NamedTuple):
     """What is measured of each map.
 
     Attributes:
-        search: the settings of TFT, but for the masking; None for plain maps only.
+        search: the settings of TFT, but for masking and fill; None for plain maps only.
         extras: of `aftcli.measures.EXTRAS`, and "baselines".
         fill: what muted pixels show.
     """
@@ -71,21 +71,44 @@ class Images:
     regions: Callable[[int, int], Regions]
 
 
-class _Maps(NamedTuple):
-    """The maps of one method for a batch, and how each view mutes maps of the same images."""
+class Muting(NamedTuple):
+    """How a view mutes a map: tau of each image, shape (N,), and what it cuts (`cut_off`)."""
+
+    tau: Tensor
+    mode: str
+
+    def of(self, maps: Tensor) -> Tensor:
+        """I_tau of maps I, shape (N, H, W)."""
+        return threshold_map(maps, cut_off(maps, self.tau[:, None], self.mode)[:, 0])
+
+    def equals(self, other: Muting) -> Tensor:
+        """Whether both mute the same of an image's maps, shape (N,), bool; tau = 0 mutes none."""
+        either_zero = (self.tau == 0) | torch.tensor(self.mode == other.mode).to(self.tau.device)
+        return (self.tau == other.tau) & either_zero
+
+
+@dataclass(frozen=True)
+class _Maps:
+    """The maps of one method for a batch."""
 
     f: Classifier
+    cam: str
     x: Tensor
     class_index: Tensor
-    cam: str
-    attribution: Tensor
     probability: Tensor
+    index: Tensor
+    attribution: Tensor
+    regions: Sequence[Regions]
+
+    def at(self, rows: Tensor) -> _Maps:
+        """Those of some images."""
+        tensors = (self.x, self.class_index, self.probability, self.index, self.attribution)
+        x, class_index, probability, index, attribution = (t[rows.to(t.device)] for t in tensors)
+        regions = [self.regions[int(i)] for i in rows]
+        return _Maps(self.f, self.cam, x, class_index, probability, index, attribution, regions)
 
     def probability_of(self, x: Tensor) -> Tensor:
         return class_score(self.f(x).float().softmax(1), self.class_index)
-
-
-Mute = Callable[[Tensor], Tensor]  # from maps I to their cuts, shape (N,)
 
 
 @torch.no_grad()
@@ -108,115 +131,118 @@ def measure_batch(
     x = images.x
     activation = f.activation(x)
     probability, class_index = f.head(activation).float().softmax(1).max(1)
-    cams = list(dict.fromkeys(unit.cam for unit in units))
-    maps = {
-        cam: _Maps(
-            f,
-            x,
-            class_index,
-            cam,
-            upsample(layer_map(f, activation, class_index, x, cam), x),
-            probability,
-        )
-        for cam in cams
-    }
     regions = [
         images.regions(int(i), int(c)) for i, c in zip(images.index, class_index, strict=True)
     ]
+    maps = {}
+    for cam in dict.fromkeys(unit.cam for unit in units):
+        attribution = upsample(layer_map(f, activation, class_index, x, cam), x)
+        maps[cam] = _Maps(f, cam, x, class_index, probability, images.index, attribution, regions)
     common = {
         "index": images.index,
         "label": images.label,
         "class_index": class_index.cpu(),
         "probability": probability.cpu(),
     }
-    of_maps: dict[tuple[str, str], Columns] = {}
+    measured: dict[str, list[tuple[Muting, Columns]]] = {cam: [] for cam in maps}
     found: dict[Unit, Columns] = {}
     for masking in dict.fromkeys(unit.masking for unit in units):
         own = [unit.cam for unit in units if unit.masking == masking]
         for cam, (columns, views) in _scores(maps, own, masking, wanted).items():
-            for view, mute in views.items():
-                # Only TFT's view depends on the masking.
-                key = (cam, f"{view}-{masking}" if view == "tft" else view)
-                if key not in of_maps:
-                    of_maps[key] = _of_map(maps[cam], mute, wanted, images.index, regions)
-                columns |= {f"{view}/{name}": v for name, v in of_maps[key].items()}
+            for view, muting in views.items():
+                of_map = _of_maps(maps[cam], muting, wanted, measured[cam])
+                columns |= {f"{view}/{name}": v for name, v in of_map.items()}
             found[Unit(cam, masking)] = common | {k: v.cpu() for k, v in columns.items()}
     return found
 
 
 def _scores(
     maps: dict[str, _Maps], cams: Sequence[str], masking: str, wanted: Wanted
-) -> dict[str, tuple[Columns, dict[str, Mute]]]:
+) -> dict[str, tuple[Columns, dict[str, Muting]]]:
     """Probabilities of the masked images, and the views: one search for all methods."""
     some = maps[cams[0]]
     count = len(some.x)
     attribution = torch.cat([maps[cam].attribution for cam in cams])
     thresholds = wanted.search.thresholds if wanted.search else ()
     mode = wanted.search.mode if wanted.search else "value"
-    steps = cut_off(attribution, attribution.new_tensor(thresholds), mode)
-    fixed = torch.cat([_fixed(cam, maps[cam].attribution) for cam in cams])
-    cut = torch.cat([steps, torch.zeros_like(fixed)[:, None]], 1)
-    if "baselines" in wanted.extras:
-        cut = torch.cat([cut, fixed[:, None]], 1)
-    y = some.probability.repeat(len(cams))
+    nothing = attribution.new_zeros(count)
+    fixed = {cam: Muting(nothing + (METHODS[cam].muted or 0), "percentile") for cam in cams}
+    cut = torch.cat(
+        [
+            cut_off(attribution, attribution.new_tensor(thresholds), mode),
+            nothing.repeat(len(cams))[:, None],
+            torch.cat(
+                [cut_off(maps[c].attribution, m.tau[:, None], m.mode) for c, m in fixed.items()]
+            ),
+        ],
+        1,
+    )
+    baselines = "baselines" in wanted.extras
     y_hat = masked_probabilities(
         some.f,
         some.x,
         attribution,
-        cut,
+        cut if baselines else cut[:, :-1],
         some.class_index.repeat(len(cams)),
-        y,
-        torch.arange(count, device=y.device).repeat(len(cams)),
+        some.probability.repeat(len(cams)),
+        torch.arange(count, device=cut.device).repeat(len(cams)),
         masking,
-        wanted.search.fill if wanted.search else wanted.fill,
+        wanted.fill,
     )
-    found: dict[str, tuple[Columns, dict[str, Mute]]] = {}
+    found: dict[str, tuple[Columns, dict[str, Muting]]] = {}
     for i, cam in enumerate(cams):
         own = y_hat[i * count : (i + 1) * count]
         columns = {"original/y_hat": own[:, len(thresholds)]}
-        views: dict[str, Mute] = {"original": _muting_nothing}
-        if "baselines" in wanted.extras and METHODS[cam].muted is not None:
+        views = {"original": Muting(nothing, "value")}
+        if baselines and METHODS[cam].muted is not None:
             columns["fixed/y_hat"] = own[:, -1]
-            views["fixed"] = lambda maps, cam=cam: _fixed(cam, maps)  # type: ignore[misc]
+            views["fixed"] = fixed[cam]
         if wanted.search:
             curve = own[:, : len(thresholds)]
             best = relative_probability_increase(curve, some.probability[:, None]).argmax(1)
             tau = attribution.new_tensor(thresholds)[best]
-            columns |= {"tau": tau, "curve": curve}
-            columns["tft/y_hat"] = curve.gather(1, best[:, None])[:, 0]
-            views["tft"] = lambda maps, tau=tau: cut_off(maps, tau[:, None], mode)[:, 0]  # type: ignore[misc]
+            y_best = curve.gather(1, best[:, None])[:, 0]
+            columns |= {"tau": tau, "curve": curve, "tft/y_hat": y_best}
+            views["tft"] = Muting(tau, mode)
         found[cam] = columns, views
     return found
 
 
-def _muting_nothing(maps: Tensor) -> Tensor:
-    return torch.zeros_like(maps[:, 0, 0])
-
-
-def _fixed(cam: str, maps: Tensor) -> Tensor:
-    """The cut below which the share of Table 1 lies."""
-    share = METHODS[cam].muted or 0.0
-    return cut_off(maps, maps.new_tensor([share]), "percentile")[:, 0]
-
-
-def _of_map(
-    maps: _Maps, mute: Mute, wanted: Wanted, index: Tensor, regions: Sequence[Regions]
+def _of_maps(
+    maps: _Maps, muting: Muting, wanted: Wanted, known: list[tuple[Muting, Columns]]
 ) -> Columns:
-    """The measures that do not depend on the masking."""
+    """The measures that do not depend on the masking; images muted as before are not run again."""
+    left = torch.ones_like(muting.tau, dtype=torch.bool)
+    found: Columns = {}
+    for other, columns in known:
+        same = muting.equals(other) & left
+        for name, values in columns.items():
+            found[name] = torch.where(same.to(values.device), values, found.get(name, values))
+        left &= ~same
+    rows = left.nonzero()[:, 0].cpu()
+    if len(rows):
+        measured = _of_map(maps.at(rows), Muting(muting.tau[left], muting.mode), wanted)
+        for name, values in measured.items():
+            found[name] = found.get(name, values.new_zeros(len(left))).clone()
+            found[name][rows.to(values.device)] = values
+    known.append((muting, found))
+    return found
+
+
+def _of_map(maps: _Maps, muting: Muting, wanted: Wanted) -> Columns:
     f, x, c = maps.f, maps.x, maps.class_index
-    shown = threshold_map(maps.attribution, mute(maps.attribution))
+    shown = muting.of(maps.attribution)
     mask = mask_of(shown)
     found = {
         "area": mask.float().flatten(1).mean(1),
         "complexity": metrics.complexity(shown),
-        **_on_objects(shown, mask, regions),
+        **_on_objects(shown, mask, maps.regions),
     }
     if "adcc" in wanted.extras:
         x_hat = masked_image(x, shown, torch.zeros_like(x))
         activation = f.activation(x_hat)
         y_hat = class_score(f.head(activation).float().softmax(1), c)
-        of_masked = upsample(layer_map(f, activation, c, x_hat, maps.cam), x)
-        of_masked = threshold_map(of_masked, mute(of_masked))
+        of_masked = muting.of(upsample(layer_map(f, activation, c, x_hat, maps.cam), x))
         drop = metrics.drop(y_hat, maps.probability)
         found["coherency"] = metrics.coherency(shown, of_masked)
         found["adcc"] = metrics.adcc(found["coherency"], found["complexity"], drop)
@@ -224,7 +250,7 @@ def _of_map(
         found["insertion"] = metrics.insertion(x, shown, maps.probability_of)
         found["deletion"] = metrics.deletion(x, shown, maps.probability_of)
     if "road" in wanted.extras:
-        found["road"] = road(x, shown, maps.probability_of, index.tolist())
+        found["road"] = road(x, shown, maps.probability_of, maps.index.tolist())
     return found
 
 

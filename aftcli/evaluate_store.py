@@ -97,9 +97,7 @@ class ResultFile:
     def _part(self, span: range) -> Path:
         return self.parts / f"{span.start:09d}-{span.stop:09d}"
 
-    def _write(
-        self, path: Path, columns: Mapping[str, Tensor], broken: Sequence[Broken]
-    ) -> None:
+    def _write(self, path: Path, columns: Mapping[str, Tensor], broken: Sequence[Broken]) -> None:
         head = {"identity": self.identity, "broken": broken, "extras": sorted(self.extras)}
         # One hash over both: a flipped bit in either is found.
         text = json.dumps(head)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torchmetrics.aggregation import MeanMetric
 
-STEPS = 20  # of insertion and deletion: shares 0, 1/20, … 1 of the pixels
+STEPS = 10  # of insertion and deletion: shares 0, 0.1, … 1 of the pixels
 ROAD_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the pixels that ROAD removes
 BLUR = (11, 5.0)  # kernel and sigma, pixels, of what insertion starts from
-BATCH = 16  # images in one pass of the network
 
 Probability = Callable[[Tensor], Tensor]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -54,12 +56,26 @@ def estimate(values: Tensor) -> Estimate:
     mean = float(values.mean())
     if count == 1:
         return Estimate(mean, float("nan"), float("nan"), 1)
+    means = torch.cat([weights @ values for weights in _resamples(count)]) / count
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+    return Estimate(mean, low, high, count)
+
+
+def _resamples(count: int) -> Iterable[Tensor]:
+    """How often each resample holds each image, shape (resamples, N), in pieces."""
+    return _kept_resamples(count) if count * RESAMPLES <= CHUNK else _drawn(count)
+
+
+@lru_cache(maxsize=4)
+def _kept_resamples(count: int) -> tuple[Tensor, ...]:
+    return tuple(_drawn(count))
+
+
+def _drawn(count: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(SEED)
-    means = []
     at_once = max(CHUNK // count, 1)
     for start in range(0, RESAMPLES, at_once):
         rows = min(at_once, RESAMPLES - start)
         drawn = torch.randint(count, (rows, count), generator=generator)
-        means.append(values[drawn].mean(1))
-    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-    return Estimate(mean, low, high, count)
+        often = torch.zeros(rows, count, dtype=torch.double)
+        yield often.scatter_add_(1, drawn, torch.ones_like(often))

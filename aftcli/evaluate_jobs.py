@@ -1,0 +1,292 @@
+"""What a run has to evaluate: classifiers with masks or tuned, and the images to do it on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from aftcli.core.checkpoint import read_card
+from aftcli.core.classifier import Classifier
+from aftcli.core.models import load_classifier
+from aftcli.datasets import DataSet, open_data_set
+from aftcli.errors import AftError
+from aftcli.explanation import TftSettings
+from aftcli.finetune_jobs import Source, check_made_for
+from aftcli.masks import MaskStore
+
+
+class Variant(NamedTuple):
+    """A classifier of a study.
+
+    Attributes:
+        name: a key of `aftcli.measures.VARIANTS`: original, aft or control.
+        weights: a hash of them.
+        cams: methods to measure it with.
+        load: gives the classifier.
+        path: of the checkpoint; None for the one that the masks were made with.
+    """
+
+    name: str
+    weights: str
+    cams: tuple[str, ...]
+    load: Callable[[], Classifier]
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """One model, the data set that it is evaluated on, and what was made of it.
+
+    Attributes:
+        f: the classifier that masks were made with.
+        data_set: the images, labelled by f's classes.
+        cams: methods with masks or a tuned classifier, in the registry's order.
+        variants: f itself, its control and those tuned for a method.
+        search: settings of TFT, but for the masking.
+        train: the data set that it was tuned on, by name, split and size; None if unknown.
+    """
+
+    f: Classifier
+    data_set: DataSet
+    cams: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    search: TftSettings
+    train: tuple[str, str, int] | None
+
+    @cached_property
+    def data_name(self) -> str:
+        """Of the data set, for tables."""
+        return data_name(self.data_set.root, self.data_set.kind, self.data_set.split)
+
+
+def data_name(root: Path, kind: str, split: str) -> str:
+    """Name a data set after its folder.
+
+    >>> data_name(Path("/data/imagenet/val"), "folders", "val")
+    'imagenet'
+    """
+    return (root.parent if kind == "folders" and split else root).name or str(root)
+
+
+class Asked(NamedTuple):
+    """What a user asks for; None, or nothing, is what the run says.
+
+    Attributes:
+        source: of the classifiers.
+        cams: methods.
+        data: the data set.
+        split: part of it.
+        limit: take so many images, spread over the classes.
+        thresholds: T.
+        fill: what muted pixels show.
+        mode: what thresholds cut.
+    """
+
+    source: Source
+    cams: Sequence[str] = ()
+    data: Path | None = None
+    split: str | None = None
+    limit: int | None = None
+    thresholds: tuple[float, ...] | None = None
+    fill: str | None = None
+    mode: str | None = None
+
+
+class _Made(NamedTuple):
+    """A tuned checkpoint of a run."""
+
+    path: Path
+    card: dict[str, Any]
+
+
+def find_studies(run: Path, asked: Asked) -> list[Study]:
+    """Find what a run has to evaluate.
+
+    Args:
+        run: where it lives.
+        asked: what to take of it.
+
+    Raises:
+        AftError: there are neither masks nor tuned classifiers, they do not belong together, or
+            there are no images with labels among the classes.
+    """
+    stores, tuned = _stores(run, asked), _tuned(run, asked)
+    if not stores and not tuned:
+        whose = f" of {asked.source.model}" if asked.source.model else ""
+        which = f" by {', '.join(asked.cams)}" if asked.cams else ""
+        raise AftError(
+            f"{run}: there is nothing to evaluate: neither masks nor tuned classifiers{whose}"
+            f"{which}; make masks with aft gen-masks DATASET, or pass the --run that has them"
+        )
+    models = dict.fromkeys([s.settings["model"] for s in stores] + [m.card["model"] for m in tuned])
+    return [
+        _study(
+            run,
+            [s for s in stores if s.settings["model"] == model],
+            [m for m in tuned if m.card["model"] == model],
+            asked,
+        )
+        for model in models
+    ]
+
+
+def _stores(run: Path, asked: Asked) -> list[MaskStore]:
+    paths = [p for p in sorted((run / "masks").glob("*.h5")) if not p.name.startswith(".")]
+    return [
+        store
+        for store in map(MaskStore, paths)
+        if asked.source.model in (None, store.settings["model"])
+        and (not asked.cams or store.settings["cam"] in asked.cams)
+    ]
+
+
+def _tuned(run: Path, asked: Asked) -> list[_Made]:
+    found = []
+    for path in sorted((run / "tuned").glob("*.safetensors")):
+        if path.name.startswith("."):
+            continue
+        card = read_card(path)
+        if card is None:
+            raise AftError(
+                f"{path}: is damaged, or was not written by aft finetune; move it away or tune "
+                "again"
+            )
+        if asked.source.model not in (None, card["model"]):
+            continue
+        if card["cam"] is None or not asked.cams or card["cam"] in asked.cams:
+            found.append(_Made(path, card))
+    return found
+
+
+def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Study:
+    by_cam = {m.card["cam"]: m for m in tuned if m.card["cam"]}
+    known = {s.settings["cam"] for s in stores} | set(by_cam)
+    missing = [cam for cam in asked.cams if cam not in known]
+    if missing or not known:
+        raise AftError(
+            f"{run}: there are no masks and no tuned classifier for "
+            f"{', '.join(missing) or 'any CAM'}; make masks with aft gen-masks DATASET --cam METHOD"
+        )
+    f = _start(stores, tuned, asked)
+    made = stores[0].settings if stores else _made_of(tuned)
+    from aftcli.core.registry import METHODS
+
+    cams = tuple(cam for cam in METHODS if cam in known)
+    return Study(
+        f,
+        _data_set(f, made, asked),
+        cams,
+        tuple(_variants(f, cams, tuned, asked)),
+        _search(run, stores, tuned, asked),
+        _trained_on(made),
+    )
+
+
+def _start(stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Classifier:
+    """The classifier that masks were made with, or that was tuned."""
+    if stores:
+        f = asked.source.of_masks(stores[0].settings).load()
+        for store in stores:
+            check_made_for(store, f)
+    else:
+        card = tuned[0].card
+        f = asked.source._replace(model=card["model"], layer=card["layer"]).load()
+    weights = f.weights_hash()
+    for path, card in tuned:
+        if card["start"] != weights and not _is_start(path, f) and card["cam"]:
+            raise AftError(
+                f"{path}: was tuned from other weights than those of the masks or of "
+                "--checkpoint; tune it again with aft finetune --overwrite, or pass the "
+                "--checkpoint that it was tuned from"
+            )
+    return f
+
+
+def _is_start(path: Path, f: Classifier) -> bool:
+    return bool(f.checkpoint) and Path(f.checkpoint) == path.resolve()
+
+
+def _made_of(tuned: list[_Made]) -> dict[str, Any]:
+    """Of a tuned classifier, what the attributes of its masks would say."""
+    card = next(m.card for m in tuned if m.card["cam"])
+    keys = ("data_set", "data_kind", "split", "images")
+    return {**{key: card[key] for key in keys}, "labels": "model"}
+
+
+def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
+    split = asked.split
+    if asked.data is not None:
+        path = asked.data
+    else:
+        root = Path(made["data_set"])
+        path = root.parent if made["data_kind"] == "folders" and made["split"] else root
+        if not path.is_dir():
+            raise AftError(
+                f"{path}: the data set of the masks is no longer there; say where it is: aft "
+                "evaluate DATASET"
+            )
+        if not made["split"] and split is None:
+            raise AftError(
+                f"{path}: the data set of the masks has no split to evaluate on; name one that "
+                "was not trained on: aft evaluate DATASET"
+            )
+    data_set = open_data_set(path, split, f.classes, default="val")
+    if not data_set.mapped:
+        raise AftError(
+            f"{data_set.root}: the labels of these images are not among the classes of {f.name} "
+            f"(first: {data_set.classes[0]!r}, the model's first: {f.classes.name(0)!r}); name a "
+            "data set of its classes, or give it theirs: aft finetune DATASET --no-masks, then "
+            "aft gen-masks and aft evaluate with the --checkpoint that this writes"
+        )
+    return data_set.limited(asked.limit)
+
+
+def _variants(
+    f: Classifier, cams: tuple[str, ...], tuned: list[_Made], asked: Asked
+) -> list[Variant]:
+    device = asked.source.device
+    found = [Variant("original", f.weights_hash(), cams, lambda: f)]
+    for path, card in tuned:
+        cam = card["cam"]
+        # A control of other weights has another start: it is what this run began with.
+        if cam is None and (card["start"] != found[0].weights or _is_start(path, f)):
+            continue
+        found.append(
+            Variant(
+                "aft" if cam else "control",
+                card["digest"],
+                (cam,) if cam else cams,
+                lambda path=path: load_classifier(checkpoint=path, device=device),  # type: ignore[misc]
+                path,
+            )
+        )
+    return found
+
+
+def _search(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> TftSettings:
+    """The settings that masks were made with, but for what is asked for."""
+    keys = ("thresholds", "fill", "threshold_mode")
+    wanted = (asked.thresholds, asked.fill, asked.mode)
+    made = [s.settings for s in stores] or [m.card["masks"] for m in tuned if m.card["cam"]]
+    values: list[Any] = []
+    for key, value in zip(keys, wanted, strict=True):
+        different = {str(each[key]) for each in made}
+        if value is None and len(different) > 1:
+            option = "--" + key.replace("_", "-")
+            raise AftError(
+                f"{run}: the masks were made with different {key.replace('_', ' ')} "
+                f"({'; '.join(sorted(different))}); choose one with {option}"
+            )
+        values.append(made[0][key] if value is None else value)
+    return TftSettings(tuple(values[0]), "binary", values[1], values[2])
+
+
+def _trained_on(made: dict[str, Any]) -> tuple[str, str, int] | None:
+    with contextlib.suppress(KeyError):
+        root, kind, split = Path(made["data_set"]), made["data_kind"], made["split"]
+        return data_name(root, kind, split), split, int(made["images"])
+    return None
