@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    import torch
     from accelerate import Accelerator
     from torch import Tensor
 
@@ -283,6 +284,86 @@ def finetune(
         report_tuned.print_tuned(tuned, exported, json)
 
 
+@app.command()
+def evaluate(
+    dataset: o.DatasetArgument = None,
+    split: o.SplitOption = None,
+    table: o.TableOption = None,
+    format_: o.FormatOption = "table",
+    paper: o.PaperOption = False,
+    baselines: o.BaselinesOption = False,
+    metrics: o.MetricsOption = None,
+    ci: o.CiOption = False,
+    sanity: o.SanityOption = False,
+    figures: o.FiguresOption = False,
+    image: o.FigureImageOption = None,
+    model: o.ModelOption = None,
+    checkpoint: o.CheckpointOption = None,
+    classes: o.ClassesOption = None,
+    layer: o.LayerOption = None,
+    cam: o.CamsOption = None,
+    limit: o.LimitOption = None,
+    thresholds: o.ThresholdsOption = "",
+    masking: o.ReadingsOption = "both",
+    fill: o.FillOption = "",
+    threshold_mode: o.ThresholdModeOption = "",
+    run: o.RunOption = Path("aft-run"),
+    overwrite: o.OverwriteOption = False,
+    device: o.DeviceOption = "auto",
+    batch_size: o.BatchSizeOption = 16,
+    workers: o.WorkersOption = None,
+    json: o.JsonOption = False,
+    quiet: o.QuietOption = False,
+    debug: o.DebugOption = False,
+) -> None:
+    """Measure maps without and with TFT, and those of tuned networks: the paper's tables.
+
+    Takes all masks and tuned networks of RUN and the val split of their data set. Results are
+    kept in RUN/results: a second call finds them, an interrupted one goes on. TFT's settings are
+    those of the masks. Runs on several processes under torchrun or accelerate launch.
+    """
+    from aftcli import report_evaluate, report_study
+    from aftcli.evaluate_jobs import Asked
+    from aftcli.finetune_jobs import Source
+    from aftcli.measures import measures
+    from aftcli.memory import keep_freed_memory
+    from aftcli.report_grids import Shown
+
+    words = o.chosen("json" if json else format_, report_evaluate.FORMATS, "--format")
+    wanted = report_study.Wanted(
+        o.tables(table), measures(metrics), o.maskings(masking), baselines, sanity, figures
+    )
+    settings = _settings(
+        thresholds or "0:1:0.1", "binary", fill or "mean", threshold_mode or "value"
+    )
+    processes, device = _processes(device)
+    source = Source(model, checkpoint, layer, _names(classes), _device(device))
+    asked = Asked(
+        source,
+        o.methods(cam),
+        dataset,
+        split,
+        limit,
+        settings.thresholds if thresholds else None,
+        fill or None,
+        threshold_mode or None,
+    )
+    keep_freed_memory()
+    how = report_study.How(_workers(workers), batch_size, overwrite, quiet)
+    found = report_study.evaluate(run, asked, wanted, how, processes)
+    if processes.index == 0:
+        shown = Shown(ci, paper)
+        report_evaluate.FORMATS[words](found.tables, shown)
+        if figures:
+            report_study.write_figures(found, run, shown, image or [], words == "table")
+
+
+def _device(name: str) -> torch.device:
+    from aftcli.core.models import find_device
+
+    return find_device(name)
+
+
 def _show(show: Path | None, json: bool) -> None:
     if show is None:
         raise AftError("name a DATASET to make masks of, or --show FILE to see what a file holds")
@@ -433,7 +514,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name="aft")
+        app(o.with_table(sys.argv[1:]), prog_name="aft")
     except AftError as error:
         if debug:
             raise

@@ -9,9 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from aftcli.core.checkpoint import read_card
 from aftcli.core.classifier import Classifier
 from aftcli.core.models import load_classifier
+from aftcli.core.registry import METHODS
+from aftcli.data import read_image, to_input
 from aftcli.datasets import DataSet, open_data_set
 from aftcli.errors import AftError
 from aftcli.explanation import TftSettings
@@ -173,8 +178,6 @@ def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked)
         )
     f = _start(stores, tuned, asked)
     made = stores[0].settings if stores else _made_of(tuned)
-    from aftcli.core.registry import METHODS
-
     cams = tuple(cam for cam in METHODS if cam in known)
     return Study(
         f,
@@ -290,3 +293,19 @@ def _trained_on(made: dict[str, Any]) -> tuple[str, str, int] | None:
         root, kind, split = Path(made["data_set"]), made["data_kind"], made["split"]
         return data_name(root, kind, split), split, int(made["images"])
     return None
+
+
+def some_inputs(study: Study, count: int) -> Tensor:
+    """Inputs of so many images, spread over a study's data set, shape (N, 3, H, W).
+
+    Raises:
+        AftError: none of them can be read.
+    """
+    few = study.data_set.limited(count)
+    inputs = []
+    for i in range(len(few.samples)):
+        with contextlib.suppress(AftError):
+            inputs.append(to_input(read_image(few.path(i)), study.f.preprocessing))
+    if not inputs:
+        raise AftError(f"{few.root}: holds no image that could be read")
+    return torch.cat(inputs).to(study.f.device)

@@ -69,6 +69,10 @@ class ResultFile:
         """Whether a block of images is done."""
         return self._read(self._part(span)) is not None
 
+    def write(self, columns: Mapping[str, Tensor]) -> None:
+        """Store a result that has no parts."""
+        self._write(self.path, columns, [])
+
     def write_part(
         self, span: range, columns: Mapping[str, Tensor], broken: Sequence[Broken]
     ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aftcli.core.registry import METHODS
 from aftcli.evaluate import Unit, measure
+from aftcli.evaluate_jobs import Study
 from aftcli.evaluate_run import Measured
 from aftcli.evaluate_store import Result
 from aftcli.measures import VARIANTS
@@ -108,10 +109,10 @@ def table1(cams: Iterable[str] = METHODS) -> list[Table1Row]:
     return [Table1Row(cam, METHODS[cam].muted) for cam in cams]
 
 
-def table2(measured: Sequence[Measured]) -> list[Table2Row]:
+def table2(studies: Sequence[Study]) -> list[Table2Row]:
     """The data sets of studies, each once."""
     rows = []
-    for study in (m.study for m in measured):
+    for study in studies:
         labels = {sample.label for sample in study.data_set.samples}
         train = study.train[2] if study.train and study.train[0] == study.data_name else None
         rows.append(
@@ -215,5 +216,5 @@ def table4(measured: Measured) -> list[Table4Row]:
         found = estimate(right.double())
         where = (study.data_name, study.f.name, cam, variant)
         rows[variant, cam] = Table4Row(*where, found.value, found.interval, found.n)
-    order = list(VARIANTS)
-    return sorted(rows.values(), key=lambda row: order.index(row.variant))
+    order, cams = list(VARIANTS), [None, *METHODS]
+    return sorted(rows.values(), key=lambda r: (order.index(r.variant), cams.index(r.cam)))

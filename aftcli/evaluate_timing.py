@@ -16,9 +16,7 @@ from torch import Tensor
 from aftcli import __version__
 from aftcli.core.cam import attribution_map
 from aftcli.core.classifier import Classifier
-from aftcli.data import read_image, to_input
-from aftcli.errors import AftError
-from aftcli.evaluate_jobs import Study
+from aftcli.evaluate_jobs import Study, some_inputs
 from aftcli.evaluate_store import ResultFile
 from aftcli.explanation import TftSettings
 from aftcli.files import durable, file_stem, make_folder
@@ -166,25 +164,10 @@ def table5(study: Study, run: Path, masking: str, overwrite: bool = False) -> It
         path = ResultFile(folder, stem, identity, frozenset()).path.with_suffix(".json")
         row = None if overwrite else _known(path)
         if row is None:
-            inputs = inputs or _inputs(study)
+            inputs = inputs or list(some_inputs(study, IMAGES).split(1))
             row = time_map(f, inputs, cam, search)
             _keep(path, row)
         yield row
-
-
-def _inputs(study: Study) -> list[Tensor]:
-    inputs = []
-    for i in range(len(study.data_set.samples)):
-        try:
-            x = to_input(read_image(study.data_set.path(i)), study.f.preprocessing)
-        except AftError:
-            continue
-        inputs.append(x.to(study.f.device))
-        if len(inputs) == IMAGES:
-            break
-    if not inputs:
-        raise AftError(f"{study.data_set.root}: holds no image that could be read")
-    return inputs
 
 
 def _known(path: Path) -> Table5Row | None:

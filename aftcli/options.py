@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from aftcli.core.registry import METHODS
 from aftcli.errors import AftError, nearest
+from aftcli.measures import MEASURES
 
 METHOD_HELP = f"{', '.join(METHODS)}."
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -139,14 +141,16 @@ DatasetArgument = Annotated[
     typer.Argument(
         metavar="[DATASET]",
         help="A folder of class folders, one with train/ and val/ of such (ImageNet), or a "
-        "VOCdevkit. finetune knows it from the masks.",
+        "VOCdevkit. finetune and evaluate know it from the masks.",
         show_default=False,
     ),
 ]
 SplitOption = Annotated[
     str | None,
     typer.Option(
-        "--split", metavar="NAME", help="Part of the data set. Default: train, where it has parts."
+        "--split",
+        metavar="NAME",
+        help="Part of the data set. Default: train, of evaluate val, where it has parts.",
     ),
 ]
 LimitOption = Annotated[
@@ -263,6 +267,74 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON instead of a table.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+TableOption = Annotated[
+    str | None,
+    typer.Option(
+        "--table",
+        metavar="[1|2|3|4|5|all]",
+        help="Which of the paper's tables: 3 measures of maps, 4 accuracies, 5 seconds a map; 1 "
+        "published cut-offs, 2 data sets. Alone: 3, 4 and 5. Default: 3 and 4.",
+    ),
+]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format", metavar="table|json|csv|markdown|latex", help="How the tables are printed."
+    ),
+]
+PaperOption = Annotated[
+    bool, typer.Option("--paper", help="Show the published figures beside ours.")
+]
+BaselinesOption = Annotated[
+    bool,
+    typer.Option("--baselines", help="Also a column of the fixed cut-offs of Table 1."),
+]
+CiOption = Annotated[
+    bool,
+    typer.Option(
+        "--ci", help="Show bootstrap 95 % intervals, and the paired differences of the columns."
+    ),
+]
+MetricsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--metrics",
+        metavar="LIST",
+        help=f"Measures of Table 3, separated by commas: {', '.join(MEASURES)}; or all. Default: "
+        "the paper's two.",
+    ),
+]
+ReadingsOption = Annotated[
+    str,
+    typer.Option(
+        "--masking",
+        metavar="both|binary|soft",
+        help="Multiply the image by the mask (the paper's text), by the muted map (the authors' "
+        "code), or give a table of each.",
+    ),
+]
+SanityOption = Annotated[
+    bool,
+    typer.Option(
+        "--sanity", help="Also compare the maps with those of networks with random weights."
+    ),
+]
+FiguresOption = Annotated[
+    bool,
+    typer.Option(
+        "--figures",
+        help="Also draw Figure 3, the distribution of tau* and RPI curves, and write one HTML "
+        "page of all, to RUN/results.",
+    ),
+]
+FigureImageOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image",
+        metavar="NAME",
+        help="An image of Figure 3, by a part of its name; repeatable. Default: 3, spread.",
+    ),
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -364,3 +436,63 @@ def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[floa
     if threshold is not None:
         return threshold, "value"
     return (mute / 100, "percentile") if mute is not None else None
+
+
+TABLES = ("1", "2", "3", "4", "5", "all")
+
+
+def with_table(arguments: list[str]) -> list[str]:
+    """Give a bare `--table` its value: typer's options have one always.
+
+    >>> with_table(["evaluate", "--table", "--ci"])
+    ['evaluate', '--table', 'all', '--ci']
+    """
+    found = []
+    for i, argument in enumerate(arguments):
+        found.append(argument)
+        following = arguments[i + 1 : i + 2]
+        # What follows is another option, or the data set.
+        path = following and following[0] not in TABLES and Path(following[0]).exists()
+        if argument == "--table" and (not following or following[0].startswith("-") or path):
+            found.append("all")
+    return found
+
+
+def tables(text: str | None) -> tuple[int, ...]:
+    """Read which tables to print.
+
+    Raises:
+        AftError: there is no such table.
+
+    >>> tables("all")
+    (3, 4, 5)
+    """
+    if text is None:
+        return (3, 4)
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in TABLES:
+            raise AftError(f"there is no table {name!r}; --table takes {', '.join(TABLES)}")
+    return (3, 4, 5) if "all" in names else tuple(sorted({int(name) for name in names}))
+
+
+def maskings(text: str) -> tuple[str, ...]:
+    """Read which readings of the paper to evaluate.
+
+    Raises:
+        AftError: there is no such reading.
+    """
+    if text not in ("both", "binary", "soft"):
+        raise AftError(f"unknown masking {text!r}; there are both, binary and soft")
+    return ("binary", "soft") if text == "both" else (text,)
+
+
+def chosen(text: str, known: Iterable[str], option: str) -> str:
+    """Check the value of an option that takes one of several words.
+
+    Raises:
+        AftError: it is none of them.
+    """
+    if text not in known:
+        raise AftError(f"unknown value {text!r} of {option}; there are {', '.join(known)}")
+    return text

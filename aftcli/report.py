@@ -212,10 +212,10 @@ def _write_figure(
     from matplotlib.figure import Figure
 
     plain = explanation.attribution.cpu()
-    seen, view = _seen(subject, plain.shape)
+    seen, view = seen_part(subject, plain.shape)
     panels: list[tuple[str, Image.Image]] = [
         (f"{name} {explanation.probability:.3f}", seen),
-        (f"{_title(explanation.cam)}", overlay(seen, view, plain, plain != 0)),
+        (f"{cam_title(explanation.cam)}", overlay(seen, view, plain, plain != 0)),
     ]
     tft = explanation.tft
     if tft:
@@ -232,11 +232,11 @@ def _write_figure(
         ax.set_title(title, fontsize=10, parse_math=False)
         ax.axis("off")
     if tft:
-        _draw_rpi(axes[-1], explanation)
+        draw_rpi(axes[-1], explanation)
     figure.savefig(path, format="png")
 
 
-def _seen(subject: Subject, shape: tuple[int, ...]) -> tuple[Image.Image, View]:
+def seen_part(subject: Subject, shape: tuple[int, ...]) -> tuple[Image.Image, View]:
     """What the model sees of the picture, at a resolution for the eye."""
     high, wide = shape
     size = (round(PANEL * wide / max(shape)), round(PANEL * high / max(shape)))
@@ -251,7 +251,8 @@ def _seen(subject: Subject, shape: tuple[int, ...]) -> tuple[Image.Image, View]:
     return seen, View(size, (0, 0, *size))
 
 
-def _title(cam: str) -> str:
+def cam_title(cam: str) -> str:
+    """A method's name for people; that of a map from another tool."""
     from aftcli.core.registry import METHODS
 
     return METHODS[cam].title if cam in METHODS else "given map"
@@ -262,7 +263,8 @@ def _best(explanation: Explanation) -> float:
     return float(explanation.tft.probabilities[0, int(explanation.tft.rpi[0].argmax())])
 
 
-def _draw_rpi(ax: Axes, explanation: Explanation, colour: str = "tab:red") -> None:
+def draw_rpi(ax: Axes, explanation: Explanation, colour: str = "tab:red") -> None:
+    """Draw the RPI curve of an explanation with tau* marked."""
     assert explanation.tft
     thresholds = explanation.thresholds
     rpi = explanation.tft.rpi[0].cpu().numpy()

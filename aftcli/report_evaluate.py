@@ -1,0 +1,248 @@
+"""What people see of an evaluation: progress, and tables as text, JSON, CSV, Markdown, LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from aftcli.evaluate_run import Measured, Step
+from aftcli.measures_paper import MODELS, TABLE3, TABLE4, TABLE5
+from aftcli.measures_paper import VARIANTS as PAPER_VARIANTS
+from aftcli.options import plain
+from aftcli.report_grids import Grid, Shown, Tables, grids
+
+
+def watch(steps: Iterator[Step | Measured], quiet: bool) -> Measured:
+    """Run to the end, showing progress on stderr."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+    tasks: dict[str, Any] = {}
+    with bar:
+        for step in steps:
+            if isinstance(step, Measured):
+                return step
+            if step.what not in tasks:
+                tasks[step.what] = bar.add_task(step.what, total=step.total)
+            bar.advance(tasks[step.what], step.images)
+    raise AssertionError("the evaluation ended without its results")
+
+
+def as_text(tables: Tables, shown: Shown) -> None:
+    """Print the tables for the terminal."""
+    console = Console(emoji=False, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 400
+    for grid in grids(tables, shown):
+        console.print(grid.title, style="bold", soft_wrap=True)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for i, name in enumerate(grid.header):
+            table.add_column(name, justify="left" if i < grid.left else "right", overflow="fold")
+        for row in grid.rows:
+            table.add_row(*(Text(plain(c.text), "bold" if c.bold else "") for c in row))
+        console.print(table)
+        if grid.note:
+            console.print(grid.note, soft_wrap=True)
+        console.print()
+    print(end="", flush=True)
+
+
+def as_dict(tables: Tables, shown: Shown) -> dict[str, Any]:
+    """The tables as plain values, long form: one object a number (docs/formats.md)."""
+    found: dict[str, Any] = {}
+    for name in ("table1", "table2", "table3", "table4", "differences", "sanity"):
+        rows = getattr(tables, name)
+        if rows is not None:
+            found[name] = [asdict(row) for row in rows]
+    if tables.table5 is not None:
+        found["table5"] = [
+            {
+                "model": r.model,
+                "cam": r.cam,
+                "without": r.without,
+                "with": r.with_tft,
+                "delta": r.delta,
+                "device": r.device,
+                "masking": r.masking,
+                "runs": r.runs,
+            }
+            for r in tables.table5
+        ]
+    if shown.paper:
+        found["paper"] = _paper()
+    found["settings"] = tables.settings
+    return found
+
+
+def _paper() -> dict[str, Any]:
+    return {
+        "table3": [
+            {
+                "dataset": data,
+                "model": model,
+                "cam": cam,
+                "variant": variant,
+                "measure": measure,
+                "value": value,
+            }
+            for (data, cam, measure), models in TABLE3.items()
+            for model, own in zip(MODELS, models, strict=True)
+            for variant, value in zip(PAPER_VARIANTS, own, strict=True)
+        ],
+        "table4": [
+            {
+                "dataset": data,
+                "model": model,
+                "cam": cam if variant == "aft" else None,
+                "variant": variant,
+                "accuracy": value,
+            }
+            for (data, cam), models in TABLE4.items()
+            for model, own in zip(MODELS, models, strict=True)
+            for variant, value in zip(("original", "aft"), own, strict=True)
+        ],
+        "table5": [
+            {
+                "model": "VGG-16",
+                "cam": cam,
+                "without": without,
+                "with": with_tft,
+                "delta": round(with_tft - without, 3),
+                "device": "RTX 2080 Ti",
+            }
+            for cam, (without, with_tft) in TABLE5.items()
+        ],
+    }
+
+
+def as_json(tables: Tables, shown: Shown) -> None:
+    """Print the tables as JSON."""
+    print(json.dumps(as_dict(tables, shown), indent=2, allow_nan=False), flush=True)
+
+
+def as_csv(tables: Tables, shown: Shown) -> None:
+    """Print the tables as CSV, long form: one line a number, the same columns for all tables."""
+    columns = ("table", "dataset", "model", "cam", "masking", "variant", "against", "measure")
+    writer = csv.DictWriter(sys.stdout, [*columns, "value", "ci_low", "ci_high", "n"], restval="")
+    writer.writeheader()
+    document = as_dict(tables, shown)
+    for table in ("table1", "table2", "table3", "differences", "table4", "table5", "sanity"):
+        for record in document.get(table, []):
+            for line in _long(table, record):
+                writer.writerow({"table": table, **line})
+    for table, records in document.get("paper", {}).items():
+        for record in records:
+            for line in _long(table, record):
+                writer.writerow({"table": f"paper {table}", **line})
+    sys.stdout.flush()
+
+
+def _long(table: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One line for each number of a record."""
+    low, high = record.get("ci") or ("", "")
+    same: dict[str, Any] = {
+        k: record[k] for k in ("dataset", "model", "masking", "variant") if k in record
+    }
+    same |= {"cam": record.get("cam") or "", "ci_low": low, "ci_high": high}
+    same |= {"n": record.get("n", record.get("runs", ""))}
+    if table == "table1":
+        yield {"cam": record["cam"], "measure": "muted", "value": record["muted"]}
+    elif table == "table2":
+        for name in ("classes", "train", "test"):
+            yield {"dataset": record["dataset"], "measure": name, "value": record[name]}
+    elif table == "table5":
+        for name in ("without", "with", "delta"):
+            yield {**same, "variant": name, "measure": "seconds", "value": record[name]}
+    elif table == "differences":
+        own = {"against": record["against"], "measure": record["measure"]}
+        yield {**same, **own, "value": record["difference"]}
+    elif table == "table4":
+        yield {**same, "measure": "accuracy", "value": record["accuracy"]}
+    else:
+        stage = f" {record['stage']}" if "stage" in record else ""
+        yield {**same, "measure": record["measure"] + stage, "value": record["value"]}
+
+
+def as_markdown(tables: Tables, shown: Shown) -> None:
+    """Print the tables as Markdown."""
+    print("\n".join(markdown_lines(grids(tables, shown))), flush=True)
+
+
+def markdown_lines(made: Sequence[Grid]) -> Iterator[str]:
+    """Tables as lines of Markdown."""
+    for grid in made:
+        yield f"**{_escaped(grid.title)}**"
+        yield ""
+        yield f"| {' | '.join(map(_escaped, grid.header))} |"
+        yield f"|{'|'.join('---' if i < grid.left else '--:' for i in range(len(grid.header)))}|"
+        for row in grid.rows:
+            cells = (f"**{_escaped(c.text)}**" if c.bold else _escaped(c.text) for c in row)
+            yield f"| {' | '.join(cells)} |"
+        if grid.note:
+            yield ""
+            yield _escaped(grid.note)
+        yield ""
+
+
+def _escaped(text: str) -> str:
+    return plain(text).replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
+
+
+LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\\": r"\textbackslash{}",
+}
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(c, c) for c in plain(text)).replace("(x", r"($\times$")
+
+
+def as_latex(tables: Tables, shown: Shown) -> None:
+    """Print the tables as LaTeX, for the package booktabs."""
+    print("\n".join(latex_lines(grids(tables, shown))), flush=True)
+
+
+def latex_lines(made: Sequence[Grid]) -> Iterator[str]:
+    """Tables as lines of LaTeX."""
+    yield r"% \usepackage{booktabs}"
+    for grid in made:
+        columns = "l" * grid.left + "r" * (len(grid.header) - grid.left)
+        yield r"\begin{table}"
+        yield rf"\caption{{{_latex(grid.title)}. {_latex(grid.note)}}}"
+        yield rf"\begin{{tabular}}{{{columns}}}"
+        yield r"\toprule"
+        yield " & ".join(map(_latex, grid.header)) + r" \\"
+        yield r"\midrule"
+        for row in grid.rows:
+            cells = (rf"\textbf{{{_latex(c.text)}}}" if c.bold else _latex(c.text) for c in row)
+            yield " & ".join(cells) + r" \\"
+        yield r"\bottomrule"
+        yield r"\end{tabular}"
+        yield r"\end{table}"
+
+
+FORMATS: dict[str, Callable[[Tables, Shown], None]] = {
+    "table": as_text,
+    "json": as_json,
+    "csv": as_csv,
+    "markdown": as_markdown,
+    "latex": as_latex,
+}
