@@ -17,6 +17,7 @@ from aftcli.measures import VARIANTS
 from aftcli.metrics_intervals import estimate
 
 Interval = tuple[float, float]
+FEW = 10  # images: below, resampling says little
 
 # Where a column of the tables comes from: whose maps, and how they are muted.
 SOURCES = {
@@ -87,8 +88,8 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.ci is not None and (self.ci[0] > 0 or self.ci[1] < 0)
+        """Whether the interval excludes 0; never claimed of fewer than ten images."""
+        return self.n >= FEW and self.ci is not None and (self.ci[0] > 0 or self.ci[1] < 0)
 
 
 @dataclass(frozen=True)

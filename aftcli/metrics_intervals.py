@@ -34,11 +34,6 @@ class Estimate(NamedTuple):
         """Low and high; None of fewer than two images."""
         return (self.low, self.high) if self.n > 1 else None
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval excludes 0: of a difference, that there is one."""
-        return self.n > 1 and (self.low > 0 or self.high < 0)
-
 
 def estimate(values: Tensor) -> Estimate:
     """The mean of one value an image with its 95 % interval by the percentile bootstrap.

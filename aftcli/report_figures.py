@@ -95,8 +95,9 @@ def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Ite
         picture = read_image(path)
         view = view_of(picture.size, study.f.preprocessing)
         subject = Subject(path, names[path], picture, view)
-        figure = _new_figure(4 if tuned else 3, len(study.cams))
-        grid = figure.subplots(len(study.cams), 4 if tuned else 3, squeeze=False)
+        across = 5 if tuned else 4
+        figure = _new_figure(across, len(study.cams))
+        grid = figure.subplots(len(study.cams), across, squeeze=False)
         x = to_input(picture, study.f.preprocessing).to(study.f.device)
         for row, cam in zip(grid, study.cams, strict=True):
             (found,) = explain(study.f, x, [cam], settings=search)
@@ -118,14 +119,15 @@ def _draw_row(
     found: Explanation,
     own: Explanation | None,
 ) -> None:
-    """Plain map, TFT map, the tuned network's plain map, RPI curve."""
+    """The image, its plain map, TFT's, the tuned network's plain map, the RPI curve."""
     assert found.tft
     attribution = found.attribution.cpu()
     seen, view = seen_part(subject, attribution.shape)
     best = float(found.tft.probabilities[0, int(found.tft.rpi[0].argmax())])
     name = f.classes.name(found.class_index)
     shown = [
-        (f"{cam_title(found.cam)}: {name} {found.probability:.3f}", attribution, attribution != 0),
+        (f"{name} {found.probability:.3f}", attribution, torch.zeros_like(attribution)),
+        (cam_title(found.cam), attribution, attribution != 0),
         (f"TFT: tau* = {float(found.tft.tau):g}, p = {best:.3f}", attribution, found.tft.mask[0]),
     ]
     if own:
