@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from aftcli.core.classifier import tensors_hash
@@ -114,7 +114,8 @@ class ResultFile:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-            columns = load_file(path)
+            # Not load_file: its tensors are the file itself, which may change.
+            columns = dict(sorted(load(path.read_bytes()).items()))
             text = metadata["aft_result"]
             head = json.loads(text)
         except (SafetensorError, OSError, ValueError, KeyError):

@@ -97,8 +97,13 @@ def adcc(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
 
 
 def order_of(attribution: Tensor) -> Tensor:
-    """Pixels from the highest score to the lowest, shape (N, H W); equal ones from the top left."""
-    return attribution.flatten(1).argsort(dim=1, descending=True, stable=True)
+    """Pixels from the highest score to the lowest, shape (N, H W); equal ones from the top left.
+
+    Scores that differ by less than a millionth are equal: rounding, which depends on the size of
+    batches, would order them else.
+    """
+    scores = (attribution.flatten(1) * 2**20).round()
+    return scores.argsort(dim=1, descending=True, stable=True)
 
 
 def ranks_of(attribution: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def adcc(coherency, complexity, drop):
 
 def in_order(attribution):
     """Places (row, column) from the highest score to the lowest; of equal ones the first first."""
-    values = attribution.tolist()
+    values = [[round(v * 2**20) for v in row] for row in attribution.tolist()]
     places = [(r, c) for r in range(len(values)) for c in range(len(values[0]))]
     return sorted(places, key=lambda place: -values[place[0]][place[1]])
 
