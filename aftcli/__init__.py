@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from aftcli.data import read_image as read_image
     from aftcli.data import to_input as to_input
     from aftcli.errors import AftError as AftError
+    from aftcli.evaluate_jobs import Study as Study
+    from aftcli.evaluate_jobs import find_studies as find_studies
+    from aftcli.evaluate_run import evaluate_study as evaluate_study
     from aftcli.explanation import Explanation as Explanation
     from aftcli.explanation import TftSettings as TftSettings
     from aftcli.explanation import explain as explain
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from aftcli.finetune_jobs import mask_job as mask_job
     from aftcli.generate import generate_masks as generate_masks
     from aftcli.masks import MaskStore as MaskStore
+    from aftcli.measures import MEASURES as MEASURES
+    from aftcli.metrics import Average as Average
     from aftcli.tft import TftResult as TftResult
     from aftcli.tft import fine_tune_threshold as fine_tune_threshold
 
@@ -35,19 +40,24 @@ __version__ = "0.1.0"
 _HOMES = {
     "AftError": "aftcli.errors",
     "AftSettings": "aftcli.aft",
+    "Average": "aftcli.metrics",
     "Classes": "aftcli.core.classifier",
     "Classifier": "aftcli.core.classifier",
     "Explanation": "aftcli.explanation",
+    "MEASURES": "aftcli.measures",
     "METHODS": "aftcli.core.registry",
     "MaskStore": "aftcli.masks",
     "Preprocessing": "aftcli.core.classifier",
+    "Study": "aftcli.evaluate_jobs",
     "TftResult": "aftcli.tft",
     "TftSettings": "aftcli.explanation",
     "Training": "aftcli.aft",
     "attribution_map": "aftcli.core.cam",
     "control_job": "aftcli.finetune_jobs",
     "cut_classifier": "aftcli.core.classifier",
+    "evaluate_study": "aftcli.evaluate_run",
     "explain": "aftcli.explanation",
+    "find_studies": "aftcli.evaluate_jobs",
     "fine_tune": "aftcli.finetune",
     "fine_tune_threshold": "aftcli.tft",
     "generate_masks": "aftcli.generate",

@@ -70,7 +70,7 @@ class Measured(NamedTuple):
     reused: bool
 
 
-def evaluate(
+def evaluate_study(
     study: Study, run: Path, plan: Plan | None = None, processes: Processes | None = None
 ) -> Iterator[Step | Measured]:
     """Measure all variants of a study.

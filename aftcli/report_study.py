@@ -14,8 +14,7 @@ import torchvision
 
 from aftcli import __version__
 from aftcli.evaluate_jobs import Asked, Study, find_studies
-from aftcli.evaluate_run import Measured, Plan
-from aftcli.evaluate_run import evaluate as measure_study
+from aftcli.evaluate_run import Measured, Plan, evaluate_study
 from aftcli.evaluate_sanity import sanity_rows
 from aftcli.evaluate_tables import differences, table1, table2, table3, table4
 from aftcli.evaluate_timing import device_name, table5
@@ -59,7 +58,7 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
     """Evaluate the studies of a run, showing progress.
 
     Raises:
-        AftError: see `find_studies` and `evaluate_run.evaluate`.
+        AftError: see `find_studies` and `evaluate_study`.
     """
     studies = find_studies(run, asked)
     plan = Plan(
@@ -73,7 +72,7 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
     measured = []
     if wanted.figures or {3, 4} & set(wanted.tables):
         for study in studies:
-            events = measure_study(study, run, plan, processes)
+            events = evaluate_study(study, run, plan, processes)
             measured.append(watch(events, how.quiet or not first))
     if not first:
         return Found(Tables(), measured, wanted.maskings)

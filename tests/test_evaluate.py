@@ -18,7 +18,7 @@ from aftcli.datasets import open_data_set
 from aftcli.errors import AftError
 from aftcli.evaluate import Images, Muting, Unit, Wanted, measure_batch
 from aftcli.evaluate_jobs import Study, Variant
-from aftcli.evaluate_run import Measured, Plan, Step, evaluate
+from aftcli.evaluate_run import Measured, Plan, Step, evaluate_study
 from aftcli.evaluate_store import content_hash
 from aftcli.evaluate_tables import differences, table3, table4
 from aftcli.explanation import TftSettings
@@ -261,7 +261,7 @@ PLAN = Plan(workers=0, batch=2, block=4, extras=frozenset({"adcc", "baselines"})
 
 
 def run_all(study, run, plan=PLAN, processes=None):
-    *_, measured = evaluate(study, Path(run), plan, processes)
+    *_, measured = evaluate_study(study, Path(run), plan, processes)
     return measured
 
 
@@ -366,7 +366,7 @@ def test_what_changes_is_made_again(whole, data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("steps", [2, 5, 11, 17, 23])
 def test_an_interrupted_evaluation_goes_on(whole, data, tmp_path, monkeypatch, steps):
     seen = counted(monkeypatch)
-    begun = evaluate(study_of(data), tmp_path / "run", PLAN)
+    begun = evaluate_study(study_of(data), tmp_path / "run", PLAN)
     for _ in range(steps):
         next(begun)
     begun.close()
@@ -555,7 +555,7 @@ def test_contents_are_read_again_only_if_they_changed(tmp_path, monkeypatch):
 
 
 def test_steps_tell_what_is_done(data, tmp_path):
-    events = list(evaluate(study_of(data), tmp_path / "run", PLAN))
+    events = list(evaluate_study(study_of(data), tmp_path / "run", PLAN))
     assert isinstance(events[-1], Measured)
     steps = [e for e in events if isinstance(e, Step)]
     done = {}
