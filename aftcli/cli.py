@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import traceback
 import warnings
@@ -13,20 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import aftcli
+from aftcli import cli_setup as setup
 from aftcli import options as o
+from aftcli import options_values as v
 from aftcli.errors import AftError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    import torch
-    from accelerate import Accelerator
-    from torch import Tensor
-
     from aftcli.core.classifier import Classifier
     from aftcli.explanation import TftSettings
-    from aftcli.generate import Processes
     from aftcli.report import Report, Subject
 
 INTERRUPTED = 130  # what typer, and shells, make of Ctrl-C
@@ -84,19 +80,19 @@ def explain(
     With --tft the map's threshold is the one, of --thresholds, at which the image masked by the
     map raises the class's probability most.
     """
-    cut = o.muting(threshold, mute, tft)
-    kinds = o.outputs(save, tft)
-    settings = _settings(thresholds, masking, fill, threshold_mode)
-    o.methods(cam)
-    f = _classifier(model, checkpoint, classes, layer, device)
-    methods = _methods(f, cam, "layercam")
-    targets = _targets(f, target, top_k)
+    cut = v.muting(threshold, mute, tft)
+    kinds = v.outputs(save, tft)
+    settings = setup.settings(thresholds, masking, fill, threshold_mode)
+    v.methods(cam)
+    f = setup.classifier(model, checkpoint, classes, layer, device)
+    methods = setup.methods(f, cam, "layercam")
+    targets = setup.targets(f, target, top_k)
 
     from aftcli import explanation as engine
     from aftcli.report import write_outputs
 
     def explain_image(subject: Subject) -> list[Report]:
-        x = _input(f, subject)
+        x = setup.input_of(f, subject)
         found = engine.explain(f, x, methods, targets, top_k, settings if tft else None)
         return [write_outputs(f, subject, e, kinds, out, cut) for e in found]
 
@@ -127,22 +123,22 @@ def tft(
     debug: o.DebugOption = False,
 ) -> None:
     """Fine-tune the threshold of an attribution map, our own or any other tool's."""
-    kinds = o.outputs(save, True)
-    settings = _settings(thresholds, masking, fill, threshold_mode)
-    o.methods(cam)
+    kinds = v.outputs(save, True)
+    settings = setup.settings(thresholds, masking, fill, threshold_mode)
+    v.methods(cam)
 
     from aftcli import explanation as engine
     from aftcli.data import fit_map, read_map
     from aftcli.report import write_outputs
 
     values = read_map(map_) if map_ else None
-    f = _classifier(model, checkpoint, classes, layer, device)
-    targets = _targets(f, target, top_k)
+    f = setup.classifier(model, checkpoint, classes, layer, device)
+    targets = setup.targets(f, target, top_k)
 
     def explain_image(subject: Subject) -> list[Report]:
-        x = _input(f, subject)
+        x = setup.input_of(f, subject)
         if values is None:
-            methods = _methods(f, cam, "gradcam")
+            methods = setup.methods(f, cam, "gradcam")
             found = engine.explain(f, x, methods, targets, top_k, settings)
         else:
             attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
@@ -184,10 +180,10 @@ def gen_masks(
     """
     if show or dataset is None:
         return _show(show, json)
-    o.methods(cam)
-    settings = _settings(thresholds, masking, fill, threshold_mode)
-    processes, device = _processes(device)
-    f = _classifier(model, checkpoint, classes, layer, device)
+    v.methods(cam)
+    settings = setup.settings(thresholds, masking, fill, threshold_mode)
+    processes, device = setup.processes(device)
+    f = setup.classifier(model, checkpoint, classes, layer, device)
 
     from aftcli import generate, report_masks
     from aftcli.datasets import open_data_set
@@ -195,7 +191,7 @@ def gen_masks(
 
     keep_freed_memory()
     data = open_data_set(dataset, split, f.classes).limited(limit)
-    methods = _methods(f, cam, "gradcam")
+    methods = setup.methods(f, cam, "gradcam")
     watched = report_masks.watch(
         generate.generate_masks(
             f,
@@ -203,7 +199,7 @@ def gen_masks(
             methods,
             run,
             settings,
-            workers=_workers(workers),
+            workers=setup.workers(workers),
             batch=batch_size,
             strict=strict,
             overwrite=overwrite,
@@ -254,7 +250,7 @@ def finetune(
     --checkpoint takes. Stopped at any point, the same command goes on. Runs on several processes
     under torchrun or accelerate launch.
     """
-    cams, wanted = o.methods(cam), o.export(export)
+    cams, wanted = v.methods(cam), v.export(export)
     if no_masks and cam:
         raise AftError("--no-masks and --cam exclude each other: a control has no CAM")
     if split and not no_masks:
@@ -269,9 +265,11 @@ def finetune(
         check_onnx()
     lam_or_none = None if no_masks else lam
     settings = engine.in_situation(lam_or_none, lr, epochs, batch_size, patience, held_out, seed)
-    options = engine.Options(cache, augment, _workers(workers), overwrite)
-    accelerator = _accelerator(device, precision)
-    source = finetune_jobs.Source(model, checkpoint, layer, _names(classes), accelerator.device)
+    options = engine.Options(cache, augment, setup.workers(workers), overwrite)
+    accelerator = setup.accelerator(device, precision)
+    source = finetune_jobs.Source(
+        model, checkpoint, layer, setup.names(classes), accelerator.device
+    )
     keep_freed_memory()
     if no_masks:
         jobs = finetune_jobs.control_jobs(run, source, dataset, split, limit, seed)
@@ -329,18 +327,18 @@ def evaluate(
     from aftcli.memory import keep_freed_memory
     from aftcli.report_grids import Shown
 
-    words = o.chosen("json" if json else format_, report_evaluate.FORMATS, "--format")
+    words = v.chosen("json" if json else format_, report_evaluate.FORMATS, "--format")
     wanted = report_study.Wanted(
-        o.tables(table), measures(metrics), o.maskings(masking), baselines, sanity, figures
+        v.tables(table), measures(metrics), v.maskings(masking), baselines, sanity, figures
     )
-    settings = _settings(
+    settings = setup.settings(
         thresholds or "0:1:0.1", "binary", fill or "mean", threshold_mode or "value"
     )
-    processes, device = _processes(device)
-    source = Source(model, checkpoint, layer, _names(classes), _device(device))
+    processes, device = setup.processes(device)
+    source = Source(model, checkpoint, layer, setup.names(classes), setup.device(device))
     asked = Asked(
         source,
-        o.methods(cam),
+        v.methods(cam),
         dataset,
         split,
         limit,
@@ -349,19 +347,13 @@ def evaluate(
         threshold_mode or None,
     )
     keep_freed_memory()
-    how = report_study.How(_workers(workers), batch_size, overwrite, quiet)
+    how = report_study.How(setup.workers(workers), batch_size, overwrite, quiet)
     found = report_study.evaluate(run, asked, wanted, how, processes)
     if processes.index == 0:
         shown = Shown(ci, paper)
         report_evaluate.FORMATS[words](found.tables, shown)
         if figures:
             report_study.write_figures(found, run, shown, image or [], words == "table")
-
-
-def _device(name: str) -> torch.device:
-    from aftcli.core.models import find_device
-
-    return find_device(name)
 
 
 def _show(show: Path | None, json: bool) -> None:
@@ -371,95 +363,6 @@ def _show(show: Path | None, json: bool) -> None:
     from aftcli import report_masks
 
     report_masks.show_store(show, json)
-
-
-def _workers(wanted: int | None) -> int:
-    return min(max((os.cpu_count() or 2) // 2, 1), 8) if wanted is None else wanted
-
-
-def _processes(device: str) -> tuple[Processes, str]:
-    """The processes that torchrun or accelerate launch started, and this one's device."""
-    from aftcli.generate import Processes
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(), device
-
-    import torch
-    from accelerate import PartialState
-
-    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
-    own = str(state.device) if device == "auto" else device
-    return Processes(state.process_index, state.num_processes, state.wait_for_everyone), own
-
-
-def _accelerator(device: str, precision: str) -> Accelerator:
-    """Accelerate's view of this process: its device, the precision, the other processes."""
-    from aftcli.core.models import find_device
-
-    if precision not in ("auto", "no", "bf16", "fp16"):
-        raise AftError(f"unknown precision {precision!r}; there are auto, no, bf16 and fp16")
-    where = find_device(device)
-    if precision == "fp16" and where.type == "cpu":
-        # There it would run without scaling the loss, and small gradients would become 0.
-        raise AftError("--precision fp16 can't be used on a CPU; use bf16 or no")
-
-    from accelerate import Accelerator
-
-    if device not in ("auto", "cpu"):
-        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", device)
-    try:
-        return Accelerator(
-            cpu=where.type == "cpu", mixed_precision=None if precision == "auto" else precision
-        )
-    except ValueError as error:
-        raise AftError(f"--precision {precision} can't be used here ({error})") from error
-
-
-def _settings(thresholds: str, masking: str, fill: str, mode: str) -> TftSettings:
-    values = o.thresholds(thresholds)
-
-    from aftcli.explanation import TftSettings
-    from aftcli.tft import check_settings
-
-    check_settings(values, masking, fill, mode)
-    return TftSettings(values, masking, fill, mode)
-
-
-def _classifier(
-    model: str | None, checkpoint: Path | None, classes: Path | None, layer: str | None, device: str
-) -> Classifier:
-    from aftcli.core.models import find_device, load_classifier
-
-    where = find_device(device)
-    return load_classifier(model, checkpoint, layer, classes=_names(classes), device=where)
-
-
-def _names(classes: Path | None) -> tuple[str, ...] | None:
-    from aftcli.data import read_classes
-
-    return read_classes(classes) if classes else None
-
-
-def _methods(f: Classifier, asked: list[str] | None, default: str) -> list[str]:
-    """`--cam all` is all that fit the model; a method asked for by name must fit."""
-    from aftcli.explanation import fits
-
-    methods = o.methods(asked or [f.cam or default])
-    return [m for m in methods if fits(f, m)] if "all" in (asked or []) else methods
-
-
-def _targets(f: Classifier, names: list[str] | None, top_k: int) -> list[int]:
-    if names and top_k > 1:
-        raise AftError("--target and --top-k exclude each other: give one")
-    if top_k > len(f.classes):
-        raise AftError(f"--top-k {top_k}: {f.name} has {len(f.classes)} classes")
-    return list(dict.fromkeys(f.classes.index(name) for name in names or []))
-
-
-def _input(f: Classifier, subject: Subject) -> Tensor:
-    from aftcli.data import to_input
-
-    return to_input(subject.picture, f.preprocessing).to(f.device)
 
 
 def _each_image(
@@ -514,7 +417,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app(o.with_table(sys.argv[1:]), prog_name="aft")
+        app(v.with_table(sys.argv[1:]), prog_name="aft")
     except AftError as error:
         if debug:
             raise
@@ -542,7 +445,7 @@ def main() -> None:
 def _complain(problem: str) -> None:
     # With stderr closed, print would go to stdout.
     if sys.stderr is not None:
-        print(f"aft: {o.plain(problem)}", file=sys.stderr)
+        print(f"aft: {v.plain(problem)}", file=sys.stderr)
 
 
 def _silence_libraries() -> None:

@@ -26,7 +26,7 @@ from aftcli.data import View
 from aftcli.errors import AftError
 from aftcli.explanation import Explanation, TftSettings, muted
 from aftcli.files import replacing
-from aftcli.options import plain
+from aftcli.options_values import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from rich.text import Text
 from aftcli.evaluate_run import Measured, Step
 from aftcli.measures_paper import MODELS, TABLE3, TABLE4, TABLE5
 from aftcli.measures_paper import VARIANTS as PAPER_VARIANTS
-from aftcli.options import plain
+from aftcli.options_values import plain
 from aftcli.report_grids import Grid, Shown, Tables, grids
 
 

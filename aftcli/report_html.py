@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from aftcli.files import durable
-from aftcli.options import plain
+from aftcli.options_values import plain
 from aftcli.report_figures import Picture
 from aftcli.report_grids import Grid, Shown, Tables, grids
 

@@ -20,7 +20,7 @@ from aftcli.evaluate_tables import differences, table1, table2, table3, table4
 from aftcli.evaluate_timing import device_name, table5
 from aftcli.generate import Processes
 from aftcli.measures import VARIANTS, extras_of
-from aftcli.options import plain
+from aftcli.options_values import plain
 from aftcli.report import progress
 from aftcli.report_evaluate import watch
 from aftcli.report_grids import Shown, Tables

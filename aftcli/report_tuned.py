@@ -16,7 +16,7 @@ from rich.table import Table
 from aftcli.aft import Epoch, Measured, Step
 from aftcli.files import durable
 from aftcli.finetune import Begun, Cached, Event, Tuned
-from aftcli.options import plain
+from aftcli.options_values import plain
 
 
 class _Watch:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from aftcli import attribution_map, load_classifier, read_image, to_input
 from aftcli import options as o
+from aftcli import options_values as v
 from aftcli.core.registry import METHODS
 from aftcli.data import view_of
 from aftcli.datasets import open_data_set
@@ -301,13 +302,13 @@ def test_tuned_networks_are_evaluated_without_their_masks(run, document, study, 
 
 
 def test_a_bare_table_option():
-    assert o.with_table(["evaluate", "--table"]) == ["evaluate", "--table", "all"]
-    assert o.with_table(["evaluate", "--table", "/"]) == ["evaluate", "--table", "all", "/"]
-    assert o.with_table(["evaluate", "--table", "3", "x"]) == ["evaluate", "--table", "3", "x"]
-    assert o.with_table(["evaluate", "--table=4"]) == ["evaluate", "--table=4"]
-    assert o.tables("1,3") == (1, 3) and o.tables(None) == (3, 4) and o.tables("all") == (3, 4, 5)
+    assert v.with_table(["evaluate", "--table"]) == ["evaluate", "--table", "all"]
+    assert v.with_table(["evaluate", "--table", "/"]) == ["evaluate", "--table", "all", "/"]
+    assert v.with_table(["evaluate", "--table", "3", "x"]) == ["evaluate", "--table", "3", "x"]
+    assert v.with_table(["evaluate", "--table=4"]) == ["evaluate", "--table=4"]
+    assert v.tables("1,3") == (1, 3) and v.tables(None) == (3, 4) and v.tables("all") == (3, 4, 5)
     with pytest.raises(AftError):
-        o.tables("3,")
+        v.tables("3,")
 
 
 def test_formats_are_those_of_the_help():

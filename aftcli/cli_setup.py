@@ -1,0 +1,122 @@
+"""From options to what the commands work with: classifiers, devices, processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aftcli import options_values as v
+from aftcli.errors import AftError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from aftcli.core.classifier import Classifier
+    from aftcli.explanation import TftSettings
+    from aftcli.generate import Processes
+    from aftcli.report import Subject
+
+
+def device(name: str) -> torch.device:
+    """The device of a name; see `find_device`."""
+    from aftcli.core.models import find_device
+
+    return find_device(name)
+
+
+def workers(wanted: int | None) -> int:
+    """How many processes decode images: half the cores, at most 8."""
+    return min(max((os.cpu_count() or 2) // 2, 1), 8) if wanted is None else wanted
+
+
+def processes(device: str) -> tuple[Processes, str]:
+    """The processes that torchrun or accelerate launch started, and this one's device."""
+    from aftcli.generate import Processes
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(), device
+
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    own = str(state.device) if device == "auto" else device
+    return Processes(state.process_index, state.num_processes, state.wait_for_everyone), own
+
+
+def accelerator(device: str, precision: str) -> Accelerator:
+    """Accelerate's view of this process: its device, the precision, the other processes."""
+    from aftcli.core.models import find_device
+
+    if precision not in ("auto", "no", "bf16", "fp16"):
+        raise AftError(f"unknown precision {precision!r}; there are auto, no, bf16 and fp16")
+    where = find_device(device)
+    if precision == "fp16" and where.type == "cpu":
+        # There it would run without scaling the loss, and small gradients would become 0.
+        raise AftError("--precision fp16 can't be used on a CPU; use bf16 or no")
+
+    from accelerate import Accelerator
+
+    if device not in ("auto", "cpu"):
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", device)
+    try:
+        return Accelerator(
+            cpu=where.type == "cpu", mixed_precision=None if precision == "auto" else precision
+        )
+    except ValueError as error:
+        raise AftError(f"--precision {precision} can't be used here ({error})") from error
+
+
+def settings(thresholds: str, masking: str, fill: str, mode: str) -> TftSettings:
+    """The settings of a search, checked before anything is computed."""
+    values = v.thresholds(thresholds)
+
+    from aftcli.explanation import TftSettings
+    from aftcli.tft import check_settings
+
+    check_settings(values, masking, fill, mode)
+    return TftSettings(values, masking, fill, mode)
+
+
+def classifier(
+    model: str | None, checkpoint: Path | None, classes: Path | None, layer: str | None, device: str
+) -> Classifier:
+    """The classifier that was asked for, on its device."""
+    from aftcli.core.models import find_device, load_classifier
+
+    where = find_device(device)
+    return load_classifier(model, checkpoint, layer, classes=names(classes), device=where)
+
+
+def names(classes: Path | None) -> tuple[str, ...] | None:
+    """Class names of a file; None without one."""
+    from aftcli.data import read_classes
+
+    return read_classes(classes) if classes else None
+
+
+def methods(f: Classifier, asked: list[str] | None, default: str) -> list[str]:
+    """`--cam all` is all that fit the model; a method asked for by name must fit."""
+    from aftcli.explanation import fits
+
+    methods = v.methods(asked or [f.cam or default])
+    return [m for m in methods if fits(f, m)] if "all" in (asked or []) else methods
+
+
+def targets(f: Classifier, names: list[str] | None, top_k: int) -> list[int]:
+    """The classes to explain; empty for the predicted ones."""
+    if names and top_k > 1:
+        raise AftError("--target and --top-k exclude each other: give one")
+    if top_k > len(f.classes):
+        raise AftError(f"--top-k {top_k}: {f.name} has {len(f.classes)} classes")
+    return list(dict.fromkeys(f.classes.index(name) for name in names or []))
+
+
+def input_of(f: Classifier, subject: Subject) -> Tensor:
+    """What the model gets of a picture, shape (1, 3, H, W)."""
+    from aftcli.data import to_input
+
+    return to_input(subject.picture, f.preprocessing).to(f.device)

@@ -1,0 +1,171 @@
+"""What is given to command-line options, read and checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from aftcli.core.registry import METHODS
+from aftcli.errors import AftError, nearest
+
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+SAVE = ("overlay", "figure", "map", "mask")
+TABLES = ("1", "2", "3", "4", "5", "all")
+
+
+def plain(text: str) -> str:
+    r"""Write control characters as escapes: a file's name may hold any, a terminal obeys them.
+
+    >>> print(plain("a\nb"))
+    a\nb
+    """
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def methods(names: list[str] | None) -> list[str]:
+    """Check the names of CAM methods; `all` stands for every one, None for none.
+
+    Raises:
+        AftError: a name is unknown.
+    """
+    names = names or []
+    if "all" in names:
+        return list(METHODS)
+    for name in names:
+        if name not in METHODS:
+            raise AftError(
+                f"unknown CAM method {name!r}; nearest: {nearest(name, METHODS)}; "
+                f"all: {', '.join(METHODS)}, or `all`"
+            )
+    return list(dict.fromkeys(names))
+
+
+def thresholds(text: str) -> tuple[float, ...]:
+    """Read thresholds, `start:stop:step` (stop included) or a list.
+
+    Raises:
+        AftError: the text is neither, or the values do not increase within [0, 1].
+
+    >>> thresholds("0:1:0.25")
+    (0.0, 0.25, 0.5, 0.75, 1.0)
+    """
+    form = "write 0:1:0.1 or 0,0.2,0.5"
+    try:
+        if ":" in text:
+            start, stop, step = (float(part) for part in text.split(":"))
+            if not (step > 0 and 0 <= start <= stop <= 1):
+                raise AftError(f"thresholds {text!r} must increase within [0, 1]; {form}")
+            if step < 1e-4:
+                raise AftError(f"thresholds {text!r}: the step is below 0.0001; {form}")
+            # Decimal thresholds, not sums of steps: 0.3, not 0.30000000000000004.
+            count = int((stop - start) / step + 1e-6) + 1
+            return tuple(round(start + i * step, 10) for i in range(count))
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise AftError(f"thresholds {text!r} can't be read; {form}") from None
+    if not all(0 <= value <= 1 for value in values):
+        raise AftError(f"thresholds {text!r} must lie in [0, 1]; {form}")
+    if any(b <= a for a, b in zip(values, values[1:], strict=False)):
+        raise AftError(f"thresholds {text!r} must increase; {form}")
+    return values
+
+
+def outputs(text: str | None, tft: bool) -> tuple[str, ...]:
+    """Read what to write.
+
+    Raises:
+        AftError: a kind of output is unknown.
+    """
+    if text is None:
+        return ("overlay", "figure") if tft else ("overlay",)
+    kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for kind in kinds:
+        if kind not in SAVE:
+            raise AftError(f"unknown output {kind!r} in --save; there are {', '.join(SAVE)}")
+    return kinds
+
+
+def export(format_: str | None) -> bool:
+    """Whether to export the tuned networks.
+
+    Raises:
+        AftError: the format is unknown.
+    """
+    if format_ not in (None, "onnx"):
+        raise AftError(f"unknown format {format_!r} in --export; there is onnx")
+    return format_ is not None
+
+
+def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[float, str] | None:
+    """Read a fixed cut-off: (tau, mode) as `muted` takes it, or None.
+
+    Raises:
+        AftError: more than one way of muting is asked for, or a value is out of range.
+    """
+    if (threshold is not None) + (mute is not None) + tft > 1:
+        raise AftError("--threshold, --mute and --tft exclude each other: give one")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise AftError(f"--threshold {threshold:g} must lie in [0, 1]")
+    if mute is not None and not 0 <= mute <= 100:
+        raise AftError(f"--mute {mute:g} must lie in [0, 100] percent")
+    if threshold is not None:
+        return threshold, "value"
+    return (mute / 100, "percentile") if mute is not None else None
+
+
+def with_table(arguments: list[str]) -> list[str]:
+    """Give a bare `--table` its value: typer's options have one always.
+
+    >>> with_table(["evaluate", "--table", "--ci"])
+    ['evaluate', '--table', 'all', '--ci']
+    """
+    found = []
+    for i, argument in enumerate(arguments):
+        found.append(argument)
+        following = arguments[i + 1 : i + 2]
+        # What follows is another option, or the data set.
+        path = following and following[0] not in TABLES and Path(following[0]).exists()
+        if argument == "--table" and (not following or following[0].startswith("-") or path):
+            found.append("all")
+    return found
+
+
+def tables(text: str | None) -> tuple[int, ...]:
+    """Read which tables to print.
+
+    Raises:
+        AftError: there is no such table.
+
+    >>> tables("all")
+    (3, 4, 5)
+    """
+    if text is None:
+        return (3, 4)
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name not in TABLES:
+            raise AftError(f"there is no table {name!r}; --table takes {', '.join(TABLES)}")
+    return (3, 4, 5) if "all" in names else tuple(sorted({int(name) for name in names}))
+
+
+def maskings(text: str) -> tuple[str, ...]:
+    """Read which readings of the paper to evaluate.
+
+    Raises:
+        AftError: there is no such reading.
+    """
+    if text not in ("both", "binary", "soft"):
+        raise AftError(f"unknown masking {text!r}; there are both, binary and soft")
+    return ("binary", "soft") if text == "both" else (text,)
+
+
+def chosen(text: str, known: Iterable[str], option: str) -> str:
+    """Check the value of an option that takes one of several words.
+
+    Raises:
+        AftError: it is none of them.
+    """
+    if text not in known:
+        raise AftError(f"unknown value {text!r} of {option}; there are {', '.join(known)}")
+    return text
