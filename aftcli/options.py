@@ -68,7 +68,7 @@ CamsOption = Annotated[
         "--cam",
         metavar="METHOD",
         help=f"{METHOD_HELP} Repeatable, or all. Default: that of a tuned --checkpoint, else "
-        "layercam to explain and gradcam elsewhere; finetune takes all masks that there are.",
+        "layercam to explain and gradcam elsewhere; finetune and evaluate take all masks.",
     ),
 ]
 TftOption = Annotated[

@@ -57,6 +57,7 @@ class Study(NamedTuple):
     title: str
     run: str
     commands: tuple[str, ...]
+    images: int | None = None  # evaluated; None for all
 
 
 def studies(data: Path) -> list[Study]:
@@ -85,6 +86,7 @@ def studies(data: Path) -> list[Study]:
                 f"aft finetune --run {squeeze}",
                 f"aft finetune --no-masks --run {squeeze} --limit 500",
             ),
+            220,
         ),
         Study(
             "efficientnet_lite0 with a head for VOC's 20 classes, VOC subset",
@@ -100,7 +102,9 @@ def studies(data: Path) -> list[Study]:
 
 def evaluation(study: Study) -> str:
     """The command that prints a study's tables."""
-    return f"aft evaluate --run {study.run} --table 2,3,4,5 --baselines --ci --metrics {METRICS}"
+    limit = f"--limit {study.images} " if study.images else ""
+    tables = "--table 2,3,4,5 --baselines --ci"
+    return f"aft evaluate --run {study.run} {limit}{tables} --metrics {METRICS}"
 
 
 def run(command: str, folder: Path) -> str:
