@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from aftcli.core.registry import METHODS
 from aftcli.errors import AftError, nearest
@@ -123,12 +123,16 @@ def with_table(arguments: list[str]) -> list[str]:
     found = []
     for i, argument in enumerate(arguments):
         found.append(argument)
-        following = arguments[i + 1 : i + 2]
-        # What follows is another option, or the data set.
-        path = following and following[0] not in TABLES and Path(following[0]).exists()
-        if argument == "--table" and (not following or following[0].startswith("-") or path):
+        if argument == "--table" and not _is_value(arguments[i + 1 : i + 2]):
             found.append("all")
     return found
+
+
+def _is_value(following: list[str]) -> bool:
+    """Whether what follows `--table` is its value: not the end, an option, or the data set."""
+    if not following or following[0].startswith("-"):
+        return False
+    return following[0] in TABLES or not os.path.lexists(following[0])
 
 
 def tables(text: str | None) -> tuple[int, ...]:

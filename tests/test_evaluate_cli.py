@@ -305,6 +305,8 @@ def test_a_bare_table_option():
     assert v.with_table(["evaluate", "--table"]) == ["evaluate", "--table", "all"]
     assert v.with_table(["evaluate", "--table", "/"]) == ["evaluate", "--table", "all", "/"]
     assert v.with_table(["evaluate", "--table", "3", "x"]) == ["evaluate", "--table", "3", "x"]
+    long = "a" * 5000
+    assert v.with_table(["evaluate", "--table", long])[2] == long
     assert v.with_table(["evaluate", "--table=4"]) == ["evaluate", "--table=4"]
     assert v.tables("1,3") == (1, 3) and v.tables(None) == (3, 4) and v.tables("all") == (3, 4, 5)
     with pytest.raises(AftError):
