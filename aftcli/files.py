@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from aftcli.errors import AftError
 
@@ -22,10 +25,19 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def sweep(path: Path) -> None:
+    """Delete what processes that were killed while they wrote a file have left of it."""
+    for left in path.parent.glob(f".*-{glob.escape(path.name)}"):
+        writer = left.name[1:].partition("-")[0]
+        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
+            left.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file whole or not at all: to a temporary one, renamed at the end."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    sweep(path)
     try:
         yield temporary
         os.replace(temporary, path)

@@ -28,7 +28,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.datasets import DataSet, validation_of
 from aftcli.errors import AftError
 from aftcli.features import Cache, CachedExamples, check_cache, choose_cache
-from aftcli.files import locked, make_folder, write_tensors
+from aftcli.files import locked, make_folder, sweep, write_tensors
 from aftcli.finetune_jobs import Job
 from aftcli.loading import Broken
 from aftcli.masks import refuse_other_settings
@@ -286,6 +286,7 @@ def _tune(
             yield Tuned(files.path, card, True)
         if first:
             files.state.unlink(missing_ok=True)
+            sweep(files.state)
 
 
 def _clear_caches(job: Job, run: Path) -> None:
