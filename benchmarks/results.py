@@ -84,7 +84,6 @@ def studies(data: Path) -> list[Study]:
                 f"aft gen-masks {imagenet} {cams} --run {squeeze} --model squeezenet1_0 "
                 f"--checkpoint {weights} --limit 500",
                 f"aft finetune --run {squeeze}",
-                f"aft finetune --no-masks --run {squeeze} --limit 500",
             ),
             220,
         ),
