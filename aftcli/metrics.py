@@ -122,32 +122,14 @@ def blurred(x: Tensor) -> Tensor:
     return gaussian_blur(x, [size, size], [sigma, sigma])  # type: ignore[no-any-return]
 
 
-def shares_replaced(
-    x: Tensor, attribution: Tensor, other: Tensor, shares: Tensor | list[float]
-) -> Tensor:
-    """Inputs with their highest-scoring pixels replaced, shape (S, N, 3, H, W).
-
-    Args:
-        x: inputs, shape (N, 3, H, W).
-        attribution: I, shape (N, H, W).
-        other: what replaces the pixels, shape of x.
-        shares: of the pixels that are replaced, shape (S,), in [0, 1].
-    """
-    ranks = ranks_of(attribution)[:, None]
-    pixels = attribution[0].numel()
-    counts = [round(float(share) * pixels) for share in shares]
-    return torch.stack([torch.where(ranks < count, other, x) for count in counts])
-
-
 def _area(
     start: Tensor, attribution: Tensor, goal: Tensor, probability_of: Probability, steps: int
 ) -> Tensor:
     """Area under y^c while start becomes goal, most relevant pixels first, shape (N,)."""
-    shares = [i / steps for i in range(steps + 1)]
+    ranks, pixels = ranks_of(attribution)[:, None], attribution[0].numel()
     y = [
-        probability_of(replaced)
-        for share in shares
-        for replaced in shares_replaced(start, attribution, goal, [share])
+        probability_of(torch.where(ranks < round(i / steps * pixels), goal, start))
+        for i in range(steps + 1)
     ]
     return torch.trapezoid(torch.stack(y), dx=1 / steps, dim=0)
 

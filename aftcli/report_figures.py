@@ -12,6 +12,7 @@ import torch
 
 from aftcli.core.classifier import Classifier
 from aftcli.data import read_image, to_input, view_of
+from aftcli.datasets import spread
 from aftcli.errors import AftError, nearest
 from aftcli.evaluate import Unit
 from aftcli.evaluate_jobs import Study
@@ -72,7 +73,7 @@ def draw_all(
 def _chosen(study: Study, names: list[str]) -> list[int]:
     samples = study.data_set.samples
     if not names:
-        return [i * len(samples) // CHOSEN for i in range(min(CHOSEN, len(samples)))]
+        return spread(len(samples), CHOSEN)
     found = []
     for name in names:
         fitting = [i for i, sample in enumerate(samples) if name in sample.name]
