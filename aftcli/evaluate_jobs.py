@@ -20,7 +20,7 @@ from aftcli.data import read_image, to_input
 from aftcli.datasets import DataSet, open_data_set
 from aftcli.errors import AftError
 from aftcli.explanation import TftSettings
-from aftcli.finetune_jobs import Source, check_made_for
+from aftcli.finetune_jobs import Source, check_made_for, open_stores
 from aftcli.masks import MaskStore
 
 
@@ -119,7 +119,7 @@ def find_studies(run: Path, asked: Asked) -> list[Study]:
         AftError: there are neither masks nor tuned classifiers, they do not belong together, or
             there are no images with labels among the classes.
     """
-    stores, tuned = _stores(run, asked), _tuned(run, asked)
+    stores, tuned = open_stores(run, asked.source.model, asked.cams), _tuned(run, asked)
     if not stores and not tuned:
         whose = f" of {asked.source.model}" if asked.source.model else ""
         which = f" by {', '.join(asked.cams)}" if asked.cams else ""
@@ -136,16 +136,6 @@ def find_studies(run: Path, asked: Asked) -> list[Study]:
             asked,
         )
         for model in models
-    ]
-
-
-def _stores(run: Path, asked: Asked) -> list[MaskStore]:
-    paths = [p for p in sorted((run / "masks").glob("*.h5")) if not p.name.startswith(".")]
-    return [
-        store
-        for store in map(MaskStore, paths)
-        if asked.source.model in (None, store.settings["model"])
-        and (not asked.cams or store.settings["cam"] in asked.cams)
     ]
 
 

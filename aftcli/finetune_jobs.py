@@ -134,6 +134,21 @@ def control_jobs(
     return jobs
 
 
+def open_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskStore]:
+    """Open those of a run's mask stores that there are; arguments as of `find_stores`.
+
+    Raises:
+        AftError: one is damaged.
+    """
+    paths = sorted((run / "masks").glob("*.h5"))
+    stores = [MaskStore(path) for path in paths if not path.name.startswith(".")]
+    return [
+        s
+        for s in stores
+        if model in (None, s.settings["model"]) and (not cams or s.settings["cam"] in cams)
+    ]
+
+
 def find_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskStore]:
     """Open the mask stores of a run.
 
@@ -145,14 +160,12 @@ def find_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskS
     Raises:
         AftError: there is none, or one that is asked for by name is missing or damaged.
     """
-    paths = sorted((run / "masks").glob("*.h5"))
-    stores = [MaskStore(path) for path in paths if not path.name.startswith(".")]
-    fitting = [s for s in stores if model in (None, s.settings["model"])]
-    found = [s for s in fitting if not cams or s.settings["cam"] in cams]
+    found = open_stores(run, model, cams)
     missing = set(cams) - {s.settings["cam"] for s in found}
     if not found or missing:
         whose = f" of {model}" if model else ""
         which = f" by {', '.join(sorted(missing))}" if missing else ""
+        paths = sorted((run / "masks").glob("*.h5"))
         there = ", ".join(path.name for path in paths) or "nothing"
         raise AftError(
             f"{run / 'masks'}: there are no masks{whose}{which} (there is {there}); make them with "
