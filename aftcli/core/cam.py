@@ -31,15 +31,23 @@ def class_score(logits: Tensor, class_index: Tensor) -> Tensor:
 def score_gradient(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
     """dy^c / dA, shape (N, K, h, w): autograd through the head only.
 
+    Where A depends on weights that are being trained, so does the gradient.
+
     Args:
         f: the classifier.
         activation: A, shape (N, K, h, w).
         class_index: c, shape (N,).
     """
+    trained = torch.is_grad_enabled() and activation.requires_grad
     with torch.enable_grad():
-        activation = activation.detach().requires_grad_()
+        activation = activation if trained else activation.detach().requires_grad_()
         y = class_score(f.head(activation), class_index)
-        return torch.autograd.grad(y.sum(), activation)[0]
+        return torch.autograd.grad(y.sum(), activation, create_graph=trained)[0]
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is 0, in the gradient too."""
+    return torch.where(b != 0, a / torch.where(b != 0, b, 1), 0)
 
 
 def weighted_sum(alpha: Tensor, activation: Tensor) -> Tensor:
@@ -76,7 +84,7 @@ def grad_cam_plus_plus(f: Classifier, activation: Tensor, class_index: Tensor, x
     """
     g = score_gradient(f, activation, class_index)
     denominator = 2 + activation.sum((2, 3), keepdim=True) * g
-    s = torch.where((g != 0) & (denominator != 0), 1 / denominator, 0)
+    s = _ratio(torch.ones_like(g), torch.where(g != 0, denominator, 0))
     alpha = (s * g.relu()).sum((2, 3))
     return weighted_sum(alpha, activation)
 
@@ -85,8 +93,7 @@ def x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
     """XGrad-CAM: alpha_k = sum_ij g_ij^k A_ij^k / sum_ij A_ij^k (0 for an empty channel)."""
     g = score_gradient(f, activation, class_index)
     total = activation.sum((2, 3))
-    alpha = torch.where(total != 0, (g * activation).sum((2, 3)) / total, 0)
-    return weighted_sum(alpha, activation)
+    return weighted_sum(_ratio((g * activation).sum((2, 3)), total), activation)
 
 
 def layer_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -137,7 +144,6 @@ def masked_scores(f: Classifier, activation: Tensor, class_index: Tensor, x: Ten
     return torch.stack(scores)
 
 
-@torch.no_grad()
 def ablation_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """Ablation-CAM: alpha_k = (y^c - y_k^c) / |y^c|, y_k^c with channel k set to zero.
 
@@ -146,7 +152,7 @@ def ablation_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tens
     """
     y = class_score(f.head(activation), class_index)[:, None]
     drop = y - ablated_scores(f, activation, class_index)
-    return weighted_sum(torch.where(y != 0, drop / y.abs(), drop), activation)
+    return weighted_sum(drop / torch.where(y != 0, y.abs(), 1), activation)
 
 
 def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
@@ -221,7 +227,7 @@ def normalise(attribution: Tensor) -> Tensor:
     """S: scale each map, shape (N, h, w), to [0, 1]; a constant one becomes zero (§3.1)."""
     low = attribution.amin((1, 2), keepdim=True)
     span = attribution.amax((1, 2), keepdim=True) - low
-    return torch.where(span > 0, (attribution - low) / span, 0)
+    return _ratio(attribution - low, span)
 
 
 def upsample(attribution: Tensor, x: Tensor) -> Tensor:

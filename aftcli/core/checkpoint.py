@@ -139,6 +139,6 @@ def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
     if not own:
         return None
     hidden, channels = own["reduce.weight"].shape[:2]
-    tuner = Tuner(channels, hidden).to(next(iter(own.values())))
+    tuner = Tuner(channels, hidden, card.get("tuner", "linear")).to(next(iter(own.values())))
     tuner.load_state_dict(own)
     return tuner.eval().requires_grad_(False)

@@ -26,12 +26,15 @@ class Entry:
         function: module and name.
         muted: the share of the map, in [0, 1], that its published default mutes (the paper's
             Table 1); None where there is none.
+        trainable: its map is a smooth function of the weights, cheap enough to be trained
+            (`--objective cam`).
     """
 
     title: str
     source: str
     function: str
     muted: float | None = None
+    trainable: bool = True
 
     def load(self) -> Method:
         """Import the method's function."""
@@ -45,14 +48,21 @@ METHODS: dict[str, Entry] = {
     "gradcam++": Entry(
         "Grad-CAM++", "Chattopadhay et al., WACV 2018", "aftcli.core.cam:grad_cam_plus_plus", 0.5
     ),
-    "scorecam": Entry("Score-CAM", "Wang et al., CVPRW 2020", "aftcli.core.cam:score_cam", 0.5),
+    "scorecam": Entry(
+        "Score-CAM", "Wang et al., CVPRW 2020", "aftcli.core.cam:score_cam", 0.5, trainable=False
+    ),
     "ablationcam": Entry(
         "Ablation-CAM", "Desai and Ramaswamy, WACV 2020", "aftcli.core.cam:ablation_cam", 0.8
     ),
     "layercam": Entry("Layer-CAM", "Jiang et al., TIP 2021", "aftcli.core.cam:layer_cam", 0.85),
     "xgradcam": Entry("XGrad-CAM", "Fu et al., BMVC 2020", "aftcli.core.cam:x_grad_cam"),
     "hirescam": Entry("HiResCAM", "Draelos and Carin, 2020", "aftcli.core.cam:hires_cam"),
-    "eigencam": Entry("Eigen-CAM", "Muhammad and Yeasin, IJCNN 2020", "aftcli.core.cam:eigen_cam"),
+    "eigencam": Entry(
+        "Eigen-CAM",
+        "Muhammad and Yeasin, IJCNN 2020",
+        "aftcli.core.cam:eigen_cam",
+        trainable=False,
+    ),
 }
 
 
