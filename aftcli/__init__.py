@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aftcli.aft import AftSettings as AftSettings
-    from aftcli.aft import Training as Training
+    from aftcli.aft_training import Training as Training
     from aftcli.core.cam import attribution_map as attribution_map
     from aftcli.core.classifier import Classes as Classes
     from aftcli.core.classifier import Classifier as Classifier
@@ -51,7 +51,7 @@ _HOMES = {
     "Study": "aftcli.evaluate_jobs",
     "TftResult": "aftcli.tft",
     "TftSettings": "aftcli.explanation",
-    "Training": "aftcli.aft",
+    "Training": "aftcli.aft_training",
     "attribution_map": "aftcli.core.cam",
     "control_job": "aftcli.finetune_jobs",
     "cut_classifier": "aftcli.core.classifier",

@@ -222,9 +222,12 @@ def finetune(
     model: o.ModelOption = None,
     checkpoint: o.CheckpointOption = None,
     classes: o.ClassesOption = None,
-    layer: o.LayerOption = None,
+    layer: o.LayersOption = None,
     cam: o.CamsOption = None,
-    lam: o.LamOption = 1.0,
+    lam: o.LamOption = None,
+    objective: o.ObjectiveOption = "tuner",
+    consistency: o.ConsistencyOption = None,
+    classification: o.ClassificationOption = None,
     lr: o.LearningRateOption = None,
     epochs: o.EpochsOption = None,
     batch_size: o.BatchSizeOption = 32,
@@ -255,20 +258,34 @@ def finetune(
         raise AftError("--no-masks and --cam exclude each other: a control has no CAM")
     if split and not no_masks:
         raise AftError("--split goes with --no-masks: masks know the images that they were made of")
+    v.without_masks(no_masks, lam=lam, consistency=consistency, classification=classification)
 
     from aftcli import finetune as engine
     from aftcli import finetune_jobs, report_tuned
+    from aftcli.finetune_defaults import in_situation
     from aftcli.memory import keep_freed_memory
     from aftcli.serving import check_onnx
 
     if wanted:
         check_onnx()
-    lam_or_none = None if no_masks else lam
-    settings = engine.in_situation(lam_or_none, lr, epochs, batch_size, patience, held_out, seed)
+    settings = in_situation(
+        lam=lam,
+        learning_rate=lr,
+        epochs=epochs,
+        batch=batch_size,
+        patience=patience,
+        held_out=held_out,
+        seed=seed,
+        objective=objective,
+        consistency=consistency,
+        classification=classification,
+    )
     options = engine.Options(cache, augment, setup.workers(workers), overwrite)
     accelerator = setup.accelerator(device, precision)
+    *earlier, last = layer or [""]
+    names = setup.names(classes)
     source = finetune_jobs.Source(
-        model, checkpoint, layer, setup.names(classes), accelerator.device
+        model, checkpoint, last or None, names, accelerator.device, tuple(earlier)
     )
     keep_freed_memory()
     if no_masks:

@@ -8,6 +8,7 @@ processes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from aftcli.aft import Batch, Features
 from aftcli.core.classifier import Classifier, tensors_hash
@@ -37,16 +38,22 @@ class Masks(NamedTuple):
     Attributes:
         low: M_tau* at the activation's size, shape (N, h, w), bool.
         full: M_tau* of one image at the input's size, shape (H, W), by index.
+        class_index: c, the class that each explains, shape (N,).
+        hide: x_hat_tau* of inputs, shape (n, 3, H, W), and their indices.
+        made: names all that x_hat_tau* depends on, but for the images.
     """
 
     low: Tensor
     full: Callable[[int], Tensor]
+    class_index: Tensor
+    hide: Callable[[Tensor, Sequence[int]], Tensor]
+    made: str
 
 
-def stem_output(f: Classifier, x: Tensor) -> Features:
+def stem_output(stem: nn.Module, x: Tensor) -> Features:
     """What w0 hands to w1, as a tuple of tensors, each (N, ...)."""
     with torch.no_grad():
-        out = f.stem(x)
+        out = stem(x)
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -61,6 +68,8 @@ class Cache:
         workers: processes that decode images.
         share: index and number of the processes that share the work.
         strict: an image that can't be read is an error.
+        masks: to keep x_hat_tau* in the images' place; None for the images.
+        stem: w0; None for f's own.
 
     Attributes:
         key: names what it depends on.
@@ -77,10 +86,12 @@ class Cache:
         workers: int = 1,
         share: tuple[int, int] = (0, 1),
         strict: bool = True,
+        masks: Masks | None = None,
+        stem: nn.Module | None = None,
     ) -> None:
-        self.f, self.data_set, self.how = f, data_set, how
-        self.workers, self.share, self.strict = workers, share, strict
-        self.key = _key(f, data_set)
+        self.f, self.stem, self.data_set, self.how = f, stem or f.stem, data_set, how
+        self.workers, self.share, self.strict, self.masks = workers, share, strict, masks
+        self.key = _key(f, self.stem, data_set, masks)
         self.folder = folder / self.key
         count = len(data_set.samples)
         self.spans = [range(i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
@@ -107,7 +118,7 @@ class Cache:
         missing = [i for i in own if self.how == "memory" or self._block(i) is None]
         yield sum(len(self.spans[i]) for i in own) - sum(len(self.spans[i]) for i in missing)
         for loaded in self._load(self.spans, missing):
-            features = tuple(t.cpu() for t in self._pass(loaded.x))
+            features = tuple(t.cpu() for t in self._pass(loaded.x, loaded.indices))
             self.broken += loaded.broken
             if self.how == "memory":
                 self._keep(loaded, features)
@@ -125,11 +136,19 @@ class Cache:
                 )
             yield loaded
 
-    def _pass(self, x: object) -> Features:
+    def _pass(
+        self,
+        x: object,
+        indices: Sequence[int],
+        change: Callable[[Tensor, Sequence[int]], Tensor] = lambda x, _: x,
+    ) -> Features:
         inputs = torch.as_tensor(x)
+        if self.masks is not None and len(inputs):
+            inputs = self.masks.hide(inputs, indices)
+        inputs = change(inputs, indices)
         # A block without one readable image still has the features' shape.
         padded = inputs if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:])
-        features = stem_output(self.f, padded.to(self.f.device, self._dtype()))
+        features = stem_output(self.stem, padded.to(self.f.device, self._dtype()))
         return tuple(t[: len(inputs)] for t in features)
 
     def _dtype(self) -> torch.dtype:
@@ -196,7 +215,7 @@ class Cache:
     def _add_columns(self, add: Callable[[Tensor], Tensor]) -> None:
         if not self.columns:  # fewer blocks than processes
             x = torch.zeros(1, 3, *self.f.preprocessing.size)
-            self._keep(Loaded(0, x.numpy(), [], []), tuple(t[:0] for t in self._pass(x)))
+            self._keep(Loaded(0, x.numpy(), [], []), tuple(t[:0] for t in self._pass(x[:0], [])))
         for i, column in enumerate(self.columns):
             # What another process has computed is 0 here, so the sum is exact.
             for start in range(0, len(column), 4096):
@@ -214,8 +233,7 @@ class Cache:
         """
         if self.how == "off":
             for loaded in self._load(wanted, range(len(wanted))):
-                x = change(torch.from_numpy(loaded.x), loaded.indices)
-                yield self._pass(x)
+                yield self._pass(loaded.x, loaded.indices, change)
             return
         for indices in wanted:
             found = self._from_memory(indices) if self.columns else self._from_disk(indices)
@@ -240,10 +258,11 @@ class Cache:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _key(f: Classifier, data_set: DataSet) -> str:
-    """Name what a cache depends on: w0, the preprocessing, the images' files."""
-    digest = hashlib.sha256(repr(f.preprocessing).encode())
-    digest.update(tensors_hash(f.stem.state_dict()).encode())
+def _key(f: Classifier, stem: nn.Module, data_set: DataSet, masks: Masks | None) -> str:
+    """Name what a cache depends on: w0, the preprocessing, the images' files, the masks."""
+    digest = hashlib.sha256(repr((f.preprocessing, masks.made if masks else "")).encode())
+    # What has no weights, a pooling say, shows in the structure only.
+    digest.update(f"{tensors_hash(stem.state_dict())} {stem}".encode())
     for i, sample in enumerate(data_set.samples):
         digest.update(os.fsencode(sample.name))
         try:
@@ -270,7 +289,13 @@ def check_cache(how: str, augment: bool) -> None:
 
 
 def choose_cache(
-    how: str, f: Classifier, images: int, folder: Path, processes: int, augment: bool
+    how: str,
+    f: Classifier,
+    images: int,
+    folder: Path,
+    processes: int,
+    augment: bool,
+    stem: nn.Module | None = None,
 ) -> str:
     """Choose where the stem's outputs are kept.
 
@@ -282,6 +307,7 @@ def choose_cache(
         folder: on the disk.
         processes: that share this machine.
         augment: images change from epoch to epoch.
+        stem: w0; None for f's own.
 
     Raises:
         AftError: see `check_cache`.
@@ -293,15 +319,15 @@ def choose_cache(
         return how
     import psutil
 
-    needed = images * _bytes_per_image(f)
+    needed = images * _bytes_per_image(f, stem or f.stem)
     if needed * processes <= ROOM * psutil.virtual_memory().available:
         return "memory"
     return "disk" if needed <= ROOM * shutil.disk_usage(folder).free else "off"
 
 
-def _bytes_per_image(f: Classifier) -> int:
+def _bytes_per_image(f: Classifier, stem: nn.Module) -> int:
     x = next(f.parameters()).new_zeros(1, 3, *f.preprocessing.size)
-    return sum(t.numel() * t.element_size() for t in stem_output(f, x))
+    return sum(t.numel() * t.element_size() for t in stem_output(stem, x))
 
 
 class CachedExamples:
@@ -312,13 +338,26 @@ class CachedExamples:
         masks: of the images; None without.
         augment: flip and crop images and masks at random, by seed and epoch.
         seed: of the augmentation.
+        hidden: the same images as x_hat_tau*; None where they are not needed.
+        shapes: (K, h, w) of earlier layers that are tuned.
     """
 
     def __init__(
-        self, cache: Cache, masks: Masks | None, augment: bool = False, seed: int = 0
+        self,
+        cache: Cache,
+        masks: Masks | None,
+        augment: bool = False,
+        seed: int = 0,
+        hidden: Cache | None = None,
+        shapes: Sequence[tuple[int, int, int]] = (),
     ) -> None:
         self.cache, self.masks, self.augment, self.seed = cache, masks, augment, seed
+        self.hidden = hidden
         samples = cache.data_set.samples
+        self.low = [masks.low] if masks else []
+        if masks and shapes:
+            sizes = [(h, w) for _, h, w in shapes]
+            self.low = [*_at_sizes(masks, len(samples), sizes), masks.low]
         self.names = [sample.name for sample in samples]
         self.labels = torch.tensor([sample.label for sample in samples])
 
@@ -338,16 +377,33 @@ class CachedExamples:
         def change(x: Tensor, indices: Sequence[int]) -> Tensor:
             return crop(x, views(indices), x.shape[2:]) if changing else x
 
-        for indices, features in zip(wanted, self.cache.batches(wanted, change), strict=True):
+        hidden: Iterator[Features | None] = itertools.repeat(None, len(wanted))
+        if self.hidden is not None:
+            hidden = self.hidden.batches(wanted, change)
+        seen = self.cache.batches(wanted, change)
+        for indices, features, masked in zip(wanted, seen, hidden, strict=True):
             rows = torch.tensor(indices, dtype=torch.long)
-            mask = None
+            batch = Batch(features, self.labels[rows].to(device), masked=masked)
             if self.masks is not None:
-                mask = self.masks.low[rows]
+                low = [mask[rows] for mask in self.low]
                 if changing:
                     full = torch.stack([self.masks.full(i) for i in indices])[:, None].float()
-                    mask = crop(full, views(indices), mask.shape[1:])[:, 0] >= 0.5
-                mask = mask.to(device)
-            yield Batch(features, self.labels[rows].to(device), mask)
+                    low = [crop(full, views(indices), mask.shape[1:])[:, 0] >= 0.5 for mask in low]
+                batch = batch._replace(
+                    masks=tuple(mask.to(device) for mask in low),
+                    class_index=self.masks.class_index[rows].to(device),
+                )
+            yield batch
+
+
+def _at_sizes(masks: Masks, count: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """M_tau* of all images at other sizes, bool: a cell is kept if half of it is."""
+    found: list[list[Tensor]] = [[] for _ in sizes]
+    for i in range(count):
+        full = masks.full(i)[None].float()
+        for column, size in zip(found, sizes, strict=True):
+            column.append(F.adaptive_avg_pool2d(full, size)[0] >= 0.5)
+    return [torch.stack(column) for column in found]
 
 
 class Crop(NamedTuple):

@@ -22,19 +22,19 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
 
 from aftcli import __version__
-from aftcli.aft import AftSettings, Epoch, Measured, State, Step, Training, check_settings
+from aftcli.aft import AftSettings
+from aftcli.aft_training import Epoch, Measured, State, Step, Training, check_trainable
 from aftcli.core.checkpoint import checkpoint_of, read_card
-from aftcli.core.classifier import Classifier
 from aftcli.datasets import DataSet, validation_of
 from aftcli.errors import AftError
-from aftcli.features import Cache, CachedExamples, check_cache, choose_cache
+from aftcli.features import Cache, CachedExamples, Masks, check_cache, choose_cache
 from aftcli.files import locked, make_folder, sweep, write_tensors
+from aftcli.finetune_defaults import situation_of
 from aftcli.finetune_jobs import Job
 from aftcli.loading import Broken
 from aftcli.masks import refuse_other_settings
 
 SAVE_EVERY = 30.0  # seconds between stored states, at the least
-TUNING, NEW_HEAD = (1e-4, 10), (3e-4, 30)  # learning rate and epochs (docs/decisions.md)
 OVERHEAD = 0.05  # share of the time that storing them may take
 
 
@@ -72,15 +72,17 @@ class Begun(NamedTuple):
     train: int
     held_out: int
     broken: list[Broken]
+    settings: AftSettings
 
 
 class Cached(NamedTuple):
-    """So many images of `total` are behind w0; `where` they are kept."""
+    """So many images of `total`, `masked` or whole, are behind w0; `where` they are kept."""
 
     images: int
     total: int
     where: str
     split: str
+    masked: bool
 
 
 class Tuned(NamedTuple):
@@ -97,42 +99,12 @@ class Tuned(NamedTuple):
     before: bool
 
 
-def in_situation(
-    lam: float | None,
-    learning_rate: float | None,
-    epochs: int | None,
-    batch: int = 32,
-    patience: int = 3,
-    held_out: float = 0.1,
-    seed: int = 0,
-) -> Callable[[Job], AftSettings]:
-    """Settings that depend on the job where they are None; see `AftSettings`.
-
-    Raises:
-        AftError: a value is out of range.
-    """
-
-    def settings(new_head: bool) -> AftSettings:
-        usual_rate, usual_epochs = NEW_HEAD if new_head else TUNING
-        return AftSettings(
-            lam,
-            usual_rate if learning_rate is None else learning_rate,
-            usual_epochs if epochs is None else epochs,
-            batch,
-            patience,
-            held_out,
-            seed,
-        )
-
-    check_settings(settings(False))
-    return lambda job: settings(job.new_head)
-
-
 def _identity(job: Job, settings: AftSettings, options: Options, precision: str) -> dict[str, Any]:
     """All that decides the result: entries of the card."""
     return {
         "start": job.f.weights_hash(),
         "layer": job.f.layer_name,
+        "earlier_layers": list(job.earlier.names) if job.earlier else [],
         "masks": job.made,
         "images": len(job.data_set.samples),
         "images_hash": job.data_set.fingerprint(),
@@ -241,6 +213,7 @@ def _tune(
     accelerator: Accelerator,
     caches: dict[str, Cache],
 ) -> Iterator[Event]:
+    check_trainable(settings, job.cam)
     files = _Files(run, job, _identity(job, settings, options, accelerator.mixed_precision))
     first = accelerator.process_index == 0
     with ExitStack() as held:
@@ -251,18 +224,8 @@ def _tune(
         accelerator.wait_for_everyone()
         card = files.finished()
         if card is None:
-            cache = yield from _cache(
-                job.f,
-                job.data_set,
-                run,
-                options,
-                accelerator,
-                caches,
-                strict=job.masks is not None,
-                augment=options.augment,
-            )
-            examples = CachedExamples(cache, job.masks, options.augment, settings.seed)
-            training = Training(job.f, examples, settings, accelerator)
+            examples = yield from _examples(job, run, settings, options, accelerator, caches)
+            training = Training(job.f, examples, settings, accelerator, job.cam, job.earlier)
             val = yield from _validation(job, run, options, accelerator, caches)
             before = training.measure(val, val.usable) if val else None
             files.restore(training)
@@ -279,6 +242,8 @@ def _tune(
                 write_tensors(files.path, tensors, metadata)
             accelerator.free_memory()
             accelerator.wait_for_everyone()
+            if first and examples.hidden:
+                examples.hidden.remove()
             yield Tuned(files.path, files.finished() or card, False)
         else:
             if first:
@@ -292,15 +257,17 @@ def _tune(
 def _clear_caches(job: Job, run: Path) -> None:
     """Delete what a kill between the checkpoint and the end has left."""
     if any((run / "cache").glob("*")):
-        for data_set in (job.data_set, validation_of(job.data_set, job.f.classes)):
+        val = validation_of(job.data_set, job.f.classes)
+        for data_set, masks in ((job.data_set, None), (job.data_set, job.masks), (val, None)):
             if data_set is not None:
-                Cache(job.f, data_set, "disk", run / "cache").remove()
+                Cache(job.f, data_set, "disk", run / "cache", masks=masks, stem=job.stem).remove()
 
 
 def _begun(job: Job, training: Training, examples: CachedExamples) -> Begun:
     counts = len(training.train), len(training.held_out)
     done = max(len(training.history) - 1, 0)
-    return Begun(job, done, training.settings.epochs, *counts, examples.cache.broken)
+    own = training.settings
+    return Begun(job, done, own.epochs, *counts, examples.cache.broken, own)
 
 
 def _train(training: Training, files: _Files | None, options: Options) -> Iterator[Event]:
@@ -316,8 +283,28 @@ def _train(training: Training, files: _Files | None, options: Options) -> Iterat
         yield event
 
 
+def _examples(
+    job: Job,
+    run: Path,
+    settings: AftSettings,
+    options: Options,
+    accelerator: Accelerator,
+    caches: dict[str, Cache],
+) -> Generator[Event, None, CachedExamples]:
+    """The training images behind w0 and, where they are needed, what the masks keep of them."""
+    share = run, options, accelerator
+    strict, augment = job.masks is not None, options.augment
+    cache = yield from _cache(job, job.data_set, *share, caches, strict, augment)
+    hidden = None
+    if job.masks and settings.consistency:
+        # Each job has its own, so they are not kept for the next.
+        hidden = yield from _cache(job, job.data_set, *share, {}, strict, augment, job.masks)
+    shapes = job.earlier.shapes if job.earlier else ()
+    return CachedExamples(cache, job.masks, augment, settings.seed, hidden, shapes)
+
+
 def _cache(
-    f: Classifier,
+    job: Job,
     data_set: DataSet,
     run: Path,
     options: Options,
@@ -325,22 +312,24 @@ def _cache(
     caches: dict[str, Cache],
     strict: bool,
     augment: bool,
+    masks: Masks | None = None,
 ) -> Generator[Event, None, Cache]:
     """w0's outputs for a data set: those of an earlier job where they are the same."""
     count = accelerator.num_processes
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
     # One choice for all: each may see another amount of free memory.
     (how,) = broadcast_object_list(
-        [choose_cache(options.cache, f, len(data_set.samples), run, here, augment)]
+        [choose_cache(options.cache, job.f, len(data_set.samples), run, here, augment, job.stem)]
     )
     share = accelerator.process_index, count
-    cache = Cache(f, data_set, how, run / "cache", options.workers, share, strict)
+    folder, workers = run / "cache", options.workers
+    cache = Cache(job.f, data_set, how, folder, workers, share, strict, masks, job.stem)
     if cache.key in caches and caches[cache.key].strict == strict:
         return caches[cache.key]
     done, total = 0, -(-len(data_set.samples) // count)
     for images in cache.fill():
         done += images
-        yield Cached(done, total, how, data_set.split)
+        yield Cached(done, total, how, data_set.split, masks is not None)
     cache.share_out(lambda t: accelerator.reduce(t, "sum"), accelerator.wait_for_everyone)
     caches[cache.key] = cache
     return cache
@@ -354,7 +343,7 @@ def _validation(
     if data_set is None:
         return None
     cache = yield from _cache(
-        job.f, data_set, run, options, accelerator, caches, strict=False, augment=False
+        job, data_set, run, options, accelerator, caches, strict=False, augment=False
     )
     return CachedExamples(cache, None) if cache.usable else None
 
@@ -379,6 +368,7 @@ def _card(
         "data_set": str(job.data_set.root.resolve()),
         "data_kind": job.data_set.kind,
         "new_head": job.new_head,
+        "situation": situation_of(job).title,
         "trained_on": len(training.train),
         "versions": {"aft": __version__, "torch": torch.__version__},
         "metrics": {

@@ -10,14 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
+from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
+from aftcli.core.earlier import Earlier, earlier_layers
 from aftcli.core.models import load_classifier, with_new_head
 from aftcli.datasets import DataSet, Sample, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.features import Masks
 from aftcli.files import file_stem
-from aftcli.masks import MaskStore, differences
+from aftcli.masks import MaskStore, Rows, differences, join_float
+from aftcli.tft import FILLS, cut_off, masked_image, threshold_map
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Job:
         cam: the method that they were made with; None for a control.
         made: what the masks were made with, plain values.
         new_head: f's last layer was made anew for the classes of the data set.
+        earlier: layers before f's that are tuned with it.
     """
 
     f: Classifier
@@ -39,6 +44,12 @@ class Job:
     cam: str | None = None
     made: dict[str, Any] | None = None
     new_head: bool = False
+    earlier: Earlier | None = None
+
+    @property
+    def stem(self) -> nn.Module:
+        """w0: what is before the first layer that is tuned."""
+        return self.earlier.stem if self.earlier else self.f.stem
 
     @property
     def name(self) -> str:
@@ -47,17 +58,21 @@ class Job:
 
 
 class Source(NamedTuple):
-    """Where classifiers come from; see `load_classifier`. None is what the masks say."""
+    """Where classifiers come from; see `load_classifier`. None is what the masks say.
+
+    `earlier` are layers before `layer` that are tuned with it.
+    """
 
     model: str | None = None
     checkpoint: Path | None = None
     layer: str | None = None
     classes: tuple[str, ...] | None = None
     device: torch.device | str = "cpu"
+    earlier: tuple[str, ...] = ()
 
     def load(self) -> Classifier:
         """Load the classifier."""
-        name, checkpoint, layer, classes, device = self
+        name, checkpoint, layer, classes, device, _ = self
         return load_classifier(name, checkpoint, layer, classes=classes, device=device)
 
     def of_masks(self, made: dict[str, Any]) -> Source:
@@ -95,7 +110,7 @@ def mask_jobs(
         own = source.of_masks(store.settings)
         if own not in loaded:
             loaded[own] = own.load()
-        jobs.append(mask_job(store, loaded[own], data, limit))
+        jobs.append(mask_job(store, loaded[own], data, limit, source.earlier))
     return jobs
 
 
@@ -121,7 +136,7 @@ def control_jobs(
         AftError: there is no such data set, nor masks that name one.
     """
     if data is not None:
-        return [control_job(source.load(), data, split, limit, seed)]
+        return [control_job(source.load(), data, split, limit, seed, source.earlier)]
     models: dict[str, dict[str, Any]] = {}
     for store in find_stores(run, source.model, []):
         models.setdefault(store.settings["model"], store.settings)
@@ -130,7 +145,7 @@ def control_jobs(
         f = source.of_masks(made).load()
         root, part = Path(made["data_set"]), split or made["split"]
         above = root.parent if made["data_kind"] == "folders" and part else root
-        jobs.append(control_job(f, above, part or None, limit, seed))
+        jobs.append(control_job(f, above, part or None, limit, seed, source.earlier))
     return jobs
 
 
@@ -198,7 +213,11 @@ def check_made_for(store: MaskStore, f: Classifier) -> None:
 
 
 def mask_job(
-    store: MaskStore, f: Classifier, data: Path | None = None, limit: int | None = None
+    store: MaskStore,
+    f: Classifier,
+    data: Path | None = None,
+    limit: int | None = None,
+    earlier: Sequence[str] = (),
 ) -> Job:
     """Make a job of a mask store.
 
@@ -207,6 +226,7 @@ def mask_job(
         f: the classifier.
         data: where the data set is now; default where it was.
         limit: take so many images, spread over the store.
+        earlier: layers before f's that are tuned with it.
 
     Raises:
         AftError: the store is damaged, was made for another classifier, has labels of other
@@ -226,7 +246,6 @@ def mask_job(
     chunks = [store.rows(i, min(i + 4096, len(store))) for i in range(0, len(store), 4096)]
     paths = np.concatenate([c.path for c in chunks])
     labels = np.concatenate([c.label for c in chunks])
-    low = torch.from_numpy(np.concatenate([c.mask for c in chunks]))
     picked = spread(len(store), limit)
     samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
     if max(sample.label for sample in samples) >= len(f.classes):
@@ -240,13 +259,52 @@ def mask_job(
             "aft finetune DATASET"
         )
     data_set = DataSet(made["data_kind"], root, made["split"], f.classes.names, True, samples)
-    masks = Masks(low[torch.tensor(picked)], lambda i: store.full_mask(picked[i]))
+    rows = torch.tensor(picked)
+    columns = [torch.from_numpy(np.concatenate(c)) for c in zip(*map(_kept, chunks), strict=True)]
+    low, class_index, attribution, tau = (column[rows] for column in columns)
+
+    def hide(x: Tensor, indices: Sequence[int]) -> Tensor:
+        i = torch.tensor(indices)
+        return kept_image(f, x, attribution[i], tau[i], made["fill"], made["threshold_mode"])
+
+    masks = Masks(
+        low, lambda i: store.full_mask(picked[i]), class_index.long(), hide, made["digest"]
+    )
     searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
-    return Job(f, data_set, masks, made["cam"], searched)
+    before = earlier_layers(f, earlier) if earlier else None
+    return Job(f, data_set, masks, made["cam"], searched, earlier=before)
+
+
+def _kept(rows: Rows) -> tuple[np.ndarray, ...]:
+    exact = join_float(rows.attribution, rows.correction)
+    return rows.mask, rows.class_index, exact, rows.tau
+
+
+def kept_image(
+    f: Classifier, x: Tensor, attribution: Tensor, tau: Tensor, fill: str, mode: str
+) -> Tensor:
+    """x_hat_tau* = I_tau* * x, shape (N, 3, H, W): what the best map keeps, as far as it does.
+
+    Args:
+        f: the classifier.
+        x: inputs, shape (N, 3, H, W).
+        attribution: I at the activation's size, shape (N, h, w).
+        tau: tau*, shape (N,).
+        fill: what muted pixels show.
+        mode: what thresholds cut.
+    """
+    full = upsample(attribution.to(x), x)
+    muted = threshold_map(full, cut_off(full, tau[:, None], mode)[:, 0])
+    return masked_image(x, muted, FILLS[fill](f, x))
 
 
 def control_job(
-    f: Classifier, data: Path, split: str | None, limit: int | None, seed: int = 0
+    f: Classifier,
+    data: Path,
+    split: str | None,
+    limit: int | None,
+    seed: int = 0,
+    earlier: Sequence[str] = (),
 ) -> Job:
     """Make a job without masks; a data set of other classes than f's gets a new head.
 
@@ -256,13 +314,15 @@ def control_job(
         split: part of it; default train.
         limit: take so many images, spread over the classes.
         seed: of a new head.
+        earlier: layers before f's that are tuned with it.
 
     Raises:
         AftError: there is no such data set or split.
     """
     data_set = open_data_set(data, split, f.classes).limited(limit)
+    before = earlier_layers(f, earlier) if earlier else None
     if data_set.mapped:
-        return Job(f, data_set)
+        return Job(f, data_set, earlier=before)
     # The data set's classes are the new head's, in their order.
     new = with_new_head(f, data_set.classes, seed)
-    return Job(new, replace(data_set, mapped=True), new_head=True)
+    return Job(new, replace(data_set, mapped=True), new_head=True, earlier=before)

@@ -62,6 +62,15 @@ LayerOption = Annotated[
         "convolutional one.",
     ),
 ]
+LayersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        metavar="NAME",
+        help="Layer l by its module name; consecutive ones joined by +. Default: that of the "
+        "masks. Repeated, all are tuned together: the masks' last, before it earlier ones.",
+    ),
+]
 CamsOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -194,15 +203,46 @@ NoMasksOption = Annotated[
     ),
 ]
 LamOption = Annotated[
-    float,
-    typer.Option("--lam", metavar="L", help="lambda of eq. 8, for a sum over the mask's cells."),
+    float | None,
+    typer.Option(
+        "--lam",
+        metavar="L",
+        help="lambda of eq. 8, for a sum over the mask's cells. Default: by the situation, which "
+        "finetune names.",
+    ),
+]
+ObjectiveOption = Annotated[
+    str,
+    typer.Option(
+        "--objective",
+        metavar="tuner|cam",
+        help="What is held against the masks: the tuner's output (the paper), or the CAM itself.",
+    ),
+]
+ConsistencyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--consistency",
+        metavar="W",
+        help="Weight of the classification loss on what the masks keep of the images; 0 is the "
+        "paper. Default: by the situation.",
+    ),
+]
+ClassificationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--classification",
+        metavar="labels|distillation",
+        help="What teaches the classes of whole images: labels (the paper), or the network's own "
+        "probabilities before. Default: by the situation.",
+    ),
 ]
 LearningRateOption = Annotated[
     float | None,
     typer.Option(
         "--lr",
         metavar="RATE",
-        help="Learning rate of Adam. Default: 0.0001; with a new last layer 0.0003.",
+        help="Learning rate of Adam. Default: by the situation.",
     ),
 ]
 EpochsOption = Annotated[
@@ -211,7 +251,7 @@ EpochsOption = Annotated[
         "--epochs",
         metavar="N",
         min=1,
-        help="Epochs at the most. Default: 10; with a new last layer 30.",
+        help="Epochs at the most. Default: by the situation.",
     ),
 ]
 PatienceOption = Annotated[

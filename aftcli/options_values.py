@@ -97,6 +97,17 @@ def export(format_: str | None) -> bool:
     return format_ is not None
 
 
+def without_masks(no_masks: bool, **asked: object) -> None:
+    """Check that nothing is asked for that needs masks, where there are none.
+
+    Raises:
+        AftError: something is.
+    """
+    for name, value in asked.items():
+        if no_masks and value is not None:
+            raise AftError(f"--{name} and --no-masks exclude each other: a control has no masks")
+
+
 def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[float, str] | None:
     """Read a fixed cut-off: (tau, mode) as `muted` takes it, or None.
 

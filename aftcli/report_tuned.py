@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aftcli.aft import Epoch, Measured, Step
+from aftcli.aft_training import Epoch, Measured, Step
 from aftcli.files import durable
 from aftcli.finetune import Begun, Cached, Event, Tuned
+from aftcli.finetune_defaults import situation_of
 from aftcli.options_values import plain
 
 
@@ -38,7 +39,8 @@ class _Watch:
 
     def show(self, event: Event) -> None:
         if isinstance(event, Cached):
-            what = f"{event.split or 'images'} behind w0 ({event.where})"
+            masked = " masked" if event.masked else ""
+            what = f"{event.split or 'images'}{masked} behind w0 ({event.where})"
             count = f"{event.images}/{event.total}"
             self._update(what, event.images, event.total, count)
             if event.images >= event.total:
@@ -46,7 +48,8 @@ class _Watch:
         elif isinstance(event, Begun):
             self._close()
             self.begun = event
-            self._say(_beginning(event))
+            for line in _beginning(event).splitlines():
+                self._say(line)
             for broken in event.broken[:20]:
                 self._say(f"left out {broken.path}: {broken.reason}")
         elif isinstance(event, Step):
@@ -94,13 +97,29 @@ def _beginning(begun: Begun) -> str:
     goes_on = f", going on after epoch {begun.epoch}" if begun.epoch else ""
     return (
         f"{job.name}: training {job.f.layer_name}{head}, what follows it{tuner} on {begun.train} "
-        f"images, {begun.held_out} held out{goes_on}"
+        f"images, {begun.held_out} held out{goes_on}\n{_recipe(begun)}"
+    )
+
+
+def _recipe(begun: Begun) -> str:
+    """What is minimised, and the situation whose defaults that are."""
+    own = begun.settings
+    parts = ["cross-entropy" if own.classification == "labels" else "distillation"]
+    if own.lam is not None:
+        what = "tuner" if own.objective == "tuner" else "map"
+        parts.append(f"{own.lam:g} x distance of the {what} from the masks")
+    if own.consistency:
+        parts.append(f"{own.consistency:g} x cross-entropy on what the masks keep")
+    return (
+        f"{' + '.join(parts)}; learning rate {own.learning_rate:g}, at most {own.epochs} epochs "
+        f"(defaults for {situation_of(begun.job).title})"
     )
 
 
 def _losses(m: Measured) -> str:
     mask = f", mask {m.mask:.3f}" if m.mask else ""
-    return f"cross-entropy {m.cross_entropy:.4f}{mask}, accuracy {m.accuracy:.1%}"
+    masked = f", masked {m.consistency:.3f}" if m.consistency else ""
+    return f"cross-entropy {m.cross_entropy:.4f}{mask}{masked}, accuracy {m.accuracy:.1%}"
 
 
 def _epoch_line(epoch: Epoch) -> str:

@@ -45,7 +45,8 @@ def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
     count = sum(cache.fill())
     cache.share_out(lambda t: t, lambda: None)
     filled = time.perf_counter() - start
-    masks = Masks(torch.rand(count, 7, 7) < 0.4, lambda i: torch.zeros(224, 224))
+    low, classes = torch.rand(count, 7, 7) < 0.4, torch.zeros(count).long()
+    masks = Masks(low, lambda i: torch.zeros(224, 224), classes, lambda x, i: x, "")
     examples = CachedExamples(cache, masks)
     training = Training(f, examples, AftSettings(batch=BATCH, epochs=epochs, held_out=0.0))
     seconds = []

@@ -13,15 +13,8 @@ from small import CLASSES, KINDS, small
 from trained import Direct
 
 from aftcli import AftError
-from aftcli.aft import (
-    AftSettings,
-    Epoch,
-    State,
-    Training,
-    aft_loss,
-    choose_held_out,
-    shuffled,
-)
+from aftcli.aft import AftSettings, Batch, Outputs, aft_loss
+from aftcli.aft_training import Epoch, State, Training, choose_held_out, shuffled
 from aftcli.core.tuner import Tuner
 
 
@@ -61,9 +54,11 @@ def test_the_loss_is_the_literal_loop(seed, lam):
     rng = np.random.default_rng(seed)
     logits, labels = rng.normal(0, 3, (6, 4)), rng.integers(0, 4, 6)
     tuned, mask = rng.normal(0, 1, (6, 3, 5)), rng.random((6, 3, 5)) < 0.5
-    found = aft_loss(*map(torch.as_tensor, (logits, labels, tuned, mask)), lam)
+    logits_, labels_, tuned_, mask_ = map(torch.as_tensor, (logits, labels, tuned, mask))
+    batch = Batch((), labels_, (mask_,), labels_)
+    found = aft_loss(Outputs(logits_, (tuned_,)), batch, AftSettings(lam=lam))
     expected = reference.aft_loss(logits, labels, tuned, mask, lam)
-    assert_near(torch.stack(list(found)), torch.tensor(expected), 1e-12)
+    assert_near(torch.stack(list(found)), torch.tensor([*expected, 0]), 1e-12)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -89,7 +84,7 @@ def test_the_tuner_depends_on_its_seed_only():
 def test_one_step_is_adam_on_the_gradient_of_the_literal_loss(seed, lam):
     """Gradients by central differences of the loops, then Adam's first step by its formula."""
     f, examples = data(seed=seed, count=4)
-    training = Training(f, examples, settings(lam=lam, epochs=1))
+    training = Training(f, examples, settings(lam=lam, epochs=1), cam="gradcam")
     before = {name: value.numpy().copy() for name, value in weights(training).items()}
     features = f.stem(examples.x).detach().numpy()
     labels, masks = examples.labels.numpy(), examples.masks.numpy()
@@ -124,7 +119,7 @@ def test_one_step_is_adam_on_the_gradient_of_the_literal_loss(seed, lam):
 def test_lambda_zero_is_plain_cross_entropy_bit_for_bit(kind, lam):
     """Against a loop over the uncut network that knows nothing of tuners."""
     f, examples = data(kind)
-    training = Training(f, examples, settings(lam=lam))
+    training = Training(f, examples, settings(lam=lam), cam="gradcam")
     finish(training)
     network = copy.deepcopy(small(kind).model).eval()
     own = dict(training.tail.layer.named_parameters()) | dict(training.tail.head.named_parameters())
@@ -146,7 +141,7 @@ def test_lambda_zero_is_plain_cross_entropy_bit_for_bit(kind, lam):
 def test_w0_and_all_statistics_stay(kind):
     f, examples = data(kind)
     before = {name: value.clone() for name, value in f.state_dict().items()}
-    training = Training(f, examples, settings())
+    training = Training(f, examples, settings(), cam="gradcam")
     start = weights(training)
     finish(training)
     training.use_best()
@@ -175,7 +170,7 @@ def test_weights_shared_across_the_cut_are_refused():
     f.head.get_submodule("fc").weight = torch.nn.Parameter(torch.zeros(CLASSES, 8).double())
     f.stem.register_parameter("tied", f.head.get_submodule("fc").weight)
     with pytest.raises(AftError, match="same weights"):
-        Training(f, examples, settings())
+        Training(f, examples, settings(), cam="gradcam")
 
 
 def through_json(state):
@@ -188,16 +183,16 @@ def through_json(state):
 def test_going_on_from_any_step_equals_never_stopping(lam):
     f, examples = data()
     chosen = settings(lam=lam, epochs=3, held_out=0.3)
-    whole = Training(f, examples, chosen)
+    whole = Training(f, examples, chosen, cam="gradcam")
     finish(whole)
-    steps = len(list(Training(f, examples, chosen).run()))
+    steps = len(list(Training(f, examples, chosen, cam="gradcam").run()))
     assert steps == 3 * 2 + 4
     for stop in range(1, steps + 1):
-        first = Training(f, examples, chosen)
+        first = Training(f, examples, chosen, cam="gradcam")
         events = first.run()
         for _ in range(stop):
             next(events)
-        second = Training(f, examples, chosen)
+        second = Training(f, examples, chosen, cam="gradcam")
         second.restore(through_json(first.state()))
         finish(second)
         assert second.history == whole.history
@@ -207,7 +202,9 @@ def test_going_on_from_any_step_equals_never_stopping(lam):
 
 def test_the_best_epoch_is_that_of_the_lowest_held_out_loss():
     f, examples = data()
-    training = Training(f, examples, settings(learning_rate=0.1, epochs=12, held_out=0.3))
+    training = Training(
+        f, examples, settings(learning_rate=0.1, epochs=12, held_out=0.3), cam="gradcam"
+    )
     kept = {}
     for event in training.run():
         if isinstance(event, Epoch):
@@ -222,7 +219,7 @@ def test_the_best_epoch_is_that_of_the_lowest_held_out_loss():
 
 def test_held_out_images_are_never_trained_on():
     f, examples = data()
-    training = Training(f, examples, settings(held_out=0.3))
+    training = Training(f, examples, settings(held_out=0.3), cam="gradcam")
     finish(training)
     trained = {i for epoch, batch in examples.seen if epoch is not None for i in batch}
     measured = {i for epoch, batch in examples.seen if epoch is None for i in batch}
@@ -257,14 +254,14 @@ def test_orders_are_permutations_that_differ_by_epoch_and_seed():
 
 def test_history_survives_json():
     f, examples = data()
-    training = Training(f, examples, settings(held_out=0.3))
+    training = Training(f, examples, settings(held_out=0.3), cam="gradcam")
     for epoch in finish(training):
         assert Epoch.from_dict(json.loads(json.dumps(epoch.as_dict()))) == epoch
 
 
 def test_measures_are_means_over_the_images():
     f, examples = data()
-    training = Training(f, examples, settings())
+    training = Training(f, examples, settings(), cam="gradcam")
     found = training.measure(examples, range(11))
     with torch.no_grad():
         activation = training.tail.layer(f.stem(examples.x))
@@ -291,10 +288,10 @@ def test_measures_are_means_over_the_images():
 )
 def test_settings_out_of_range_are_refused(changed, message):
     with pytest.raises(AftError, match=message):
-        Training(*data(), settings(**changed))
+        Training(*data(), settings(**changed), cam="gradcam")
 
 
 def test_a_loss_that_is_not_finite_stops_the_training():
     f, examples = data()
     with pytest.raises(AftError, match="no longer finite in epoch 1; lower the learning rate"):
-        finish(Training(f, examples, settings(learning_rate=1e300)))
+        finish(Training(f, examples, settings(learning_rate=1e300), cam="gradcam"))

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from stored import NAMES, full_disk, small_float
-from trained import epochs, make_colours, masks_of, tune, tune_and_exit, tuned
+from trained import PAPER, SETTINGS, epochs, make_colours, masks_of, tune, tune_and_exit, tuned
 
-from aftcli import AftError, MaskStore
-from aftcli.aft import Step, shuffled
+from aftcli import AftError, MaskStore, finetune_defaults
+from aftcli.aft_training import Step, shuffled
 from aftcli.core.classifier import Classes
 from aftcli.datasets import open_data_set
 from aftcli.features import (
@@ -183,10 +183,11 @@ def test_other_settings_are_refused_and_named(images, run, settings, lam, differ
 
 def stop_after(images, run, count, accelerator=None):
     """Leave a run in the middle, as an exception would."""
-    from aftcli.finetune import fine_tune, in_situation
+    from aftcli.finetune import fine_tune
+    from aftcli.finetune_defaults import in_situation
 
     job = mask_job(MaskStore(run / "masks/small-gradcam.h5"), small_float())
-    chosen = in_situation(0.5, 1e-3, 3, 5, held_out=0.2)
+    chosen = in_situation(lam=0.5, **SETTINGS)
     events = fine_tune([job], run, chosen, Options(workers=0, save_every=0), accelerator)
     for _ in range(count):
         next(events)
@@ -204,7 +205,7 @@ def test_a_damaged_state_begins_anew(images, masks, uninterrupted, tmp_path):
 
 
 def test_going_on_says_so_and_repeats_no_epoch(images, run):
-    stop_after(images, run, 4 + 1 + 1 + 3 + 1 + 1)
+    stop_after(images, run, 6 + 1 + 1 + 3 + 1 + 1)
     events = tune(images, run)
     (begun,) = (e for e in events if isinstance(e, Begun))
     assert begun.epoch >= 1
@@ -220,7 +221,9 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_later(images, run, uninterr
 
 
 def test_training_learns(images, run):
-    events = tune(images, run, settings={"learning_rate": 1e-2, "epochs": 60, "patience": 0})
+    events = tune(
+        images, run, settings={**PAPER, "learning_rate": 1e-2, "epochs": 60, "patience": 0}
+    )
     first, *_, last = epochs(events)
     assert last.held_out.mask < 0.5 * first.held_out.mask
     assert last.train.cross_entropy < 0.1
@@ -231,7 +234,7 @@ def test_training_learns(images, run):
 
 def test_lambda_zero_equals_the_control_bit_for_bit(images, masks, tmp_path):
     torch.set_num_threads(1)
-    zero = tuned(tune(images, new_run(tmp_path / "zero", masks), 0.0)).path
+    zero = tuned(tune(images, new_run(tmp_path / "zero", masks), 0.0, settings=PAPER)).path
     control = tuned(tune(images, new_run(tmp_path / "control", masks), None)).path
     assert control.name == "small-control.safetensors"
     (a, card_a), (b, card_b) = content(zero), content(control)
@@ -255,9 +258,10 @@ def test_the_val_split_decides_nothing(images, masks, uninterrupted, tmp_path):
         target.write_bytes(other.read_bytes())
     run = new_run(tmp_path / "run", masks)
     job = mask_job(MaskStore(run / "masks/small-gradcam.h5"), small_float(), copy)
-    from aftcli.finetune import fine_tune, in_situation
+    from aftcli.finetune import fine_tune
+    from aftcli.finetune_defaults import in_situation
 
-    events = fine_tune([job], run, in_situation(0.5, 1e-3, 3, 5, held_out=0.2))
+    events = fine_tune([job], run, in_situation(lam=0.5, **SETTINGS))
     path = tuned(list(events)).path
     (a, card_a), (b, card_b) = content(path), content(uninterrupted)
     assert all(torch.equal(a[name], b[name]) for name in b)
@@ -387,7 +391,7 @@ def test_all_caches_give_what_the_stem_gives(images, tmp_path):
     data = open_data_set(images, "train", f.classes)
     for n, indices in enumerate(wanted):
         x = torch.cat([to_input(read_image(data.path(i)), f.preprocessing) for i in indices])
-        (expected,) = stem_output(f, x)
+        (expected,) = stem_output(f.stem, x)
         assert torch.equal(found["memory"][n], found["disk"][n])
         for how in found:
             torch.testing.assert_close(found[how][n], expected)
@@ -491,7 +495,11 @@ def test_masks_are_augmented_with_their_images(images, tmp_path):
         return x[:, :1]
 
     f.stem.forward = stem
-    examples = CachedExamples(cache, Masks(low, full.__getitem__), augment=True)
+    examples = CachedExamples(
+        cache,
+        Masks(low, full.__getitem__, torch.zeros(len(low)).long(), lambda x, i: x, ""),
+        augment=True,
+    )
 
     class Own:
         """A cache that gives the masks for inputs."""
@@ -511,11 +519,11 @@ def test_masks_are_augmented_with_their_images(images, tmp_path):
             at_low = F.interpolate(x, (4, 4), mode="area")[:, 0]
             # Off the edge of coverage one half, where rounding decides.
             sure = (at_low - 0.5).abs() > 0.2
-            assert torch.equal(batch.mask[sure], (at_low >= 0.5)[sure])
-            changed += int((batch.mask != low[torch.tensor([0, 5, 9])[: len(x)]]).any())
+            assert torch.equal(batch.masks[0][sure], (at_low >= 0.5)[sure])
+            changed += int((batch.masks[0] != low[torch.tensor([0, 5, 9])[: len(x)]]).any())
     assert changed >= 5
     (plain,) = examples.batches([[0, 5, 9]], None)
-    assert torch.equal(plain.mask, low[[0, 5, 9]])
+    assert torch.equal(plain.masks[0], low[[0, 5, 9]])
 
 
 def test_augmented_training_is_its_own_and_resumes(images, masks, tmp_path, uninterrupted):
@@ -532,7 +540,9 @@ def test_progress_tells_all_images_and_steps(images, run):
     events = tune(images, run)
     cached = [e for e in events if isinstance(e, Cached)]
     assert {(e.where, e.split) for e in cached} == {("memory", "train"), ("memory", "val")}
-    assert [e.images for e in cached] == [0, 18, 0, 6]
+    done = [(e.images, e.masked) for e in cached]
+    whole, masked = [(0, False), (18, False)], [(0, True), (18, True)]
+    assert done == [*whole, *masked, (0, False), (6, False)]
     steps = [e for e in events if isinstance(e, Step)]
     assert [(e.epoch, e.step) for e in steps] == [(e, s) for e in (1, 2, 3) for s in (1, 2, 3)]
     assert {e.steps for e in steps} == {3} and steps[2].train.images == 15
@@ -560,14 +570,14 @@ def test_a_new_head_has_the_data_sets_classes(tmp_path):
 def test_a_control_of_other_classes_gets_a_new_head_by_itself(tmp_path, monkeypatch):
     images = make_colours(tmp_path / "colours")
     (images / "train/apple").rename(images / "train/quince")
-    from aftcli import finetune
     from aftcli.core.models import load_classifier
 
     f = load_classifier("squeezenet1_0", weights=False)
     job = control_job(f, images, None, None)
     assert job.new_head and job.f.classes.names == ("pear", "plum", "quince")
     assert job.data_set.mapped and {s.label for s in job.data_set.samples} == {0, 1, 2}
-    assert finetune.in_situation(None, None, None)(job).learning_rate == finetune.NEW_HEAD[0]
+    new = finetune_defaults.SITUATIONS["new"].settings
+    assert finetune_defaults.in_situation()(job).learning_rate == new["learning_rate"]
 
 
 def test_mixed_precision_trains_nearly_the_same_and_resumes(

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 from stored import NAMES, generate, small_float
 
-from aftcli.aft import Batch, Epoch
-from aftcli.finetune import Options, Tuned, fine_tune, in_situation
+from aftcli.aft import Batch
+from aftcli.aft_training import Epoch
+from aftcli.finetune import Options, Tuned, fine_tune
+from aftcli.finetune_defaults import in_situation
 from aftcli.finetune_jobs import control_job, mask_job
 from aftcli.masks import MaskStore
 
@@ -17,8 +19,10 @@ from aftcli.masks import MaskStore
 class Direct:
     """Examples that pass the stem batch by batch."""
 
-    def __init__(self, f, x, labels, masks=None):
+    def __init__(self, f, x, labels, masks=None, explained=None, hidden=None):
         self.f, self.x, self.labels, self.masks = f, x, labels, masks
+        self.explained = labels if explained is None else explained
+        self.hidden = hidden
         self.names = [f"image {i}" for i in range(len(x))]
         self.usable = range(len(x))
         self.seen = []
@@ -29,8 +33,13 @@ class Direct:
             self.seen.append((epoch, tuple(indices)))
             with torch.no_grad():
                 features = self.f.stem(self.x[rows])
-            mask = None if self.masks is None else self.masks[rows]
-            yield Batch((features,), self.labels[rows], mask)
+            batch = Batch((features,), self.labels[rows])
+            if self.masks is not None:
+                batch = batch._replace(masks=(self.masks[rows],), class_index=self.explained[rows])
+            if self.hidden is not None:
+                with torch.no_grad():
+                    batch = batch._replace(masked=(self.f.stem(self.hidden[rows]),))
+            yield batch
 
 
 def make_colours(root, each=6, seed=0):
@@ -47,6 +56,8 @@ def make_colours(root, each=6, seed=0):
     return root
 
 
+# Equation 8 as it is printed; without it the settings are those of few images a class.
+PAPER = {"consistency": 0.0, "classification": "labels"}
 SETTINGS = {"epochs": 3, "batch": 5, "held_out": 0.2, "learning_rate": 1e-3}
 
 
@@ -63,7 +74,7 @@ def tune(root, run, lam=0.5, options=None, accelerator=None, settings=None, cam=
         job = control_job(f, Path(root), None, None)
     else:
         job = mask_job(MaskStore(Path(run) / f"masks/small-{cam}.h5"), f)
-    chosen = in_situation(lam, **{**SETTINGS, **(settings or {})})
+    chosen = in_situation(lam=lam, **{**SETTINGS, **(settings or {})})
     options = options or Options(workers=0, save_every=0)
     return list(fine_tune([job], Path(run), chosen, options, accelerator))
 

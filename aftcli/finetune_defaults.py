@@ -1,0 +1,79 @@
+"""What fine-tuning does where nothing is asked for: one recipe a situation (docs/aft-study.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from aftcli.aft import AftSettings, check_settings
+from aftcli.finetune_jobs import Job
+
+# So many training images a class teach what the class looks like; fewer are learnt by heart.
+MANY = 10
+
+
+class Situation(NamedTuple):
+    """When a recipe applies, in words, and its settings, fields of `AftSettings`."""
+
+    title: str
+    settings: dict[str, Any]
+
+
+SITUATIONS = {
+    "new": Situation("a new last layer", {"learning_rate": 3e-4, "epochs": 30}),
+    "many": Situation(
+        f"{MANY} or more images a class",
+        {
+            "lam": 0.1,
+            "learning_rate": 3e-4,
+            "epochs": 10,
+            "consistency": 1.0,
+            "classification": "labels",
+        },
+    ),
+    "few": Situation(
+        f"fewer than {MANY} images a class",
+        {
+            "lam": 0.1,
+            "learning_rate": 3e-4,
+            "epochs": 8,
+            "consistency": 1.0,
+            "classification": "distillation",
+        },
+    ),
+}
+
+
+def situation_of(job: Job) -> Situation:
+    """The situation that a job is in."""
+    if job.new_head:
+        return SITUATIONS["new"]
+    labels = [sample.label for sample in job.data_set.samples]
+    return SITUATIONS["many" if len(labels) >= MANY * len(set(labels)) else "few"]
+
+
+def in_situation(**asked: Any) -> Callable[[Job], AftSettings]:  # noqa: ANN401
+    """Settings of each job: what is asked for, else what its situation says.
+
+    A job without masks has the learning rate and the epochs of one with masks, and plain
+    cross-entropy.
+
+    Args:
+        asked: fields of `AftSettings`; None leaves one to the situation.
+
+    Raises:
+        AftError: a value is out of range.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+
+    def settings(job: Job) -> AftSettings:
+        found = AftSettings(**{**situation_of(job).settings, **given})
+        if job.masks is None:
+            return replace(
+                found, lam=None, consistency=0.0, classification="labels", objective="tuner"
+            )
+        return found
+
+    check_settings(AftSettings(**given))
+    return settings
