@@ -22,11 +22,9 @@ from aftcli.aft import (
     aft_loss,
     check_settings,
 )
-from aftcli.core.cam import normalise
+from aftcli.aft_tail import Tail, check_trainable, with_parts
 from aftcli.core.classifier import Classifier
 from aftcli.core.earlier import Earlier
-from aftcli.core.registry import METHODS, method
-from aftcli.core.tuner import Tuner
 from aftcli.errors import AftError
 
 
@@ -49,126 +47,6 @@ class Examples(Protocol):
 
     def batches(self, wanted: Sequence[Sequence[int]], epoch: int | None) -> Iterator[Batch]:
         """The wanted batches, in their order; epoch None asks for images as they are."""
-
-
-class Tail(nn.Module):
-    """What is trained: w1, w2 and w', and layers between w0 and w1 that are tuned with them.
-
-    Batch norms keep their statistics and dropout is off: what is tuned is the very function
-    that is explained, and a batch's images do not depend on each other.
-
-    Args:
-        f: the classifier; it is copied.
-        settings: of the training.
-        cam: the method of the masks; None without masks.
-        earlier: further layers to tune.
-    """
-
-    def __init__(
-        self, f: Classifier, settings: AftSettings, cam: str | None, earlier: Earlier | None
-    ) -> None:
-        super().__init__()
-        # Together: parameters that parts share stay shared.
-        self.layer, self.head, between = copy.deepcopy(
-            (f.layer, f.head, earlier.parts if earlier else ())
-        )
-        self.between = nn.ModuleList(between)
-        self.taken = earlier.taken if earlier else ()
-        shapes = [*(earlier.shapes if earlier else ()), f.activation_shape]
-        self.tuner, self.earlier_tuners = None, nn.ModuleList()
-        self.method = method(cam).load() if cam and settings.objective == "cam" else None
-        if cam and settings.objective == "tuner":
-            *others, self.tuner = (
-                Tuner(k, kind=settings.tuner, seed=settings.seed).to(next(f.parameters()))
-                for k, _, _ in shapes
-            )
-            self.earlier_tuners = nn.ModuleList(others)
-        self.eval()
-        frozen = {id(p) for p in self.head.parameters()} if settings.trained == "w1" else set()
-        for parameter in self.parameters():
-            parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in frozen)
-        # In a list, so that it is no part of this module.
-        self.explained = [_classifiers(f, self, shapes)]
-
-    def activations(self, features: Features) -> list[Tensor]:
-        """A of each tuned layer, l's last."""
-        x: Any = features[0] if len(features) == 1 else features
-        found = []
-        for i, part in enumerate(self.between):
-            x = part(x)
-            if i in self.taken:
-                found.append(x)
-        return [*found, self.layer(x)]
-
-    def forward(
-        self, features: Features, class_index: Tensor | None = None, masked: Features | None = None
-    ) -> Outputs:
-        """Logits, and what is held against the masks; see `Outputs`.
-
-        Args:
-            features: w0's outputs for x.
-            class_index: c of the masks, shape (N,); None without masks.
-            masked: w0's outputs for x_hat_tau*.
-        """
-        activations = self.activations(features)
-        tuned: tuple[Tensor, ...] = ()
-        if class_index is not None and self.method:
-            tuned = tuple(
-                normalise(self.method(f, a, class_index, a))
-                for f, a in zip(self.explained[0], activations, strict=True)
-            )
-        elif class_index is not None and self.tuner:
-            tuners = [*self.earlier_tuners, self.tuner]
-            tuned = tuple(tuner(a) for tuner, a in zip(tuners, activations, strict=True))
-        logits = self.head(activations[-1])
-        return Outputs(
-            logits, tuned, None if masked is None else self.head(self.activations(masked)[-1])
-        )
-
-
-def _classifiers(
-    f: Classifier, tail: Tail, shapes: Sequence[tuple[int, int, int]]
-) -> list[Classifier]:
-    """A tail's own modules as classifiers cut at each tuned layer, for maps that are trained."""
-    parts = [*tail.between, tail.layer]
-    found = []
-    for i, shape in zip((*tail.taken, len(parts) - 1), shapes, strict=True):
-        after = [*parts[i + 1 :], tail.head]
-        head = after[0] if len(after) == 1 else nn.Sequential(*after)
-        found.append(_with_parts(f, nn.Identity(), parts[i], head, shape))
-    return found
-
-
-def _with_parts(
-    f: Classifier,
-    stem: nn.Module,
-    layer: nn.Module,
-    head: nn.Module,
-    shape: tuple[int, int, int],
-) -> Classifier:
-    return Classifier(
-        stem,
-        layer,
-        head,
-        name=f.name,
-        layer_name=f.layer_name,
-        preprocessing=f.preprocessing,
-        classes=f.classes,
-        activation_shape=shape,
-    )
-
-
-def check_trainable(settings: AftSettings, cam: str | None) -> None:
-    """Check that a method's map can be trained, where that is asked for.
-
-    Raises:
-        AftError: it can't.
-    """
-    if cam and settings.objective == "cam" and not method(cam).trainable:
-        able = ", ".join(name for name, entry in METHODS.items() if entry.trainable)
-        raise AftError(
-            f"the map of {cam} can't be trained itself; use --objective tuner, or one of {able}"
-        )
 
 
 class Measured(NamedTuple):
@@ -506,7 +384,7 @@ class Training:
         """
         layer, head = copy.deepcopy((self.tail.layer, self.tail.head))
         layer, head = layer.to(self.f.device), head.to(self.f.device)
-        f = _with_parts(self.f, self._stem(), layer, head, self.f.activation_shape)
+        f = with_parts(self.f, self._stem(), layer, head, self.f.activation_shape)
         f.cam = cam
         return f.eval().requires_grad_(False)
 

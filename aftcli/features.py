@@ -24,6 +24,7 @@ from aftcli.aft import Batch, Features
 from aftcli.core.classifier import Classifier, tensors_hash
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError, nearest
+from aftcli.features_crop import Crop, crop, random_crop
 from aftcli.files import make_folder, write_tensors
 from aftcli.loading import Broken, Loaded, load_blocks
 
@@ -404,42 +405,3 @@ def _at_sizes(masks: Masks, count: int, sizes: Sequence[tuple[int, int]]) -> lis
         for column, size in zip(found, sizes, strict=True):
             column.append(F.adaptive_avg_pool2d(full, size)[0] >= 0.5)
     return [torch.stack(column) for column in found]
-
-
-class Crop(NamedTuple):
-    """A square part of an input, in shares of its sides, and whether it is mirrored."""
-
-    top: float
-    left: float
-    side: float
-    mirrored: bool
-
-
-def random_crop(name: str, seed: int, epoch: int) -> Crop:
-    """Choose a part with 60 to 100 % of the area; the same for the same name, seed and epoch."""
-    digest = hashlib.sha256(f"{seed}\0{epoch}\0{name}".encode("utf-8", "surrogateescape"))
-    generator = torch.Generator().manual_seed(int.from_bytes(digest.digest()[:7], "big"))
-    area, top, left, mirror = torch.rand(4, generator=generator).tolist()
-    side = (0.6 + 0.4 * area) ** 0.5
-    return Crop(top * (1 - side), left * (1 - side), side, mirror < 0.5)
-
-
-def crop(x: Tensor, views: Sequence[Crop], size: Sequence[int]) -> Tensor:
-    """Take a part of each input and bring it to a size.
-
-    Args:
-        x: shape (N, C, H, W).
-        views: one for each.
-        size: height and width of the result.
-    """
-    high, wide = x.shape[2:]
-    out = []
-    for one, view in zip(x, views, strict=True):
-        top, left = round(view.top * high), round(view.left * wide)
-        down, right = round(view.side * high), round(view.side * wide)
-        part = one[None, :, top : top + down, left : left + right]
-        part = F.interpolate(
-            part, tuple(size), mode="bilinear", align_corners=False, antialias=True
-        )
-        out.append(part.flip(3) if view.mirrored else part)
-    return torch.cat(out)

@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 
 from aftcli import __version__
 from aftcli.aft import AftSettings
-from aftcli.aft_training import Epoch, Measured, State, Step, Training, check_trainable
+from aftcli.aft_tail import check_trainable
+from aftcli.aft_training import Epoch, Measured, State, Step, Training
 from aftcli.core.checkpoint import checkpoint_of, read_card
 from aftcli.datasets import DataSet, validation_of
 from aftcli.errors import AftError

@@ -28,7 +28,7 @@ SITUATIONS = {
             "lam": 0.1,
             "learning_rate": 3e-4,
             "epochs": 10,
-            "consistency": 1.0,
+            "consistency": 4.0,
             "classification": "labels",
         },
     ),

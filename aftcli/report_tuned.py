@@ -95,8 +95,9 @@ def _beginning(begun: Begun) -> str:
     head = f" and a new head of {len(job.f.classes)} classes" if job.new_head else ""
     tuner = "" if job.masks is None else " and the tuner"
     goes_on = f", going on after epoch {begun.epoch}" if begun.epoch else ""
+    layers = ", ".join([*(job.earlier.names if job.earlier else ()), job.f.layer_name])
     return (
-        f"{job.name}: training {job.f.layer_name}{head}, what follows it{tuner} on {begun.train} "
+        f"{job.name}: training {layers}{head}, what follows it{tuner} on {begun.train} "
         f"images, {begun.held_out} held out{goes_on}\n{_recipe(begun)}"
     )
 

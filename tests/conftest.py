@@ -13,6 +13,7 @@ from PIL import Image
 
 from aftcli.core.models import load_classifier
 from aftcli.data import read_image, to_input
+from aftcli.finetune_defaults import SITUATIONS
 
 ROOT = Path(__file__).parent.parent
 # By their wnids: tiger cat, espresso, missile.
@@ -101,6 +102,9 @@ def tuned(study):
     assert metrics["before"]["val"]["images"] == metrics["after"]["val"]["images"] == 3
     assert [e["number"] for e in metrics["history"]] == [0, 1, 2]
     assert metrics["after"]["held_out"]["mask"] < metrics["before"]["held_out"]["mask"]
-    assert (result["trained_on"], result["lam"], result["learning_rate"]) == (10, 1.0, 1e-4)
+    few = SITUATIONS["few"]
+    found = {key: result[key] for key in few.settings}
+    assert result["trained_on"] == 10 and found == {**few.settings, "epochs": 2}
     assert "epoch 2: cross-entropy" in done.err and "mask" in done.err
+    assert f"(defaults for {few.title})" in done.err
     return study / "run/tuned/efficientnet_lite0-gradcam.safetensors"

@@ -99,7 +99,45 @@ def test_finetune_again_says_that_it_is_there(tuned, study):
     ]
     done = aft("finetune", "--run", study / "run", *options, "--lr", "0.01")
     assert done.code == 1
-    assert "learning_rate is 0.0001, asked for 0.01; use the same ones" in done.err
+    assert "learning_rate is 0.0003, asked for 0.01; use the same ones" in done.err
+
+
+def test_several_layers_are_tuned_together_by_the_command(study, tmp_path):
+    (tmp_path / "masks").mkdir()
+    shutil.copy(study / "run/masks/efficientnet_lite0-gradcam.h5", tmp_path / "masks")
+    options = ("--epochs", "1", "--run", tmp_path, "--objective", "cam", "--quiet")
+    done = aft("finetune", *options, "--layer", "blocks.6", "--layer", "conv_head+bn2", "--json")
+    assert done.code in (0, None), done.err
+    (card,) = json.loads(done.out)
+    assert card["layer"] == "conv_head+bn2" and card["earlier_layers"] == ["blocks.6"]
+    assert card["objective"] == "cam"
+    f, original = load_classifier(checkpoint=card["path"]), load_classifier()
+    start = original.weights()
+    changed = {n.split(".")[0] for n, v in f.weights().items() if not torch.equal(v, start[n])}
+    assert changed == {"blocks", "conv_head", "bn2", "classifier"}
+    blocks = {n for n, v in f.weights().items() if "blocks" in n and not torch.equal(v, start[n])}
+    assert all(name.startswith("blocks.6.") for name in blocks)
+    # Other layers are other settings.
+    done = aft("finetune", *options)
+    assert done.code == 1 and "earlier_layers is ['blocks.6'], asked for []" in done.err
+    done = aft("finetune", *options, "--overwrite", "--layer", "conv_head", "--layer", "blocks.6")
+    assert done.code == 1 and "layer is conv_head+bn2, asked for blocks.6" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--no-masks", "--lam", "2"), "--lam and --no-masks exclude each other"),
+        (("--no-masks", "--consistency", "2"), "--consistency and --no-masks exclude each other"),
+        (("--objective", "cams"), "unknown objective 'cams'; nearest: cam"),
+        (("--classification", "soft"), "unknown classification term 'soft'"),
+        (("--consistency", "-1"), "consistency must be 0 or more, got -1"),
+        (("--layer", "fc", "--layer", "conv_head+bn2"), "can't be tuned together with conv_head"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(study, options, message):
+    done = aft("finetune", "--run", study / "run", *options)
+    assert done.code == 1 and message in done.err and "Traceback" not in done.err
 
 
 def test_masks_of_a_tuned_checkpoint_remember_it(tuned, study, tmp_path):

@@ -20,16 +20,8 @@ from aftcli import AftError, MaskStore, finetune_defaults
 from aftcli.aft_training import Step, shuffled
 from aftcli.core.classifier import Classes
 from aftcli.datasets import open_data_set
-from aftcli.features import (
-    Cache,
-    CachedExamples,
-    Crop,
-    Masks,
-    choose_cache,
-    crop,
-    random_crop,
-    stem_output,
-)
+from aftcli.features import Cache, CachedExamples, Masks, choose_cache, stem_output
+from aftcli.features_crop import Crop, crop, random_crop
 from aftcli.finetune import Begun, Cached, Options
 from aftcli.finetune_jobs import control_job, find_stores, mask_job
 

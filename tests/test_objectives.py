@@ -15,7 +15,8 @@ from trained import Direct, make_colours, masks_of, tune, tuned
 
 from aftcli import AftError, finetune_defaults
 from aftcli.aft import AftSettings, Batch, Outputs, aft_loss
-from aftcli.aft_training import Tail, Training
+from aftcli.aft_tail import Tail
+from aftcli.aft_training import Training
 from aftcli.core.cam import layer_map, upsample
 from aftcli.core.earlier import earlier_layers
 from aftcli.core.registry import METHODS

@@ -46,7 +46,7 @@ def score_gradient(f: Classifier, activation: Tensor, class_index: Tensor) -> Te
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0, in the gradient too."""
+    """A / b, and 0 where b is 0, in the gradient too."""
     return torch.where(b != 0, a / torch.where(b != 0, b, 1), 0)
 
 
