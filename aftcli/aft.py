@@ -63,6 +63,8 @@ class AftSettings:
         tuner: a key of TUNERS: what is between the tuner's convolutions.
         optimizer: a key of OPTIMIZERS.
         trained: of TRAINED.
+        blend: the result is start + blend * (trained - start), for w1 and w2: 1 takes the
+            trained weights, less goes back towards those before (Wortsman et al., CVPR 2022).
     """
 
     lam: float | None = 1.0
@@ -78,6 +80,7 @@ class AftSettings:
     tuner: str = "linear"
     optimizer: str = "adam"
     trained: str = "w1+w2"
+    blend: float = 1.0
 
 
 def check_settings(settings: AftSettings) -> None:
@@ -93,6 +96,7 @@ def check_settings(settings: AftSettings) -> None:
         (weight >= 0 and math.isfinite(weight), f"consistency must be 0 or more, got {weight:g}"),
         (rate > 0 and math.isfinite(rate), f"the learning rate must be above 0, got {rate:g}"),
         (0 <= share < 1, f"the held-out share must lie in [0, 1), got {share:g}"),
+        (0 < settings.blend <= 1, f"the blend must lie in (0, 1], got {settings.blend:g}"),
         (settings.epochs >= 1, f"the number of epochs must be 1 or more, got {settings.epochs}"),
         (settings.batch >= 1, f"the batch size must be 1 or more, got {settings.batch}"),
     ):

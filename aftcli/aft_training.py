@@ -199,7 +199,7 @@ class Training:
         usable = list(examples.usable)
         if not usable:
             raise AftError("there is no readable image to train on")
-        self.f, self.examples, self.settings = f, examples, settings
+        self.f, self.examples, self.settings, self.earlier = f, examples, settings, earlier
         names = [examples.names[i] for i in usable]
         labels = [int(examples.labels[i]) for i in usable]
         train, held_out = choose_held_out(names, labels, settings.held_out, settings.seed)
@@ -373,8 +373,15 @@ class Training:
         return Measured.of(self._reduced(sums))
 
     def use_best(self) -> None:
-        """Take the weights of the best epoch."""
+        """Take the weights of the best epoch, blended with those before."""
         self.tail.load_state_dict(self.best)
+        blend = self.settings.blend
+        if blend < 1:
+            start = Tail(self.f, self.settings, None, self.earlier).to(self.accelerator.device)
+            tuned = dict(self.tail.named_parameters())
+            with torch.no_grad():
+                for name, before in start.named_parameters():
+                    tuned[name].copy_(torch.lerp(before, tuned[name], blend))
 
     def classifier(self, cam: str | None = None) -> Classifier:
         """The classifier with the weights as they are now; w0 is the same object as before.

@@ -228,6 +228,7 @@ def finetune(
     objective: o.ObjectiveOption = "tuner",
     consistency: o.ConsistencyOption = None,
     classification: o.ClassificationOption = None,
+    blend: o.BlendOption = None,
     lr: o.LearningRateOption = None,
     epochs: o.EpochsOption = None,
     batch_size: o.BatchSizeOption = 32,
@@ -279,6 +280,7 @@ def finetune(
         objective=objective,
         consistency=consistency,
         classification=classification,
+        blend=blend,
     )
     options = engine.Options(cache, augment, setup.workers(workers), overwrite)
     accelerator = setup.accelerator(device, precision)

@@ -236,7 +236,8 @@ def _tune(
             yield from _train(training, files if first else None, options)
             training.use_best()
             after = training.measure(val, val.usable) if val else None
-            card = _card(job, files.identity, training, before, after)
+            held_out = training.measure(examples, training.held_out)
+            card = _card(job, files.identity, training, before, after, held_out)
             if first:
                 tuned = training.classifier(job.cam)
                 tensors, metadata = checkpoint_of(tuned, training.tail.tuner, card)
@@ -355,6 +356,7 @@ def _card(
     training: Training,
     before: Measured | None,
     after: Measured | None,
+    held_out: Measured,
 ) -> dict[str, Any]:
     def plain(held_out: Measured | None, val: Measured | None) -> dict[str, Any]:
         return {
@@ -363,7 +365,6 @@ def _card(
         }
 
     history = training.history
-    best = history[training.best_epoch]
     return {
         **identity,
         "data_set": str(job.data_set.root.resolve()),
@@ -375,7 +376,7 @@ def _card(
         "metrics": {
             "epoch": training.best_epoch,
             "before": plain(history[0].held_out, before),
-            "after": plain(best.held_out, after),
+            "after": plain(held_out if held_out.images else None, after),
             "history": [epoch.as_dict() for epoch in history],
         },
     }

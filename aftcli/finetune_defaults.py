@@ -35,11 +35,12 @@ SITUATIONS = {
     "few": Situation(
         f"fewer than {MANY} images a class",
         {
-            "lam": 0.1,
+            "lam": 0.03,
             "learning_rate": 3e-4,
-            "epochs": 8,
-            "consistency": 1.0,
+            "epochs": 12,
+            "consistency": 0.25,
             "classification": "distillation",
+            "blend": 0.6,
         },
     ),
 }
@@ -71,7 +72,12 @@ def in_situation(**asked: Any) -> Callable[[Job], AftSettings]:  # noqa: ANN401
         found = AftSettings(**{**situation_of(job).settings, **given})
         if job.masks is None:
             return replace(
-                found, lam=None, consistency=0.0, classification="labels", objective="tuner"
+                found,
+                lam=None,
+                consistency=0.0,
+                classification="labels",
+                objective="tuner",
+                blend=given.get("blend", 1.0),
             )
         return found
 

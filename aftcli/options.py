@@ -291,6 +291,15 @@ PrecisionOption = Annotated[
         help="Mixed precision; auto is what accelerate launch says, else no.",
     ),
 ]
+BlendOption = Annotated[
+    float | None,
+    typer.Option(
+        "--blend",
+        metavar="SHARE",
+        help="Go so far from the weights before to the trained ones, above 0 to 1; less keeps more "
+        "of the accuracy. Default: by the situation.",
+    ),
+]
 ExportOption = Annotated[
     str | None,
     typer.Option(

@@ -111,9 +111,10 @@ def _recipe(begun: Begun) -> str:
         parts.append(f"{own.lam:g} x distance of the {what} from the masks")
     if own.consistency:
         parts.append(f"{own.consistency:g} x cross-entropy on what the masks keep")
+    blend = f", blend {own.blend:g}" if own.blend < 1 else ""
     return (
-        f"{' + '.join(parts)}; learning rate {own.learning_rate:g}, at most {own.epochs} epochs "
-        f"(defaults for {situation_of(begun.job).title})"
+        f"{' + '.join(parts)}; learning rate {own.learning_rate:g}, at most {own.epochs} epochs"
+        f"{blend} (defaults for {situation_of(begun.job).title})"
     )
 
 

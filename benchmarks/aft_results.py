@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--title", required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--later-cams", nargs="*", default=[], help="methods of later seeds")
     parser.add_argument("--limit", help="evaluate so many images")
     parser.add_argument("--guards", default="60", help="images of measures with many passes")
     parser.add_argument("--guard-cams", nargs="*", default=[], help="only these methods' guards")
@@ -81,13 +82,14 @@ def main() -> None:
         for seed in range(args.seeds):
             folder = str(seed_of(args.run, seed))
             common = ("--run", folder, "--workers", "0")
-            tuned = aft("finetune", *common, "--seed", str(seed), "--json")
+            later = [word for cam in args.later_cams if seed for word in ("--cam", cam)]
+            tuned = aft("finetune", *common, *later, "--seed", str(seed), "--json")
             control = aft("finetune", "--no-masks", *common, "--seed", str(seed), "--json")
             result["cards"] += [_short(card) for card in json.loads(tuned) + json.loads(control)]
             plain = ("evaluate", *common, "--thresholds", "0", "--format", "json", "--ci")
             limit = ("--limit", args.limit) if args.limit else ()
             masking, names = ("both", CHEAP) if seed == 0 else ("soft", QUICK)
-            found = aft(*plain, *limit, "--masking", masking, "--metrics", names)
+            found = aft(*plain, *limit, *later, "--masking", masking, "--metrics", names)
             result["seeds"].append(json.loads(found))
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result))

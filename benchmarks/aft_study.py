@@ -91,6 +91,7 @@ def rows() -> list[Row]:
     found += [Row("eq. 8: lambda", f"{v:g}", {**plain, "lam": v}) for v in (0.0, 0.01, 0.1, 1, 10)]
     found += [Row("lambda", f"{v:g}", {"lam": v}) for v in (0.0, 0.03, 0.1, 0.3, 1.0)]
     found += [Row("consistency", f"{v:g}", {"consistency": v}) for v in (0.0, 0.25, 1.0, 4.0, 16.0)]
+    found += [Row("blend", f"{v:g}", {"blend": v}) for v in (0.25, 0.5, 0.75, 1.0)]
     found += [Row("learning rate", f"{v:g}", {"learning_rate": v}) for v in (1e-4, 3e-4, 1e-3)]
     found += [
         Row("optimizer", "adam", {}),

@@ -19,7 +19,7 @@ import torch
 
 from aftcli.core.registry import METHODS
 from aftcli.finetune_defaults import SITUATIONS
-from aftcli.measures import MEASURES
+from aftcli.measures import MEASURES, PAPER
 from aftcli.metrics_intervals import estimate
 
 TITLES = {
@@ -45,13 +45,14 @@ GROUPS = {
     "eq. 8: lambda": "lambda of equation 8 alone",
     "lambda": "lambda in the recipe",
     "consistency": "Weight of mask consistency",
+    "blend": "Blend: how far from the weights before to the trained ones",
     "learning rate": "Learning rate",
     "optimizer": "Optimizer",
     "epochs": "Epochs, without early stopping",
     "n_AFT": "n_AFT, images to train on",
     "|T|": "|T|, thresholds tried",
 }
-CURVES = ("eq. 8: lambda", "lambda", "consistency", "epochs", "n_AFT", "|T|")
+CURVES = ("eq. 8: lambda", "lambda", "consistency", "blend", "epochs", "n_AFT", "|T|")
 
 
 class Cell:
@@ -151,7 +152,7 @@ def draw(studies: dict[str, Study], folder: Path) -> None:
     axes = figure.subplots(1, len(studies), squeeze=False)[0]
     for ax, (base, study) in zip(axes, studies.items(), strict=True):
         for group, colour in zip(
-            ("parts", "cause", "epochs", "consistency", "learning rate"), range(5), strict=True
+            ("parts", "cause", "epochs", "consistency", "blend"), range(5), strict=True
         ):
             points = []
             for row, key in _own(study, base, group, rows()):
@@ -272,32 +273,36 @@ def _measure_table(seeds: list[dict[str, Any]], masking: str) -> list[str]:
                 beyond[d["cam"], d["measure"], d["against"]].append(sign)
     if not values:
         return []
-    lines = [f"{masking.capitalize()} masking, {count} images, {len(seeds)} seed(s):", ""]
-    lines += [
-        "| CAM | measure | Original | Control | AFT | AFT / Original | AFT / Control | verdict |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"{masking.capitalize()} masking, {count} images, {_plural(len(seeds), 'seed')}:", ""]
+    heads = "CAM | measure | Original | Control | AFT | / Original | / Control"
+    lines += [f"| {heads} | than Original | than Control |", "|---" * 9 + "|"]
     for cam, name, variant in list(values):
         if variant != "original" or (cam, name, "aft") not in values:
             continue
-        original, aft = values[cam, name, "original"], values[cam, name, "aft"]
-        control = values.get((cam, name, "control"))
-        ratios = [mean(aft) / mean(v) if v and mean(v) else None for v in (original, control)]
-        texts = [f"x {r:.2f}" if r is not None else "" for r in ratios]
-        verdict = _verdict(name, beyond.get((cam, name, "original"), []))
-        held = _range(control) if control else ""
-        lines.append(
-            f"| {METHODS[cam].title} | {MEASURES[name].title} | {_range(original)} | "
-            f"{held} | {_range(aft)} | {' | '.join(texts)} | {verdict} |"
-        )
+        if masking == "binary" and name not in PAPER:
+            continue  # the same maps
+        own = {v: values.get((cam, name, v), []) for v in ("original", "control", "aft")}
+        ranges = [_range(v) if v else "" for v in own.values()]
+        ratios = [_ratio(own["aft"], own[v]) for v in ("original", "control")]
+        verdicts = [_verdict(name, beyond[cam, name, v]) for v in ("original", "control")]
+        cells = (METHODS[cam].title, MEASURES[name].title, *ranges, *ratios, *verdicts)
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count > 1 else ''}"
+
+
+def _ratio(a: list[float], b: list[float]) -> str:
+    return f"x {mean(a) / mean(b):.2f}" if b and mean(b) else ""
+
+
 def _verdict(name: str, signs: list[int]) -> str:
-    """Against the network as it was: better or worse only where every seed's interval says so."""
+    """Better or worse only where every seed's interval says so."""
     better = MEASURES[name].better
     if not signs or len(set(signs)) > 1 or not signs[0]:
-        return "no clear difference"
+        return "-"
     if not better:
         return "larger" if signs[0] > 0 else "smaller"
     return "better" if signs[0] == better else "**worse**"

@@ -221,6 +221,8 @@ def test_w1_alone_leaves_the_head():
         ({"tuner": "tanh"}, "unknown tuner 'tanh'"),
         ({"optimizer": "lbfgs"}, "unknown optimizer"),
         ({"trained": "w2"}, "unknown choice of what is trained"),
+        ({"blend": 0.0}, r"the blend must lie in \(0, 1\], got 0"),
+        ({"blend": 1.5}, "the blend must lie in"),
         ({"consistency": -1.0}, "consistency must be 0 or more, got -1"),
         ({"consistency": float("inf")}, "consistency must be 0 or more"),
     ],
@@ -229,6 +231,26 @@ def test_unknown_names_and_values_out_of_range_are_refused(changed, message):
     f, examples = examples_of()
     with pytest.raises(AftError, match=message):
         Training(f, examples, settings(**changed))
+
+
+@pytest.mark.parametrize("blend", [0.25, 1.0])
+def test_a_blend_is_so_far_from_the_start_to_the_best(blend):
+    f, examples = examples_of("mlp")
+    chosen = settings(held_out=0.3, blend=blend, epochs=4)
+    training = Training(f, examples, chosen, cam="gradcam")
+    start = weights(training)
+    finish(training)
+    best = {name: value.clone() for name, value in training.best.items()}
+    training.use_best()
+    found = weights(training)
+    for name, value in found.items():
+        share = 1.0 if name.startswith("tuner") or "num_batches" in name else blend
+        expected = start[name] + share * (best[name] - start[name])
+        assert_near(value.double(), expected.double(), 1e-12)
+    assert any(not torch.equal(found[name], start[name]) for name in found)
+    # Twice is once.
+    training.use_best()
+    assert_equal(weights(training), found)
 
 
 # Several layers
