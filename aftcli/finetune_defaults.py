@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ from aftcli.aft import AftSettings, check_settings
 from aftcli.finetune_jobs import Job
 
 # So many training images a class teach what the class looks like; fewer are learnt by heart.
-MANY = 10
+MANY = 50
+STEPS = 420  # at the least: a small data set needs more epochs for as much training
 
 
 class Situation(NamedTuple):
@@ -35,12 +37,12 @@ SITUATIONS = {
     "few": Situation(
         f"fewer than {MANY} images a class",
         {
-            "lam": 0.03,
+            "lam": 0.1,
             "learning_rate": 3e-4,
-            "epochs": 12,
-            "consistency": 0.25,
+            "epochs": 8,
+            "consistency": 1.0,
             "classification": "distillation",
-            "blend": 0.6,
+            "blend": 0.7,
         },
     ),
 }
@@ -70,6 +72,9 @@ def in_situation(**asked: Any) -> Callable[[Job], AftSettings]:  # noqa: ANN401
 
     def settings(job: Job) -> AftSettings:
         found = AftSettings(**{**situation_of(job).settings, **given})
+        if "epochs" not in given:
+            steps = math.ceil(len(job.data_set.samples) * (1 - found.held_out) / found.batch)
+            found = replace(found, epochs=max(found.epochs, math.ceil(STEPS / max(steps, 1))))
         if job.masks is None:
             return replace(
                 found,

@@ -427,17 +427,27 @@ def job_with(images, classes, masks=True, new_head=False):
 
 def test_the_recipe_is_that_of_the_situation():
     many, few, new = (finetune_defaults.SITUATIONS[k] for k in ("many", "few", "new"))
-    assert situation_of(job_with(50, 5)) is many
-    assert situation_of(job_with(49, 5)) is few
-    assert situation_of(job_with(50, 5, False, True)) is new
+    enough = 5 * finetune_defaults.MANY
+    assert situation_of(job_with(enough, 5)) is many
+    assert situation_of(job_with(enough - 1, 5)) is few
+    assert situation_of(job_with(enough, 5, False, True)) is new
     found = in_situation(lam=0.5)(job_with(49, 5))
     assert found.classification == "distillation" and found.lam == 0.5
     assert found.consistency == few.settings["consistency"]
     # A control has no masks, but as much training as what it is held against.
     control = in_situation(seed=3)(job_with(49, 5, masks=False))
     assert (control.lam, control.consistency, control.classification) == (None, 0.0, "labels")
-    assert control.seed == 3
-    for name in ("learning_rate", "epochs"):
-        assert getattr(control, name) == few.settings[name]
+    assert (control.seed, control.blend) == (3, 1.0)
+    assert control.learning_rate == few.settings["learning_rate"]
+    assert control.epochs == found.epochs
     with pytest.raises(AftError, match="lambda must be 0 or more"):
         in_situation(lam=-1.0)
+
+
+def test_small_data_sets_get_as_many_steps():
+    few = finetune_defaults.SITUATIONS["few"].settings
+    # 90 images are trained on in 3 steps of 32 an epoch.
+    assert in_situation()(job_with(100, 50)).epochs == finetune_defaults.STEPS / 3
+    assert in_situation(batch=9)(job_with(100, 50)).epochs == finetune_defaults.STEPS / 10
+    assert in_situation()(job_with(100_000, 50_000)).epochs == few["epochs"]
+    assert in_situation(epochs=4)(job_with(100, 50)).epochs == 4
