@@ -105,7 +105,7 @@ def main() -> None:
 
 def _short(card: dict[str, Any]) -> dict[str, Any]:
     keys = ("cam", "seed", "situation", "trained_on", "lam", "consistency", "classification")
-    keys += ("objective", "learning_rate", "epochs", "model", "images")
+    keys += ("blend", "objective", "learning_rate", "epochs", "model", "images")
     return {**{k: card[k] for k in keys}, "epoch": card["metrics"]["epoch"]}
 
 

@@ -215,12 +215,12 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     seeds = result["seeds"]
     lines = [f"### {result['title']}", ""]
     card = result["cards"][0]
+    chosen = [str(c["epoch"]) for c in result["cards"] if c["cam"]]
     lines += [
-        f"Defaults for {card['situation']}: {card['classification']}, lambda {card['lam']:g}, "
-        f"consistency {card['consistency']:g}, objective {card['objective']}, learning rate "
-        f"{card['learning_rate']:g}, at most {card['epochs']} epochs (chosen: "
-        f"{', '.join(str(c['epoch']) for c in result['cards'] if c['cam'])}); trained on "
-        f"{card['trained_on']} images.",
+        f"Trained on {card['trained_on']} images with {card['classification']}, lambda "
+        f"{card['lam']:g}, consistency {card['consistency']:g}, blend {card['blend']:g}, learning "
+        f"rate {card['learning_rate']:g}; of at most {card['epochs']} epochs, "
+        f"{', '.join(chosen)} were chosen.",
         "",
     ]
     accuracy = defaultdict(list)
