@@ -26,13 +26,10 @@ from aftcli.memory import keep_freed_memory
 
 FOLDS = 3
 MEASURED = 100  # images of each fold whose maps are measured; accuracy is of all
-BLENDS = (0.3, 0.6, 1.0)
+BLENDS = (0.4, 0.7, 1.0)
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "6 epochs": {"epochs": 6},
-    "consistency 1": {"consistency": 1.0},
-    "labels": {"classification": "labels"},
-    "w1 only": {"trained": "w1"},
+    "labels in place of distillation": {"classification": "labels"},
 }
 
 

@@ -105,13 +105,8 @@ def tables(study: Study, base: str) -> list[str]:
 
     lines = []
     for group, title in GROUPS.items():
-        own = []
-        for row in rows():
-            settings = {**SITUATIONS[base].settings, **row.settings}
-            key = json.dumps([settings, row.data], sort_keys=True)
-            if row.group == group and study.by_key.get(key):
-                own.append((row, key))
-        if not own:
+        own = _own(study, base, group, rows())
+        if len(own) < 2:
             continue
         guards = GUARDS if group in ("parts", "cause") else ()
         names = [*COLUMNS.values(), *(MEASURES[g].title for g in guards)]
@@ -137,44 +132,62 @@ def draw(studies: dict[str, Study], folder: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(CURVES), 3.0 * len(studies)), dpi=110, layout="constrained")
+    panels = {
+        base: [g for g in CURVES if len(_own(study, base, g, rows())) > 1]
+        for base, study in studies.items()
+    }
+    wide = max(map(len, panels.values()))
+    figure = Figure(figsize=(3.0 * wide, 3.0 * len(studies)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(studies), len(CURVES), squeeze=False)
+    axes = figure.subplots(len(studies), wide, squeeze=False)
     for (base, study), line in zip(studies.items(), axes, strict=True):
-        for ax, group in zip(line, CURVES, strict=True):
+        for ax in line[len(panels[base]) :]:
+            ax.axis("off")
+        for ax, group in zip(line, panels[base], strict=False):
             _curve(ax, study, base, group, rows())
         line[0].set_ylabel(f"{base} images a class")
     axes[0][0].legend(fontsize=7)
     figure.savefig(folder / "aft-curves.png")
 
-    figure = Figure(figsize=(5.2 * len(studies), 4.2), dpi=110, layout="constrained")
+
+def draw_accuracy(path: Path, folder: Path) -> list[str]:
+    """Accuracy against gain by cross-validation: the curve, and its table."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    start, *records = [json.loads(line) for line in path.read_text().splitlines()]
+    figure = Figure(figsize=(5.4, 4.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(studies), squeeze=False)[0]
-    for ax, (base, study) in zip(axes, studies.items(), strict=True):
-        for group, colour in zip(
-            ("parts", "cause", "epochs", "consistency", "blend"), range(5), strict=True
-        ):
-            points = []
-            for row, key in _own(study, base, group, rows()):
-                inc, accuracy = study.cell(key, "average_increase"), study.cell(key, "accuracy")
-                if inc and accuracy:
-                    points.append((accuracy.mean, inc.mean, row.name))
-            if points:
-                x, y, _ = zip(*points, strict=True)
-                ax.plot(x, y, "o", color=f"C{colour}", label=group, markersize=5)
-        start = study.start["values"]
-        ax.plot(
-            mean(start["accuracy"]),
-            mean(start["average_increase"]),
-            "k*",
-            markersize=11,
-            label="as it was",
-        )
-        ax.set_xlabel("accuracy")
-        ax.set_ylabel("Average Increase, soft")
-        ax.set_title(f"{base} images a class", fontsize=10)
-    axes[0].legend(fontsize=7)
+    ax = figure.subplots()
+    lines = ["| recipe | blend | accuracy | lost | won | inc | drop |", "|---" * 7 + "|"]
+
+    def point(r: dict[str, Any]) -> tuple[float, float, float]:
+        columns = [
+            [v for each in r["values"] for v in each[name]]
+            for name in ("average_increase", "average_drop")
+        ]
+        return mean(r["right"]), mean(columns[0]), mean(columns[1])
+
+    first = point(start)
+    lines.append(f"| as it was | | {first[0]:.4f} | | | {first[1]:.3f} | {first[2]:.3f} |")
+    for recipe in dict.fromkeys(r["recipe"] for r in records):
+        own = [r for r in records if r["recipe"] == recipe]
+        points = [first, *map(point, own)]
+        ax.plot([p[0] for p in points], [p[1] for p in points], "o-", label=recipe)
+        for r, (accuracy, inc, drop) in zip(own, points[1:], strict=True):
+            ax.annotate(f"{r['blend']:g}", (accuracy, inc), fontsize=7)
+            pairs = list(zip(start["right"], r["right"], strict=True))
+            lost, won = sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)
+            lines.append(
+                f"| {recipe} | {r['blend']:g} | {accuracy:.4f} | {lost} | {won} | {inc:.3f} | "
+                f"{drop:.3f} |"
+            )
+    ax.plot(first[0], first[1], "k*", markersize=11, label="as it was")
+    ax.set_xlabel(f"accuracy, {len(start['right'])} images")
+    ax.set_ylabel("Average Increase, soft")
+    ax.legend(fontsize=7)
     figure.savefig(folder / "aft-trade-off.png")
+    return lines
 
 
 def _own(study: Study, base: str, group: str, all_rows: list[Any]) -> list[tuple[Any, str]]:
@@ -182,7 +195,8 @@ def _own(study: Study, base: str, group: str, all_rows: list[Any]) -> list[tuple
     for row in all_rows:
         settings = {**SITUATIONS[base].settings, **row.settings}
         key = json.dumps([settings, row.data], sort_keys=True)
-        if row.group == group and study.by_key.get(key):
+        enough = row.data.get("images", 0) <= study.about["train"]
+        if row.group == group and study.by_key.get(key) and enough:
             found.append((row, key))
     return found
 
@@ -326,7 +340,14 @@ def main() -> None:
         "\n".join([f"### {TITLES[base].capitalize()}", "", _about(study), "", *tables(study, base)])
         for base, study in studies.items()
     )
-    print(text.replace("{{results}}", of_results).replace("{{study}}", of_studies).rstrip())
+    print(
+        text.replace(
+            "{{accuracy}}", "\n".join(draw_accuracy(args.study / "accuracy.jsonl", args.images))
+        )
+        .replace("{{results}}", of_results)
+        .replace("{{study}}", of_studies)
+        .rstrip()
+    )
 
 
 def _about(study: Study) -> str:
