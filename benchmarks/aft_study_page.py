@@ -337,7 +337,15 @@ def main() -> None:
     results = [json.loads(p.read_text()) for p in sorted(args.study.glob("*.json"))]
     of_results = "\n".join(line for r in results for line in result_lines(r))
     of_studies = "\n".join(
-        "\n".join([f"### {TITLES[base].capitalize()}", "", _about(study), "", *tables(study, base)])
+        "\n".join(
+            [
+                f"### {TITLES[base][0].upper()}{TITLES[base][1:]}",
+                "",
+                _about(study),
+                "",
+                *tables(study, base),
+            ]
+        )
         for base, study in studies.items()
     )
     print(

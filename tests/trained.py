@@ -57,7 +57,7 @@ def make_colours(root, each=6, seed=0):
 
 
 # Equation 8 as it is printed; without it the settings are those of few images a class.
-PAPER = {"consistency": 0.0, "classification": "labels"}
+PAPER = {"consistency": 0.0, "classification": "labels", "blend": 1.0}
 SETTINGS = {"epochs": 3, "batch": 5, "held_out": 0.2, "learning_rate": 1e-3}
 
 
