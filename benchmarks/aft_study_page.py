@@ -274,7 +274,7 @@ def _measure_table(seeds: list[dict[str, Any]], masking: str) -> list[str]:
     """One row a CAM and measure: the variants, the ratios, and what is beyond the intervals."""
     values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     beyond: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    count = 0
+    count, seeds = 0, [s for s in seeds if any(r["masking"] == masking for r in s["table3"])]
     for seed in seeds:
         for r in seed["table3"]:
             if r["masking"] == masking:
