@@ -32,7 +32,8 @@ def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
     import torch
 
     from aftcli import load_classifier
-    from aftcli.aft import AftSettings, Epoch, Training
+    from aftcli.aft import AftSettings
+    from aftcli.aft_training import Epoch, Training
     from aftcli.datasets import open_data_set
     from aftcli.features import Cache, CachedExamples, Masks
     from aftcli.memory import keep_freed_memory
@@ -48,7 +49,8 @@ def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
     low, classes = torch.rand(count, 7, 7) < 0.4, torch.zeros(count).long()
     masks = Masks(low, lambda i: torch.zeros(224, 224), classes, lambda x, i: x, "")
     examples = CachedExamples(cache, masks)
-    training = Training(f, examples, AftSettings(batch=BATCH, epochs=epochs, held_out=0.0))
+    settings = AftSettings(batch=BATCH, epochs=epochs, held_out=0.0)
+    training = Training(f, examples, settings, cam="gradcam")
     seconds = []
     for event in training.run():
         if isinstance(event, Epoch):
@@ -62,8 +64,8 @@ def whole(data: Path, limit: int | None, strict: bool) -> dict[str, object]:
     import torch
 
     from aftcli import load_classifier, read_image, to_input
-    from aftcli.aft import Tail, aft_loss
-    from aftcli.core.tuner import Tuner
+    from aftcli.aft import AftSettings, Batch, aft_loss
+    from aftcli.aft_tail import Tail
     from aftcli.datasets import open_data_set
     from aftcli.memory import keep_freed_memory
 
@@ -87,15 +89,16 @@ def whole(data: Path, limit: int | None, strict: bool) -> dict[str, object]:
             Images(), BATCH, shuffle=True, num_workers=workers, multiprocessing_context="fork"
         )
 
-    tail = Tail(f, Tuner(f.activation_shape[0]))
+    settings = AftSettings()
+    tail = Tail(f, settings, "gradcam", None)
     optimizer = torch.optim.Adam(tail.parameters(), lr=1e-4, fused=strict)
     batches = list(loader(1)) if strict else loader(1)
     start = time.perf_counter()
     for x, i in batches:
         with torch.no_grad():
             features = f.stem(x)
-        logits, tuned = tail(features)
-        loss = aft_loss(logits, labels[i], tuned, masks[i], 1.0).total
+        batch = Batch((features,), labels[i], (masks[i],), labels[i])
+        loss = aft_loss(tail(batch.features, batch.class_index), batch, settings).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -19,7 +19,8 @@ from unittest import mock
 import torch
 
 from aftcli import load_classifier
-from aftcli.aft import AftSettings, Training
+from aftcli.aft import AftSettings
+from aftcli.aft_training import Training
 from aftcli.core import models
 from aftcli.features import Cache, CachedExamples
 from aftcli.finetune_jobs import control_job

@@ -1,6 +1,7 @@
 """What may import what; no hooks; a command line that starts without torch."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,18 @@ def test_the_order_is_that_of_the_files():
 @named(FILES)
 def test_nothing_hooks_into_networks(path):
     assert "_hook(" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE.parent / "benchmarks").glob("*.py")), ids=lambda path: path.name
+)
+def test_what_benchmarks_import_is_there(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "aftcli":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
 
 
 def python(code):
