@@ -12,14 +12,18 @@ from aftcli.finetune_jobs import Job
 
 # So many training images a class teach what the class looks like; fewer are learnt by heart.
 MANY = 50
-STEPS = 420  # at the least: a small data set needs more epochs for as much training
+STEPS = 420
 
 
 class Situation(NamedTuple):
-    """When a recipe applies, in words, and its settings, fields of `AftSettings`."""
+    """When a recipe applies, in words, and its settings, fields of `AftSettings`.
+
+    A small data set gets more epochs than these, for so many `steps`.
+    """
 
     title: str
     settings: dict[str, Any]
+    steps: int = 0
 
 
 SITUATIONS = {
@@ -33,6 +37,7 @@ SITUATIONS = {
             "consistency": 4.0,
             "classification": "labels",
         },
+        STEPS,
     ),
     "few": Situation(
         f"fewer than {MANY} images a class",
@@ -44,6 +49,7 @@ SITUATIONS = {
             "classification": "distillation",
             "blend": 0.7,
         },
+        STEPS,
     ),
 }
 
@@ -71,10 +77,12 @@ def in_situation(**asked: Any) -> Callable[[Job], AftSettings]:  # noqa: ANN401
     given = {name: value for name, value in asked.items() if value is not None}
 
     def settings(job: Job) -> AftSettings:
-        found = AftSettings(**{**situation_of(job).settings, **given})
+        situation = situation_of(job)
+        found = AftSettings(**{**situation.settings, **given})
         if "epochs" not in given:
-            steps = math.ceil(len(job.data_set.samples) * (1 - found.held_out) / found.batch)
-            found = replace(found, epochs=max(found.epochs, math.ceil(STEPS / max(steps, 1))))
+            an_epoch = math.ceil(len(job.data_set.samples) * (1 - found.held_out) / found.batch)
+            enough = math.ceil(situation.steps / max(an_epoch, 1))
+            found = replace(found, epochs=max(found.epochs, enough))
         if job.masks is None:
             return replace(
                 found,
