@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -213,10 +214,6 @@ class Training:
             fused=fused,
         )
         self.model, self.optimizer = self.accelerator.prepare(self.tail, optimizer)
-        self.teacher = None
-        if settings.classification == "distillation":
-            teacher = Tail(f, settings, None, earlier).to(self.accelerator.device)
-            self.teacher = teacher.requires_grad_(False)
         self.best = self._weights()
         self.best_epoch, self.epoch, self.step = 0, 1, 0
         self.sums = self._zeros()
@@ -224,6 +221,12 @@ class Training:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.tail.state_dict().items()}
+
+    @cached_property
+    def start(self) -> Tail:
+        """w1 and w2 as they were: the teacher of distillation, and where a blend begins."""
+        start = Tail(self.f, self.settings, None, self.earlier)
+        return start.to(self.accelerator.device).requires_grad_(False)
 
     def state(self) -> State:
         """All that decides how training goes on; equal on all processes."""
@@ -328,10 +331,9 @@ class Training:
 
     @torch.no_grad()
     def _with_teacher(self, batch: Batch, out: Outputs) -> Outputs:
-        if self.teacher is None:
+        if self.settings.classification == "labels":
             return out
-        activation = self.teacher.activations(batch.features)[-1]
-        return out._replace(teacher=self.teacher.head(activation))
+        return out._replace(teacher=self.start(batch.features).logits)
 
     def _zeros(self) -> Tensor:
         # Apple's devices have no float64.
@@ -377,10 +379,9 @@ class Training:
         self.tail.load_state_dict(self.best)
         blend = self.settings.blend
         if blend < 1:
-            start = Tail(self.f, self.settings, None, self.earlier).to(self.accelerator.device)
             tuned = dict(self.tail.named_parameters())
             with torch.no_grad():
-                for name, before in start.named_parameters():
+                for name, before in self.start.named_parameters():
                     tuned[name].copy_(torch.lerp(before, tuned[name], blend))
 
     def classifier(self, cam: str | None = None) -> Classifier:

@@ -259,8 +259,10 @@ def _tune(
 def _clear_caches(job: Job, run: Path) -> None:
     """Delete what a kill between the checkpoint and the end has left."""
     if any((run / "cache").glob("*")):
-        val = validation_of(job.data_set, job.f.classes)
-        for data_set, masks in ((job.data_set, None), (job.data_set, job.masks), (val, None)):
+        kept: list[tuple[DataSet | None, Masks | None]] = [(job.data_set, None)]
+        kept += [(validation_of(job.data_set, job.f.classes), None)]
+        kept += [(job.data_set, job.masks)] if job.masks else []
+        for data_set, masks in kept:
             if data_set is not None:
                 Cache(job.f, data_set, "disk", run / "cache", masks=masks, stem=job.stem).remove()
 
