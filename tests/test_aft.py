@@ -179,14 +179,10 @@ def through_json(state):
     return State(tensors, json.loads(json.dumps(state.values)))
 
 
-@pytest.mark.parametrize("lam", [0.3, None])
-def test_going_on_from_any_step_equals_never_stopping(lam):
-    f, examples = data()
-    chosen = settings(lam=lam, epochs=3, held_out=0.3)
+def assert_goes_on_from_any_step(f, examples, chosen):
+    """Stop a training after each of its events and go on; the number of events."""
     whole = Training(f, examples, chosen, cam="gradcam")
-    finish(whole)
-    steps = len(list(Training(f, examples, chosen, cam="gradcam").run()))
-    assert steps == 3 * 2 + 4
+    steps = len(list(whole.run()))
     for stop in range(1, steps + 1):
         first = Training(f, examples, chosen, cam="gradcam")
         events = first.run()
@@ -198,6 +194,14 @@ def test_going_on_from_any_step_equals_never_stopping(lam):
         assert second.history == whole.history
         assert_equal(weights(second), weights(whole))
         assert_equal(second.best, whole.best)
+    return steps
+
+
+@pytest.mark.parametrize("lam", [0.3, None])
+def test_going_on_from_any_step_equals_never_stopping(lam):
+    f, examples = data()
+    chosen = settings(lam=lam, epochs=3, held_out=0.3)
+    assert assert_goes_on_from_any_step(f, examples, chosen) == 3 * 2 + 4
 
 
 def test_the_best_epoch_is_that_of_the_lowest_held_out_loss():

@@ -10,7 +10,7 @@ import torch
 from compare import assert_near
 from small import CLASSES, KINDS, small
 from stored import small_float
-from test_aft import assert_equal, finish, settings, through_json, weights
+from test_aft import assert_equal, assert_goes_on_from_any_step, finish, settings, weights
 from trained import Direct, make_colours, masks_of, tune, tuned
 
 from aftcli import AftError, finetune_defaults
@@ -181,19 +181,7 @@ RECIPES = [
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_every_recipe_goes_on_from_any_step(recipe):
     f, examples = examples_of()
-    chosen = settings(epochs=2, held_out=0.3, **recipe)
-    whole = Training(f, examples, chosen, cam="gradcam")
-    steps = len(list(whole.run()))
-    for stop in range(1, steps + 1):
-        first = Training(f, examples, chosen, cam="gradcam")
-        events = first.run()
-        for _ in range(stop):
-            next(events)
-        second = Training(f, examples, chosen, cam="gradcam")
-        second.restore(through_json(first.state()))
-        finish(second)
-        assert second.history == whole.history
-        assert_equal(weights(second), weights(whole))
+    assert_goes_on_from_any_step(f, examples, settings(epochs=2, held_out=0.3, **recipe))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
@@ -451,3 +439,6 @@ def test_small_data_sets_get_as_many_steps():
     assert in_situation(batch=9)(job_with(100, 50)).epochs == finetune_defaults.STEPS / 10
     assert in_situation()(job_with(100_000, 50_000)).epochs == few["epochs"]
     assert in_situation(epochs=4)(job_with(100, 50)).epochs == 4
+    # A new head is no matter of steps.
+    new = finetune_defaults.SITUATIONS["new"].settings
+    assert in_situation()(job_with(100, 50, False, True)).epochs == new["epochs"]
