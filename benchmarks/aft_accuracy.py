@@ -33,18 +33,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def part(examples: Kept, rows: torch.Tensor) -> Kept:
-    """Some of the examples."""
-    return Kept(
-        [examples.names[i] for i in rows],
-        examples.labels[rows],
-        tuple(t[rows] for t in examples.features),
-        [mask[rows] for mask in examples.masks],
-        examples.class_index[rows],
-        tuple(t[rows] for t in examples.masked),
-    )
-
-
 @torch.no_grad()
 def right(f: Classifier, examples: Kept) -> torch.Tensor:
     """Whether each image is recognised, from w0's outputs on."""
@@ -69,7 +57,7 @@ def main() -> None:
     start: dict[str, Any] = {"right": [], "values": []}
     for fold in folds:
         data.measured = fold[:MEASURED].tolist()
-        start["right"] += right(data.f, part(every, fold)).tolist()
+        start["right"] += right(data.f, every.at(fold)).tolist()
         start["values"].append(data.measure(data.f, False))
     with args.out.open("w") as file:
         about = {"images": len(data.names), "torch": torch.__version__}
@@ -78,7 +66,7 @@ def main() -> None:
             settings = AftSettings(**{**SITUATIONS["few"].settings, **changed})
             for i, fold in enumerate(folds):
                 others = torch.cat([folds[j] for j in range(FOLDS) if j != i])
-                training = Training(data.f, part(every, others), settings, cam="gradcam")
+                training = Training(data.f, every.at(others), settings, cam="gradcam")
                 for _ in training.run():
                     pass
                 data.measured = fold[:MEASURED].tolist()
@@ -87,7 +75,7 @@ def main() -> None:
                     training.use_best()
                     f = training.classifier()
                     own = found.setdefault((name, blend), {"right": [], "values": []})
-                    own["right"] += right(f, part(every, fold)).tolist()
+                    own["right"] += right(f, every.at(fold)).tolist()
                     own["values"].append(data.measure(f, False))
             for blend in BLENDS:
                 line = {"recipe": name, "blend": blend, **found[name, blend]}

@@ -121,6 +121,17 @@ class Kept:
         self.masks, self.class_index, self.masked = masks, class_index, masked
         self.usable: Sequence[int] = range(len(names))
 
+    def at(self, rows: Tensor) -> Kept:
+        """Those of some images."""
+        return Kept(
+            [self.names[i] for i in rows],
+            self.labels[rows],
+            tuple(t[rows] for t in self.features),
+            [mask[rows] for mask in self.masks],
+            self.class_index[rows],
+            tuple(t[rows] for t in self.masked),
+        )
+
     def batches(self, wanted: Sequence[Sequence[int]], epoch: int | None) -> Iterator[Batch]:
         """See `Examples`."""
         for indices in wanted:
@@ -230,14 +241,7 @@ class Data:
                 c["attribution"][owner][:, None], size, mode="bilinear", align_corners=False
             )
             low.insert(0, mask_of(threshold_map(stretched[:, 0], best[owner])))
-        return Kept(
-            [self.names[i] for i in rows],
-            self.labels[rows],
-            tuple(t[rows] for t in features),
-            [mask[rows] for mask in low],
-            c["class_index"][rows],
-            tuple(t[rows] for t in masked),
-        )
+        return Kept(self.names, self.labels, features, low, c["class_index"], masked).at(rows)
 
     @torch.no_grad()
     def measure(self, f: Classifier, guards: bool) -> dict[str, list[float]]:
