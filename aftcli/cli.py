@@ -68,7 +68,10 @@ def explain(
     masking: o.MaskingOption = "binary",
     fill: o.FillOption = "mean",
     threshold_mode: o.ThresholdModeOption = "value",
+    search: o.SearchOption = "exact",
     device: o.DeviceOption = "auto",
+    engine: o.EngineOption = "auto",
+    precision: o.LowerOption = "no",
     out: o.OutOption = Path("aft-out"),
     save: o.SaveOption = None,
     json: o.JsonOption = False,
@@ -82,21 +85,28 @@ def explain(
     """
     cut = v.muting(threshold, mute, tft)
     kinds = v.outputs(save, tft)
-    settings = setup.settings(thresholds, masking, fill, threshold_mode)
+    settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
     v.methods(cam)
+    accelerate = setup.engine(engine, precision, quiet)
     f = setup.classifier(model, checkpoint, classes, layer, device)
     methods = setup.methods(f, cam, "layercam")
     targets = setup.targets(f, target, top_k)
 
-    from aftcli import explanation as engine
+    from aftcli import explanation
     from aftcli.report import write_outputs
 
-    def explain_image(subject: Subject) -> list[Report]:
+    wanted = settings if tft else None
+
+    def ready(count: int) -> Classifier:
+        each = explanation.passes(f, methods, len(targets) or top_k, wanted)
+        return accelerate(f, count * each)
+
+    def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         x = setup.input_of(f, subject)
-        found = engine.explain(f, x, methods, targets, top_k, settings if tft else None)
+        found = explanation.explain(fast, x, methods, targets, top_k, wanted)
         return [write_outputs(f, subject, e, kinds, out, cut) for e in found]
 
-    _each_image(f, images, explain_image, settings, out, json, quiet, debug)
+    _each_image(ready, images, explain_image, settings, out, json, quiet, debug)
 
 
 @app.command()
@@ -115,7 +125,10 @@ def tft(
     masking: o.MaskingOption = "binary",
     fill: o.FillOption = "mean",
     threshold_mode: o.ThresholdModeOption = "value",
+    search: o.SearchOption = "exact",
     device: o.DeviceOption = "auto",
+    engine: o.EngineOption = "auto",
+    precision: o.LowerOption = "no",
     out: o.OutOption = Path("aft-out"),
     save: o.SaveOption = None,
     json: o.JsonOption = False,
@@ -124,28 +137,33 @@ def tft(
 ) -> None:
     """Fine-tune the threshold of an attribution map, our own or any other tool's."""
     kinds = v.outputs(save, True)
-    settings = setup.settings(thresholds, masking, fill, threshold_mode)
+    settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
     v.methods(cam)
+    accelerate = setup.engine(engine, precision, quiet)
 
-    from aftcli import explanation as engine
+    from aftcli import explanation
     from aftcli.data import fit_map, read_map
     from aftcli.report import write_outputs
 
     values = read_map(map_) if map_ else None
     f = setup.classifier(model, checkpoint, classes, layer, device)
     targets = setup.targets(f, target, top_k)
+    methods = setup.methods(f, cam, "gradcam") if values is None else ["map"]
 
-    def explain_image(subject: Subject) -> list[Report]:
+    def ready(count: int) -> Classifier:
+        each = explanation.passes(f, methods, len(targets) or top_k, settings)
+        return accelerate(f, count * each)
+
+    def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         x = setup.input_of(f, subject)
         if values is None:
-            methods = setup.methods(f, cam, "gradcam")
-            found = engine.explain(f, x, methods, targets, top_k, settings)
+            found = explanation.explain(fast, x, methods, targets, top_k, settings)
         else:
             attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
-            found = engine.explain_map(f, x, attribution, targets, top_k, settings)
+            found = explanation.explain_map(fast, x, attribution, targets, top_k, settings)
         return [write_outputs(f, subject, e, kinds, out, None) for e in found]
 
-    _each_image(f, [image], explain_image, settings, out, json, quiet, debug)
+    _each_image(ready, [image], explain_image, settings, out, json, quiet, debug)
 
 
 @app.command()
@@ -162,11 +180,14 @@ def gen_masks(
     masking: o.MaskingOption = "binary",
     fill: o.FillOption = "mean",
     threshold_mode: o.ThresholdModeOption = "value",
+    search: o.SearchOption = "exact",
     run: o.RunOption = Path("aft-run"),
     overwrite: o.OverwriteOption = False,
     strict: o.StrictOption = False,
     show: o.ShowOption = None,
     device: o.DeviceOption = "auto",
+    engine: o.EngineOption = "auto",
+    precision: o.LowerOption = "no",
     batch_size: o.BatchSizeOption = 16,
     workers: o.WorkersOption = None,
     json: o.JsonOption = False,
@@ -181,17 +202,20 @@ def gen_masks(
     if show or dataset is None:
         return _show(show, json)
     v.methods(cam)
-    settings = setup.settings(thresholds, masking, fill, threshold_mode)
+    settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
     processes, device = setup.processes(device)
+    accelerate = setup.engine(engine, precision, quiet or processes.index > 0)
     f = setup.classifier(model, checkpoint, classes, layer, device)
 
     from aftcli import generate, report_masks
     from aftcli.datasets import open_data_set
+    from aftcli.explanation import passes
     from aftcli.memory import keep_freed_memory
 
     keep_freed_memory()
     data = open_data_set(dataset, split, f.classes).limited(limit)
     methods = setup.methods(f, cam, "gradcam")
+    f = accelerate(f, len(data.samples) // processes.count * passes(f, methods, 1, settings))
     watched = report_masks.watch(
         generate.generate_masks(
             f,
@@ -243,6 +267,7 @@ def finetune(
     overwrite: o.OverwriteOption = False,
     export: o.ExportOption = None,
     device: o.DeviceOption = "auto",
+    engine: o.EngineOption = "auto",
     workers: o.WorkersOption = None,
     json: o.JsonOption = False,
     quiet: o.QuietOption = False,
@@ -261,8 +286,9 @@ def finetune(
         raise AftError("--split goes with --no-masks: masks know the images that they were made of")
     v.without_masks(no_masks, lam=lam, consistency=consistency, classification=classification)
 
-    from aftcli import finetune as engine
+    from aftcli import finetune as tuning
     from aftcli import finetune_jobs, report_tuned
+    from aftcli.engine import check_engine, fast_stem
     from aftcli.finetune_defaults import in_situation
     from aftcli.memory import keep_freed_memory
     from aftcli.serving import check_onnx
@@ -282,8 +308,16 @@ def finetune(
         classification=classification,
         blend=blend,
     )
-    options = engine.Options(cache, augment, setup.workers(workers), overwrite)
+    check_engine(engine)
     accelerator = setup.accelerator(device, precision)
+    note = setup.noting(quiet or accelerator.process_index > 0)
+    options = tuning.Options(
+        cache,
+        augment,
+        setup.workers(workers),
+        overwrite,
+        fast_stem=lambda f, stem, passes: fast_stem(f, stem, engine, passes, note),
+    )
     *earlier, last = layer or [""]
     names = setup.names(classes)
     source = finetune_jobs.Source(
@@ -294,7 +328,7 @@ def finetune(
         jobs = finetune_jobs.control_jobs(run, source, dataset, split, limit, seed)
     else:
         jobs = finetune_jobs.mask_jobs(run, source, cams, dataset, limit)
-    events = engine.fine_tune(jobs, run, settings, options, accelerator)
+    events = tuning.fine_tune(jobs, run, settings, options, accelerator)
     tuned = report_tuned.watch(events, quiet or accelerator.process_index > 0)
     if accelerator.process_index == 0:
         exported = [report_tuned.export(t.path) for t in tuned] if wanted else []
@@ -327,6 +361,8 @@ def evaluate(
     run: o.RunOption = Path("aft-run"),
     overwrite: o.OverwriteOption = False,
     device: o.DeviceOption = "auto",
+    engine: o.EngineOption = "auto",
+    precision: o.LowerOption = "no",
     batch_size: o.BatchSizeOption = 16,
     workers: o.WorkersOption = None,
     json: o.JsonOption = False,
@@ -366,7 +402,8 @@ def evaluate(
         threshold_mode or None,
     )
     keep_freed_memory()
-    how = report_study.How(setup.workers(workers), batch_size, overwrite, quiet)
+    accelerate = setup.engine(engine, precision, quiet or processes.index > 0)
+    how = report_study.How(setup.workers(workers), batch_size, overwrite, quiet, accelerate)
     found = report_study.evaluate(run, asked, wanted, how, processes)
     if processes.index == 0:
         shown = Shown(ci, paper)
@@ -385,9 +422,9 @@ def _show(show: Path | None, json: bool) -> None:
 
 
 def _each_image(
-    f: Classifier,
+    ready: Callable[[int], Classifier],
     arguments: list[str],
-    explain_image: Callable[[Subject], list[Report]],
+    explain_image: Callable[[Classifier, Subject], list[Report]],
     settings: TftSettings,
     out: Path,
     json: bool,
@@ -403,11 +440,12 @@ def _each_image(
     results: list[dict[str, Any]] = []
     if paths:
         report.output_folder(out)
+        f = ready(len(paths))
     for path in report.progress(paths, "explaining", len(paths), quiet):
         try:
             picture = read_image(path)
             view = view_of(picture.size, f.preprocessing)
-            reports = explain_image(report.Subject(path, stems[path], picture, view))
+            reports = explain_image(f, report.Subject(path, stems[path], picture, view))
             # Numbers instead of the maps: a folder may hold very many images.
             results += [report.as_dict(f, each, settings) for each in reports]
         except AftError as error:

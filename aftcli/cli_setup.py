@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from aftcli.core.classifier import Classifier
+    from aftcli.engine import Accelerate
     from aftcli.explanation import TftSettings
     from aftcli.generate import Processes
     from aftcli.report import Subject
@@ -70,15 +73,17 @@ def accelerator(device: str, precision: str) -> Accelerator:
         raise AftError(f"--precision {precision} can't be used here ({error})") from error
 
 
-def settings(thresholds: str, masking: str, fill: str, mode: str) -> TftSettings:
+def settings(
+    thresholds: str, masking: str, fill: str, mode: str, search: str = "exact"
+) -> TftSettings:
     """The settings of a search, checked before anything is computed."""
     values = v.thresholds(thresholds)
 
     from aftcli.explanation import TftSettings
     from aftcli.tft import check_settings
 
-    check_settings(values, masking, fill, mode)
-    return TftSettings(values, masking, fill, mode)
+    check_settings(values, masking, fill, mode, search)
+    return TftSettings(values, masking, fill, mode, search)
 
 
 def classifier(
@@ -89,6 +94,19 @@ def classifier(
 
     where = find_device(device)
     return load_classifier(model, checkpoint, layer, classes=names(classes), device=where)
+
+
+def engine(name: str, precision: str, quiet: bool) -> Accelerate:
+    """What makes classifiers fast, its names checked before one is loaded."""
+    from aftcli.engine import accelerated, check_engine
+
+    check_engine(name, precision)
+    return lambda f, passes: accelerated(f, name, passes, noting(quiet), precision)
+
+
+def noting(quiet: bool) -> Callable[[str], None]:
+    """What tells the user what is not an error, on stderr."""
+    return lambda text: None if quiet else print(f"aft: {v.plain(text)}", file=sys.stderr)
 
 
 def names(classes: Path | None) -> tuple[str, ...] | None:

@@ -111,6 +111,20 @@ class _Maps:
         return class_score(self.f(x).float().softmax(1), self.class_index)
 
 
+def passes(wanted: Wanted, units: int) -> int:
+    """How many images pass the network, at the most, to measure the maps of one."""
+    curve = len(wanted.search.thresholds) + 1 if wanted.search else 1
+    extras = {
+        "adcc": 1,
+        "insertion": 2 * (metrics.STEPS + 1),
+        "road": len(metrics.ROAD_SHARES),
+    }
+    views = 2 if wanted.search else 1
+    return 1 + units * (
+        curve + views * sum(n for name, n in extras.items() if name in wanted.extras)
+    )
+
+
 @torch.no_grad()
 def measure_batch(
     f: Classifier, images: Images, units: Sequence[Unit], wanted: Wanted

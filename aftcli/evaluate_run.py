@@ -13,8 +13,9 @@ import torch
 from aftcli import metrics
 from aftcli.core.classifier import Classifier
 from aftcli.core.registry import METHODS
+from aftcli.engine import Accelerate, as_it_is
 from aftcli.errors import AftError
-from aftcli.evaluate import Columns, Images, Unit, Wanted, measure_batch
+from aftcli.evaluate import Columns, Images, Unit, Wanted, measure_batch, passes
 from aftcli.evaluate_jobs import Study, Variant
 from aftcli.evaluate_store import Result, ResultFile, content_hash
 from aftcli.files import file_stem, locked, make_folder
@@ -38,6 +39,7 @@ class Plan:
         batch: images in one pass of the stem.
         overwrite: compute anew.
         block: images stored at a time; default by the number of images.
+        accelerate: makes classifiers fast (`aftcli.engine`).
     """
 
     maskings: tuple[str, ...] = tuple(MASKINGS)
@@ -46,6 +48,7 @@ class Plan:
     batch: int = BATCH
     overwrite: bool = False
     block: int | None = None
+    accelerate: Accelerate = as_it_is
 
 
 class Step(NamedTuple):
@@ -196,6 +199,8 @@ def _blocks(
     wanted = Wanted(
         study.search if variant.name == "original" else None, plan.extras, study.search.fill
     )
+    most = max(len(lacking[i]) for i in todo)
+    f = plan.accelerate(f, passes(wanted, most) * sum(len(spans[i]) for i in todo))
     for loaded in load_blocks(f.preprocessing, study.data_set, spans, todo, plan.workers):
         units, parts = lacking[loaded.block], []
         batches = torch.from_numpy(loaded.x).split(plan.batch) if loaded.indices else ()

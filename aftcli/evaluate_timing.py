@@ -16,6 +16,7 @@ from torch import Tensor
 from aftcli import __version__
 from aftcli.core.cam import attribution_map
 from aftcli.core.classifier import Classifier
+from aftcli.engine import Accelerate, as_it_is
 from aftcli.evaluate_jobs import Study, some_inputs
 from aftcli.evaluate_store import ResultFile
 from aftcli.explanation import TftSettings
@@ -134,7 +135,13 @@ def time_map(
     return Table5Row(f.name, cam, medians[0], medians[1], *where)
 
 
-def table5(study: Study, run: Path, masking: str, overwrite: bool = False) -> Iterator[Table5Row]:
+def table5(
+    study: Study,
+    run: Path,
+    masking: str,
+    overwrite: bool = False,
+    accelerate: Accelerate = as_it_is,
+) -> Iterator[Table5Row]:
     """Time each method of a study on its first images, or find the figures of an earlier call.
 
     Args:
@@ -142,11 +149,12 @@ def table5(study: Study, run: Path, masking: str, overwrite: bool = False) -> It
         run: where it lives; figures are kept in `<run>/results`.
         masking: of the search.
         overwrite: measure anew.
+        accelerate: makes the classifier fast (`aftcli.engine`).
 
     Raises:
         AftError: no image can be read, or a file can't be written.
     """
-    f, folder = study.f, make_folder(run / "results")
+    f, folder = accelerate(study.f, None), make_folder(run / "results")
     search = TftSettings(study.search.thresholds, masking, study.search.fill, study.search.mode)
     inputs: list[Tensor] = []
     for cam in study.cams:
@@ -156,6 +164,7 @@ def table5(study: Study, run: Path, masking: str, overwrite: bool = False) -> It
             "torch": torch.__version__,
             "weights": study.variants[0].weights,
             "device": device_name(f.device),
+            "engine": f.engine.name if f.engine else "",
             "cam": cam,
             **asdict(search),
         }

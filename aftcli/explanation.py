@@ -21,6 +21,7 @@ class TftSettings:
     masking: str = "binary"
     fill: str = "mean"
     mode: str = "value"
+    search: str = "exact"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ def fits(f: Classifier, method: str) -> bool:
     return method != "cam" or (
         f.linear_head is not None and f.linear_head.is_last and f.linear_head.is_mean
     )
+
+
+def passes(
+    f: Classifier, methods: Sequence[str], classes: int, settings: TftSettings | None
+) -> int:
+    """How many images pass the network, at the most, to explain one."""
+    searched = len(settings.thresholds) if settings else 0
+    perturbed = f.activation_shape[0] if "scorecam" in methods else 0
+    return 1 + classes * (len(methods) * searched + perturbed)
 
 
 def explain(
@@ -135,6 +145,7 @@ def _search(
             settings.mode,
             probability=y[classes],
             owner=torch.zeros_like(classes),
+            search=settings.search,
         )
         results = [TftResult(*(field[i : i + 1] for field in found)) for i in range(len(maps))]
     return [

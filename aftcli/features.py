@@ -51,7 +51,7 @@ class Masks(NamedTuple):
     made: str
 
 
-def stem_output(stem: nn.Module, x: Tensor) -> Features:
+def stem_output(stem: Callable[[Tensor], Tensor | Features], x: Tensor) -> Features:
     """What w0 hands to w1, as a tuple of tensors, each (N, ...)."""
     with torch.no_grad():
         out = stem(x)
@@ -74,6 +74,7 @@ class Cache:
 
     Attributes:
         key: names what it depends on.
+        run: computes what the stem does, which it is unless another is set.
         broken: images that could not be read.
         usable: indices of the others.
     """
@@ -92,6 +93,7 @@ class Cache:
     ) -> None:
         self.f, self.stem, self.data_set, self.how = f, stem or f.stem, data_set, how
         self.workers, self.share, self.strict, self.masks = workers, share, strict, masks
+        self.run: Callable[[Tensor], Tensor | Features] = self.stem
         self.key = _key(f, self.stem, data_set, masks)
         self.folder = folder / self.key
         count = len(data_set.samples)
@@ -149,7 +151,7 @@ class Cache:
         inputs = change(inputs, indices)
         # A block without one readable image still has the features' shape.
         padded = inputs if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:])
-        features = stem_output(self.stem, padded.to(self.f.device, self._dtype()))
+        features = stem_output(self.run, padded.to(self.f.device, self._dtype()))
         return tuple(t[: len(inputs)] for t in features)
 
     def _dtype(self) -> torch.dtype:

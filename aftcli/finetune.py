@@ -20,12 +20,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from aftcli import __version__
 from aftcli.aft import AftSettings
 from aftcli.aft_tail import check_trainable
 from aftcli.aft_training import Epoch, Measured, State, Step, Training
 from aftcli.core.checkpoint import checkpoint_of, read_card
+from aftcli.core.classifier import Classifier
 from aftcli.datasets import DataSet, validation_of
 from aftcli.errors import AftError
 from aftcli.features import Cache, CachedExamples, Masks, check_cache, choose_cache
@@ -39,6 +41,13 @@ SAVE_EVERY = 30.0  # seconds between stored states, at the least
 OVERHEAD = 0.05  # share of the time that storing them may take
 
 
+StemPass = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
+
+
+def _as_it_is(f: Classifier, stem: nn.Module, passes: int | None) -> StemPass:
+    return stem
+
+
 @dataclass(frozen=True)
 class Options:
     """How a run goes, but for what it computes.
@@ -49,6 +58,7 @@ class Options:
         workers: processes that decode images.
         overwrite: begin anew.
         save_every: seconds between stored states, at the least; 0 stores one at each step.
+        fast_stem: gives what computes w0 of so many images (`aftcli.engine.fast_stem`).
 
     Raises:
         AftError: see `check_cache`.
@@ -59,6 +69,7 @@ class Options:
     workers: int = 1
     overwrite: bool = False
     save_every: float = SAVE_EVERY
+    fast_stem: Callable[[Classifier, nn.Module, int | None], StemPass] = _as_it_is
 
     def __post_init__(self) -> None:
         check_cache(self.cache, self.augment)
@@ -331,6 +342,7 @@ def _cache(
     if cache.key in caches and caches[cache.key].strict == strict:
         return caches[cache.key]
     done, total = 0, -(-len(data_set.samples) // count)
+    cache.run = options.fast_stem(job.f, job.stem, None if how == "off" else total)
     for images in cache.fill():
         done += images
         yield Cached(done, total, how, data_set.split, masks is not None)

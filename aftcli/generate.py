@@ -123,6 +123,7 @@ def tune_batch(
         settings.mode,
         probability=y.repeat(len(methods)),
         owner=torch.arange(count, device=x.device).repeat(len(methods)),
+        search=settings.search,
     )
     cut = cut_off(high, result.tau[:, None], settings.mode)[:, 0]
     mask = mask_of(threshold_map(low, cut))
@@ -151,6 +152,7 @@ def store_settings(f: Classifier, data_set: DataSet, settings: TftSettings) -> d
         "masking": settings.masking,
         "fill": settings.fill,
         "threshold_mode": settings.mode,
+        **({"search": settings.search} if settings.search != "exact" else {}),
         "preprocessing": f.preprocessing.as_dict(),
         "data_set": str(data_set.root.resolve()),
         "data_kind": data_set.kind,
@@ -333,5 +335,5 @@ def _take(stores: dict[str, _Store], held: ExitStack, overwrite: bool) -> None:
 
 def _progress(tuned: list[Tuned]) -> Done:
     tau = torch.cat([t.tft.tau for t in tuned])
-    raised = torch.cat([t.tft.rpi.amax(1) > 0 for t in tuned])
+    raised = torch.cat([t.tft.rpi.nan_to_num().amax(1) > 0 for t in tuned])
     return Done(len(tuned[0].class_index), float(tau.sum()), int(raised.sum()), len(tau))

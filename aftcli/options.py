@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from aftcli.core.registry import METHODS
+from aftcli.engine import CHOICES, TOLERANCES
 from aftcli.measures import MEASURES
 from aftcli.options_values import SAVE
 
@@ -126,8 +127,34 @@ ThresholdModeOption = Annotated[
         help="Thresholds cut scores, or ranks of scores.",
     ),
 ]
+SearchOption = Annotated[
+    str,
+    typer.Option(
+        "--search",
+        metavar="exact|fast",
+        help="Try all thresholds (Algorithm 1), or some, coarse to fine: for fine grids.",
+    ),
+]
 DeviceOption = Annotated[
     str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
+]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="|".join(CHOICES),
+        envvar="AFT_ENGINE",
+        help="What runs the network; results are the same up to rounding. auto: onnxruntime for "
+        "many images on a CPU, else torch.",
+    ),
+]
+LowerOption = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="|".join(TOLERANCES),
+        help="Run the network in lower precision, for speed on GPUs; results then differ.",
+    ),
 ]
 OutOption = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="Where the files go; made if missing.")

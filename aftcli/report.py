@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
@@ -260,14 +261,15 @@ def cam_title(cam: str) -> str:
 
 def _best(explanation: Explanation) -> float:
     assert explanation.tft
-    return float(explanation.tft.probabilities[0, int(explanation.tft.rpi[0].argmax())])
+    return float(explanation.tft.probabilities[0, explanation.tft.best])
 
 
 def draw_rpi(ax: Axes, explanation: Explanation, colour: str = "tab:red") -> None:
     """Draw the RPI curve of an explanation with tau* marked."""
     assert explanation.tft
-    thresholds = explanation.thresholds
     rpi = explanation.tft.rpi[0].cpu().numpy()
+    tried = ~np.isnan(rpi)
+    thresholds, rpi = np.array(explanation.thresholds)[tried], rpi[tried]
     best = int(rpi.argmax())
     ax.plot(thresholds, rpi, "o-", markersize=4)
     ax.axvline(thresholds[best], color=colour, linestyle="--", linewidth=1)
@@ -304,7 +306,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         named = plain(f"{result['class_name']} ({result['class_index']})")
         cells = [image, result["cam"], named, f"{result['probability']:.4f}"]
         if found := result.get("tft"):
-            cells += [f"{found['tau']:g}", f"{max(found['rpi']):.4f}"]
+            cells += [f"{found['tau']:g}", f"{max(filter(None, found['rpi']), default=0):.4f}"]
             cells += [f"{found['probability']:.4f}", f"{found['area']:.1%}"]
         table.add_row(*map(Text, cells))
     console.print(table)
@@ -335,14 +337,20 @@ def as_dict(f: Classifier, report: Report, settings: TftSettings) -> dict[str, A
     if e.tft:
         result["tft"] = {
             "thresholds": list(e.thresholds),
-            "probabilities": e.tft.probabilities[0].tolist(),
-            # JSON knows no infinity; RPI is, where y^c underflows.
-            "rpi": e.tft.rpi[0].nan_to_num().tolist(),
-            "tau": e.thresholds[int(e.tft.rpi[0].argmax())],
+            "probabilities": _plain_list(e.tft.probabilities[0]),
+            "rpi": _plain_list(e.tft.rpi[0]),
+            "tau": e.thresholds[int(e.tft.best)],
             "probability": _best(e),
             "area": float(e.tft.mask.float().mean()),
             "masking": settings.masking,
             "fill": settings.fill,
             "threshold_mode": settings.mode,
+            "search": settings.search,
         }
     return result
+
+
+def _plain_list(values: Tensor) -> list[float | None]:
+    """Values for JSON: it knows no NaN (thresholds not tried), no infinity (RPI where y^c = 0)."""
+    finite = values.clamp(max=torch.finfo(values.dtype).max)
+    return [None if math.isnan(value) else value for value in finite.tolist()]

@@ -124,7 +124,7 @@ def _draw_row(
     assert found.tft
     attribution = found.attribution.cpu()
     seen, view = seen_part(subject, attribution.shape)
-    best = float(found.tft.probabilities[0, int(found.tft.rpi[0].argmax())])
+    best = float(found.tft.probabilities[0, found.tft.best])
     name = f.classes.name(found.class_index)
     shown = [
         (f"{name} {found.probability:.3f}", attribution, torch.zeros_like(attribution)),

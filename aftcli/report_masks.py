@@ -61,7 +61,7 @@ def summarise(store: MaskStore, names: Sequence[str]) -> StoreSummary:
     labels = np.zeros(max(len(names), 1), dtype=np.int64)
     for start in range(0, len(store), 4096):
         rows = store.rows(start, start + 4096)
-        best = rows.rpi.max(1) if len(rows.rpi) else np.zeros(0)
+        best = np.nanmax(rows.rpi, 1) if len(rows.rpi) else np.zeros(0)
         totals += [rows.tau.sum(), (best > 0).sum(), best.sum(), rows.probability.sum()]
         labels += np.bincount(rows.label, minlength=len(labels))
     count = max(len(store), 1)

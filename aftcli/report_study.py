@@ -13,6 +13,7 @@ import torch
 import torchvision
 
 from aftcli import __version__
+from aftcli.engine import Accelerate, as_it_is
 from aftcli.evaluate_jobs import Asked, Study, find_studies
 from aftcli.evaluate_run import Measured, Plan, evaluate_study
 from aftcli.evaluate_sanity import sanity_rows
@@ -38,12 +39,13 @@ class Wanted(NamedTuple):
 
 
 class How(NamedTuple):
-    """How it is done: processes that decode, images in a pass, anew, without progress."""
+    """How it is done: decoding processes, images in a pass, anew, without progress, engine."""
 
     workers: int = 1
     batch: int = 16
     overwrite: bool = False
     quiet: bool = False
+    accelerate: Accelerate = as_it_is
 
 
 class Found(NamedTuple):
@@ -67,6 +69,7 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
         how.workers,
         how.batch,
         how.overwrite,
+        accelerate=how.accelerate,
     )
     first = processes.index == 0
     measured = []
@@ -106,7 +109,7 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
 
 
 def _timed(study: Study, run: Path, masking: str, how: How) -> Any:  # noqa: ANN401 - of rows
-    rows = table5(study, run, masking, how.overwrite)
+    rows = table5(study, run, masking, how.overwrite, how.accelerate)
     return progress(rows, f"timing {study.f.name}", len(study.cams), how.quiet)
 
 

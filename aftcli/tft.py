@@ -26,6 +26,8 @@ class TftResult(NamedTuple):
         probability: y^c of the whole image, shape (N,).
         attribution: I_tau*, shape (N, H, W), in [0, 1].
         mask: M_tau*, shape (N, H, W), bool.
+
+    `rpi` and `probabilities` are NaN at thresholds that a fast search left out.
     """
 
     tau: Tensor
@@ -34,6 +36,16 @@ class TftResult(NamedTuple):
     probability: Tensor
     attribution: Tensor
     mask: Tensor
+
+    @property
+    def best(self) -> Tensor:
+        """Which threshold tau* is, shape (N,)."""
+        return first_maximum(self.rpi)
+
+
+def first_maximum(rpi: Tensor) -> Tensor:
+    """Argmax over T, the first of equal ones, shape (N,); NaN, not tried, does not count."""
+    return torch.where(rpi.isnan(), -1, rpi).argmax(1)
 
 
 def relative_probability_increase(y_hat: Tensor, y: Tensor) -> Tensor:
@@ -48,7 +60,7 @@ def relative_probability_increase(y_hat: Tensor, y: Tensor) -> Tensor:
     """
     rise = (y_hat - y).clamp(min=0)
     # y = 0 happens only where a probability underflows; 0 / 0 is no increase.
-    return torch.where(rise > 0, rise / y, 0)
+    return torch.where(rise == 0, 0, rise / y)
 
 
 def cut_off(attribution: Tensor, tau: Tensor, mode: str = "value") -> Tensor:
@@ -133,7 +145,9 @@ def masked_image(x: Tensor, weight: Tensor, fill: Tensor) -> Tensor:
     return weight * x + (1 - weight) * fill
 
 
-def check_settings(thresholds: Sequence[float], masking: str, fill: str, mode: str) -> None:
+def check_settings(
+    thresholds: Sequence[float], masking: str, fill: str, mode: str, search: str = "exact"
+) -> None:
     """Check the settings of a search before anything is computed.
 
     Raises:
@@ -147,6 +161,7 @@ def check_settings(thresholds: Sequence[float], masking: str, fill: str, mode: s
         ("masking", masking, MASKINGS),
         ("fill", fill, FILLS),
         ("threshold mode", mode, MODES),
+        ("search", search, SEARCHES),
     ):
         if name not in known:
             raise AftError(f"unknown {what} {name!r}; nearest: {nearest(name, known)}")
@@ -154,6 +169,18 @@ def check_settings(thresholds: Sequence[float], masking: str, fill: str, mode: s
 
 def _listed(thresholds: Sequence[float]) -> str:
     return ", ".join(f"{tau:g}" for tau in thresholds) or "none"
+
+
+def areas(attribution: Tensor, cut: Tensor) -> Tensor:
+    """How many pixels each threshold keeps, shape (N, |T|).
+
+    Args:
+        attribution: I, shape (N, H, W).
+        cut: from `cut_off`, shape (N, |T|).
+    """
+    return torch.stack(
+        [mask_of(threshold_map(attribution, at)).sum((1, 2)) for at in cut.unbind(1)], 1
+    )
 
 
 class Distinct(NamedTuple):
@@ -188,9 +215,8 @@ def distinct_masks(
         share_empty: empty masks of all images give the same masked image.
     """
     steps = range(cut.shape[1])
-    kept = torch.stack(
-        [mask_of(threshold_map(attribution, cut[:, t])).sum((1, 2)) for t in steps], dim=1
-    ).tolist()
+    # The one copy from the device: which masked images there are decides how they are packed.
+    kept = areas(attribution, cut).tolist()
     whole = attribution[0].numel() if masking == "binary" else -1
     pairs: list[tuple[int, int]] = []
     known: dict[tuple[int, int], list[int]] = {}
@@ -252,8 +278,8 @@ def masked_probabilities(
     pairs, source = distinct_masks(attribution, cut, owner.tolist(), masking, fill != "blur")
     filled = FILLS[fill](f, x)
     rows = []
-    for start in range(0, len(pairs), BATCH):
-        n, t = torch.tensor(pairs[start : start + BATCH], device=x.device).mT
+    places = torch.tensor(pairs, dtype=torch.long).view(-1, 2).to(x.device)
+    for n, t in (part.unbind(1) for part in places.split(BATCH) if len(part)):
         weight = MASKINGS[masking](threshold_map(attribution[n], cut[n, t]))
         image = owner[n]
         rows.append(f(masked_image(x[image], weight, filled[image])).float().softmax(1))
@@ -263,6 +289,42 @@ def masked_probabilities(
     y_hat = torch.cat(rows)[source.clamp(min=0), class_index[:, None]]
     # A mask that keeps everything changes nothing: exactly y, not y up to rounding.
     return torch.where(source == WHOLE, y[:, None], y_hat)
+
+
+Score = Callable[[Tensor], Tensor]  # steps of T, shape (N, k), to their y_hat^c
+
+
+def every_threshold(score: Score, y: Tensor, count: int) -> Tensor:
+    """y_hat^c of all of T, shape (N, |T|): Algorithm 1."""
+    return score(torch.arange(count, device=y.device).repeat(len(y), 1))
+
+
+def coarse_to_fine(score: Score, y: Tensor, count: int) -> Tensor:
+    """y_hat^c of some of T, shape (N, |T|), NaN elsewhere.
+
+    A coarse part of T first; then, the stride halved each time, what is on both sides of the
+    best so far. Finds tau* where RPI has one prominent peak.
+    """
+    y_hat = y.new_full((len(y), count), torch.nan)
+    stride = 1 << max((count - 1) // 4, 1).bit_length() - 1
+    coarse = sorted({*range(0, count, stride), count - 1})
+    steps = torch.tensor(coarse, device=y.device).repeat(len(y), 1)
+    while True:
+        y_hat.scatter_(1, steps, score(steps))
+        if stride == 1:
+            return y_hat
+        stride //= 2
+        best = first_maximum(relative_probability_increase(y_hat, y[:, None]))
+        # At an end of T there is one side only; it is scored once.
+        low = torch.where(best < stride, best + stride, best - stride)
+        high = torch.where(best + stride >= count, best - stride, best + stride)
+        steps = torch.stack([low, high], 1).clamp(0, count - 1)
+
+
+SEARCHES: dict[str, Callable[[Score, Tensor, int], Tensor]] = {
+    "exact": every_threshold,
+    "fast": coarse_to_fine,
+}
 
 
 def fine_tune_threshold(
@@ -277,6 +339,7 @@ def fine_tune_threshold(
     *,
     probability: Tensor | None = None,
     owner: Tensor | None = None,
+    search: str = "exact",
 ) -> TftResult:
     """Find each image's threshold tau* = argmax RPI (Algorithm 1).
 
@@ -295,6 +358,7 @@ def fine_tune_threshold(
         probability: y^c, shape (N,), of each map, where it is known already: saves a pass.
         owner: which input each map is of, shape (N,), where several maps (of other methods or
             classes) share inputs: equal masks of one input are scored once. Default one each.
+        search: "exact", all of T, or "fast", some of T, coarse to fine.
 
     Returns:
         tau*, RPI and probabilities of all thresholds, I_tau* and M_tau*. Of equal maxima the
@@ -303,7 +367,7 @@ def fine_tune_threshold(
     Raises:
         AftError: thresholds are out of range or order, a name is unknown, or shapes disagree.
     """
-    check_settings(thresholds, masking, fill, mode)
+    check_settings(thresholds, masking, fill, mode, search)
     owner = torch.arange(len(x), device=x.device) if owner is None else owner
     count = len(owner)
     if attribution.shape != (count, *x.shape[2:]) or class_index.shape != (count,):
@@ -316,11 +380,16 @@ def fine_tune_threshold(
         with torch.no_grad():
             y = classifier(x).float().softmax(1)
         probability = y[owner, class_index]
-    y_hat = masked_probabilities(
-        classifier, x, attribution, cut, class_index, probability, owner, masking, fill
-    )
+
+    def score(steps: Tensor) -> Tensor:
+        some = cut.gather(1, steps)
+        return masked_probabilities(
+            classifier, x, attribution, some, class_index, probability, owner, masking, fill
+        )
+
+    y_hat = SEARCHES[search](score, probability, len(thresholds))
     rpi = relative_probability_increase(y_hat, probability[:, None])
-    best = rpi.argmax(1)
+    best = first_maximum(rpi)
     chosen = threshold_map(attribution, cut.gather(1, best[:, None]).squeeze(1))
     tau = attribution.new_tensor(thresholds)[best]
     return TftResult(tau, rpi, y_hat, probability, chosen, mask_of(chosen))

@@ -29,6 +29,14 @@ def shared():
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def exported(tmp_path_factory):
+    """Keep what engines export out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AFT_CACHE", str(tmp_path_factory.mktemp("exported")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def lite0():
     """The embedded classifier with its real weights."""

@@ -29,6 +29,7 @@ ORDER = [
     "aft",
     "tft",
     "loading",
+    "engine",
     "objects",
     "datasets",
     "data",

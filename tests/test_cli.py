@@ -112,6 +112,7 @@ def test_explain_tft_says_and_writes_what_the_engine_finds(real, folder, masking
         "masking": masking,
         "fill": "mean",
         "threshold_mode": "percentile",
+        "search": "exact",
     }
     assert outputs == {
         "overlay": "o/chelsea-tiger_cat-layercam-overlay.png",

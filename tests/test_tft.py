@@ -1,6 +1,7 @@
 """Threshold fine-tuning against Algorithm 1 in plain loops (§4.1)."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -157,7 +158,9 @@ def test_thresholds_out_of_range_or_order_are_an_error(thresholds):
         fine_tune_threshold(s.f, s.x, torch.rand(3, *SIZE), s.class_index, thresholds)
 
 
-@pytest.mark.parametrize("wrong", [{"masking": "hard"}, {"fill": "grey"}, {"mode": "rank"}])
+@pytest.mark.parametrize(
+    "wrong", [{"masking": "hard"}, {"fill": "grey"}, {"mode": "rank"}, {"search": "x"}]
+)
 def test_unknown_settings_are_an_error(wrong):
     s = small("linear")
     (name,) = wrong.values()
@@ -225,6 +228,70 @@ def test_a_known_probability_is_taken_instead_of_a_pass():
         s.f, s.x, attribution, s.class_index, probability=torch.full((3,), 0.125)
     )
     assert_near(found.rpi, (found.probabilities - 0.125).clamp(min=0) / 0.125, 1e-6)
+
+
+# The fast search
+
+
+FINE = tuple(i / 40 for i in range(41))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 11, 41, 101])
+@pytest.mark.parametrize("peak", [0.0, 0.13, 0.4, 0.5, 0.77, 1.0])
+def test_a_fast_search_finds_the_one_peak(peak, count):
+    thresholds = tuple(i / max(count - 1, 1) for i in range(count))
+    kept = 1 - peak
+    f, x = kept_share(lambda share: 0.9 - 0.8 * (share - kept).abs().clamp(max=1))
+    y = torch.tensor([0.05], dtype=torch.float64)
+    known = {"probability": y, "thresholds": thresholds}
+    exact = fine_tune_threshold(f, x, ramp(), torch.tensor([0]), **known)
+    fast = fine_tune_threshold(f, x, ramp(), torch.tensor([0]), **known, search="fast")
+    tried = ~fast.rpi.isnan()
+    # The map has a hundred scores: neighbouring thresholds may be equally good.
+    assert fast.rpi[tried].max() == exact.rpi.max()
+    assert torch.equal(fast.rpi[tried], exact.rpi[tried])
+    assert torch.equal(tried, ~fast.probabilities.isnan())
+    if count > 5:
+        assert tried.sum() <= 8 + 2 * math.log2(count)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_a_fast_search_is_the_best_of_what_it_tried(masking, seed):
+    s = small("mlp", seed)
+    attribution = attribution_map(s.f, s.x, s.class_index, "gradcam")
+    exact, fast = (
+        fine_tune_threshold(s.f, s.x, attribution, s.class_index, FINE, masking, search=search)
+        for search in ("exact", "fast")
+    )
+    tried = ~fast.rpi.isnan()
+    assert tried[:, ::8].all() and 9 <= tried.sum(1).min() <= tried.sum(1).max() <= 14
+    assert_near(fast.rpi[tried], exact.rpi[tried])
+    for n in range(3):
+        own = [t for t in range(41) if tried[n, t]]
+        best = max(own, key=lambda t: (exact.rpi[n, t].item(), -t))
+        assert fast.tau[n].item() == pytest.approx(FINE[best])
+        cut = torch.where(attribution[n] >= fast.tau[n], attribution[n], 0)
+        assert torch.equal(fast.attribution[n], cut)
+
+
+def test_a_fast_search_passes_the_network_less_often():
+    s = small("mlp", 0)
+    attribution = attribution_map(s.f, s.x, s.class_index, "gradcam")
+    counted = {}
+    for search in ("exact", "fast"):
+        counting = Counting(s.f)
+        fine_tune_threshold(
+            counting,
+            s.x,
+            attribution,
+            s.class_index,
+            FINE,
+            probability=torch.ones(3),
+            search=search,
+        )
+        counted[search] = len(counting.images)
+    assert counted["fast"] < counted["exact"] and counted["fast"] <= 3 * 14
 
 
 @pytest.mark.parametrize("seed", SEEDS)

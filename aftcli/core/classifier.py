@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,21 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+class Engine(Protocol):
+    """Another way to run a classifier's passes without gradients (aftcli/engine.py)."""
+
+    name: str
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether it can run inputs of this shape and type."""
+
+    def activation(self, x: Tensor) -> Tensor:
+        """A of inputs x, as `Classifier.activation`."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of inputs x, as the classifier itself."""
+
+
 class Classifier(nn.Module):
     """A network cut at layer l: logits = head(layer(stem(x))).
 
@@ -121,6 +136,7 @@ class Classifier(nn.Module):
         activation_shape: (K, h, w) of A at the preprocessing's input size.
         cam: the CAM method that it was fine-tuned for (§4.2); None without.
         checkpoint: the file its weights are from; "" for published or given ones.
+        engine: what runs passes without gradients; None runs all as they are written.
     """
 
     def __init__(
@@ -142,14 +158,27 @@ class Classifier(nn.Module):
         self.preprocessing, self.classes = preprocessing, classes
         self.activation_shape = activation_shape
         self.cam, self.checkpoint = cam, ""
+        self.engine: Engine | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, shape (N, C), of inputs x, shape (N, 3, H, W)."""
-        return self.head(self.activation(x))  # type: ignore[no-any-return]
+        engine = self._engine_for(x)
+        return engine.logits(x) if engine else self.head(self.activation(x))
 
     def activation(self, x: Tensor) -> Tensor:
         """Activations A of layer l, shape (N, K, h, w), of inputs x, shape (N, 3, H, W)."""
-        return self.layer(self.stem(x))  # type: ignore[no-any-return]
+        engine = self._engine_for(x)
+        return engine.activation(x) if engine else self.layer(self.stem(x))
+
+    def with_engine(self, engine: Engine | None) -> Classifier:
+        """The same classifier, the modules shared, its passes without gradients on an engine."""
+        fast = copy.copy(self)
+        fast.engine = engine
+        return fast
+
+    def _engine_for(self, x: Tensor) -> Engine | None:
+        usable = self.engine and not torch.is_grad_enabled() and self.engine.takes(x)
+        return self.engine if usable else None
 
     @cached_property
     def linear_head(self) -> LinearHead | None:

@@ -1,0 +1,107 @@
+"""PyTorch made faster: batch norms folded into convolutions, channels last in memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from aftcli.core.classifier import Classifier
+
+Pass = Callable[[Tensor], Tensor]
+
+LOWER = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
+
+
+class FoldedTorch:
+    """Classifier parts, copied, folded and laid out for speed."""
+
+    name = "torch"
+
+    def __init__(self, f: Classifier, note: Callable[[str], None], precision: str) -> None:
+        stem, layer, head = (_laid_out(folded(part)) for part in (f.stem, f.layer, f.head))
+        self.before: Pass = nn.Sequential(stem, layer)
+        self.whole: Pass = nn.Sequential(stem, layer, head)
+        self.device, self.dtype = f.device, next(f.parameters()).dtype
+        self.lower = LOWER[precision]
+
+    def takes(self, x: Tensor) -> bool:
+        """Inputs of the weights' type, of any size."""
+        return x.dtype == self.dtype
+
+    def activation(self, x: Tensor) -> Tensor:
+        """A of inputs x, shape (N, K, h, w)."""
+        return self._run(self.before, x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of inputs x, shape (N, C)."""
+        return self._run(self.whole, x)
+
+    def _run(self, part: Pass, x: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.lower, enabled=self.lower is not None):
+            out = part(x.contiguous(memory_format=torch.channels_last))
+        # Maps, softmax and comparisons are in the weights' own precision.
+        return out.to(self.dtype)
+
+
+class CompiledTorch(FoldedTorch):
+    """The same, compiled; the first passes take a minute or more."""
+
+    name = "compile"
+
+    def __init__(self, f: Classifier, note: Callable[[str], None], precision: str) -> None:
+        super().__init__(f, note, precision)
+        note(f"compiling {f.name} by torch.compile; the first images take long")
+        self.before, self.whole = (
+            torch.compile(part, dynamic=None) for part in (self.before, self.whole)
+        )
+
+
+def _laid_out(part: nn.Module) -> nn.Module:
+    return part.to(memory_format=torch.channels_last)
+
+
+class _Tracer(fx.Tracer):
+    """Trace down to convolutions and batch norms, those of timm's too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.Conv2d | _BatchNorm) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def folded(part: nn.Module) -> nn.Module:
+    """Copy a part of a network in eval mode, each batch norm after a convolution folded into it.
+
+    Where torch.fx can't trace it, the copy is as it was.
+    """
+    part = copy.deepcopy(part).eval()
+    try:
+        graph = _Tracer().trace(part)
+    except Exception:  # noqa: BLE001 - what can't be traced is run as it is
+        return part
+    whole = fx.GraphModule(part, graph)
+    modules = dict(whole.named_modules())
+    uses = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    for node in graph.nodes:
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(norm, nn.BatchNorm2d) or not isinstance(node.args[0], fx.Node):
+            continue
+        (before, *_) = node.args
+        name = str(before.target)
+        convolution = modules.get(name) if before.op == "call_module" else None
+        once = len(before.users) == 1 and uses.count(name) == uses.count(str(node.target)) == 1
+        if isinstance(convolution, nn.Conv2d) and once and norm.track_running_stats:
+            whole.set_submodule(name, fuse_conv_bn_eval(convolution, norm))
+            whole.set_submodule(str(node.target), _what_follows(norm))
+    return whole.eval()
+
+
+def _what_follows(norm: nn.BatchNorm2d) -> nn.Module:
+    """The activation that timm's batch norms hold."""
+    inner = [getattr(norm, name, None) for name in ("drop", "act")]
+    return nn.Sequential(*(module for module in inner if isinstance(module, nn.Module)))
