@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,14 +14,11 @@ import aftcli
 from aftcli import cli_setup as setup
 from aftcli import options as o
 from aftcli import options_values as v
+from aftcli.cli_images import complain, each_image
 from aftcli.errors import AftError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
-
     from aftcli.core.classifier import Classifier
-    from aftcli.explanation import TftSettings
     from aftcli.report import Report, Subject
 
 INTERRUPTED = 130  # what typer, and shells, make of Ctrl-C
@@ -106,7 +102,7 @@ def explain(
         found = explanation.explain(fast, x, methods, targets, top_k, wanted)
         return [write_outputs(f, subject, e, kinds, out, cut) for e in found]
 
-    _each_image(ready, images, explain_image, settings, out, json, quiet, debug)
+    each_image(ready, images, explain_image, settings, out, json, quiet, debug)
 
 
 @app.command()
@@ -163,7 +159,7 @@ def tft(
             found = explanation.explain_map(fast, x, attribution, targets, top_k, settings)
         return [write_outputs(f, subject, e, kinds, out, None) for e in found]
 
-    _each_image(ready, [image], explain_image, settings, out, json, quiet, debug)
+    each_image(ready, [image], explain_image, settings, out, json, quiet, debug)
 
 
 @app.command()
@@ -421,51 +417,6 @@ def _show(show: Path | None, json: bool) -> None:
     report_masks.show_store(show, json)
 
 
-def _each_image(
-    ready: Callable[[int], Classifier],
-    arguments: list[str],
-    explain_image: Callable[[Classifier, Subject], list[Report]],
-    settings: TftSettings,
-    out: Path,
-    json: bool,
-    quiet: bool,
-    debug: bool,
-) -> None:
-    """Explain every image that can be read; say of each other one what is wrong with it."""
-    from aftcli import report
-    from aftcli.data import find_images, read_image, view_of
-
-    paths, problems = find_images(arguments, out)
-    stems = report.stems(paths)
-    results: list[dict[str, Any]] = []
-    if paths:
-        report.output_folder(out)
-        f = ready(len(paths))
-    for path in report.progress(paths, "explaining", len(paths), quiet):
-        try:
-            picture = read_image(path)
-            view = view_of(picture.size, f.preprocessing)
-            reports = explain_image(f, report.Subject(path, stems[path], picture, view))
-            # Numbers instead of the maps: a folder may hold very many images.
-            results += [report.as_dict(f, each, settings) for each in reports]
-        except AftError as error:
-            problems.append(str(error))
-            if debug:
-                traceback.print_exc()
-    try:
-        if json or results:
-            (report.print_json if json else report.print_table)(results)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise AftError(f"the result can't be printed ({error.strerror})") from error
-    finally:
-        for problem in problems:
-            _complain(problem)
-    if problems:
-        raise typer.Exit(1)
-
-
 def main() -> None:
     """Run the command line; every error ends here."""
     debug = "--debug" in sys.argv
@@ -478,13 +429,13 @@ def main() -> None:
     except AftError as error:
         if debug:
             raise
-        _complain(str(error))
+        complain(str(error))
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _complain("interrupted")
+            complain("interrupted")
         raise
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
@@ -492,17 +443,11 @@ def main() -> None:
         if debug:
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _complain(
+        complain(
             f"{type(error).__name__}: {reason}; this is a fault of aft's, run again with "
             "--debug to see where and please report it"
         )
     sys.exit(1)
-
-
-def _complain(problem: str) -> None:
-    # With stderr closed, print would go to stdout.
-    if sys.stderr is not None:
-        print(f"aft: {v.plain(problem)}", file=sys.stderr)
 
 
 def _silence_libraries() -> None:

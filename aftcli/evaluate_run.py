@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from aftcli import metrics
-from aftcli.core.classifier import Classifier
 from aftcli.core.registry import METHODS
 from aftcli.engine import Accelerate, as_it_is
 from aftcli.errors import AftError
@@ -20,7 +19,7 @@ from aftcli.evaluate_jobs import Study, Variant
 from aftcli.evaluate_store import Result, ResultFile, content_hash
 from aftcli.files import file_stem, locked, make_folder
 from aftcli.generate import BATCH, Processes, spans_of
-from aftcli.loading import load_blocks
+from aftcli.loading import batches, load_blocks
 from aftcli.metrics_road import NOISE
 from aftcli.objects import Objects
 from aftcli.tft import MASKINGS
@@ -203,10 +202,9 @@ def _blocks(
     f = plan.accelerate(f, passes(wanted, most) * sum(len(spans[i]) for i in todo))
     for loaded in load_blocks(f.preprocessing, study.data_set, spans, todo, plan.workers):
         units, parts = lacking[loaded.block], []
-        batches = torch.from_numpy(loaded.x).split(plan.batch) if loaded.indices else ()
         places = torch.tensor(loaded.indices).split(plan.batch)
-        for x, index in zip(batches, places, strict=False):
-            parts.append(measure_batch(f, _images(study, f, x, index, objects), units, wanted))
+        for x, index in zip(batches(loaded, plan.batch, f.device), places, strict=False):
+            parts.append(measure_batch(f, _images(study, x, index, objects), units, wanted))
             yield Step(what, len(x), total)
         for unit in units:
             columns = _joined([part[unit] for part in parts])
@@ -218,8 +216,6 @@ def _joined(parts: Sequence[Columns]) -> Columns:
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]} if parts else {}
 
 
-def _images(
-    study: Study, f: Classifier, x: torch.Tensor, index: torch.Tensor, objects: Objects
-) -> Images:
+def _images(study: Study, x: torch.Tensor, index: torch.Tensor, objects: Objects) -> Images:
     label = torch.tensor([study.data_set.samples[int(i)].label for i in index])
-    return Images(x.to(f.device), label, index, objects.regions)
+    return Images(x, label, index, objects.regions)

@@ -25,7 +25,7 @@ from aftcli.datasets import DataSet
 from aftcli.errors import AftError
 from aftcli.explanation import TftSettings
 from aftcli.files import file_stem, locked, make_folder
-from aftcli.loading import load_blocks
+from aftcli.loading import batches, load_blocks
 from aftcli.masks import (
     FORMAT_VERSION,
     MaskStore,
@@ -304,8 +304,8 @@ def generate_masks(
                 raise AftError(f"{data_set.root / first.path}: {first.reason} (--strict)")
             lacking = missing[loaded.block]
             results: list[list[Tuned]] = []
-            for x in torch.from_numpy(loaded.x).split(batch) if loaded.indices else ():
-                results.append(tune_batch(f, x.to(f.device), lacking, settings))
+            for x in batches(loaded, batch, f.device):
+                results.append(tune_batch(f, x, lacking, settings))
                 yield _progress(results[-1])
             for i, method in enumerate(lacking):
                 store = open_stores[method]

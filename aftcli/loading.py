@@ -68,6 +68,28 @@ class _Blocks(Dataset[Loaded]):
         return Loaded(self.todo[index], x.numpy(), indices, broken)
 
 
+def batches(loaded: Loaded, size: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Inputs of a block on a device, batch by batch, the next one already on its way there.
+
+    Args:
+        loaded: the block.
+        size: images in a batch.
+        device: where they go; to CUDA from pinned memory, without waiting for the copy.
+
+    Yields:
+        x, shape (n, 3, H, W); none of a block without a readable image.
+    """
+    x = torch.from_numpy(loaded.x)
+    pinned = device.type == "cuda"
+    x = x.pin_memory() if pinned else x
+    moved = (part.to(device, non_blocking=pinned) for part in x.split(size) if len(part))
+    ahead = next(moved, None)
+    while ahead is not None:
+        following = next(moved, None)
+        yield ahead
+        ahead = following
+
+
 def _as_it_is(loaded: Any) -> Any:  # noqa: ANN401 - what torch declares
     return loaded
 

@@ -6,8 +6,6 @@ The gradient of the head, which CAMs need, is traced into the graph like any oth
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.models import load_classifier
 from aftcli.core.registry import METHODS
 from aftcli.core.registry import method as find_method
+from aftcli.engine_onnx import onnx_program
 from aftcli.errors import AftError
 
 TRACED = 61  # images: unlike any usual size, or the tracer might take one for the other
@@ -136,7 +135,7 @@ def check_onnx() -> None:
         import onnxscript  # noqa: F401 - torch.onnx says only much later that it is missing
     except ImportError as error:
         raise AftError(
-            f"--export onnx needs {error.name}; install it with: pip install 'aftcli[onnx]'"
+            f"--export onnx needs {error.name}; install it with: pip install {error.name}"
         ) from error
 
 
@@ -163,29 +162,10 @@ def export_onnx(checkpoint: Path, path: Path) -> None:
     method = f.cam or "gradcam"
     graph = traced(f, method)
     x = next(f.parameters()).new_zeros(TRACED, 3, *f.preprocessing.size)
-    batch = ({0: torch.export.Dim("batch", min=1)},)
-    noisy = logging.getLogger("torch.onnx").level
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            program = torch.onnx.export(
-                graph,
-                (x,),
-                input_names=["x"],
-                output_names=["logits", "attribution"],
-                dynamic_shapes=batch,
-                dynamo=True,
-                verbose=False,
-            )
+        model = onnx_program(graph, x, ("logits", "attribution")).model_proto
     except Exception as error:
         raise _not_exportable(f, method, error) from error
-    finally:
-        logging.getLogger("torch.onnx").setLevel(noisy)
-    assert program is not None
-    model = program.model_proto
-    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
-        raise _not_exportable(f, method, ValueError("it would take one number of images only"))
     onnx.helper.set_model_props(
         model, {"aft": json.dumps({key: card[key] for key in CARD} | {"cam": method})}
     )

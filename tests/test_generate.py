@@ -23,6 +23,7 @@ from stored import (
 from aftcli import AftError, MaskStore
 from aftcli.explanation import TftSettings
 from aftcli.generate import spans_of, tune_batch
+from aftcli.loading import Loaded, batches
 from aftcli.masks import Rows
 
 METHODS = ("gradcam", "layercam")
@@ -292,3 +293,12 @@ def test_torchrun_with_two_processes_gives_the_store_of_one(tmp_path):
         assert a.settings == b.settings
         for name, left, right in zip(Rows._fields, a.rows(0, 33), b.rows(0, 33), strict=True):
             assert np.array_equal(left, right), name
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 4), (3, 4), (4, 4), (9, 4), (9, 1)])
+def test_batches_of_a_block_are_its_images_in_order(count, size):
+    x = np.random.default_rng(0).normal(size=(count, 3, 5, 5)).astype(np.float32)
+    loaded = Loaded(0, x, list(range(count)), [])
+    parts = list(batches(loaded, size, torch.device("cpu")))
+    assert [len(part) for part in parts] == [min(size, count - i) for i in range(0, count, size)]
+    assert np.array_equal(np.concatenate([np.empty((0, 3, 5, 5)), *parts]), x)

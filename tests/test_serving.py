@@ -132,7 +132,9 @@ def test_what_is_missing_is_named(tuned, monkeypatch):
     from aftcli.report_tuned import export
 
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(AftError, match=r"needs onnxscript; install it with: pip install 'aftcli"):
+    with pytest.raises(
+        AftError, match=r"needs onnxscript; install it with: pip install onnxscript"
+    ):
         export(tuned)
     # Before anything is trained.
     done = aft("finetune", "--run", tuned.parents[1] / "none", "--export", "onnx")

@@ -1,0 +1,88 @@
+"""Explain images one after the other; what is wrong with one does not stop the others."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+import typer
+
+from aftcli import options_values as v
+from aftcli.errors import AftError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from typing import Any
+
+    from aftcli.core.classifier import Classifier
+    from aftcli.explanation import TftSettings
+    from aftcli.report import Report, Subject
+
+
+def each_image(
+    ready: Callable[[int], Classifier],
+    arguments: list[str],
+    explain_image: Callable[[Classifier, Subject], list[Report]],
+    settings: TftSettings,
+    out: Path,
+    json: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Explain every image that can be read; say of each other one what is wrong with it.
+
+    Args:
+        ready: gives the classifier for so many images.
+        arguments: files, folders, globs.
+        explain_image: explains one and writes its files.
+        settings: of the search.
+        out: where files go.
+        json: print JSON instead of a table.
+        quiet: no progress.
+        debug: show tracebacks.
+
+    Raises:
+        typer.Exit: some could not be explained.
+        AftError: the result can't be printed.
+    """
+    from aftcli import report
+    from aftcli.data import find_images, read_image, view_of
+
+    paths, problems = find_images(arguments, out)
+    stems = report.stems(paths)
+    results: list[dict[str, Any]] = []
+    if paths:
+        report.output_folder(out)
+        f = ready(len(paths))
+    for path in report.progress(paths, "explaining", len(paths), quiet):
+        try:
+            picture = read_image(path)
+            view = view_of(picture.size, f.preprocessing)
+            reports = explain_image(f, report.Subject(path, stems[path], picture, view))
+            # Numbers instead of the maps: a folder may hold very many images.
+            results += [report.as_dict(f, each, settings) for each in reports]
+        except AftError as error:
+            problems.append(str(error))
+            if debug:
+                traceback.print_exc()
+    try:
+        if json or results:
+            (report.print_json if json else report.print_table)(results)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise AftError(f"the result can't be printed ({error.strerror})") from error
+    finally:
+        for problem in problems:
+            complain(problem)
+    if problems:
+        raise typer.Exit(1)
+
+
+def complain(problem: str) -> None:
+    """Say on stderr what is wrong."""
+    # With stderr closed, print would go to stdout.
+    if sys.stderr is not None:
+        print(f"aft: {v.plain(problem)}", file=sys.stderr)
