@@ -16,6 +16,7 @@ from aftcli import cli_setup as setup
 from aftcli import options as o
 from aftcli import options_values as v
 from aftcli.errors import AftError
+from aftcli.measures import measures
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,8 +83,11 @@ def explain(
     """
     cut = v.muting(threshold, mute, tft)
     kinds = v.outputs(save, tft)
-    settings = setup.settings(thresholds, masking, fill, threshold_mode)
     v.methods(cam)
+    v.targets(target, top_k)
+    setup.check(device, checkpoint, classes)
+    found = _find(images, out, json)
+    settings = setup.settings(thresholds, masking, fill, threshold_mode)
     f = setup.classifier(model, checkpoint, classes, layer, device)
     methods = setup.methods(f, cam, "layercam")
     targets = setup.targets(f, target, top_k)
@@ -93,10 +97,10 @@ def explain(
 
     def explain_image(subject: Subject) -> list[Report]:
         x = setup.input_of(f, subject)
-        found = engine.explain(f, x, methods, targets, top_k, settings if tft else None)
-        return [write_outputs(f, subject, e, kinds, out, cut) for e in found]
+        explained = engine.explain(f, x, methods, targets, top_k, settings if tft else None)
+        return [write_outputs(f, subject, e, kinds, out, cut) for e in explained]
 
-    _each_image(f, images, explain_image, settings, out, json, quiet, debug)
+    _each_image(f, *found, explain_image, settings, out, json, quiet, debug)
 
 
 @app.command()
@@ -124,8 +128,11 @@ def tft(
 ) -> None:
     """Fine-tune the threshold of an attribution map, our own or any other tool's."""
     kinds = v.outputs(save, True)
-    settings = setup.settings(thresholds, masking, fill, threshold_mode)
     v.methods(cam)
+    v.targets(target, top_k)
+    setup.check(device, checkpoint, classes)
+    found = _find([image], out, json)
+    settings = setup.settings(thresholds, masking, fill, threshold_mode)
 
     from aftcli import explanation as engine
     from aftcli.data import fit_map, read_map
@@ -139,13 +146,13 @@ def tft(
         x = setup.input_of(f, subject)
         if values is None:
             methods = setup.methods(f, cam, "gradcam")
-            found = engine.explain(f, x, methods, targets, top_k, settings)
+            explained = engine.explain(f, x, methods, targets, top_k, settings)
         else:
             attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
-            found = engine.explain_map(f, x, attribution, targets, top_k, settings)
-        return [write_outputs(f, subject, e, kinds, out, None) for e in found]
+            explained = engine.explain_map(f, x, attribution, targets, top_k, settings)
+        return [write_outputs(f, subject, e, kinds, out, None) for e in explained]
 
-    _each_image(f, [image], explain_image, settings, out, json, quiet, debug)
+    _each_image(f, *found, explain_image, settings, out, json, quiet, debug)
 
 
 @app.command()
@@ -181,6 +188,7 @@ def gen_masks(
     if show or dataset is None:
         return _show(show, json)
     v.methods(cam)
+    setup.check(device, checkpoint, classes, dataset)
     settings = setup.settings(thresholds, masking, fill, threshold_mode)
     processes, device = setup.processes(device)
     f = setup.classifier(model, checkpoint, classes, layer, device)
@@ -260,6 +268,8 @@ def finetune(
     if split and not no_masks:
         raise AftError("--split goes with --no-masks: masks know the images that they were made of")
     v.without_masks(no_masks, lam=lam, consistency=consistency, classification=classification)
+    v.precision(precision)
+    setup.check(device, checkpoint, classes, dataset)
 
     from aftcli import finetune as engine
     from aftcli import finetune_jobs, report_tuned
@@ -339,25 +349,26 @@ def evaluate(
     kept in RUN/results: a second call finds them, an interrupted one goes on. TFT's settings are
     those of the masks. Runs on several processes under torchrun or accelerate launch.
     """
-    from aftcli import report_evaluate, report_study
-    from aftcli.evaluate_jobs import Asked
-    from aftcli.finetune_jobs import Source
-    from aftcli.measures import measures
-    from aftcli.memory import keep_freed_memory
-    from aftcli.report_grids import Shown
-
-    words = v.chosen("json" if json else format_, report_evaluate.FORMATS, "--format")
-    wanted = report_study.Wanted(
-        v.tables(table), measures(metrics), v.maskings(masking), baselines, sanity, figures
-    )
+    words = v.chosen("json" if json else format_, v.FORMATS, "--format")
+    tables, columns, maskings = v.tables(table), measures(metrics), v.maskings(masking)
+    cams = v.methods(cam)
+    setup.check(device, checkpoint, classes, dataset)
     settings = setup.settings(
         thresholds or "0:1:0.1", "binary", fill or "mean", threshold_mode or "value"
     )
+
+    from aftcli import report_evaluate, report_study
+    from aftcli.evaluate_jobs import Asked
+    from aftcli.finetune_jobs import Source
+    from aftcli.memory import keep_freed_memory
+    from aftcli.report_grids import Shown
+
+    wanted = report_study.Wanted(tables, columns, maskings, baselines, sanity, figures)
     processes, device = setup.processes(device)
     source = Source(model, checkpoint, layer, setup.names(classes), setup.device(device))
     asked = Asked(
         source,
-        v.methods(cam),
+        cams,
         dataset,
         split,
         limit,
@@ -384,9 +395,20 @@ def _show(show: Path | None, json: bool) -> None:
     report_masks.show_store(show, json)
 
 
+def _find(arguments: list[str], out: Path, json: bool) -> tuple[list[Path], list[str]]:
+    """The images, and what is wrong with arguments; without an image the command ends here."""
+    from aftcli.data_files import find_images
+
+    paths, problems = find_images(arguments, out)
+    if not paths:
+        _finish([], problems, json)
+    return paths, problems
+
+
 def _each_image(
     f: Classifier,
-    arguments: list[str],
+    paths: list[Path],
+    problems: list[str],
     explain_image: Callable[[Subject], list[Report]],
     settings: TftSettings,
     out: Path,
@@ -396,13 +418,11 @@ def _each_image(
 ) -> None:
     """Explain every image that can be read; say of each other one what is wrong with it."""
     from aftcli import report
-    from aftcli.data import find_images, read_image, view_of
+    from aftcli.data import read_image, view_of
 
-    paths, problems = find_images(arguments, out)
     stems = report.stems(paths)
     results: list[dict[str, Any]] = []
-    if paths:
-        report.output_folder(out)
+    report.output_folder(out)
     for path in report.progress(paths, "explaining", len(paths), quiet):
         try:
             picture = read_image(path)
@@ -414,9 +434,17 @@ def _each_image(
             problems.append(str(error))
             if debug:
                 traceback.print_exc()
+    _finish(results, problems, json)
+
+
+def _finish(results: list[dict[str, Any]], problems: list[str], json: bool) -> None:
     try:
-        if json or results:
+        if results:
+            from aftcli import report
+
             (report.print_json if json else report.print_table)(results)
+        elif json:
+            print("[]", flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

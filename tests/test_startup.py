@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from aftcli.core.models import imagenet_classes
+from aftcli import options_values, report, tft
+from aftcli.core.models import find_device, imagenet_classes
+from aftcli.errors import AftError
+from aftcli.report_evaluate import FORMATS
 
 PHOTO = str(Path(__file__).parent.parent / "docs/images/chelsea.jpg")
 # What other commands are for: masks, training, tables, export.
@@ -59,6 +62,47 @@ def test_explanations_import_nothing_of_other_commands(tmp_path, command):
     assert (code, said) == (0, "")
     assert not packages & set(OTHERS)
     assert {"torch", "timm", "matplotlib"} <= packages
+
+
+WRONG = {
+    "explain gone.jpg": "gone.jpg: there is no such file or folder",
+    "explain gone.jpg --json": "gone.jpg: there is no such file or folder",
+    "explain . --cam nonsense": "unknown CAM method 'nonsense'",
+    "explain {photo} --masking nonsense": "unknown masking 'nonsense'",
+    "explain {photo} --fill nonsense": "unknown fill 'nonsense'",
+    "explain {photo} --threshold-mode nonsense": "unknown threshold mode 'nonsense'",
+    "explain {photo} --target cat --top-k 2": "--target and --top-k exclude each other",
+    "explain {photo} --device nonsense": "unknown device 'nonsense'",
+    "explain {photo} --checkpoint gone.pth": "gone.pth: there is no such checkpoint file",
+    "explain {photo} --classes gone.txt": "gone.txt: can't be read as class names",
+    "tft gone.jpg": "gone.jpg: there is no such file or folder",
+    "gen-masks gone": "gone: there is no such folder",
+    "gen-masks . --cam nonsense": "unknown CAM method 'nonsense'",
+    "finetune gone": "gone: there is no such folder",
+    "finetune --precision nonsense": "unknown precision 'nonsense'",
+    "evaluate gone": "gone: there is no such folder",
+    "evaluate --table 9": "there is no table '9'",
+    "evaluate --metrics nonsense": "'nonsense'",
+    "evaluate --format nonsense": "unknown value 'nonsense' of --format",
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_wrong_usage_is_told_without_torch(tmp_path, command):
+    code, said, packages = run(tmp_path, *command.format(photo=PHOTO).split())
+    assert code == 1
+    assert said.startswith("aft: ") and WRONG[command] in said
+    assert not packages & {"torch", "torchvision", "timm", "numpy", "matplotlib", "h5py"}
+
+
+def test_names_known_without_torch_are_those_of_the_registries():
+    assert options_values.MASKINGS == tuple(tft.MASKINGS)
+    assert options_values.FILLS == tuple(tft.FILLS)
+    assert options_values.MODES == tft.MODES
+    assert options_values.FORMATS == tuple(FORMATS)
+    assert options_values.SAVE == tuple(report.OUTPUTS)
+    with pytest.raises(AftError, match="unknown device 'meta'"):
+        find_device("meta")
 
 
 def test_the_classes_of_imagenet_are_those_of_timm():

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from aftcli.core.checkpoint import card_classes, read_card, restore
 from aftcli.core.classifier import Classes, Classifier, Preprocessing, cut_classifier
+from aftcli.core.registry import check_device
 from aftcli.errors import AftError, nearest
+from aftcli.files import check_checkpoint
 
 DEFAULT_MODEL = "efficientnet_lite0"
 OFFLINE = (
@@ -172,8 +174,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         AftError: there is no such file, it is damaged, or it holds no state dict.
     """
-    if not path.is_file():
-        raise AftError(f"{path}: there is no such checkpoint file")
+    check_checkpoint(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -376,12 +377,11 @@ def find_device(name: str) -> torch.device:
     Raises:
         AftError: there is no such device here.
     """
+    check_device(name)
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise AftError(f"unknown device {name!r}; there are auto, cpu, cuda, cuda:N and mps")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
