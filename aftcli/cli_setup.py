@@ -10,6 +10,7 @@ from aftcli import options_values as v
 from aftcli.core.registry import check_device
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint, check_folder
+from aftcli.memory import kept_from_collector
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,7 @@ def accelerator(device: str, precision: str) -> Accelerator:
         raise AftError(f"--precision {precision} can't be used here ({error})") from error
 
 
+@kept_from_collector()
 def settings(thresholds: str, masking: str, fill: str, mode: str) -> TftSettings:
     """The settings of a search, checked before anything is computed."""
     values = v.thresholds(thresholds)
@@ -92,6 +94,7 @@ def settings(thresholds: str, masking: str, fill: str, mode: str) -> TftSettings
     return TftSettings(values, masking, fill, mode)
 
 
+@kept_from_collector()
 def classifier(
     model: str | None, checkpoint: Path | None, classes: Path | None, layer: str | None, device: str
 ) -> Classifier:

@@ -1,8 +1,10 @@
 """Commands import what they need and nothing else: imports are most of a short command's time."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from aftcli import options_values, report, tft
 from aftcli.core.models import find_device, imagenet_classes
 from aftcli.errors import AftError
+from aftcli.memory import kept_from_collector
 from aftcli.report_evaluate import FORMATS
 
 PHOTO = str(Path(__file__).parent.parent / "docs/images/chelsea.jpg")
@@ -111,3 +114,22 @@ def test_the_classes_of_imagenet_are_those_of_timm():
     info, classes = ImageNetInfo("imagenet-1k"), imagenet_classes()
     assert list(classes.wnids) == info.label_names()
     assert list(classes.names) == info.label_descriptions()
+
+
+def test_garbage_is_collected_again_afterwards():
+    class Node:
+        pass
+
+    try:
+        with kept_from_collector():
+            assert not gc.isenabled()
+            kept = Node()
+        assert gc.isenabled() and gc.get_freeze_count()
+        assert not any(found is kept for found in gc.get_objects())
+        later = Node()
+        later.itself, gone = later, weakref.ref(later)
+        del later
+        gc.collect()
+        assert gone() is None
+    finally:
+        gc.unfreeze()
