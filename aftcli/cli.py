@@ -14,8 +14,9 @@ import aftcli
 from aftcli import cli_setup as setup
 from aftcli import options as o
 from aftcli import options_values as v
-from aftcli.cli_images import complain, each_image
+from aftcli.cli_images import complain, each_image, find
 from aftcli.errors import AftError
+from aftcli.measures import measures
 
 if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
@@ -81,9 +82,12 @@ def explain(
     """
     cut = v.muting(threshold, mute, tft)
     kinds = v.outputs(save, tft)
-    settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
     v.methods(cam)
+    v.targets(target, top_k)
+    setup.check(device, checkpoint, classes)
     accelerate = setup.engine(engine, precision, quiet)
+    found = find(images, out, json)
+    settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
     f = setup.classifier(model, checkpoint, classes, layer, device)
     methods = setup.methods(f, cam, "layercam")
     targets = setup.targets(f, target, top_k)
@@ -99,10 +103,10 @@ def explain(
 
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         x = setup.input_of(f, subject)
-        found = explanation.explain(fast, x, methods, targets, top_k, wanted)
-        return [write_outputs(f, subject, e, kinds, out, cut) for e in found]
+        explained = explanation.explain(fast, x, methods, targets, top_k, wanted)
+        return [write_outputs(f, subject, e, kinds, out, cut) for e in explained]
 
-    each_image(ready, images, explain_image, settings, out, json, quiet, debug)
+    each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
 
 
 @app.command()
@@ -133,9 +137,12 @@ def tft(
 ) -> None:
     """Fine-tune the threshold of an attribution map, our own or any other tool's."""
     kinds = v.outputs(save, True)
-    settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
     v.methods(cam)
+    v.targets(target, top_k)
+    setup.check(device, checkpoint, classes)
     accelerate = setup.engine(engine, precision, quiet)
+    found = find([image], out, json)
+    settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
 
     from aftcli import explanation
     from aftcli.data import fit_map, read_map
@@ -153,13 +160,13 @@ def tft(
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         x = setup.input_of(f, subject)
         if values is None:
-            found = explanation.explain(fast, x, methods, targets, top_k, settings)
+            explained = explanation.explain(fast, x, methods, targets, top_k, settings)
         else:
             attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
-            found = explanation.explain_map(fast, x, attribution, targets, top_k, settings)
-        return [write_outputs(f, subject, e, kinds, out, None) for e in found]
+            explained = explanation.explain_map(fast, x, attribution, targets, top_k, settings)
+        return [write_outputs(f, subject, e, kinds, out, None) for e in explained]
 
-    each_image(ready, [image], explain_image, settings, out, json, quiet, debug)
+    each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
 
 
 @app.command()
@@ -198,6 +205,7 @@ def gen_masks(
     if show or dataset is None:
         return _show(show, json)
     v.methods(cam)
+    setup.check(device, checkpoint, classes, dataset)
     settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
     processes, device = setup.processes(device)
     accelerate = setup.engine(engine, precision, quiet or processes.index > 0)
@@ -281,6 +289,8 @@ def finetune(
     if split and not no_masks:
         raise AftError("--split goes with --no-masks: masks know the images that they were made of")
     v.without_masks(no_masks, lam=lam, consistency=consistency, classification=classification)
+    v.precision(precision)
+    setup.check(device, checkpoint, classes, dataset)
 
     from aftcli import finetune as tuning
     from aftcli import finetune_jobs, report_tuned
@@ -371,25 +381,26 @@ def evaluate(
     kept in RUN/results: a second call finds them, an interrupted one goes on. TFT's settings are
     those of the masks. Runs on several processes under torchrun or accelerate launch.
     """
-    from aftcli import report_evaluate, report_study
-    from aftcli.evaluate_jobs import Asked
-    from aftcli.finetune_jobs import Source
-    from aftcli.measures import measures
-    from aftcli.memory import keep_freed_memory
-    from aftcli.report_grids import Shown
-
-    words = v.chosen("json" if json else format_, report_evaluate.FORMATS, "--format")
-    wanted = report_study.Wanted(
-        v.tables(table), measures(metrics), v.maskings(masking), baselines, sanity, figures
-    )
+    words = v.chosen("json" if json else format_, v.FORMATS, "--format")
+    tables, columns, maskings = v.tables(table), measures(metrics), v.maskings(masking)
+    cams = v.methods(cam)
+    setup.check(device, checkpoint, classes, dataset)
     settings = setup.settings(
         thresholds or "0:1:0.1", "binary", fill or "mean", threshold_mode or "value"
     )
+
+    from aftcli import report_evaluate, report_study
+    from aftcli.evaluate_jobs import Asked
+    from aftcli.finetune_jobs import Source
+    from aftcli.memory import keep_freed_memory
+    from aftcli.report_grids import Shown
+
+    wanted = report_study.Wanted(tables, columns, maskings, baselines, sanity, figures)
     processes, device = setup.processes(device)
     source = Source(model, checkpoint, layer, setup.names(classes), setup.device(device))
     asked = Asked(
         source,
-        v.methods(cam),
+        cams,
         dataset,
         split,
         limit,

@@ -21,9 +21,20 @@ if TYPE_CHECKING:
     from aftcli.report import Report, Subject
 
 
+def find(arguments: list[str], out: Path, json: bool) -> tuple[list[Path], list[str]]:
+    """The images, and what is wrong with arguments; without an image the command ends here."""
+    from aftcli.data_files import find_images
+
+    paths, problems = find_images(arguments, out)
+    if not paths:
+        _finish([], problems, json)
+    return paths, problems
+
+
 def each_image(
     ready: Callable[[int], Classifier],
-    arguments: list[str],
+    paths: list[Path],
+    problems: list[str],
     explain_image: Callable[[Classifier, Subject], list[Report]],
     settings: TftSettings,
     out: Path,
@@ -35,7 +46,8 @@ def each_image(
 
     Args:
         ready: gives the classifier for so many images.
-        arguments: files, folders, globs.
+        paths: of the images.
+        problems: with what else was asked for; they are said at the end.
         explain_image: explains one and writes its files.
         settings: of the search.
         out: where files go.
@@ -48,14 +60,12 @@ def each_image(
         AftError: the result can't be printed.
     """
     from aftcli import report
-    from aftcli.data import find_images, read_image, view_of
+    from aftcli.data import read_image, view_of
 
-    paths, problems = find_images(arguments, out)
     stems = report.stems(paths)
     results: list[dict[str, Any]] = []
-    if paths:
-        report.output_folder(out)
-        f = ready(len(paths))
+    report.output_folder(out)
+    f = ready(len(paths))
     for path in report.progress(paths, "explaining", len(paths), quiet):
         try:
             picture = read_image(path)
@@ -67,9 +77,17 @@ def each_image(
             problems.append(str(error))
             if debug:
                 traceback.print_exc()
+    _finish(results, problems, json)
+
+
+def _finish(results: list[dict[str, Any]], problems: list[str], json: bool) -> None:
     try:
-        if json or results:
+        if results:
+            from aftcli import report
+
             (report.print_json if json else report.print_table)(results)
+        elif json:
+            print("[]", flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftcli import options_values as v
+from aftcli.core.registry import check_device
 from aftcli.errors import AftError
+from aftcli.files import check_checkpoint, check_folder
+from aftcli.memory import kept_from_collector
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +24,18 @@ if TYPE_CHECKING:
     from aftcli.explanation import TftSettings
     from aftcli.generate import Processes
     from aftcli.report import Subject
+
+
+def check(
+    device: str, checkpoint: Path | None, classes: Path | None, dataset: Path | None = None
+) -> None:
+    """Check at once what can be told without torch."""
+    check_device(device)
+    if checkpoint:
+        check_checkpoint(checkpoint)
+    if dataset:
+        check_folder(dataset)
+    names(classes)
 
 
 def device(name: str) -> torch.device:
@@ -54,8 +69,6 @@ def accelerator(device: str, precision: str) -> Accelerator:
     """Accelerate's view of this process: its device, the precision, the other processes."""
     from aftcli.core.models import find_device
 
-    if precision not in ("auto", "no", "bf16", "fp16"):
-        raise AftError(f"unknown precision {precision!r}; there are auto, no, bf16 and fp16")
     where = find_device(device)
     if precision == "fp16" and where.type == "cpu":
         # There it would run without scaling the loss, and small gradients would become 0.
@@ -73,19 +86,20 @@ def accelerator(device: str, precision: str) -> Accelerator:
         raise AftError(f"--precision {precision} can't be used here ({error})") from error
 
 
+@kept_from_collector()
 def settings(
     thresholds: str, masking: str, fill: str, mode: str, search: str = "exact"
 ) -> TftSettings:
     """The settings of a search, checked before anything is computed."""
     values = v.thresholds(thresholds)
+    v.search(masking, fill, mode, search)
 
     from aftcli.explanation import TftSettings
-    from aftcli.tft import check_settings
 
-    check_settings(values, masking, fill, mode, search)
     return TftSettings(values, masking, fill, mode, search)
 
 
+@kept_from_collector()
 def classifier(
     model: str | None, checkpoint: Path | None, classes: Path | None, layer: str | None, device: str
 ) -> Classifier:
@@ -111,7 +125,7 @@ def noting(quiet: bool) -> Callable[[str], None]:
 
 def names(classes: Path | None) -> tuple[str, ...] | None:
     """Class names of a file; None without one."""
-    from aftcli.data import read_classes
+    from aftcli.data_files import read_classes
 
     return read_classes(classes) if classes else None
 
@@ -126,8 +140,6 @@ def methods(f: Classifier, asked: list[str] | None, default: str) -> list[str]:
 
 def targets(f: Classifier, names: list[str] | None, top_k: int) -> list[int]:
     """The classes to explain; empty for the predicted ones."""
-    if names and top_k > 1:
-        raise AftError("--target and --top-k exclude each other: give one")
     if top_k > len(f.classes):
         raise AftError(f"--top-k {top_k}: {f.name} has {len(f.classes)} classes")
     return list(dict.fromkeys(f.classes.index(name) for name in names or []))

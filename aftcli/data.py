@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import glob
-import os
-import textwrap
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +14,9 @@ from torch import Tensor
 
 from aftcli.core.cam import normalise, upsample
 from aftcli.core.classifier import Preprocessing
+from aftcli.data_files import reason
 from aftcli.errors import AftError
 
-SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jfif".split())
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -42,45 +38,6 @@ class View(NamedTuple):
         across, down = size[0] / self.scaled[0], size[1] / self.scaled[1]
         left, top, right, bottom = self.crop
         return (left * across, top * down, right * across, bottom * down)
-
-
-def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list[Path], list[str]]:
-    """Turn files, folders and globs into image files.
-
-    Args:
-        arguments: names as the user gave them.
-        out: where results go; a folder that holds it does not give them back as images.
-
-    Returns:
-        The files, each once, those of a folder sorted; and what was wrong with arguments.
-    """
-    found: dict[Path, None] = {}
-    problems = []
-    for argument in arguments:
-        names = [argument] if os.path.lexists(argument) else glob.glob(argument, recursive=True)
-        images = []
-        for path in sorted(map(Path, names)):
-            images += _images_in(path, out) if path.is_dir() else [path]
-        if not images:
-            missing = "image in this folder" if names else "such file or folder"
-            problems.append(f"{argument or repr(argument)}: there is no {missing}")
-        found.update(dict.fromkeys(images))
-    return list(found), problems
-
-
-def _images_in(folder: Path, out: Path | None) -> list[Path]:
-    """The images below a folder, sorted; none that is hidden or below `out`."""
-    results = None
-    if out and folder.resolve() in out.resolve().parents:
-        results = folder / out.resolve().relative_to(folder.resolve())
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not path.is_dir()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not (results and path.is_relative_to(results))
-    )
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -111,16 +68,7 @@ def read_image(path: str | Path) -> Image.Image:
         raise AftError(f"{path}: is too large ({error}); scale it down first") from error
     except Exception as error:
         damaged = "" if isinstance(error, OSError) and error.strerror else "; it may be damaged"
-        raise AftError(f"{path}: can't be read as a picture ({_reason(error)}){damaged}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if "pickle" in str(error):  # numpy's message tells how to run the file's code
-        return "it holds no plain array of numbers"
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return textwrap.shorten(reason, 160, placeholder="...")
+        raise AftError(f"{path}: can't be read as a picture ({reason(error)}){damaged}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -207,7 +155,7 @@ def read_map(path: Path) -> Tensor:
         raise
     except Exception as error:
         raise AftError(
-            f"{path}: can't be read as a map ({_reason(error)}); give .npy, .npz or a grey picture"
+            f"{path}: can't be read as a map ({reason(error)}); give .npy, .npz or a grey picture"
         ) from error
     if array.ndim != 2 or 0 in array.shape:
         raise AftError(
@@ -272,24 +220,3 @@ def fit_map(
         )
         return shrunk[0].clamp(0, 1).to(x)
     return upsample(attribution, x).to(x)
-
-
-def read_classes(path: Path) -> tuple[str, ...]:
-    """Read class names, one a line.
-
-    Raises:
-        AftError: the file is missing, not text, or empty.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AftError(
-            f"{path}: can't be read as class names, one a line in UTF-8 ({_reason(error)})"
-        ) from error
-    names = tuple(line.strip() for line in lines)
-    while names and not names[-1]:
-        names = names[:-1]
-    if not names or not all(names):
-        what = f"an empty line, number {names.index('') + 1}" if names else "no class names"
-        raise AftError(f"{path}: holds {what}; write one class name a line")
-    return names

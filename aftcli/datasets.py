@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from aftcli.core.classifier import Classes
-from aftcli.data import SUFFIXES
+from aftcli.data_files import SUFFIXES
 from aftcli.errors import AftError
+from aftcli.files import check_folder
 
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -108,8 +109,7 @@ def open_data_set(
     Raises:
         AftError: there is no such folder, no data set or split in it, or no image.
     """
-    if not path.is_dir():
-        raise AftError(f"{path}: there is no such folder")
+    check_folder(path)
     voc = _voc_root(path)
     data_set = (
         _open_voc(voc, split or default, classes)

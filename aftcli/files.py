@@ -17,6 +17,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def check_folder(path: Path) -> None:
+    """Check that a folder is there.
+
+    Raises:
+        AftError: it is not.
+    """
+    if not path.is_dir():
+        raise AftError(f"{path}: there is no such folder")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Check that a checkpoint is there.
+
+    Raises:
+        AftError: it is not.
+    """
+    if not path.is_file():
+        raise AftError(f"{path}: there is no such checkpoint file")
+
+
 def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

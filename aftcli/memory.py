@@ -1,9 +1,13 @@
-"""Keep freed memory for the next pass of the network."""
+"""Memory of a whole process: keep what is freed, and leave what stays alone."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # glibc's names in malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -26,3 +30,20 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+@contextmanager
+def kept_from_collector() -> Iterator[None]:
+    """Keep what is made here out of the search for reference cycles, then and later.
+
+    Imports make hundreds of thousands of objects that stay, and Python walks over them again and
+    again. The setting is the whole process's, so commands make it.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        # Else libraries take what is left at the end for a leak, and say so.
+        atexit.register(gc.unfreeze)

@@ -11,6 +11,13 @@ from aftcli.errors import AftError, nearest
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 SAVE = ("overlay", "figure", "map", "mask")
+# The keys of the registries in aftcli.tft and aftcli.report_evaluate, which import torch.
+MASKINGS = ("binary", "soft")
+FILLS = ("mean", "black", "blur")
+MODES = ("value", "percentile")
+SEARCHES = ("exact", "fast")
+FORMATS = ("table", "json", "csv", "markdown", "latex")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
 TABLES = ("1", "2", "3", "4", "5", "all")
 
 
@@ -69,6 +76,42 @@ def thresholds(text: str) -> tuple[float, ...]:
     if any(b <= a for a, b in zip(values, values[1:], strict=False)):
         raise AftError(f"thresholds {text!r} must increase; {form}")
     return values
+
+
+def search(masking: str, fill: str, mode: str, search: str) -> None:
+    """Check the names of how thresholds are searched.
+
+    Raises:
+        AftError: one is unknown.
+    """
+    for what, name, known in (
+        ("masking", masking, MASKINGS),
+        ("fill", fill, FILLS),
+        ("threshold mode", mode, MODES),
+        ("search", search, SEARCHES),
+    ):
+        if name not in known:
+            raise AftError(f"unknown {what} {name!r}; nearest: {nearest(name, known)}")
+
+
+def targets(names: list[str] | None, top_k: int) -> None:
+    """Check that classes are not asked for in two ways.
+
+    Raises:
+        AftError: they are.
+    """
+    if names and top_k > 1:
+        raise AftError("--target and --top-k exclude each other: give one")
+
+
+def precision(name: str) -> None:
+    """Check the name of a precision.
+
+    Raises:
+        AftError: it is unknown.
+    """
+    if name not in PRECISIONS:
+        raise AftError(f"unknown precision {name!r}; there are auto, no, bf16 and fp16")
 
 
 def outputs(text: str | None, tft: bool) -> tuple[str, ...]:

@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
-import torchvision
 
 from aftcli import __version__
 from aftcli.engine import Accelerate, as_it_is
@@ -123,6 +121,9 @@ def _say_broken(measured: list[Measured]) -> None:
 
 def _settings(run: Path, studies: list[Study], wanted: Wanted) -> dict[str, Any]:
     """All that is needed to do it again."""
+    import timm
+    import torchvision
+
     return {
         "command": shlex.join(["aft", *sys.argv[1:]]),
         "run": str(run),

@@ -30,7 +30,7 @@ from aftcli.core.cam import (
     weighted_sum,
 )
 from aftcli.core.classifier import Classifier
-from aftcli.data import find_images
+from aftcli.data_files import find_images
 
 FAST = ("cam", "gradcam", "gradcam++", "ablationcam", "layercam", "xgradcam", "hirescam")
 

@@ -1,6 +1,7 @@
 """Run `aft` in the test's own process: a process of its own spends seconds on its imports."""
 
 import contextlib
+import gc
 import io
 import logging
 import sys
@@ -34,6 +35,7 @@ def aft(*arguments, stdout=None):
             code = end.code
         finally:
             logging.disable(logging.NOTSET)
+            gc.unfreeze()
     return Result(code, "" if stdout else out.getvalue(), err.getvalue())
 
 

@@ -19,14 +19,13 @@ from aftcli.core.classifier import Preprocessing
 from aftcli.core.models import _source
 from aftcli.data import (
     LONGEST,
-    find_images,
     fit_map,
-    read_classes,
     read_image,
     read_map,
     to_input,
     view_of,
 )
+from aftcli.data_files import find_images, read_classes
 from aftcli.errors import AftError
 
 IMAGES = Path(__file__).parent.parent / "docs/images"

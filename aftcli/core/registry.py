@@ -65,6 +65,18 @@ METHODS: dict[str, Entry] = {
     ),
 }
 
+DEVICES = ("cpu", "cuda", "mps")
+
+
+def check_device(name: str) -> None:
+    """Check the name of a device; whether there is one here `find_device` knows.
+
+    Raises:
+        AftError: there is no device of that name anywhere.
+    """
+    if name != "auto" and name.split(":")[0] not in DEVICES:
+        raise AftError(f"unknown device {name!r}; there are auto, cpu, cuda, cuda:N and mps")
+
 
 def method(name: str) -> Entry:
     """Find a method by its command-line name.
