@@ -176,6 +176,8 @@ def _session(path: Path) -> InferenceSession | None:
         return None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Its threads would otherwise wait for work in a loop, at the cost of torch's between passes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
     with contextlib.suppress(OSError):
         os.utime(path)
