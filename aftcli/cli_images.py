@@ -61,7 +61,9 @@ def each_image(
     """
     from aftcli import report
     from aftcli.data import read_image, view_of
+    from aftcli.memory import keep_freed_memory
 
+    keep_freed_memory()
     stems = report.stems(paths)
     results: list[dict[str, Any]] = []
     report.output_folder(out)

@@ -39,6 +39,11 @@ def as_it_is(f: Classifier, passes: int | None) -> Classifier:
     return f
 
 
+def first_line(error: Exception) -> str:
+    """What a note says of another library's error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 class Unfit(Exception):
     """An engine can't run a classifier; the message says why."""
 
@@ -108,15 +113,21 @@ def checked(f: Classifier, engine: Engine, tolerance: float) -> Classifier:
     """F with an engine that has shown that it gives f's results.
 
     Raises:
-        Unfit: it gives others.
+        Unfit: it gives others, or fails.
     """
     import torch
 
     x = _random_inputs(f)
     fast = f.with_engine(engine)
     with torch.no_grad():
-        _compare("activations", fast.activation(x), f.activation(x), tolerance)
-        _compare("scores", fast(x), f(x), tolerance)
+        expected = f.activation(x), f(x)
+        try:
+            given = fast.activation(x), fast(x)
+        except Exception as error:
+            # A compiler that is not there, an operator that is not known.
+            raise Unfit(first_line(error)) from error
+    for what, a, b in zip(("activations", "scores"), given, expected, strict=True):
+        _compare(what, a, b, tolerance)
     return fast
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aftcli.core.classifier import Classifier, tensors_hash
-from aftcli.engine import Unfit
+from aftcli.engine import Unfit, first_line
 from aftcli.errors import AftError
 from aftcli.files import replacing
 
@@ -148,14 +148,14 @@ def _export_to(
     try:
         program = onnx_program(module, x, outputs)
     except Exception as error:
-        raise Unfit(f"it can't be exported: {_first_line(error)}") from error
+        raise Unfit(f"it can't be exported: {first_line(error)}") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             program.save(str(temporary))
         _prune(path)
     except (OSError, RuntimeError) as error:
-        raise Unfit(f"{path} can't be written: {_first_line(error)}; set AFT_CACHE") from error
+        raise Unfit(f"{path} can't be written: {first_line(error)}; set AFT_CACHE") from error
 
 
 def _prune(newest: Path) -> None:
@@ -216,7 +216,3 @@ def onnx_program(module: nn.Module, x: Tensor, outputs: Sequence[str]) -> ONNXPr
     if not program.model_proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise ValueError("it would take one number of images only")
     return program
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

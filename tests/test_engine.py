@@ -223,6 +223,17 @@ def test_an_engine_with_other_results_is_not_used(monkeypatch):
     assert "differ by 3.0e-04" in notes[0] and "torch as it is" in notes[0]
 
 
+def test_an_engine_that_fails_is_not_used(monkeypatch):
+    def fail(self, x):
+        raise RuntimeError("no compiler found\nat all")
+
+    monkeypatch.setattr(FoldedTorch, "logits", fail)
+    f, _ = network()
+    notes = []
+    assert accelerated(f, "compile", note=notes.append) is f
+    assert "(no compiler found)" in notes[-1]
+
+
 def test_double_precision_runs_by_torch():
     f, _ = network()
     notes = []
