@@ -368,7 +368,6 @@ def evaluate(
     overwrite: o.OverwriteOption = False,
     device: o.DeviceOption = "auto",
     engine: o.EngineOption = "auto",
-    precision: o.LowerOption = "no",
     batch_size: o.BatchSizeOption = 16,
     workers: o.WorkersOption = None,
     json: o.JsonOption = False,
@@ -409,7 +408,7 @@ def evaluate(
         threshold_mode or None,
     )
     keep_freed_memory()
-    accelerate = setup.engine(engine, precision, quiet or processes.index > 0)
+    accelerate = setup.engine(engine, "no", quiet or processes.index > 0)
     how = report_study.How(setup.workers(workers), batch_size, overwrite, quiet, accelerate)
     found = report_study.evaluate(run, asked, wanted, how, processes)
     if processes.index == 0:

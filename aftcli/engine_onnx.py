@@ -31,7 +31,7 @@ KEPT = 4 * 2**30  # bytes of exported networks; the longest unused go first
 class OnnxRuntime:
     """A classifier as one graph, x -> (A, logits)."""
 
-    name = "onnxruntime"
+    name, precision = "onnxruntime", "no"
 
     def __init__(self, f: Classifier, note: Callable[[str], None], precision: str) -> None:
         check_device(f)

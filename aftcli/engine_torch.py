@@ -27,7 +27,7 @@ class FoldedTorch:
         self.before: Pass = nn.Sequential(stem, layer)
         self.whole: Pass = nn.Sequential(stem, layer, head)
         self.device, self.dtype = f.device, next(f.parameters()).dtype
-        self.lower = LOWER[precision]
+        self.precision, self.lower = precision, LOWER[precision]
 
     def takes(self, x: Tensor) -> bool:
         """Inputs of the weights' type, of any size."""

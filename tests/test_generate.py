@@ -21,8 +21,10 @@ from stored import (
 )
 
 from aftcli import AftError, MaskStore
+from aftcli.datasets import open_data_set
+from aftcli.engine import accelerated
 from aftcli.explanation import TftSettings
-from aftcli.generate import spans_of, tune_batch
+from aftcli.generate import spans_of, store_settings, tune_batch
 from aftcli.loading import Loaded, batches
 from aftcli.masks import Rows
 
@@ -104,7 +106,6 @@ def test_a_torn_part_is_made_again(images, uninterrupted, tmp_path):
 
 def stop_after(images, run, steps):
     """Leave a run in the middle, as an exception would."""
-    from aftcli.datasets import open_data_set
     from aftcli.generate import generate_masks
 
     f = small_float()
@@ -302,3 +303,13 @@ def test_batches_of_a_block_are_its_images_in_order(count, size):
     parts = list(batches(loaded, size, torch.device("cpu")))
     assert [len(part) for part in parts] == [min(size, count - i) for i in range(0, count, size)]
     assert np.array_equal(np.concatenate([np.empty((0, 3, 5, 5)), *parts]), x)
+
+
+def test_what_a_store_was_made_with_is_named_where_it_is_not_usual(images):
+    f = small_float()
+    data = open_data_set(images, None, f.classes)
+    usual = store_settings(f, data, TftSettings())
+    assert not {"search", "precision"} & set(usual)
+    lower = accelerated(f, "torch", precision="bf16")
+    named = store_settings(lower, data, TftSettings(search="fast"))
+    assert named == {**usual, "search": "fast", "precision": "bf16"}

@@ -111,6 +111,7 @@ class Engine(Protocol):
     """Another way to run a classifier's passes without gradients (aftcli/engine.py)."""
 
     name: str
+    precision: str  # a key of aftcli.engine.TOLERANCES
 
     def takes(self, x: Tensor) -> bool:
         """Whether it can run inputs of this shape and type."""
@@ -175,6 +176,11 @@ class Classifier(nn.Module):
         fast = copy.copy(self)
         fast.engine = engine
         return fast
+
+    @property
+    def precision(self) -> str:
+        """Of passes without gradients: "no" is that of the weights."""
+        return self.engine.precision if self.engine else "no"
 
     def _engine_for(self, x: Tensor) -> Engine | None:
         usable = self.engine and not torch.is_grad_enabled() and self.engine.takes(x)
