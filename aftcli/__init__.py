@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aftcli.core.registry import METHODS as METHODS
     from aftcli.data import read_image as read_image
     from aftcli.data import to_input as to_input
+    from aftcli.engine import accelerated as accelerated
     from aftcli.errors import AftError as AftError
     from aftcli.evaluate_jobs import Study as Study
     from aftcli.evaluate_jobs import find_studies as find_studies
@@ -52,6 +53,7 @@ _HOMES = {
     "TftResult": "aftcli.tft",
     "TftSettings": "aftcli.explanation",
     "Training": "aftcli.aft_training",
+    "accelerated": "aftcli.engine",
     "attribution_map": "aftcli.core.cam",
     "control_job": "aftcli.finetune_jobs",
     "cut_classifier": "aftcli.core.classifier",

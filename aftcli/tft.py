@@ -141,8 +141,7 @@ def masked_image(x: Tensor, weight: Tensor, fill: Tensor) -> Tensor:
         weight: M_tau or I_tau, shape (N, H, W), in [0, 1].
         fill: what muted pixels show, shape (N, 3, H, W); zeros are the mean colour.
     """
-    weight = weight[:, None]
-    return weight * x + (1 - weight) * fill
+    return torch.lerp(fill, x, weight[:, None].to(x))
 
 
 def check_settings(
@@ -178,9 +177,12 @@ def areas(attribution: Tensor, cut: Tensor) -> Tensor:
         attribution: I, shape (N, H, W).
         cut: from `cut_off`, shape (N, |T|).
     """
-    return torch.stack(
-        [mask_of(threshold_map(attribution, at)).sum((1, 2)) for at in cut.unbind(1)], 1
-    )
+    counts = []
+    for maps, at in zip(attribution.split(BATCH), cut.split(BATCH), strict=True):
+        flat = maps.flatten(1)[:, None]
+        # As mask_of(threshold_map(...)), of all thresholds at once and without the map between.
+        counts.append(((flat >= at[..., None]) & (flat != 0)).sum(2))
+    return torch.cat(counts)
 
 
 class Distinct(NamedTuple):
