@@ -230,7 +230,7 @@ def test_an_engine_that_fails_is_not_used(monkeypatch):
     monkeypatch.setattr(FoldedTorch, "logits", fail)
     f, _ = network()
     notes = []
-    assert accelerated(f, "compile", note=notes.append) is f
+    assert accelerated(f, "torch", note=notes.append) is f
     assert "(no compiler found)" in notes[-1]
 
 
