@@ -29,7 +29,6 @@ ENGINES = {
 }
 CHOICES = ("auto", *ENGINES)
 ENOUGH = 500  # passes of the network, from which on exporting it pays (docs/benchmarks.md)
-FEW = 4  # passes, up to which folding does not pay
 TOLERANCES = {"no": 1e-4, "bf16": 0.1, "fp16": 0.1}  # of the largest value, by precision
 CHECKED = 3  # random inputs
 
@@ -61,7 +60,7 @@ def accelerated(
         f: the classifier, on its device; its weights must not change afterwards.
         engine: "torch" (batch norms folded into convolutions, channels last), "compile"
             (torch.compile), "onnxruntime" (on a CPU), or "auto": onnxruntime on a CPU for many
-            passes, torch for some, f as it is for a single one.
+            passes, f as it is for few, torch on a GPU.
         passes: images that will pass the network, None for many; only "auto" looks.
         note: is told what a user should know: an export that takes time, an engine that can't
             be used and what is used instead.
@@ -103,10 +102,9 @@ def check_engine(engine: str, precision: str = "no") -> None:
 
 def choose(f: Classifier, passes: int | None, precision: str) -> str | None:
     """The engine of "auto"; None for none."""
-    if precision == "no" and passes is not None and passes <= FEW:
-        return None
-    many = passes is None or passes >= ENOUGH
-    return "onnxruntime" if many and f.device.type == "cpu" and precision == "no" else "torch"
+    if precision != "no" or f.device.type != "cpu":
+        return "torch"
+    return "onnxruntime" if passes is None or passes >= ENOUGH else None
 
 
 def checked(f: Classifier, engine: Engine, tolerance: float) -> Classifier:

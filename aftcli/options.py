@@ -145,7 +145,7 @@ EngineOption = Annotated[
         metavar="|".join(CHOICES),
         envvar="AFT_ENGINE",
         help="What runs the network; results are the same up to rounding. auto: onnxruntime for "
-        "many images on a CPU, else torch.",
+        "many images on a CPU, torch on a GPU, else the network as it is.",
     ),
 ]
 LowerOption = Annotated[

@@ -23,7 +23,6 @@ from aftcli import explanation as engine
 from aftcli import report
 from aftcli.core.registry import METHODS
 from aftcli.data import fit_map, read_image, to_input, view_of
-from aftcli.engine import accelerated
 from aftcli.errors import AftError
 from aftcli.explanation import Explanation, TftSettings
 from aftcli.tft import THRESHOLDS, TftResult
@@ -88,9 +87,7 @@ def expected_of(f, path, methods, settings=None, **options):
 @pytest.mark.parametrize("masking", ["binary", "soft"])
 def test_explain_tft_says_and_writes_what_the_engine_finds(real, folder, masking):
     settings = TftSettings(THRESHOLDS, masking, "mean", "percentile")
-    # What --engine auto chooses for so few images; test_engine.py holds it against the network.
-    fast = accelerated(real, "torch")
-    [expected] = expected_of(fast, CHELSEA, ["layercam"], settings)
+    [expected] = expected_of(real, CHELSEA, ["layercam"], settings)
     options = ("--masking", masking, "--threshold-mode", "percentile", "--out", "o")
     [found] = objects("explain", CHELSEA, "--tft", "--save", "overlay,figure,map,mask", *options)
     outputs = found.pop("outputs")
