@@ -15,7 +15,7 @@ from aftcli import cli_setup as setup
 from aftcli import options as o
 from aftcli import options_values as v
 from aftcli.cli_images import complain, each_image, find
-from aftcli.errors import AftError
+from aftcli.errors import AftError, first_line
 from aftcli.measures import measures
 
 if TYPE_CHECKING:
@@ -452,10 +452,9 @@ def main() -> None:
     except Exception as error:  # the last resort of the edge: a bug
         if debug:
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         complain(
-            f"{type(error).__name__}: {reason}; this is a fault of aft's, run again with "
-            "--debug to see where and please report it"
+            f"{type(error).__name__}: {first_line(error)}; this is a fault of aft's, "
+            "run again with --debug to see where and please report it"
         )
     sys.exit(1)
 

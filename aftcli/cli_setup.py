@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftcli import options_values as v
+from aftcli.cli_images import complain
 from aftcli.core.registry import check_device
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint, check_folder
@@ -120,7 +120,7 @@ def engine(name: str, precision: str, quiet: bool) -> Accelerate:
 
 def noting(quiet: bool) -> Callable[[str], None]:
     """What tells the user what is not an error, on stderr."""
-    return lambda text: None if quiet else print(f"aft: {v.plain(text)}", file=sys.stderr)
+    return lambda text: None if quiet else complain(text)
 
 
 def names(classes: Path | None) -> tuple[str, ...] | None:

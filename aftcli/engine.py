@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from aftcli.errors import AftError, nearest
+from aftcli.errors import AftError, check_name, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,7 +28,7 @@ ENGINES = {
     "onnxruntime": "aftcli.engine_onnx:OnnxRuntime",
 }
 CHOICES = ("auto", *ENGINES)
-ENOUGH = 500  # passes of the network, from which on exporting it pays (docs/benchmarks.md)
+ENOUGH = 500  # passes of the network, from which on exporting it pays (docs/decisions.md)
 TOLERANCES = {"no": 1e-4, "bf16": 0.1, "fp16": 0.1}  # of the largest value, by precision
 CHECKED = 3  # random inputs
 
@@ -36,11 +36,6 @@ CHECKED = 3  # random inputs
 def as_it_is(f: Classifier, passes: int | None) -> Classifier:
     """No engine: the classifier runs as it is written."""
     return f
-
-
-def first_line(error: Exception) -> str:
-    """What a note says of another library's error."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 class Unfit(Exception):
@@ -92,8 +87,7 @@ def check_engine(engine: str, precision: str = "no") -> None:
     Raises:
         AftError: there is none of that name, or they don't go together.
     """
-    if engine not in CHOICES:
-        raise AftError(f"unknown engine {engine!r}; nearest: {nearest(engine, CHOICES)}")
+    check_name("engine", engine, CHOICES)
     if precision not in TOLERANCES:
         raise AftError(f"unknown precision {precision!r}; there are {', '.join(TOLERANCES)}")
     if engine == "onnxruntime" and precision != "no":
@@ -123,7 +117,7 @@ def checked(f: Classifier, engine: Engine, tolerance: float) -> Classifier:
             given = fast.activation(x), fast(x)
         except Exception as error:
             # A compiler that is not there, an operator that is not known.
-            raise Unfit(first_line(error)) from error
+            raise Unfit(first_line(error)[:120]) from error
     for what, a, b in zip(("activations", "scores"), given, expected, strict=True):
         _compare(what, a, b, tolerance)
     return fast

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from aftcli.core.classifier import Classifier, tensors_hash
-from aftcli.engine import Unfit, first_line
-from aftcli.errors import AftError
+from aftcli.engine import Unfit
+from aftcli.errors import AftError, first_line
 from aftcli.files import replacing
 
 if TYPE_CHECKING:
@@ -148,14 +148,14 @@ def _export_to(
     try:
         program = onnx_program(module, x, outputs)
     except Exception as error:
-        raise Unfit(f"it can't be exported: {first_line(error)}") from error
+        raise Unfit(f"it can't be exported: {first_line(error)[:120]}") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             program.save(str(temporary))
         _prune(path)
     except (OSError, RuntimeError) as error:
-        raise Unfit(f"{path} can't be written: {first_line(error)}; set AFT_CACHE") from error
+        raise Unfit(f"{path} can't be written: {first_line(error)[:120]}; set AFT_CACHE") from error
 
 
 def _prune(newest: Path) -> None:

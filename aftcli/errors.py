@@ -25,3 +25,19 @@ def nearest(word: str, known: Iterable[str], n: int = 5) -> str:
     words = {name.lower(): name for name in known}
     close = get_close_matches(word.lower(), words, n=n, cutoff=0.5)
     return ", ".join(words[name] for name in close or list(words)[:n])
+
+
+def check_name(what: str, name: str, known: Iterable[str]) -> None:
+    """Check a name that a user gave.
+
+    Raises:
+        AftError: it is none of those known; the nearest are in the message.
+    """
+    known = list(known)
+    if name not in known:
+        raise AftError(f"unknown {what} {name!r}; nearest: {nearest(name, known)}")
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

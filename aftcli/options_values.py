@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from aftcli.core.registry import METHODS
-from aftcli.errors import AftError, nearest
+from aftcli.errors import AftError, check_name, nearest
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 SAVE = ("overlay", "figure", "map", "mask")
@@ -90,8 +90,7 @@ def search(masking: str, fill: str, mode: str, search: str) -> None:
         ("threshold mode", mode, MODES),
         ("search", search, SEARCHES),
     ):
-        if name not in known:
-            raise AftError(f"unknown {what} {name!r}; nearest: {nearest(name, known)}")
+        check_name(what, name, known)
 
 
 def targets(names: list[str] | None, top_k: int) -> None:

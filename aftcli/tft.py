@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
-from aftcli.errors import AftError, nearest
+from aftcli.errors import AftError, check_name
 
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(11))
 BATCH = 16  # masked images in one pass of the network
@@ -162,8 +162,7 @@ def check_settings(
         ("threshold mode", mode, MODES),
         ("search", search, SEARCHES),
     ):
-        if name not in known:
-            raise AftError(f"unknown {what} {name!r}; nearest: {nearest(name, known)}")
+        check_name(what, name, known)
 
 
 def _listed(thresholds: Sequence[float]) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 
-from aftcli.errors import AftError, nearest
+from aftcli.errors import AftError, first_line, nearest
 
 
 class Parts(NamedTuple):
@@ -145,7 +145,7 @@ def cut(model: nn.Module, layer: str) -> Parts:
     except Exception as error:
         raise AftError(
             f"layer {layer!r} can't be cut: torch.fx can't trace the modules around it "
-            f"({_first_line(error)}); layers that can: {_some_cut_points(model)}"
+            f"({first_line(error)}); layers that can: {_some_cut_points(model)}"
         ) from error
     calls = [n for n in graph.nodes if n.op == "call_module"]
     last = next((n for n in reversed(calls) if n.target == names[-1]), None)
@@ -174,10 +174,6 @@ def cut(model: nn.Module, layer: str) -> Parts:
             if getattr(module, "inplace", None) is True:
                 module.inplace = False  # type: ignore[assignment]
     return parts
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -294,7 +290,7 @@ def last_layer(model: nn.Module, size: tuple[int, int] = (224, 224)) -> str:
         points = cut_points(model, size)
     except Exception as error:
         raise AftError(
-            f"no layer found at which {type(model).__name__} can be cut ({_first_line(error)}); "
+            f"no layer found at which {type(model).__name__} can be cut ({first_line(error)}); "
             "pass --layer NAME"
         ) from error
     spatial = [p for p in points if _is_spatial(p.shape) and _has_convolution(p.module)]
