@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from PIL import Image
 from aftcli.core.classifier import Classes
 from aftcli.data_files import SUFFIXES
 from aftcli.errors import AftError
-from aftcli.files import check_folder
+from aftcli.files import check_folder, inside
 
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -50,6 +51,7 @@ class DataSet:
             data set's own.
         mapped: the labels are the model's classes.
         samples: the images.
+        named: the folder that the user named, which nothing leads out of; None is the root.
     """
 
     kind: str
@@ -58,10 +60,29 @@ class DataSet:
     classes: tuple[str, ...]
     mapped: bool
     samples: Sequence[Sample]
+    named: Path | None = None
 
     def path(self, index: int) -> Path:
-        """The file of an image."""
-        return self.root / self.samples[index].name
+        """The file of an image.
+
+        Raises:
+            AftError: it lies outside the data set.
+        """
+        return self.beside(self.samples[index].name)
+
+    def beside(self, name: str) -> Path:
+        """A file below the root.
+
+        Raises:
+            AftError: it lies outside the data set.
+        """
+        return inside(self.root, name, self.named)
+
+    def files(self) -> Iterator[Path]:
+        """The files of the images, but for those outside the data set."""
+        for sample in self.samples:
+            with contextlib.suppress(AftError):
+                yield self.beside(sample.name)
 
     def areas(self, index: int) -> list[float]:
         """Share of the picture that each class covers; only VOC pictures show several."""
@@ -111,10 +132,11 @@ def open_data_set(
     """
     check_folder(path)
     voc = _voc_root(path)
-    data_set = (
+    data_set = replace(
         _open_voc(voc, split or default, classes)
         if voc
-        else _open_folders(path, split, classes, default)
+        else _open_folders(path, split, classes, default),
+        named=path,
     )
     if not data_set.samples:
         raise AftError(f"{data_set.root}: there is no image in its class folders")
@@ -135,7 +157,7 @@ def validation_of(data_set: DataSet, classes: Classes) -> DataSet | None:
         found = open_data_set(root, "val", classes)
     except AftError:
         return None
-    return found if found.mapped else None
+    return replace(found, named=data_set.named or root) if found.mapped else None
 
 
 def _open_folders(path: Path, split: str | None, classes: Classes, default: str) -> DataSet:

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import torch
 
 from aftcli import metrics
+from aftcli.contents import content_hash
 from aftcli.core.registry import METHODS
 from aftcli.engine import Accelerate, as_it_is
 from aftcli.errors import AftError
 from aftcli.evaluate import Columns, Images, Unit, Wanted, measure_batch, passes
 from aftcli.evaluate_jobs import Study, Variant
-from aftcli.evaluate_store import Result, ResultFile, content_hash
+from aftcli.evaluate_store import Result, ResultFile
 from aftcli.files import file_stem, locked, make_folder
 from aftcli.generate import BATCH, Processes, spans_of
 from aftcli.loading import batches, load_blocks
@@ -92,13 +93,12 @@ def evaluate_study(
     plan, processes = plan or Plan(), processes or Processes()
     folder = make_folder(run / "results")
     objects = Objects(study.data_set, study.f.preprocessing)
-    images = content_hash(
-        [
-            *(study.data_set.path(i) for i in range(len(study.data_set.samples))),
-            *objects.files(),
-        ],
-        folder / f".contents-{processes.index}.json",
-    )
+    known_in = folder / f".contents-{processes.index}.json"
+
+    def contents() -> str:
+        return content_hash([*study.data_set.files(), *objects.files()], known_in)
+
+    images = contents()
     found: dict[tuple[str, Unit], Result] = {}
     reused = True
     for variant in study.variants:
@@ -114,6 +114,13 @@ def evaluate_study(
         if missing:
             reused = False
             yield from _measure(study, variant, missing, objects, plan, processes)
+            if contents() != images:
+                for file in missing.values():
+                    file.clear()
+                raise AftError(
+                    f"{study.data_set.root}: files changed while they were evaluated; what was "
+                    "measured is thrown away, run the same command again"
+                )
         for unit, file in files.items():
             result = file.read()
             if result is None:

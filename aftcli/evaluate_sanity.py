@@ -17,10 +17,11 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.regression import spearman_corrcoef
 
+from aftcli.contents import content_hash
 from aftcli.core.cam import layer_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.evaluate_jobs import Study, Variant, some_inputs
-from aftcli.evaluate_store import ResultFile, content_hash
+from aftcli.evaluate_store import ResultFile
 from aftcli.explanation import TftSettings
 from aftcli.files import file_stem, make_folder
 from aftcli.generate import Processes
@@ -181,7 +182,7 @@ def sanity_rows(
         return
     few = study.data_set.limited(IMAGES)
     folder = make_folder(run / "results")
-    images = content_hash(map(few.path, range(len(few.samples))), folder / ".contents-0.json")
+    images = content_hash(few.files(), folder / ".contents-0.json")
     search = TftSettings(study.search.thresholds, masking, study.search.fill, study.search.mode)
     x: Tensor | None = None
     for variant in study.variants:

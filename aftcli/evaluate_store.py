@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from aftcli.core.classifier import tensors_hash
-from aftcli.files import durable, write_tensors
+from aftcli.files import write_tensors
 from aftcli.loading import Broken
 
 FORMAT_VERSION = 1
@@ -126,46 +125,3 @@ class ResultFile:
         if not self.extras <= set(head["extras"]):
             return None
         return Result(columns, [Broken(*b) for b in head["broken"]], head["identity"])
-
-
-def content_hash(files: Iterable[Path], known_in: Path) -> str:
-    """A hash of files' names and contents; each content is read again only if it changed.
-
-    Args:
-        files: in their order.
-        known_in: a JSON file that remembers size, time and hash of each.
-
-    Raises:
-        AftError: what is to be remembered can't be written.
-    """
-    known = _known(known_in)
-    seen: dict[str, list[Any]] = {}
-    digest = hashlib.sha256()
-    for path in files:
-        name = str(path.absolute())
-        try:
-            stat = path.stat()
-            at = [stat.st_size, stat.st_mtime_ns]
-            old = known.get(name)
-            new = old if old and old[:2] == at else [*at, _file_hash(path)]
-        except OSError:
-            new = [0, 0, "unreadable"]
-        seen[name] = new
-        digest.update(os.fsencode(f"{path.parent.name}/{path.name} {new[2]}\n"))
-    if any(known.get(name) != value for name, value in seen.items()):
-        with durable(known_in) as temporary:
-            temporary.write_text(json.dumps({**known, **seen}), encoding="utf-8")
-    return digest.hexdigest()
-
-
-def _known(path: Path) -> dict[str, list[Any]]:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ processes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aftcli.aft import Batch, Features
+from aftcli.contents import stamp_of
 from aftcli.core.classifier import Classifier, tensors_hash
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError, nearest
@@ -124,7 +126,7 @@ class Cache:
             features = tuple(t.cpu() for t in self._pass(loaded.x, loaded.indices))
             self.broken += loaded.broken
             if self.how == "memory":
-                self._keep(loaded, features)
+                self._keep(loaded.indices, features)
             else:
                 self._write(loaded, features)
             yield len(self.spans[loaded.block])
@@ -157,13 +159,13 @@ class Cache:
     def _dtype(self) -> torch.dtype:
         return next(self.f.parameters()).dtype
 
-    def _keep(self, loaded: Loaded, features: Features) -> None:
+    def _keep(self, indices: Sequence[int], features: Features) -> None:
         if not self.columns:
             count = len(self.data_set.samples)
             self.columns = [t.new_zeros(count, *t.shape[1:]) for t in features]
             # Rows of images that can't be read stay 0.
             self.columns.append(torch.zeros(count, dtype=torch.uint8))
-        rows = torch.tensor(loaded.indices, dtype=torch.long)
+        rows = torch.tensor(indices, dtype=torch.long)
         for column, values in zip(self.columns, features, strict=False):
             column[rows] = values
         self.columns[-1][rows] = 1
@@ -218,7 +220,7 @@ class Cache:
     def _add_columns(self, add: Callable[[Tensor], Tensor]) -> None:
         if not self.columns:  # fewer blocks than processes
             x = torch.zeros(1, 3, *self.f.preprocessing.size)
-            self._keep(Loaded(0, x.numpy(), [], []), tuple(t[:0] for t in self._pass(x[:0], [])))
+            self._keep([], tuple(t[:0] for t in self._pass(x[:0], [])))
         for i, column in enumerate(self.columns):
             # What another process has computed is 0 here, so the sum is exact.
             for start in range(0, len(column), 4096):
@@ -268,11 +270,9 @@ def _key(f: Classifier, stem: nn.Module, data_set: DataSet, masks: Masks | None)
     digest.update(f"{tensors_hash(stem.state_dict())} {stem}".encode())
     for i, sample in enumerate(data_set.samples):
         digest.update(os.fsencode(sample.name))
-        try:
-            found = data_set.path(i).stat()
-        except OSError:
-            continue
-        digest.update(f" {found.st_size} {found.st_mtime_ns}".encode())
+        with contextlib.suppress(AftError):
+            size, changed = stamp_of(data_set.path(i))
+            digest.update(f" {size} {changed}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -16,6 +16,8 @@ from aftcli.errors import AftError
 if TYPE_CHECKING:
     from torch import Tensor
 
+FOLLOW = "AFT_FOLLOW_LINKS"  # set by who trusts the links in a data set
+
 
 def check_folder(path: Path) -> None:
     """Check that a folder is there.
@@ -53,11 +55,38 @@ def sweep(path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def inside(folder: Path, name: str, named: Path | None = None) -> Path:
+    """A file below a folder that someone else may have packed: nothing outside it is read.
+
+    Args:
+        folder: where names are relative to.
+        name: of the file, from a listing or another file.
+        named: what the user named, which links must not leave; default the folder.
+
+    Raises:
+        AftError: the name, or a link on the way, leads out.
+    """
+    path, named = folder / name, named or folder
+    if os.path.isabs(name) or ".." in name.split("/"):
+        raise AftError(f"{path}: leads out of {folder}; only files below it are read")
+    if not os.environ.get(FOLLOW):
+        real, allowed = os.path.realpath(path), os.path.realpath(named)
+        if os.path.commonpath([real, allowed]) != allowed:
+            raise AftError(
+                f"{path}: is a link that leads out of {named}; set {FOLLOW}=1 if you trust the "
+                "links there"
+            )
+    return path
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file whole or not at all: to a temporary one, renamed at the end."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     sweep(path)
+    temporary.unlink(missing_ok=True)
+    # Made here, so that no link waiting under its name is written through.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         os.replace(temporary, path)
@@ -112,6 +141,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         temporary.chmod(0o666 & ~_umask())
 
 
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
@@ -156,7 +189,8 @@ def locked(target: Path) -> Iterator[None]:
     """
     import fcntl
 
-    with target.with_name(f".{target.stem}.lock").open("a") as file:
+    lock = target.with_name(f".{target.stem}.lock")
+    with open(lock, "a", opener=_no_link) as file:
         try:
             # Not flock: forked workers would inherit it and outlive a killed parent.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -248,17 +248,26 @@ def mask_job(
     labels = np.concatenate([c.label for c in chunks])
     picked = spread(len(store), limit)
     samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
-    if max(sample.label for sample in samples) >= len(f.classes):
+    used = [*(sample.label for sample in samples), *(c.class_index.max() for c in chunks)]
+    if max(used) >= len(f.classes):
         raise AftError(f"{store.path}: has labels beyond the {len(f.classes)} classes of {f.name}")
-    root = Path(made["data_set"])
+    root, named = Path(made["data_set"]), None
     if data is not None:
-        root = open_data_set(data, made["split"] or None, f.classes).root
+        given = open_data_set(data, made["split"] or None, f.classes)
+        root, named = given.root, given.named
     if not root.is_dir():
         raise AftError(
             f"{root}: the data set of {store.path} is no longer there; say where it is: "
             "aft finetune DATASET"
         )
-    data_set = DataSet(made["data_kind"], root, made["split"], f.classes.names, True, samples)
+    kind, split = made["data_kind"], made["split"]
+    data_set = DataSet(kind, root, split, f.classes.names, True, samples, named)
+    different = store.changed(data_set, picked)
+    if different:
+        raise AftError(
+            f"{store.path}: {len(different)} images have changed since the masks were made (first: "
+            f"{different[0]}); make them again with aft gen-masks --overwrite"
+        )
     rows = torch.tensor(picked)
     columns = [torch.from_numpy(np.concatenate(c)) for c in zip(*map(_kept, chunks), strict=True)]
     low, class_index, attribution, tau = (column[rows] for column in columns)

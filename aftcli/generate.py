@@ -25,17 +25,16 @@ from aftcli.datasets import DataSet
 from aftcli.errors import AftError
 from aftcli.explanation import TftSettings
 from aftcli.files import file_stem, locked, make_folder
-from aftcli.loading import batches, load_blocks
+from aftcli.loading import Loaded, batches, load_blocks
 from aftcli.masks import (
     FORMAT_VERSION,
     MaskStore,
     Rows,
-    join_parts,
-    read_part,
+    changed_images,
     refuse_other_settings,
     split_float,
-    write_part,
 )
+from aftcli.masks_parts import join_parts, read_part, write_part
 from aftcli.tft import TftResult, cut_off, fine_tune_threshold, mask_of, threshold_map
 
 BLOCK = 32  # images stored at a time, at the least
@@ -184,13 +183,27 @@ class _Store:
             refuse_other_settings(self.path, store.settings, self.settings)
         return True
 
-    def has(self, span: range) -> bool:
-        """Whether a block is stored; a damaged one is not, one of other settings is refused."""
+    def check_unchanged(self, data_set: DataSet) -> None:
+        """Refuse a finished file whose images are no longer what they were."""
+        with MaskStore(self.path) as store:
+            different = store.changed(data_set, range(len(store)))
+        if different:
+            raise AftError(
+                f"{self.path}: {len(different)} images have changed since it was made (first: "
+                f"{different[0]}); --overwrite makes it anew"
+            )
+
+    def has(self, span: range, data_set: DataSet) -> bool:
+        """Whether a block is stored, of the images as they are now.
+
+        A damaged one is not; one of other settings is refused.
+        """
         read = read_part(self.part(span))
         if read is None:
             return False
-        refuse_other_settings(self.path, read[2], self.settings)
-        return True
+        rows, broken, settings = read
+        refuse_other_settings(self.path, settings, self.settings)
+        return not changed_images(data_set, rows, broken)
 
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -212,12 +225,13 @@ class _Columns(NamedTuple):
         return cls(longest, len(settings.thresholds), (h, w), len(data_set.areas(0)))
 
 
-def _rows(data_set: DataSet, indices: list[int], tuned: list[Tuned], size: _Columns) -> Rows:
+def _rows(data_set: DataSet, loaded: Loaded, tuned: list[Tuned], size: _Columns) -> Rows:
     """The results of one block by one method, as the store's columns."""
 
     def column(values: list[Tensor], *shape: int) -> np.ndarray:
         return torch.cat([torch.empty(0, *shape), *(v.cpu() for v in values)]).numpy()
 
+    indices = loaded.indices
     half, correction = split_float(column([t.attribution for t in tuned], *size.cells))
     areas = np.array([data_set.areas(i) for i in indices], dtype=np.float32)
     return Rows(
@@ -232,6 +246,8 @@ def _rows(data_set: DataSet, indices: list[int], tuned: list[Tuned], size: _Colu
         correction,
         column([t.mask for t in tuned], *size.cells).astype(bool),
         areas.reshape(len(indices), size.areas),
+        loaded.contents,
+        loaded.stamps,
     )
 
 
@@ -286,7 +302,7 @@ def generate_masks(
     columns = _Columns.of(f, data_set, settings)
     with ExitStack() as held:
         if processes.index == 0:
-            _take(stores, held, overwrite)
+            _take(stores, data_set, held, overwrite)
         processes.wait()
         open_stores = {m: s for m, s in stores.items() if not s.finished()}
         if not open_stores:
@@ -294,7 +310,7 @@ def generate_masks(
             return
         spans = spans_of(len(data_set.samples), block)
         missing = {
-            i: [m for m, s in open_stores.items() if not s.has(span)]
+            i: [m for m, s in open_stores.items() if not s.has(span, data_set)]
             for i, span in enumerate(spans)
             if i % processes.count == processes.index
         }
@@ -311,7 +327,7 @@ def generate_masks(
                 yield _progress(results[-1])
             for i, method in enumerate(lacking):
                 store = open_stores[method]
-                rows = _rows(data_set, loaded.indices, [tuned[i] for tuned in results], columns)
+                rows = _rows(data_set, loaded, [tuned[i] for tuned in results], columns)
                 write_part(store.part(spans[loaded.block]), rows, loaded.broken, store.settings)
             yield Done(len(loaded.broken), broken=len(loaded.broken))
         processes.wait()
@@ -322,13 +338,14 @@ def generate_masks(
         processes.wait()
 
 
-def _take(stores: dict[str, _Store], held: ExitStack, overwrite: bool) -> None:
+def _take(stores: dict[str, _Store], data_set: DataSet, held: ExitStack, overwrite: bool) -> None:
     for store in stores.values():
         make_folder(store.path.parent)
         held.enter_context(locked(store.path))
         if overwrite:
             store.clear()
         if store.finished():
+            store.check_unchanged(data_set)
             # A kill may come between joining and clearing away.
             shutil.rmtree(store.parts, ignore_errors=True)
         else:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from aftcli.contents import GONE, content_of, stamp_of
 from aftcli.core.classifier import Preprocessing
 from aftcli.data import read_image, to_input
 from aftcli.datasets import DataSet
@@ -18,10 +19,11 @@ from aftcli.errors import AftError
 
 
 class Broken(NamedTuple):
-    """An image that could not be read."""
+    """An image that could not be read; `content` is that of its file (`contents.content_of`)."""
 
     path: str
     reason: str
+    content: int = GONE
 
 
 class Loaded(NamedTuple):
@@ -29,12 +31,22 @@ class Loaded(NamedTuple):
 
     An array, not a tensor: workers would hand tensors over in shared memory, which containers
     keep small.
+
+    Attributes:
+        block: its number.
+        x: inputs of the images that could be read, shape (n, 3, H, W).
+        indices: which these are.
+        broken: the others.
+        contents: of the files of the inputs, shape (n,) int64 (`contents.content_of`).
+        stamps: of these files, shape (n, 2) int64 (`contents.stamp_of`).
     """
 
     block: int
     x: np.ndarray
     indices: list[int]
     broken: list[Broken]
+    contents: np.ndarray
+    stamps: np.ndarray
 
 
 class _Blocks(Dataset[Loaded]):
@@ -54,18 +66,23 @@ class _Blocks(Dataset[Loaded]):
         return len(self.todo)
 
     def __getitem__(self, index: int) -> Loaded:
-        inputs, indices, broken = [], [], []
+        inputs, indices, seen, broken = [], [], [], []
         for i in self.spans[self.todo[index]]:
+            name, content = self.data_set.samples[i].name, GONE
             try:
-                image = read_image(self.data_set.path(i))
-                inputs.append(to_input(image, self.preprocessing))
+                path = self.data_set.path(i)
+                # Before it is decoded: of a file that changes meanwhile the old stamp is kept.
+                stamp, content = stamp_of(path), content_of(path)
+                inputs.append(to_input(read_image(path), self.preprocessing))
                 indices.append(i)
+                seen.append((content, *stamp))
             except AftError as error:
-                name = self.data_set.samples[i].name
-                reason = str(error).removeprefix(f"{self.data_set.path(i)}: ")
-                broken.append(Broken(name, reason))
+                reason = str(error).removeprefix(f"{self.data_set.root / name}: ")
+                broken.append(Broken(name, reason, content))
         x = torch.cat([torch.empty(0, 3, *self.preprocessing.size), *inputs])
-        return Loaded(self.todo[index], x.numpy(), indices, broken)
+        columns = np.array(seen, np.int64).reshape(-1, 3)
+        contents, stamps = columns[:, 0], columns[:, 1:]
+        return Loaded(self.todo[index], x.numpy(), indices, broken, contents, stamps)
 
 
 def batches(loaded: Loaded, size: int, device: torch.device) -> Iterator[torch.Tensor]:

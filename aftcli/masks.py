@@ -7,10 +7,8 @@ one file at the end; so whatever stops a run, what is there is right.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aftcli.contents import changed
+from aftcli.datasets import DataSet
 from aftcli.errors import AftError
-from aftcli.files import durable
 from aftcli.loading import Broken
+from aftcli.masks_form import check_form, check_store, check_values, read_settings
 from aftcli.tft import cut_off, mask_of, threshold_map
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Recorded, but a store may be continued by another version of aft or from a moved data set.
-INFORMATION = frozenset({"aft_version", "checkpoint", "data_set", "complete", "digest"})
+INFORMATION = frozenset({"aft_version", "checkpoint", "data_set", "complete", "digest", "seal"})
 ROWS = 1024  # images a chunk
-FEATURES = ("v110", "v110")  # of HDF5: compact, and readable since 1.10 (2016)
 
 
 class Rows(NamedTuple):
@@ -49,6 +48,8 @@ class Rows(NamedTuple):
         mask: M_tau* at the activation's size, (n, h, w) bool.
         areas: share of the picture that each class covers, (n, classes) float32; (n, 0) where
             pictures show one class.
+        content: of the image's file (`contents.content_of`), int64.
+        stamp: of the image's file (`contents.stamp_of`), (n, 2) int64.
     """
 
     path: np.ndarray
@@ -62,6 +63,8 @@ class Rows(NamedTuple):
     correction: np.ndarray
     mask: np.ndarray
     areas: np.ndarray
+    content: np.ndarray
+    stamp: np.ndarray
 
 
 class MaskRecord(NamedTuple):
@@ -124,129 +127,46 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _write_columns(group: h5py.Group, rows: Rows) -> None:
-    for name, values in rows._asdict().items():
-        chunks = (ROWS, *(max(n, 1) for n in values.shape[1:]))
-        group.create_dataset(
-            name,
-            data=values,
-            maxshape=(None, *(n or None for n in values.shape[1:])),
-            chunks=chunks,
-            compression="gzip",
-            compression_opts=6,
-            shuffle=True,
-            fletcher32=True,
-        )
-
-
-def _write_broken(group: h5py.Group, broken: list[Broken]) -> None:
-    text = h5py.string_dtype()
-    for name, values in (
-        ("path", [b.path for b in broken]),
-        ("reason", [b.reason for b in broken]),
-    ):
-        clean = [v.encode("utf-8", "replace") for v in values]
-        group.create_dataset(f"broken_{name}", data=clean, dtype=text)
-
-
-def _write_settings(group: h5py.Group, settings: Mapping[str, Any]) -> None:
-    for key, value in settings.items():
-        group.attrs[key] = json.dumps(value) if isinstance(value, list | dict) else value
-
-
-def _read_settings(group: h5py.Group) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for key, value in group.attrs.items():
-        plain = value.item() if isinstance(value, np.generic) else value
-        if isinstance(plain, str) and plain.startswith(("[", "{")):
-            plain = json.loads(plain)
-        settings[key] = plain
-    return settings
-
-
-def write_part(path: Path, rows: Rows, broken: list[Broken], settings: Mapping[str, Any]) -> None:
-    """Write the results of one block of images.
-
-    HDF5 builds the file in memory: a full disk then meets an ordinary write, which fails
-    cleanly.
-    """
-    with h5py.File(path.name, "w", driver="core", backing_store=False, libver=FEATURES) as file:
-        _write_columns(file, rows)
-        _write_broken(file, broken)
-        _write_settings(file, settings)
-        file.flush()
-        content = file.id.get_file_image()
-    # A torn write leaves a file that HDF5 might still open; its own digest tells.
-    digest = hashlib.sha256(content).digest()
-    with durable(path) as temporary:
-        temporary.write_bytes(content + digest)
-
-
-def read_part(path: Path) -> tuple[Rows, list[Broken], dict[str, Any]] | None:
-    """Read the results of one block; None if the file is missing or damaged."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    content, digest = data[:-32], data[-32:]
-    if hashlib.sha256(content).digest() != digest:
-        return None
-    with h5py.File(io.BytesIO(content), "r") as file:
-        return _columns(file, slice(None)), _broken(file), _read_settings(file)
-
-
-def _columns(group: h5py.Group, where: slice) -> Rows:
-    return Rows(*(group[name][where] for name in Rows._fields))
-
-
-def _broken(group: h5py.Group) -> list[Broken]:
+def read_broken(group: h5py.Group) -> list[Broken]:
+    """The images that could not be read."""
     paths, reasons = (group[f"broken_{name}"].asstr()[:] for name in ("path", "reason"))
-    return [Broken(path, reason) for path, reason in zip(paths, reasons, strict=True)]
+    contents = group["broken_content"][:].tolist()
+    return [Broken(*each) for each in zip(paths, reasons, contents, strict=True)]
 
 
-def join_parts(path: Path, parts: Iterable[Path], settings: Mapping[str, Any]) -> None:
-    """Join the blocks of a store, in their order, into one file; memory stays flat."""
-    parts = list(parts)
-    with durable(path) as temporary:
-        # HDF5 crashes where the disk is full; parts together are larger than the whole.
-        _require_space(temporary, 2**16 + sum(p.stat().st_size for p in parts if p.exists()))
-        broken: list[Broken] = []
-        running = hashlib.sha256()
-        with h5py.File(temporary, "w", libver=FEATURES) as file:
-            for part in parts:
-                read = read_part(part)
-                if read is None:
-                    raise AftError(f"{part}: is damaged; run the same command again")
-                rows, more, _ = read
-                broken += more
-                _append(file, rows)
-                _digest(running, rows)
-            _write_broken(file, broken)
-            _write_settings(file, {**settings, "digest": running.hexdigest(), "complete": True})
+def fold_rows(running: Any, rows: Rows) -> None:  # noqa: ANN401 - hashlib's objects have no name
+    """Fold rows into a digest, row by row: the same whatever the blocks were.
 
-
-def _require_space(path: Path, size: int) -> None:
-    """Fail cleanly, with OSError, if a file of that size can't be written."""
-    with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
-
-
-def _append(file: h5py.File, rows: Rows) -> None:
-    if "path" not in file:
-        _write_columns(file, rows)
-        return
-    for name, values in rows._asdict().items():
-        column = file[name]
-        start = len(column)
-        column.resize(start + len(values), axis=0)
-        column[start:] = values
-
-
-def _digest(running: Any, rows: Rows) -> None:  # noqa: ANN401 - hashlib's objects have no name
-    """Fold rows into a digest, row by row: the same whatever the blocks were."""
-    for row in zip(*rows, strict=True):
+    Without the stamps: a data set may be copied.
+    """
+    columns = [values for name, values in rows._asdict().items() if name != "stamp"]
+    for row in zip(*columns, strict=True):
         for value in row:
             running.update(value.tobytes() if hasattr(value, "tobytes") else bytes(value))
+
+
+def changed_images(data_set: DataSet, rows: Rows | None, broken: Sequence[Broken]) -> list[str]:
+    """Name the images of a data set that are no longer what results were computed of.
+
+    Args:
+        data_set: the images.
+        rows: results; None for none.
+        broken: images that could not be read.
+    """
+    contents = np.array([b.content for b in broken], np.int64)
+    names, stamps = [b.path for b in broken], np.full((len(broken), 2), -1)
+    if rows is not None:
+        names += [os.fsdecode(bytes(path)) for path in rows.path]
+        contents = np.concatenate([contents, rows.content])
+        stamps = np.concatenate([stamps, rows.stamp])
+
+    def path(name: str) -> Path:
+        try:
+            return data_set.beside(name)
+        except AftError:  # said by who reads it
+            return data_set.root
+
+    return [names[i] for i in changed(map(path, names), contents, stamps)]
 
 
 class MaskStore(torch.utils.data.Dataset[MaskRecord]):
@@ -272,17 +192,18 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         self._files: dict[int, h5py.File] = {}
         self._columns: dict[str, h5py.Dataset] = {}
         try:
-            self.settings = _read_settings(self._file)
+            self.settings = read_settings(self._file)
             if self.settings.get("format_version") != FORMAT_VERSION:
                 raise AftError(
                     f"{self.path}: is no mask store of format {FORMAT_VERSION}; make it again "
                     "with aft gen-masks"
                 )
-            self._length = len(self._columns["path"])
-            lengths = {len(self._columns[name]) for name in Rows._fields}
-            if lengths != {self._length} or not self.settings.get("complete"):
+            if not self.settings.get("complete"):
                 raise AftError(f"{self.path}: is not complete; run aft gen-masks again")
-            self.broken = _broken(self._file)
+            check_form(self._file)
+            check_store(self._file, self.settings)
+            self._length = len(self._file["path"])
+            self.broken = read_broken(self._file)
         except AftError:
             self.close()
             raise
@@ -299,9 +220,8 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         if os.getpid() not in self._files:
             if not self.path.is_file():
                 raise AftError(f"{self.path}: there is no such mask file; run aft gen-masks")
-            self._files[os.getpid()] = file = h5py.File(self.path, "r")
-            # Kept open: HDF5 caches the chunks of open datasets.
-            self._columns = {name: file[name] for name in Rows._fields if name in file}
+            self._files[os.getpid()] = h5py.File(self.path, "r")
+            self._columns = {}
         return self._files[os.getpid()]
 
     def __len__(self) -> int:
@@ -314,9 +234,13 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
             AftError: the file is damaged there.
         """
         try:
-            _ = self._file
-            return Rows(*(self._columns[name][start:stop] for name in Rows._fields))
-        except (OSError, KeyError) as error:
+            file = self._file
+            # Kept open: HDF5 caches the chunks of open datasets.
+            self._columns = self._columns or {name: file[name] for name in Rows._fields}
+            rows = Rows(*(self._columns[name][start:stop] for name in Rows._fields))
+            check_values(rows._asdict())
+            return rows
+        except (OSError, KeyError, ValueError) as error:
             raise AftError(
                 f"{self.path}: is damaged ({_line(error)}); make it again with aft gen-masks "
                 "--overwrite"
@@ -357,6 +281,23 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         cut = cut_off(attribution, tau, self.settings["threshold_mode"])
         return mask_of(threshold_map(attribution, cut[:, 0]))[0]
 
+    def changed(self, data_set: DataSet, indices: Sequence[int]) -> list[str]:
+        """Name the images of a data set that are no longer what their masks were made of.
+
+        Args:
+            data_set: the store's.
+            indices: images of the store to look at.
+
+        Raises:
+            AftError: the store is damaged.
+        """
+        named, places = [], np.array(indices, np.int64)
+        for start in range(0, len(self), ROWS):
+            own = places[(places >= start) & (places < start + ROWS)] - start
+            rows = self.rows(start, min(start + ROWS, len(self)))
+            named += changed_images(data_set, Rows(*(column[own] for column in rows)), [])
+        return named + changed_images(data_set, None, self.broken)
+
     def verify(self) -> None:
         """Read everything and compare with the digest that was stored with it.
 
@@ -365,7 +306,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         """
         running = hashlib.sha256()
         for start in range(0, len(self), ROWS):
-            _digest(running, self.rows(start, min(start + ROWS, len(self))))
+            fold_rows(running, self.rows(start, min(start + ROWS, len(self))))
         if running.hexdigest() != self.settings["digest"]:
             raise AftError(
                 f"{self.path}: the content is not what was written; make it again with "

@@ -37,6 +37,7 @@ ORDER = [
     "measures",
     "core",
     "memory",
+    "contents",
     "files",
     "errors",
 ]

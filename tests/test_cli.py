@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -611,8 +612,10 @@ def test_interrupted_by_a_signal(folder):
     for i in range(40):
         draw(f"in/{i}.png")
     pipe = subprocess.PIPE
+    # A shell's background jobs, as this test may be part of one, ignore interrupts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        [*AFT, "explain", "in", "--tft"], stdout=pipe, stderr=pipe, text=True
+        [*AFT, "explain", "in", "--tft"], stdout=pipe, stderr=pipe, text=True, preexec_fn=heed
     )
     while process.poll() is None and len(leftovers(folder)) < 44:
         time.sleep(0.02)

@@ -14,13 +14,13 @@ from stored import NAMES, make_images, small_float
 
 from aftcli import evaluate as engine
 from aftcli import evaluate_run
+from aftcli.contents import content_hash
 from aftcli.core.registry import METHODS
 from aftcli.datasets import open_data_set
 from aftcli.errors import AftError
 from aftcli.evaluate import Images, Muting, Unit, Wanted, measure_batch
 from aftcli.evaluate_jobs import Study, Variant
 from aftcli.evaluate_run import Measured, Plan, Step, evaluate_study
-from aftcli.evaluate_store import content_hash
 from aftcli.evaluate_tables import differences, table3, table4
 from aftcli.explanation import TftSettings
 from aftcli.generate import Processes

@@ -299,7 +299,8 @@ def test_torchrun_with_two_processes_gives_the_store_of_one(tmp_path):
 @pytest.mark.parametrize(("count", "size"), [(0, 4), (3, 4), (4, 4), (9, 4), (9, 1)])
 def test_batches_of_a_block_are_its_images_in_order(count, size):
     x = np.random.default_rng(0).normal(size=(count, 3, 5, 5)).astype(np.float32)
-    loaded = Loaded(0, x, list(range(count)), [])
+    none = np.zeros(0, np.int64)
+    loaded = Loaded(0, x, list(range(count)), [], none, none)
     parts = list(batches(loaded, size, torch.device("cpu")))
     assert [len(part) for part in parts] == [min(size, count - i) for i in range(0, count, size)]
     assert np.array_equal(np.concatenate([np.empty((0, 3, 5, 5)), *parts]), x)

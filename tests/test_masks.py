@@ -14,7 +14,8 @@ from aftcli import AftError, MaskStore, attribution_map, fine_tune_threshold, to
 from aftcli.data import read_image
 from aftcli.explanation import TftSettings
 from aftcli.loading import Broken
-from aftcli.masks import Rows, join_float, read_part, split_float, write_part
+from aftcli.masks import Rows, join_float, split_float
+from aftcli.masks_parts import read_part, write_part
 
 METHODS = ("gradcam", "layercam", "ablationcam")
 
@@ -176,6 +177,8 @@ _COLUMNS = (
     ((7, 7), np.int32),
     ((7, 7), bool),
     ((0,), np.float32),
+    ((), np.int64),
+    ((2,), np.int64),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from aftcli.core.cut import cut, last_layer
 from aftcli.core.head import LinearHead, linear_head
 from aftcli.errors import AftError, nearest
+
+LARGEST = 4096  # pixels of a side that a file may ask for
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,29 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The inverse of `as_dict`."""
+        """The inverse of `as_dict`.
+
+        Raises:
+            AftError: the values, of a file, are none that an image can be prepared by.
+        """
         lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-        return cls(**{**values, **lists})
+        try:
+            read = cls(**{**values, **lists})
+            read._check()
+        except (TypeError, ValueError) as error:
+            raise AftError(f"no preprocessing of images: {error}") from error
+        return read
+
+    def _check(self) -> None:
+        sides = (*self.size, *(() if self.resize is None else (self.resize,)))
+        if len(self.size) != 2 or not all(type(n) is int and 0 < n <= LARGEST for n in sides):
+            raise ValueError(f"sizes {self.size} and {self.resize} must lie in 1..{LARGEST}")
+        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
+            raise ValueError(f"interpolation {self.interpolation!r}")
+        if not len(self.mean) == len(self.std) == 3:
+            raise ValueError("mean and std have three values")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean}, std {self.std}")
 
 
 @dataclass(frozen=True)
