@@ -26,6 +26,7 @@ from aftcli import __version__
 from aftcli.aft import AftSettings
 from aftcli.aft_tail import check_trainable
 from aftcli.aft_training import Epoch, Measured, State, Step, Training
+from aftcli.contents import content_hash
 from aftcli.core.checkpoint import checkpoint_of, read_card
 from aftcli.core.classifier import Classifier
 from aftcli.datasets import DataSet, validation_of
@@ -111,8 +112,14 @@ class Tuned(NamedTuple):
     before: bool
 
 
-def _identity(job: Job, settings: AftSettings, options: Options, precision: str) -> dict[str, Any]:
+def _identity(
+    job: Job, settings: AftSettings, options: Options, accelerator: Accelerator, run: Path
+) -> dict[str, Any]:
     """All that decides the result: entries of the card."""
+    contents = None  # of images with masks: these are checked against them
+    if job.masks is None:
+        known_in = make_folder(run / "tuned") / f".contents-{accelerator.process_index}.json"
+        contents = content_hash(job.data_set.files(), known_in)
     return {
         "start": job.f.weights_hash(),
         "layer": job.f.layer_name,
@@ -122,7 +129,8 @@ def _identity(job: Job, settings: AftSettings, options: Options, precision: str)
         "images_hash": job.data_set.fingerprint(),
         "split": job.data_set.split,
         "augment": options.augment,
-        "precision": precision,
+        "precision": accelerator.mixed_precision,
+        "contents": contents,
         **vars(settings),
     }
 
@@ -226,7 +234,7 @@ def _tune(
     caches: dict[str, Cache],
 ) -> Iterator[Event]:
     check_trainable(settings, job.cam)
-    files = _Files(run, job, _identity(job, settings, options, accelerator.mixed_precision))
+    files = _Files(run, job, _identity(job, settings, options, accelerator, run))
     first = accelerator.process_index == 0
     with ExitStack() as held:
         if first:

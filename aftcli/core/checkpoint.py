@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from aftcli.core.classifier import Classes, Classifier, tensors_hash
-from aftcli.core.tuner import Tuner
-from aftcli.errors import AftError
+from aftcli.core.classifier import Classes, Classifier, Preprocessing, tensors_hash
+from aftcli.core.registry import METHODS
+from aftcli.core.tuner import TUNERS, Tuner
+from aftcli.errors import AftError, check_name, first_line
 
 FORMAT_VERSION = 1
 CARD = "aft"
@@ -94,7 +95,25 @@ def read_card(path: Path) -> dict[str, Any] | None:
             f"{path}: is a checkpoint of format {card.get('format_version')}, this aft reads "
             f"format {FORMAT_VERSION}; upgrade aft, or tune again"
         )
+    _check_form(path, card)
     return card
+
+
+def _check_form(path: Path, card: Any) -> None:  # noqa: ANN401 - what JSON gives
+    """Refuse a card that says nothing that a classifier can be made of; a seal is easily made."""
+    try:
+        Preprocessing.from_dict(card["preprocessing"])
+        names = [*card["classes"]["names"], *card["classes"]["wnids"]]
+        plain = [card["model"], card["layer"], card["digest"], card["cam"] or "", *names]
+        if not card["classes"]["names"] or not all(isinstance(value, str) for value in plain):
+            raise ValueError("names are no text")
+        check_name("CAM method", card["cam"] or "gradcam", METHODS)
+        check_name("tuner", card.get("tuner", "linear"), TUNERS)
+    except (AftError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AftError(
+            f"{path}: does not say what it is a checkpoint of ({first_line(error)}); write it "
+            "again with aft finetune"
+        ) from error
 
 
 def _damaged(path: Path) -> AftError:
@@ -118,7 +137,8 @@ def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
         The tuner; None where the file is a control's.
 
     Raises:
-        AftError: the file is damaged, or does not fit the classifier.
+        AftError: the file is damaged, or does not fit the classifier, or has weights that are
+            no numbers.
     """
     try:
         tensors = load_file(path)
@@ -133,12 +153,18 @@ def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
             f"{path}: its weights do not fit {f.name} as it is installed here; install the "
             f"versions it was tuned with: {card.get('versions', 'unknown')}"
         )
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise AftError(f"{path}: {name} holds NaN or infinite weights; tune again")
     for part in (f.stem, f.layer, f.head):
         part.load_state_dict({name: weights[name] for name in part.state_dict()})
     f.cam = card["cam"]
     if not own:
         return None
-    hidden, channels = own["reduce.weight"].shape[:2]
-    tuner = Tuner(channels, hidden, card.get("tuner", "linear")).to(next(iter(own.values())))
-    tuner.load_state_dict(own)
+    try:
+        hidden, channels = own["reduce.weight"].shape[:2]
+        tuner = Tuner(channels, hidden, card.get("tuner", "linear")).to(next(iter(own.values())))
+        tuner.load_state_dict(own)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise _damaged(path) from error
     return tuner.eval().requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from importlib import resources
@@ -176,6 +177,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """
     check_checkpoint(path)
     try:
+        _check_archive(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -194,9 +196,33 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             saved = saved[wrapper]
     if not isinstance(saved, Mapping) or not saved:
         raise AftError(f"{path}: holds no state dict; save model.state_dict()")
-    if not all(isinstance(v, Tensor) and v.layout == torch.strided for v in saved.values()):
+    if not all(isinstance(v, Tensor) and _is_dense(v) for v in saved.values()):
         raise AftError(f"{path}: holds other things than dense tensors; save model.state_dict()")
     return {str(key).removeprefix("module."): value for key, value in saved.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip file that is not as torch.save writes it: it may unpack to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its entries are compressed, or share their bytes")
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether a tensor's numbers are all there, one by one: others may claim any size."""
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def _sketch(
+    source: Callable[[str, bool, int | None], Network], name: str, count: int | None
+) -> nn.Module:
+    """A model without its numbers, to see what a file asks for before it is built."""
+    with torch.device("meta"):
+        return source(name, False, count).model
 
 
 def _class_count(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
@@ -207,7 +233,7 @@ def _class_count(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def _load_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path, name: str) -> None:
+def _check_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path, name: str) -> None:
     expected = model.state_dict()
     # Counters of old checkpoints; they play no part in the output.
     optional = {key for key in expected if key.endswith("num_batches_tracked")}
@@ -228,6 +254,9 @@ def _load_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path, nam
             f"{path}: is not a checkpoint of {name}: {', '.join(differences)}; pass the --model "
             "that it was saved from"
         )
+
+
+def _load_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path) -> None:
     model.load_state_dict(dict(saved), strict=False)
     for key, value in model.state_dict().items():
         if not value.isfinite().all():
@@ -289,11 +318,10 @@ def load_classifier(
         network = _published(name, source) if weights else source(name, False, None)
     else:
         saved = read_state_dict(Path(checkpoint))
-        network = source(name, False, None)
-        count = _class_count(network.model, saved)
-        if count:
-            network = source(name, False, count)
-        _load_weights(network.model, saved, Path(checkpoint), name)
+        count = _class_count(_sketch(source, name, None), saved)
+        _check_weights(_sketch(source, name, count), saved, Path(checkpoint), name)
+        network = source(name, False, count)
+        _load_weights(network.model, saved, Path(checkpoint))
     classifier = _cut(name, network, layer, Classes(classes) if classes else network.classes)
     classifier.checkpoint = str(Path(checkpoint).resolve()) if checkpoint else ""
     return classifier.to(device)
@@ -329,7 +357,11 @@ def _tuned(
     own = card_classes(card)
     if classes and len(classes) != len(own):
         raise AftError(f"{path}: has {len(own)} classes, --classes names {len(classes)}")
-    network = _source(card["model"])(card["model"], False, len(own))
+    source = _source(card["model"])
+    needed = sum(value.numel() for value in _sketch(source, card["model"], len(own)).parameters())
+    if needed > path.stat().st_size:
+        raise AftError(f"{path}: is no checkpoint of {card['model']}: it holds too few numbers")
+    network = source(card["model"], False, len(own))
     network = network._replace(preprocessing=Preprocessing.from_dict(card["preprocessing"]))
     f = _cut(card["model"], network, card["layer"], Classes(classes) if classes else own)
     restore(f, path, card)
