@@ -103,6 +103,7 @@ def _timm(name: str, weights: bool, num_classes: int | None) -> Network:
 
     options: dict[str, Any] = {"num_classes": num_classes} if num_classes else {}
     if weights:
+        timm.models.set_pretrained_check_hash(True)  # as torchvision does
         _go_offline_if_unreachable()
     model = timm.create_model(name.removeprefix("timm:"), pretrained=weights, **options)
     config = resolve_model_data_config(model)
