@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -34,14 +36,16 @@ FORMATS = (
     *("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF"),
     *("PCX", "SGI", "TGA"),
 )
-# Pixels: with ten bytes each, beside the network, a process stays below 2 GB.
-LARGEST = 110_000_000
+# Pixels: with up to 13 bytes each, beside the network, a process stays below 2 GB.
+LARGEST = 105_000_000
 # Their decoders hold several copies.
 LARGEST_OF = {"WEBP": 60_000_000, "JPEG2000": 40_000_000, "AVIF": 60_000_000}
 LONGEST_SIDE = 2**19  # pixels
 SCANS = 4_000_000_000  # pixels of all scans of a progressive JPEG: each passes the whole picture
 LARGEST_MAP = 2**25  # values
 HEADER = 2**16  # bytes of a .npy file; a header of numbers takes 128
+STDERR = 2
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TILE = 1024  # pixels, the side of what is converted at a time: copies are large in memory
 # A longer picture is cut to this many shorter sides before it is scaled: a 1 x 10000 one would
 # otherwise become 256 x 2560000 for the sake of its centre.
@@ -81,7 +85,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
             raise AftError(f"{path}: the file is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
+            with _quiet(path), Image.open(path, formats=FORMATS) as image:
                 _check_size(image, path)
                 yield image
     except AftError:
@@ -93,6 +97,25 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     except Exception as error:
         damaged = "" if isinstance(error, OSError) and error.strerror else "; it may be damaged"
         raise AftError(f"{path}: can't be read as a picture ({reason(error)}){damaged}") from error
+
+
+@contextmanager
+def _quiet(path: Path) -> Iterator[None]:
+    """Keep stderr from libtiff and its reader: what is wrong they say there and as an error too."""
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start not in TIFF or sys.stderr is None:
+        yield
+        return
+    kept, nothing = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, STDERR)
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _check_size(image: Image.Image, path: Path) -> None:
