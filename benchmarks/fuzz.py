@@ -319,7 +319,10 @@ def main() -> None:
         for outcome in run_all(wanted_cases(kinds, args.mutants, args.seed), args.jobs, args.keep):
             outcomes.append(outcome)
             if outcome.what not in ("right", "error"):
-                print(f"{outcome.kind}: {outcome.what}: {outcome.detail} [{outcome.change}]")
+                print(
+                    f"{outcome.kind}: {outcome.what}: {outcome.detail} [{outcome.change}]",
+                    flush=True,
+                )
             if len(outcomes) % 100 == 0:
                 print(f"{len(outcomes)} commands", file=sys.stderr, flush=True)
     text, rows = table(outcomes)

@@ -308,7 +308,11 @@ def _runs(folder: Path, photo: bytes, plain: Callable[[Any], Any]) -> Iterator[K
     killed_before("aftcli.finetune.checkpoint_of", FINETUNE, torn)
     parts = [str(p.relative_to(cut)) for p in (cut / "run/masks").glob(".*.parts/*")]
     assert len(parts) == 3 and (torn / STATE).exists()
-    results = [str(p.relative_to(whole)) for p in (whole / "run/results").iterdir() if p.is_file()]
+    results = [
+        str(p.relative_to(whole))
+        for p in (whole / "run/results").iterdir()
+        if p.is_file() and p.stat().st_size
+    ]
 
     def kind(
         name: str,

@@ -98,7 +98,14 @@ def mutate(data, name, rng):
     change = rng.choice([*GENERIC, *aware, *aware])
     try:
         return change(data, rng), change.__name__.strip("_")
-    except (IndexError, ValueError, KeyError, struct.error):  # nothing there to change
+    except (
+        IndexError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OSError,
+        struct.error,
+    ):  # nothing there to change
         return _flip(data, rng), "flip"
 
 
@@ -352,7 +359,7 @@ def _hdf5_objects(data, rng):
             (
                 lambda: file.pop(column),
                 lambda: file.attrs.pop(attribute),
-                lambda: file.attrs.modify(attribute, rng.choice(("", "x", "[", 3, -1.5, np.nan))),
+                lambda: file.attrs.create(attribute, rng.choice(("", "x", "[", 3, -1.5, np.nan))),
                 lambda: replace(values[:-1]),
                 lambda: replace(values[::-1].copy()),
                 lambda: replace(np.zeros(values.shape, rng.choice(("f4", "i1", "S3", "?")))),
