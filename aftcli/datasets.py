@@ -236,7 +236,7 @@ def _voc_areas(root: Path, stem: str) -> list[float]:
     try:
         if segmentation.is_file():
             with open_picture(segmentation) as image:
-                counts = image_labels(image).histogram()
+                counts = image_labels(image, segmentation).histogram()
             return [count / sum(counts) for count in counts[1:21]]
         return _box_areas(read_xml(annotation))
     except (OSError, ValueError) as error:
@@ -246,15 +246,16 @@ def _voc_areas(root: Path, stem: str) -> list[float]:
         ) from error
 
 
-def image_labels(segmentation: Image.Image) -> Image.Image:
+def image_labels(segmentation: Image.Image, path: Path) -> Image.Image:
     """A segmentation of VOC, whose pixels are classes.
 
     Raises:
-        ValueError: its pixels are colours or larger numbers.
+        AftError: its pixels are colours or larger numbers.
     """
     if segmentation.mode not in ("L", "P"):
-        raise ValueError(
-            f"a segmentation has one palette index a pixel, this is {segmentation.mode}"
+        raise AftError(
+            f"{path}: a segmentation has a class a pixel, this is {segmentation.mode}; save it "
+            "with a palette"
         )
     return segmentation
 

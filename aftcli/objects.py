@@ -22,6 +22,7 @@ from aftcli.data_files import read_xml, reason
 from aftcli.datasets import VOC_CLASSES, DataSet, image_labels
 from aftcli.errors import AftError
 
+EDGES = ("x1", "y1", "x2", "y2")
 VOID = 255  # the borders of objects in a segmentation of VOC
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, pixels of the picture
@@ -118,7 +119,8 @@ class Objects:
                 boxes = _covered(found, size, view) if found else None
             if segmentation.is_file():
                 with open_picture(segmentation) as image:
-                    scaled = image_labels(image).resize(view.scaled, Image.Resampling.NEAREST)
+                    whole = image_labels(image, segmentation)
+                    scaled = whole.resize(view.scaled, Image.Resampling.NEAREST)
                     labels = np.asarray(scaled.crop(view.crop))
                 region = torch.from_numpy(labels == 1 + VOC_CLASSES.index(name))
                 if region.any():
@@ -138,8 +140,12 @@ def _read_boxes(path: Path) -> dict[str, list[Box]]:
     boxes: dict[str, list[Box]] = defaultdict(list)
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                left, top, right, bottom = _edges(row[k] for k in ("x1", "y1", "x2", "y2"))
+            rows = csv.DictReader(file)
+            missing = {"file", *EDGES} - set(rows.fieldnames or ())
+            if missing:
+                raise KeyError(min(missing))
+            for row in rows:
+                left, top, right, bottom = _edges(row[k] for k in EDGES)
                 boxes[row["file"]].append((left, top, right + 1, bottom + 1))
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise AftError(

@@ -13,12 +13,12 @@ SIDE = 10_000  # 100 megapixels
 CLAIM = 60_000
 
 
-def png_claim(path, width=CLAIM, height=CLAIM, bits=8, colours=2):
-    """A PNG of zeros: a thousand pixels a byte."""
+def png_claim(path, width=CLAIM, height=CLAIM, bits=8, colours=2, rows=100):
+    """A PNG of zeros, a thousand pixels a byte, of which so many rows are there."""
     header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
-    packer = zlib.compressobj(9)
+    packer = zlib.compressobj(1)
     row = bytes(1 + width * bits // 8 * {0: 1, 2: 3, 4: 2, 6: 4}[colours])
-    packed = b"".join(packer.compress(row) for _ in range(min(height, 9000))) + packer.flush()
+    packed = b"".join(packer.compress(row) for _ in range(rows)) + packer.flush()
     path.write_bytes(png([(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")]))
 
 
@@ -72,11 +72,11 @@ def npz_header(path):
         archive.open("a.npy", "w", force_zip64=True) as member,
     ):
         member.write(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**32 - 1))
-        for _ in range(400):
+        for _ in range(100):
             member.write(bytes(10**6))
 
 
-def npz_zeros(path, side=20_000):
+def npz_zeros(path, side=9_000):
     """Zeros, a thousand values a byte."""
     with (
         zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
@@ -92,8 +92,8 @@ def npz_zeros(path, side=20_000):
 BOMBS = {
     "claim.png": png_claim,
     "16bit-claim.png": lambda p: png_claim(p, 20_000, 20_000, 16, 6),
-    "wide.png": lambda p: png_claim(p, 100_000_000, 1),
-    "zeros.png": lambda p: png_claim(p, SIDE, SIDE),
+    "wide.png": lambda p: png_claim(p, 2**20, 1, rows=1),
+    "zeros.png": lambda p: png_claim(p, SIDE, SIDE, rows=SIDE),
     "claim.jpg": jpeg_claim,
     "claim-within.jpg": lambda p: jpeg_claim(p, side=SIDE),
     "scans.jpg": jpeg_scans,
