@@ -11,6 +11,7 @@ from PIL import Image
 
 SIDE = 10_000  # 100 megapixels
 CLAIM = 60_000
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n40 40 moveto\nshowpage\n"
 
 
 def png_claim(path, width=CLAIM, height=CLAIM, bits=8, colours=2, rows=100):
@@ -136,6 +137,12 @@ def _large(side=SIDE, mode="RGB", **options):
     return make
 
 
+def _plain(side, mode, **options):
+    """Of one colour: some encoders take minutes for a photograph of this size."""
+    colour = (10, 200, 30, 99)[: len(mode)]
+    return lambda path: Image.new(mode, (side, side), colour).save(path, **options)
+
+
 LARGE = {
     "rgb.jpg": _large(),
     "turned.jpg": _large(exif=b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"),
@@ -149,10 +156,10 @@ LARGE = {
     "lab.tif": _large(mode="LAB", compression="tiff_lzw"),
     "grey-alpha.tif": _large(mode="LA", compression="tiff_lzw"),
     "rgb.gif": _large(),
-    "rgb.webp": _large(7700, method=0),
-    "lossless.webp": _large(7700, lossless=True, quality=0, method=0),
-    "rgb.jp2": _large(6300),
-    "rgb.avif": _large(7700, speed=10),
+    "rgb.webp": _plain(7700, "RGB", method=0),
+    "lossless.webp": _plain(7700, "RGBA", lossless=True, quality=0, method=0),
+    "rgb.jp2": _plain(6300, "RGB"),
+    "rgb.avif": _plain(7700, "RGB", speed=10),
     "map.png": _large(5700, "L"),
     "map.npy": lambda p: np.save(p, np.asarray(large_photograph(5700).convert("L"), np.float64)),
 }

@@ -1,7 +1,6 @@
 """Damaged files: the right result or one line, whatever the bytes are (benchmarks/fuzz.py)."""
 
 import json
-import math
 import os
 import random
 import subprocess
@@ -9,22 +8,21 @@ import sys
 from pathlib import Path
 
 import bombs
+import h5py
 import mutants
+import numpy as np
 import pytest
 from command import aft
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from stored import generate, make_images, small_float
 
 from aftcli import options_values as v
-from aftcli.core.classifier import Preprocessing
 from aftcli.data import read_image, read_map
 from aftcli.data_files import read_classes, read_xml
-from aftcli.datasets import VOC_CLASSES, open_data_set
 from aftcli.errors import AftError
 from aftcli.masks import MaskStore
-from aftcli.objects import Objects
+from aftcli.report_masks import summarise
 
 SEEDS = st.integers(0, 2**32)
 PICTURES = {name: make() for name, make in mutants.PICTURES.items()}
@@ -108,6 +106,26 @@ def test_damaged_stores(place, seed):
             assert found["settings"] == whole.settings and found["images"] == len(whole)
 
 
+STORED = {"classes": "x", "cam": None, "split": np.nan}
+
+
+@pytest.mark.parametrize("key", STORED)
+def test_stores_of_other_settings(place, key):
+    value = STORED[key]
+    Path("x.h5").write_bytes(Path("run/masks/small-gradcam.h5").read_bytes())
+    with h5py.File("x.h5", "r+") as file:
+        del file.attrs[key]
+        if value is not None:
+            file.attrs[key] = value
+    result = aft("gen-masks", "--show", "x.h5", "--json")
+    assert (result.code, result.out) == (1, "") and result.err.startswith("aft: x.h5: ")
+
+
+def test_labels_beyond_the_classes(place):
+    with MaskStore("run/masks/small-gradcam.h5") as store, pytest.raises(AftError, match="beyond"):
+        summarise(store, ["one"])
+
+
 @fuzz(30)
 @given(seed=SEEDS)
 def test_damaged_class_names(place, seed):
@@ -142,9 +160,6 @@ def test_a_step_that_ends_beside_the_stop_does_not_pass_it():
     assert v.thresholds("0:1:0.50000001") == (0, 0.50000001, 1)
 
 
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\n40 40 moveto\nshowpage\n"
-
-
 @pytest.mark.parametrize("name", ["x.eps", "x.jpg", "x.png"])
 def test_no_picture_runs_a_program(place, monkeypatch, name):
     from PIL import EpsImagePlugin
@@ -153,7 +168,7 @@ def test_no_picture_runs_a_program(place, monkeypatch, name):
         raise AssertionError("runs Ghostscript")
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
-    Path(name).write_bytes(EPS)
+    Path(name).write_bytes(bombs.EPS)
     for arguments in (("explain", name), ("tft", "photo.png", "--map", name)):
         result = aft(*arguments)
         assert (result.code, result.err) == (
@@ -273,131 +288,13 @@ def test_class_names_come_from_a_file_of_bounded_size(tmp_path, monkeypatch, nam
         read_classes(path)
 
 
-LAUGHS = (
-    '<!DOCTYPE a [<!ENTITY a0 "ha">'
-    + "".join(f'<!ENTITY a{i + 1} "{f"&a{i};" * 10}">' for i in range(9))
-    + "]><annotation><object><name>&a9;</name></object></annotation>"
-)
-BOX = (
-    "<annotation><size><width>{w}</width><height>64</height></size><object><name>cat</name>"
-    "<bndbox><xmin>{x}</xmin><ymin>1</ymin><xmax>32</xmax><ymax>64</ymax></bndbox></object>"
-    "</annotation>"
-)
-ANNOTATIONS = {
-    "laughs": (LAUGHS.encode(), "DOCTYPE"),
-    "laughs in UTF-16": (LAUGHS.encode("utf-16"), "DOCTYPE"),
-    "outside": (b'<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotation/>', "DOCTYPE"),
-    "cut": (BOX.format(w=64, x=1).encode()[:-20], "is not XML"),
-    "bytes": (b"\xff\xfe\x00\x01", "is not XML"),
-    "empty": (b"", "is not XML"),
-    "encoding": (b'<?xml version="1.0" encoding="nothing"?><a/>', "is not XML"),
-    "nan": (BOX.format(w=64, x="nan").encode(), "xmin is nan"),
-    "infinite": (BOX.format(w="inf", x=1).encode(), "width is inf"),
-    "text": (BOX.format(w=64, x="left").encode(), "could not convert"),
-    "backwards": (BOX.format(w=64, x=40).encode(), "ends before it begins"),
-}
-
-
-@pytest.fixture
-def voc(tmp_path):
-    root = tmp_path / "VOC2012"
-    for folder in ("ImageSets/Segmentation", "JPEGImages", "Annotations", "SegmentationClass"):
-        (root / folder).mkdir(parents=True)
-    (root / "ImageSets/Segmentation/val.txt").write_text("one\n")
-    Image.new("RGB", (64, 64)).save(root / "JPEGImages/one.jpg")
-    (root / "Annotations/one.xml").write_text(BOX.format(w=64, x=1))
-    return root
-
-
-def opened(root):
-    return open_data_set(root, "val", small_float().classes)
-
-
-def test_the_annotations_below_are_right_but_for_one_thing(voc):
-    data = opened(voc)
-    areas = dict(zip(VOC_CLASSES, data.areas(0), strict=True))
-    assert areas.pop("cat") == 31 * 63 / 64**2 and not any(areas.values())
-    assert data.samples[0].label == VOC_CLASSES.index("cat")
-    assert Objects(data, Preprocessing((32, 32), 36)).regions(0, 7).boxes.any()
-
-
-@pytest.mark.parametrize("name", ANNOTATIONS)
-def test_damaged_annotations(voc, name):
-    content, reason = ANNOTATIONS[name]
-    data = opened(voc)
-    (voc / "Annotations/one.xml").write_bytes(content)
-    with pytest.raises(AftError, match=f"one has neither .* readable boxes.*{reason}"):
-        opened(voc)
-    if name not in ("infinite", "backwards"):
-        with pytest.raises(AftError, match=r"one\.jpg: its boxes can't be read"):
-            Objects(data, Preprocessing((32, 32), 36)).regions(0, 7)
-
-
-def test_large_annotations_are_refused(voc, monkeypatch):
-    monkeypatch.setattr("aftcli.data_files.LARGEST_TEXT", 99)
-    with pytest.raises(ValueError, match="larger than 99 bytes"):
-        read_xml(voc / "Annotations/one.xml")
-
-
 @fuzz(150)
 @given(seed=SEEDS)
 def test_any_bytes_as_an_annotation(place, seed):
     rng = random.Random(seed)
-    content = BOX.format(w=64, x=1).encode()
+    content = b"<a><b>1</b><c x='2'>text &amp; more</c><b/></a>"
     Path("x.xml").write_bytes(rng.choice(mutants.GENERIC)(content, rng))
     try:
         assert read_xml(Path("x.xml")).tag
     except ValueError as error:
         assert "\n" not in str(error)
-
-
-SEGMENTATIONS = {
-    "colours": (lambda p: Image.new("RGB", (64, 64)).save(p), "a class a pixel, this is RGB"),
-    "numbers": (lambda p: Image.new("I;16", (64, 64)).save(p), "a class a pixel, this is I;16"),
-    "bits": (lambda p: Image.new("1", (64, 64)).save(p), "a class a pixel, this is 1"),
-    "bomb": (bombs.png_claim, "is too large"),
-    "eps": (lambda p: p.write_bytes(EPS), "is not a picture"),
-    "cut": (lambda p: p.write_bytes(PICTURES["palette.png"][:2000]), "may be damaged"),
-}
-
-
-@pytest.mark.parametrize("name", SEGMENTATIONS)
-def test_damaged_segmentations(voc, name):
-    write, reason = SEGMENTATIONS[name]
-    data = opened(voc)
-    write(voc / "SegmentationClass/one.png")
-    with pytest.raises(AftError, match=reason):
-        opened(voc)
-    with pytest.raises(AftError, match=reason):
-        Objects(data, Preprocessing((32, 32), 36)).regions(0, 7)
-
-
-@pytest.mark.parametrize(
-    "content", [b"one\n\xff\n", b"a/b\n", b"a\0b\n", b"n" * 9999], ids=["bytes", "/", "0", "long"]
-)
-def test_damaged_lists(voc, content):
-    path = voc / "ImageSets/Segmentation/val.txt"
-    path.write_bytes(content)
-    with pytest.raises(AftError) as error:
-        opened(voc)
-    assert str(error.value).startswith(f"{path}: ") and len(str(error.value)) < 400
-
-
-BOXES = {
-    "nan": "file,x1,y1,x2,y2\na,nan,1,2,3\n",
-    "infinite": "file,x1,y1,x2,y2\na,1,1,inf,3\n",
-    "short": "file,x1,y1,x2,y2\na,1,1\n",
-    "field": "file,x1,y1,x2,y2\n" + "a" * 200_000 + ",1,1,2,3\n",
-    "bytes": "file,x1,y1,x2,y2\n\udcff,1,1,2,3\n",
-    "binary": "\0" * 999,
-}
-
-
-@pytest.mark.parametrize("name", BOXES)
-def test_damaged_tables_of_boxes(tmp_path, name):
-    make_images(tmp_path / "data/val", each=1)
-    (tmp_path / "data/val_boxes.csv").write_text(BOXES[name], errors="surrogateescape")
-    data = open_data_set(tmp_path / "data", "val", small_float().classes)
-    with pytest.raises(AftError, match="can't be read as boxes") as error:
-        Objects(data, Preprocessing((32, 32), 36))
-    assert "\n" not in str(error.value) and math.inf > len(str(error.value)) < 600
