@@ -316,7 +316,8 @@ def main() -> None:
         gc.collect()
         gc.freeze()
         outcomes = []
-        for outcome in run_all(wanted_cases(kinds, args.mutants, args.seed), args.jobs, args.keep):
+        count = len(kinds) if args.large else args.mutants
+        for outcome in run_all(wanted_cases(kinds, count, args.seed), args.jobs, args.keep):
             outcomes.append(outcome)
             if outcome.what not in ("right", "error"):
                 print(

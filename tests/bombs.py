@@ -160,6 +160,6 @@ LARGE = {
     "lossless.webp": _plain(7700, "RGBA", lossless=True, quality=0, method=0),
     "rgb.jp2": _plain(6300, "RGB"),
     "rgb.avif": _plain(7700, "RGB", speed=10),
-    "map.png": _large(5700, "L"),
-    "map.npy": lambda p: np.save(p, np.asarray(large_photograph(5700).convert("L"), np.float64)),
+    "map.png": _large(5000, "L"),
+    "map.npy": lambda p: np.save(p, np.asarray(large_photograph(5000).convert("L"), np.float64)),
 }
