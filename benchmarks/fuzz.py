@@ -251,7 +251,7 @@ def save(running: Running, end: Ended, what: str, detail: str, keep: Path) -> No
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
     running.case.lay_out(kept)
-    command = f"cd {kept} && aft {shlex.join(running.case.arguments)} --debug"
+    command = f"cd {shlex.quote(str(kept))} && aft {shlex.join(running.case.arguments)} --debug"
     said = f"{command}\n{what}: {detail}\n{running.case.change}\n{end.err[:2000]}\n"
     (kept / "FINDING.txt").write_text(said)
 
