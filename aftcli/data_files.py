@@ -7,10 +7,14 @@ import os
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from xml.etree import ElementTree
+from xml.parsers import expat
 
 from aftcli.errors import AftError
 
 SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jfif".split())
+
+LARGEST_TEXT = 2**24  # bytes of class names, of a list, of an annotation
 
 
 def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list[Path], list[str]]:
@@ -59,8 +63,8 @@ def read_classes(path: Path) -> tuple[str, ...]:
         AftError: the file is missing, not text, or empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise AftError(
             f"{path}: can't be read as class names, one a line in UTF-8 ({reason(error)})"
         ) from error
@@ -71,6 +75,50 @@ def read_classes(path: Path) -> tuple[str, ...]:
         what = f"an empty line, number {names.index('') + 1}" if names else "no class names"
         raise AftError(f"{path}: holds {what}; write one class name a line")
     return names
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no regular file, larger than LARGEST_TEXT, or not in UTF-8.
+    """
+    return _content(path).decode("utf-8-sig")
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    """Read an XML file that declares no entities: some expand to more than any memory holds.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no regular file, larger than LARGEST_TEXT, not XML, or has a DOCTYPE.
+    """
+
+    def refuse(*_: object) -> None:
+        raise ValueError("it has a DOCTYPE, which annotations do without")
+
+    builder = ElementTree.TreeBuilder()
+    parser = expat.ParserCreate()
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    try:
+        parser.Parse(_content(path), True)
+    except (expat.ExpatError, LookupError) as error:
+        raise ValueError(f"it is not XML: {error}") from error
+    return builder.close()
+
+
+def _content(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise ValueError(f"it is larger than {LARGEST_TEXT} bytes")
+    return content
 
 
 def reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-import numpy as np
 from PIL import Image
 
 from aftcli.core.classifier import Classes
-from aftcli.data_files import SUFFIXES
+from aftcli.data import open_picture
+from aftcli.data_files import SUFFIXES, read_text, read_xml, reason
 from aftcli.errors import AftError
 from aftcli.files import check_folder, inside
 
@@ -25,6 +26,7 @@ VOC_CLASSES = tuple(
     "person pottedplant sheep sofa train tvmonitor".split()
 )
 WNID = re.compile(r"n\d{8}")
+LONGEST = 200  # bytes of a name in a list of VOC; systems allow 255 with the ending
 
 
 class Sample(NamedTuple):
@@ -235,9 +237,13 @@ def _open_voc(root: Path, split: str, classes: Classes) -> DataSet:
         raise AftError(f"{root}: has no segmentation list {split!r}; there are {known}")
     labels = _map_to_model(list(VOC_CLASSES), classes)
     samples = []
-    for stem in sorted(listed.read_text(encoding="utf-8").split()):
-        if Path(stem).name != stem:
-            raise AftError(f"{listed}: {stem!r} is not the name of a picture")
+    try:
+        stems = sorted(read_text(listed).split())
+    except (OSError, ValueError) as error:
+        raise AftError(f"{listed}: can't be read as a list ({reason(error)})") from error
+    for stem in stems:
+        if Path(stem).name != stem or len(os.fsencode(stem)) > LONGEST or "\0" in stem:
+            raise AftError(f"{listed}: {stem[:80]!r} is not the name of a picture")
         areas = _voc_areas(root, stem)
         own = max(range(len(areas)), key=areas.__getitem__) if any(areas) else 0
         samples.append(Sample(f"JPEGImages/{stem}.jpg", labels[own] if labels else own))
@@ -251,19 +257,37 @@ def _voc_areas(root: Path, stem: str) -> list[float]:
     annotation = root / "Annotations" / f"{stem}.xml"
     try:
         if segmentation.is_file():
-            with Image.open(segmentation) as image:
-                counts = np.bincount(np.asarray(image).ravel(), minlength=256)
-            return [float(count / counts.sum()) for count in counts[1:21]]
-        return _box_areas(ElementTree.parse(annotation).getroot())
-    except (OSError, ValueError, AttributeError, ElementTree.ParseError) as error:
+            with open_picture(segmentation) as image:
+                counts = image_labels(image, segmentation).histogram()
+            return [count / sum(counts) for count in counts[1:21]]
+        return _box_areas(read_xml(annotation))
+    except (OSError, ValueError) as error:
         raise AftError(
-            f"{root}: {stem} has neither a readable segmentation nor readable boxes ({error})"
+            f"{root}: {stem} has neither a readable segmentation nor readable boxes "
+            f"({reason(error)})"
         ) from error
+
+
+def image_labels(segmentation: Image.Image, path: Path) -> Image.Image:
+    """A segmentation of VOC, whose pixels are classes.
+
+    Raises:
+        AftError: its pixels are colours or larger numbers.
+    """
+    if segmentation.mode not in ("L", "P"):
+        raise AftError(
+            f"{path}: a segmentation has a class a pixel, this is {segmentation.mode}; save it "
+            "with a palette"
+        )
+    return segmentation
 
 
 def _box_areas(root: ElementTree.Element) -> list[float]:
     def number(node: ElementTree.Element, name: str) -> float:
-        return float(node.findtext(name, ""))
+        value = float(node.findtext(name, ""))
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}")
+        return value
 
     areas = [0.0] * len(VOC_CLASSES)
     size = root.find("size")
@@ -273,5 +297,7 @@ def _box_areas(root: ElementTree.Element) -> list[float]:
         if name in VOC_CLASSES and box is not None:
             wide = number(box, "xmax") - number(box, "xmin")
             high = number(box, "ymax") - number(box, "ymin")
+            if min(wide, high) < 0:
+                raise ValueError(f"a box of {name} ends before it begins")
             areas[VOC_CLASSES.index(name)] += wide * high / max(whole, 1)
     return areas

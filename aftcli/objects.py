@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from aftcli.core.classifier import Preprocessing
-from aftcli.data import View, view_of
-from aftcli.datasets import VOC_CLASSES, DataSet
+from aftcli.data import View, open_picture, view_of
+from aftcli.data_files import read_xml, reason
+from aftcli.datasets import VOC_CLASSES, DataSet, image_labels
 from aftcli.errors import AftError
 
+EDGES = ("x1", "y1", "x2", "y2")
 VOID = 255  # the borders of objects in a segmentation of VOC
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, pixels of the picture
@@ -99,7 +102,7 @@ class Objects:
         boxes = self._listed.get(sample.name, []) if class_index == sample.label else []
         if not boxes:
             return Regions()
-        with Image.open(self.data_set.path(index)) as image:
+        with open_picture(self.data_set.path(index)) as image:
             view = view_of(image.size, self.preprocessing)
             return Regions(_covered(boxes, image.size, view))
 
@@ -108,23 +111,23 @@ class Objects:
         annotation, segmentation = self._annotations(index)
         boxes, seen, counted = None, None, None
         try:
-            with Image.open(self.data_set.path(index)) as image:
+            with open_picture(self.data_set.path(index)) as image:
                 size = image.size
             view = view_of(size, self.preprocessing)
             if annotation.is_file():
-                found = list(_voc_boxes(ElementTree.parse(annotation).getroot(), name))
+                found = list(_voc_boxes(read_xml(annotation), name))
                 boxes = _covered(found, size, view) if found else None
             if segmentation.is_file():
-                with Image.open(segmentation) as image:
-                    labels = np.asarray(
-                        image.resize(view.scaled, Image.Resampling.NEAREST).crop(view.crop)
-                    )
+                with open_picture(segmentation) as image:
+                    whole = image_labels(image, segmentation)
+                    scaled = whole.resize(view.scaled, Image.Resampling.NEAREST)
+                    labels = np.asarray(scaled.crop(view.crop))
                 region = torch.from_numpy(labels == 1 + VOC_CLASSES.index(name))
                 if region.any():
                     seen, counted = region, torch.from_numpy(labels != VOID)
-        except (OSError, ValueError, ElementTree.ParseError) as error:
+        except (OSError, ValueError) as error:
             raise AftError(
-                f"{self.data_set.path(index)}: its boxes or segmentation can't be read ({error})"
+                f"{self.data_set.path(index)}: its boxes can't be read ({reason(error)})"
             ) from error
         return Regions(boxes, seen, counted)
 
@@ -137,22 +140,34 @@ def _read_boxes(path: Path) -> dict[str, list[Box]]:
     boxes: dict[str, list[Box]] = defaultdict(list)
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                left, top, right, bottom = (float(row[k]) for k in ("x1", "y1", "x2", "y2"))
+            rows = csv.DictReader(file)
+            missing = {"file", *EDGES} - set(rows.fieldnames or ())
+            if missing:
+                raise KeyError(min(missing))
+            for row in rows:
+                left, top, right, bottom = _edges(row[k] for k in EDGES)
                 boxes[row["file"]].append((left, top, right + 1, bottom + 1))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise AftError(
-            f"{path}: can't be read as boxes ({error!r}); its columns are file,x1,y1,x2,y2"
+            f"{path}: can't be read as boxes ({str(error)[:160]!r}); its columns are "
+            "file,x1,y1,x2,y2"
         ) from error
     return boxes
+
+
+def _edges(texts: Iterable[str]) -> tuple[float, ...]:
+    edges = tuple(float(text) for text in texts)
+    if not all(map(math.isfinite, edges)):
+        raise ValueError(f"a box is {edges}")
+    return edges
 
 
 def _voc_boxes(root: ElementTree.Element, name: str) -> Iterator[Box]:
     for item in root.iter("object"):
         box = item.find("bndbox")
         if item.findtext("name") == name and box is not None:
-            edges = (float(box.findtext(k, "")) for k in ("xmin", "ymin", "xmax", "ymax"))
-            left, top, right, bottom = edges
+            edges = (box.findtext(k, "") for k in ("xmin", "ymin", "xmax", "ymax"))
+            left, top, right, bottom = _edges(edges)
             yield left - 1, top - 1, right, bottom  # VOC counts pixels from 1
 
 

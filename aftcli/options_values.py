@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from aftcli.core.registry import METHODS
 from aftcli.errors import AftError, check_name, nearest
 
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+# Also what reverses the direction of text: a terminal would show another name.
+REVERSING = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+CONTROL = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{REVERSING}]")
 SAVE = ("overlay", "figure", "map", "mask")
 # The keys of the registries in aftcli.tft and aftcli.report_evaluate, which import torch.
 MASKINGS = ("binary", "soft")
@@ -67,7 +69,7 @@ def thresholds(text: str) -> tuple[float, ...]:
                 raise AftError(f"thresholds {text!r}: the step is below 0.0001; {form}")
             # Decimal thresholds, not sums of steps: 0.3, not 0.30000000000000004.
             count = int((stop - start) / step + 1e-6) + 1
-            return tuple(round(start + i * step, 10) for i in range(count))
+            return tuple(min(round(start + i * step, 10), stop) for i in range(count))
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise AftError(f"thresholds {text!r} can't be read; {form}") from None

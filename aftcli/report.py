@@ -122,8 +122,13 @@ def write_outputs(
         cut: a fixed threshold, (tau, mode), for plain maps.
 
     Raises:
-        AftError: a file can't be written.
+        AftError: a file can't be written, or the network gave no numbers.
     """
+    if not (math.isfinite(explanation.probability) and explanation.attribution.isfinite().all()):
+        raise AftError(
+            f"{subject.path}: {f.name} gives NaN or infinite numbers for it; its weights may be "
+            "damaged"
+        )
     name = class_name(f, explanation)
     slug = _slug(name)
     if [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1:

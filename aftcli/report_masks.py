@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from aftcli.errors import AftError
 from aftcli.generate import Done, Processes
 from aftcli.loading import Broken
 from aftcli.masks import MaskStore
@@ -56,6 +57,9 @@ def summarise(store: MaskStore, names: Sequence[str]) -> StoreSummary:
     Args:
         store: of `aft gen-masks`.
         names: of the labels.
+
+    Raises:
+        AftError: it has labels without a name.
     """
     totals = np.zeros(4)
     labels = np.zeros(max(len(names), 1), dtype=np.int64)
@@ -63,7 +67,10 @@ def summarise(store: MaskStore, names: Sequence[str]) -> StoreSummary:
         rows = store.rows(start, start + 4096)
         best = np.nanmax(rows.rpi, 1) if len(rows.rpi) else np.zeros(0)
         totals += [rows.tau.sum(), (best > 0).sum(), best.sum(), rows.probability.sum()]
-        labels += np.bincount(rows.label, minlength=len(labels))
+        counted = np.bincount(rows.label, minlength=len(labels))
+        if len(counted) > len(labels):
+            raise _damaged(store.path, f"it has labels beyond its {len(names)} classes")
+        labels += counted
     count = max(len(store), 1)
     tau, raised, rpi, probability = (totals / count).tolist()
     return StoreSummary(
@@ -147,11 +154,17 @@ def show_store(path: Path, json_: bool) -> None:
     """Print what a mask store holds, after checking its content against its digest."""
     with MaskStore(path) as store:
         store.verify()
-        names = store.settings["classes"] or _label_names(store)
-        summary = summarise(store, names)
         settings = store.settings
+        missing = {"classes", "cam"} - set(settings)
+        if missing or not isinstance(settings["classes"], list):
+            raise _damaged(path, f"its settings have no {min(missing, default='classes')}")
+        summary = summarise(store, settings["classes"] or _label_names(store))
     if json_:
-        print(json.dumps({"settings": settings, **_summary_dict(summary)}, indent=2))
+        result = {"settings": settings, **_summary_dict(summary)}
+        try:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        except ValueError as error:
+            raise _damaged(path, "its settings or figures hold NaN") from error
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     for key, value in settings.items():
@@ -160,6 +173,10 @@ def show_store(path: Path, json_: bool) -> None:
     _print_summaries([summary])
     for broken in summary.broken:
         print(f"left out {broken.path}: {broken.reason}")
+
+
+def _damaged(path: Path, what: str) -> AftError:
+    return AftError(f"{path}: {what}; make it again with aft gen-masks --overwrite")
 
 
 def _label_names(store: MaskStore) -> Sequence[str]:

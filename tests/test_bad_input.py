@@ -147,13 +147,13 @@ MAPS = {
     "date.npy": (lambda: np.save("date.npy", BLOB.astype("M8[s]")), "this holds datetime64"),
     "zero.npy": (lambda: make("zero.npy", b""), "can't be read as a map"),
     "zero.npz": (lambda: make("zero.npz", b""), "can't be read as a map"),
-    "zero.png": (lambda: make("zero.png", b""), "can't be read as a map"),
+    "zero.png": (lambda: make("zero.png", b""), "zero.png: the file is empty"),
     "text.npy": (lambda: make("text.npy", b"text"), "can't be read as a map"),
     "cut.npy": (lambda: truncated("npy"), "can't be read as a map"),
     "cut.npz": (lambda: truncated("npz"), "can't be read as a map"),
     "two.npz": (lambda: np.savez("two.npz", a=BLOB, b=BLOB), "holds one array, this has 2: a, b"),
     "no.npz": (lambda: np.savez("no.npz"), "holds one array, this has 0; save one map"),
-    "bomb.npy": (bomb, "bomb.npy: can't be read as a map"),
+    "bomb.npy": (bomb, "bomb.npy: is too large (1000000 x 1000000 values"),
     "colour.png": (coloured, "colour.png: is a coloured picture; a map's picture is grey"),
 }
 
