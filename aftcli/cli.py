@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 import warnings
@@ -460,6 +461,8 @@ def _run(stopping: Stopping) -> str | int | None:
         if debug:
             raise
         complain(what_is_wrong(error))
+        with contextlib.suppress(OSError, AftError):
+            flush()
     return 1
 
 

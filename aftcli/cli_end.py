@@ -101,9 +101,11 @@ def what_is_wrong(error: Exception) -> str:
     if isinstance(error, AftError):
         return str(error)
     if isinstance(error, OSError) and error.errno in REFUSED:
+        if error.filename is None:  # files are written where an AftError names them
+            return f"the result can't be printed ({error.strerror})"
         return (
-            f"{error.filename or 'a file'}: can't be written ({error.strerror}); free space or "
-            "choose another folder; what is finished is kept"
+            f"{error.filename}: can't be written ({error.strerror}); free space or choose another "
+            "folder; what is finished is kept"
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "gloo" in str(error):
         return (
