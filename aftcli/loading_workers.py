@@ -100,10 +100,16 @@ def awaited(loader: Iterable[T]) -> Iterator[T]:
     """What a loader loads; that one of its workers died is raised only while that is awaited."""
     blocks = iter(loader)
     with _deaths.held():
-        while True:
-            with _deaths.told():
-                try:
-                    block = next(blocks)
-                except StopIteration:
-                    return
-            yield block
+        try:
+            while True:
+                with _deaths.told():
+                    try:
+                        block = next(blocks)
+                    except StopIteration:
+                        return
+                yield block
+        finally:
+            # Now, not when the iterator is collected: then nothing holds their deaths back.
+            end = getattr(blocks, "_shutdown_workers", None)
+            if end:
+                end()
