@@ -219,7 +219,8 @@ def gen_masks(
     keep_freed_memory()
     data = open_data_set(dataset, split, f.classes).limited(limit)
     methods = setup.methods(f, cam, "gradcam")
-    f = accelerate(f, len(data.samples) // processes.count * passes(f, methods, 1, settings))
+    # Of all processes, so that their number changes no result.
+    f = accelerate(f, len(data.samples) * passes(f, methods, 1, settings))
     watched = report_masks.watch(
         generate.generate_masks(
             f,
