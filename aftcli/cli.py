@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 import warnings
@@ -14,15 +15,14 @@ import aftcli
 from aftcli import cli_setup as setup
 from aftcli import options as o
 from aftcli import options_values as v
+from aftcli.cli_end import INTERRUPTED, Stopping, flush, what_is_wrong
 from aftcli.cli_images import complain, each_image, find
-from aftcli.errors import AftError, first_line
+from aftcli.errors import AftError
 from aftcli.measures import measures
 
 if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
     from aftcli.report import Report, Subject
-
-INTERRUPTED = 130  # what typer, and shells, make of Ctrl-C
 
 app = typer.Typer(
     name="aft",
@@ -219,7 +219,8 @@ def gen_masks(
     keep_freed_memory()
     data = open_data_set(dataset, split, f.classes).limited(limit)
     methods = setup.methods(f, cam, "gradcam")
-    f = accelerate(f, len(data.samples) // processes.count * passes(f, methods, 1, settings))
+    # Of all processes, so that their number changes no result.
+    f = accelerate(f, len(data.samples) * passes(f, methods, 1, settings))
     watched = report_masks.watch(
         generate.generate_masks(
             f,
@@ -429,34 +430,41 @@ def _show(show: Path | None, json: bool) -> None:
 
 def main() -> None:
     """Run the command line; every error ends here."""
-    debug = "--debug" in sys.argv
-    if not debug:
+    if "--debug" not in sys.argv:
         _silence_libraries()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    with Stopping() as stopping:
+        try:
+            code = _run(stopping)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        if stopping.signal or code == INTERRUPTED:
+            code = stopping.tell(sys.argv[1:])
+    sys.exit(code)
+
+
+def _run(stopping: Stopping) -> str | int | None:
+    """Run the command; its exit code."""
+    debug = "--debug" in sys.argv
     try:
-        app(v.with_table(sys.argv[1:]), prog_name="aft")
-    except AftError as error:
-        if debug:
-            raise
-        complain(str(error))
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            complain("interrupted")
-        raise
-    except KeyboardInterrupt:
-        complain("interrupted")
-        sys.exit(INTERRUPTED)
+        try:
+            app(v.with_table(sys.argv[1:]), prog_name="aft")
+        except SystemExit as end:
+            flush()
+            return end.code
     except BrokenPipeError:
         sys.stderr.close()
-    except Exception as error:  # the last resort of the edge: a bug
+    except Exception as error:
+        # A signal amid a library's work may come out as an error of its own.
+        if stopping.signal:
+            return INTERRUPTED
         if debug:
             raise
-        complain(
-            f"{type(error).__name__}: {first_line(error)}; this is a fault of aft's, "
-            "run again with --debug to see where and please report it"
-        )
-    sys.exit(1)
+        complain(what_is_wrong(error))
+        with contextlib.suppress(OSError, AftError):
+            flush()
+    return 1
 
 
 def _silence_libraries() -> None:

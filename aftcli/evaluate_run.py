@@ -205,8 +205,8 @@ def _blocks(
     wanted = Wanted(
         study.search if variant.name == "original" else None, plan.extras, study.search.fill
     )
-    most = max(len(lacking[i]) for i in todo)
-    f = plan.accelerate(f, passes(wanted, most) * sum(len(spans[i]) for i in todo))
+    # Of all images, so that neither interruptions nor the number of processes change a result.
+    f = plan.accelerate(f, passes(wanted, len(files)) * len(study.data_set.samples))
     for loaded in load_blocks(f.preprocessing, study.data_set, spans, todo, plan.workers):
         units, parts = lacking[loaded.block], []
         places = torch.tensor(loaded.indices).split(plan.batch)

@@ -102,10 +102,10 @@ class ResultFile:
 
     def _write(self, path: Path, columns: Mapping[str, Tensor], broken: Sequence[Broken]) -> None:
         head = {"identity": self.identity, "broken": broken, "extras": sorted(self.extras)}
-        # One hash over both: a flipped bit in either is found.
         text = json.dumps(head)
-        seal = hashlib.sha256((text + tensors_hash(columns)).encode()).hexdigest()
-        write_tensors(path, columns, {"aft_result": text, "sha256": seal})
+        # One entry: safetensors writes several in an order that changes from run to run.
+        sealed = {"head": text, "sha256": _seal(text, columns)}
+        write_tensors(path, columns, {"aft_result": json.dumps(sealed)})
 
     def _read(self, path: Path) -> Result | None:
         if not path.is_file():
@@ -115,13 +115,18 @@ class ResultFile:
                 metadata = file.metadata() or {}
             # Not load_file: its tensors are the file itself, which may change.
             columns = dict(sorted(load(path.read_bytes()).items()))
-            text = metadata["aft_result"]
+            sealed = json.loads(metadata["aft_result"])
+            text, seal = sealed["head"], sealed["sha256"]
             head = json.loads(text)
-        except (SafetensorError, OSError, ValueError, KeyError):
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             return None
-        seal = hashlib.sha256((text + tensors_hash(columns)).encode()).hexdigest()
-        if seal != metadata.get("sha256") or head["identity"] != self.identity:
+        if seal != _seal(text, columns) or head["identity"] != self.identity:
             return None
         if not self.extras <= set(head["extras"]):
             return None
         return Result(columns, [Broken(*b) for b in head["broken"]], head["identity"])
+
+
+def _seal(head: str, columns: Mapping[str, Tensor]) -> str:
+    """One hash over both: a flipped bit in either is found."""
+    return hashlib.sha256((head + tensors_hash(columns)).encode()).hexdigest()

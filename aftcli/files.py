@@ -185,12 +185,18 @@ def locked(target: Path) -> Iterator[None]:
         target: the file; the lock lies beside it, hidden.
 
     Raises:
-        AftError: another process holds it.
+        AftError: another process holds it, or the lock can't be written.
     """
     import fcntl
 
-    lock = target.with_name(f".{target.stem}.lock")
-    with open(lock, "a", opener=_no_link) as file:
+    try:
+        lock = open(target.with_name(f".{target.stem}.lock"), "a", opener=_no_link)
+    except OSError as error:
+        raise AftError(
+            f"{target}: can't be written ({error.strerror}); make its folder writable, free space "
+            "or choose another --run; the same command goes on where it stopped"
+        ) from error
+    with lock as file:
         try:
             # Not flock: forked workers would inherit it and outlive a killed parent.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -350,9 +350,11 @@ def _cache(
     if cache.key in caches and caches[cache.key].strict == strict:
         return caches[cache.key]
     done, total = 0, -(-len(data_set.samples) // count)
-    cache.run = options.fast_stem(job.f, job.stem, None if how == "off" else total)
-    for images in cache.fill():
-        done += images
+    # Of all images, so that the number of processes changes no result.
+    images = None if how == "off" else len(data_set.samples)
+    cache.run = options.fast_stem(job.f, job.stem, images)
+    for more in cache.fill():
+        done += more
         yield Cached(done, total, how, data_set.split, masks is not None)
     cache.share_out(lambda t: accelerator.reduce(t, "sum"), accelerator.wait_for_everyone)
     caches[cache.key] = cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from aftcli.core.classifier import Preprocessing
 from aftcli.data import read_image, to_input
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError
+from aftcli.loading_workers import awaited, begin_worker
 
 
 class Broken(NamedTuple):
@@ -111,11 +111,6 @@ def _as_it_is(loaded: Any) -> Any:  # noqa: ANN401 - what torch declares
     return loaded
 
 
-def _leave_interrupts_to_the_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
 def load_blocks(
     preprocessing: Preprocessing,
     data_set: DataSet,
@@ -145,16 +140,16 @@ def load_blocks(
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=min(workers, len(todo)),
-        worker_init_fn=_leave_interrupts_to_the_parent,
+        worker_init_fn=begin_worker,
         # Forked workers see that their parent has died; those of a fork server live on.
         multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
     )
     try:
-        yield from loader
+        yield from awaited(loader)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise AftError(
-            f"a process that decodes images died ({str(error).splitlines()[0][:120]}); run the "
-            "same command again, with fewer --workers if memory is short"
+            f"a process that decodes images died ({str(error).splitlines()[0][:120].strip()}); the "
+            "same command goes on where it stopped, with fewer --workers if memory is short"
         ) from error
