@@ -34,6 +34,8 @@ FINETUNE = (
     "--quiet",
 )
 EVALUATE = ("evaluate", "--run", "run", "--table", "3", "--masking", "binary", "--workers", "0")
+# What is in the names of the kinds that need whole runs, which take half a minute to make.
+RUNS = "runs --show gen-masks finetune evaluate, store parts state results tuned --checkpoint"
 IN_FOLDER = 6  # mutants among good pictures
 
 
@@ -260,9 +262,9 @@ def usual(folder: Path, wanted: set[str]) -> list[Kind]:
     kinds.append(Kind("gen-masks FOLDER", 30, folders, 5.0, one_line=False))
     kinds.append(Kind("--classes", 3, partial(class_names, original=_imagenet(), photo=photo)))
     kinds += _state_dicts(photo)
-    if not wanted or wanted & {"runs", "tuned"}:
+    if not wanted or any(w in RUNS for w in wanted):
         kinds += _runs(folder, photo, plain)
-    return [k for k in kinds if not wanted or any(w in k.name for w in wanted)] or kinds
+    return [k for k in kinds if not wanted or any(w in k.name for w in wanted)]
 
 
 def _explained(rng: random.Random, name: str, data: bytes) -> Case:
