@@ -471,4 +471,4 @@ def _silence_libraries() -> None:
     import logging
 
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # Pillow tells of damaged files in its own words

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from aftcli.errors import AftError
+from aftcli.files import inside
 
 SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jfif".split())
 
@@ -31,10 +32,18 @@ def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list
     problems = []
     for argument in arguments:
         names = [argument] if os.path.lexists(argument) else glob.glob(argument, recursive=True)
-        images = []
+        images, leading_out = [], []
         for path in sorted(map(Path, names)):
-            images += _images_in(path, out) if path.is_dir() else [path]
-        if not images:
+            if not path.is_dir():
+                images.append(path)
+                continue
+            for image in _images_in(path, out):
+                try:
+                    images.append(inside(path, str(image.relative_to(path))))
+                except AftError as error:
+                    leading_out.append(str(error))
+        problems += leading_out
+        if not images and not leading_out:
             missing = "image in this folder" if names else "such file or folder"
             problems.append(f"{argument or repr(argument)}: there is no {missing}")
         found.update(dict.fromkeys(images))

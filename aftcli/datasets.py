@@ -89,7 +89,7 @@ class DataSet:
     def areas(self, index: int) -> list[float]:
         """Share of the picture that each class covers; only VOC pictures show several."""
         if self.kind == "voc":
-            return _voc_areas(self.root, Path(self.samples[index].name).stem)
+            return _voc_areas(self.root, Path(self.samples[index].name).stem, self.named)
         return []
 
     def limited(self, count: int | None) -> DataSet:
@@ -135,7 +135,7 @@ def open_data_set(
     check_folder(path)
     voc = _voc_root(path)
     data_set = replace(
-        _open_voc(voc, split or default, classes)
+        _open_voc(voc, split or default, classes, path)
         if voc
         else _open_folders(path, split, classes, default),
         named=path,
@@ -229,9 +229,9 @@ def _voc_root(path: Path) -> Path | None:
     return None
 
 
-def _open_voc(root: Path, split: str, classes: Classes) -> DataSet:
+def _open_voc(root: Path, split: str, classes: Classes, named: Path) -> DataSet:
     lists = root / "ImageSets" / "Segmentation"
-    listed = lists / f"{split}.txt"
+    listed = inside(root, f"ImageSets/Segmentation/{split}.txt", named)
     if not listed.is_file():
         known = ", ".join(sorted(p.stem for p in lists.glob("*.txt")))
         raise AftError(f"{root}: has no segmentation list {split!r}; there are {known}")
@@ -244,17 +244,17 @@ def _open_voc(root: Path, split: str, classes: Classes) -> DataSet:
     for stem in stems:
         if Path(stem).name != stem or len(os.fsencode(stem)) > LONGEST or "\0" in stem:
             raise AftError(f"{listed}: {stem[:80]!r} is not the name of a picture")
-        areas = _voc_areas(root, stem)
+        areas = _voc_areas(root, stem, named)
         own = max(range(len(areas)), key=areas.__getitem__) if any(areas) else 0
         samples.append(Sample(f"JPEGImages/{stem}.jpg", labels[own] if labels else own))
     names = classes.names if labels else VOC_CLASSES
     return DataSet("voc", root, split, names, labels is not None, samples)
 
 
-def _voc_areas(root: Path, stem: str) -> list[float]:
+def _voc_areas(root: Path, stem: str, named: Path | None) -> list[float]:
     """Share of the picture that each of the 20 classes covers, by segmentation, else by boxes."""
-    segmentation = root / "SegmentationClass" / f"{stem}.png"
-    annotation = root / "Annotations" / f"{stem}.xml"
+    segmentation = inside(root, f"SegmentationClass/{stem}.png", named)
+    annotation = inside(root, f"Annotations/{stem}.xml", named)
     try:
         if segmentation.is_file():
             with open_picture(segmentation) as image:

@@ -6,10 +6,11 @@ same command goes on from it to the same weights, bit for bit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from aftcli.aft_tail import check_trainable
 from aftcli.aft_training import Epoch, Measured, State, Step, Training
 from aftcli.contents import content_hash
 from aftcli.core.checkpoint import checkpoint_of, read_card
-from aftcli.core.classifier import Classifier
+from aftcli.core.classifier import Classifier, tensors_hash
 from aftcli.datasets import DataSet, validation_of
 from aftcli.errors import AftError
 from aftcli.features import Cache, CachedExamples, Masks, check_cache, choose_cache
@@ -170,7 +171,7 @@ class _Files:
     def save(self, training: Training) -> None:
         tensors, values = training.state()
         metadata = {"values": json.dumps(values), "identity": json.dumps(self.identity)}
-        write_tensors(self.state, tensors, metadata)
+        write_tensors(self.state, tensors, {**metadata, "sha256": _seal(metadata, tensors)})
 
     def restore(self, training: Training) -> bool:
         """Go back to the stored state; False if there is none, or a damaged one."""
@@ -180,12 +181,20 @@ class _Files:
             with safe_open(self.state, "pt") as file:
                 read = file.metadata()
                 values, identity = json.loads(read["values"]), json.loads(read["identity"])
-            tensors = safetensors.torch.load_file(self.state)
+            # Not load_file: its tensors are the file itself, which may change.
+            tensors = safetensors.torch.load(self.state.read_bytes())
+            if read["sha256"] != _seal({k: read[k] for k in ("values", "identity")}, tensors):
+                return False
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             return False
         refuse_other_settings(self.path, identity, self.identity)
         training.restore(State(tensors, values))
         return True
+
+
+def _seal(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    text = json.dumps(metadata, sort_keys=True) + tensors_hash(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 Event = Begun | Cached | Step | Epoch | Tuned

@@ -184,8 +184,9 @@ class _Store:
         return True
 
     def check_unchanged(self, data_set: DataSet) -> None:
-        """Refuse a finished file whose images are no longer what they were."""
+        """Refuse a finished file that was changed, or whose images are no longer what they were."""
         with MaskStore(self.path) as store:
+            store.verify()
             different = store.changed(data_set, range(len(store)))
         if different:
             raise AftError(

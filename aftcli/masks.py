@@ -140,9 +140,11 @@ def fold_rows(running: Any, rows: Rows) -> None:  # noqa: ANN401 - hashlib's obj
     Without the stamps: a data set may be copied.
     """
     columns = [values for name, values in rows._asdict().items() if name != "stamp"]
-    for row in zip(*columns, strict=True):
-        for value in row:
-            running.update(value.tobytes() if hasattr(value, "tobytes") else bytes(value))
+    count = len(rows.path)
+    # A column without width, as areas may be, has no bytes to view.
+    flat = [np.ascontiguousarray(c).reshape(count, -1) for c in columns if c.size]
+    if flat:
+        running.update(np.concatenate([c.view(np.uint8) for c in flat], axis=1).tobytes())
 
 
 def changed_images(data_set: DataSet, rows: Rows | None, broken: Sequence[Broken]) -> list[str]:

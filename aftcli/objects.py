@@ -21,6 +21,7 @@ from aftcli.data import View, open_picture, view_of
 from aftcli.data_files import read_xml, reason
 from aftcli.datasets import VOC_CLASSES, DataSet, image_labels
 from aftcli.errors import AftError
+from aftcli.files import inside
 
 EDGES = ("x1", "y1", "x2", "y2")
 VOID = 255  # the borders of objects in a segmentation of VOC
@@ -64,8 +65,10 @@ class Objects:
     def table(self) -> Path | None:
         """The csv of boxes; None where there is none."""
         root, split = self.data_set.root, self.data_set.split
-        path = root.parent / f"{split}_boxes.csv"
-        return path if self.data_set.kind == "folders" and split and path.is_file() else None
+        if self.data_set.kind != "folders" or not split:
+            return None
+        path = inside(root.parent, f"{split}_boxes.csv", self.data_set.named)
+        return path if path.is_file() else None
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -83,8 +86,8 @@ class Objects:
                 yield from (p for p in self._annotations(i) if p.is_file())
 
     def _annotations(self, index: int) -> tuple[Path, Path]:
-        root, stem = self.data_set.root, Path(self.data_set.samples[index].name).stem
-        return root / "Annotations" / f"{stem}.xml", root / "SegmentationClass" / f"{stem}.png"
+        beside, stem = self.data_set.beside, Path(self.data_set.samples[index].name).stem
+        return beside(f"Annotations/{stem}.xml"), beside(f"SegmentationClass/{stem}.png")
 
     def regions(self, index: int, class_index: int) -> Regions:
         """Where the objects of a class are in an input; nothing where none is known or seen.

@@ -188,7 +188,15 @@ def stop_after(images, run, count, accelerator=None):
 
 def test_a_damaged_state_begins_anew(images, masks, uninterrupted, tmp_path):
     torch.set_num_threads(1)
-    for trial, damage in enumerate((lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:9])):
+    for trial, damage in enumerate(
+        (
+            lambda b: b[: len(b) // 2],
+            lambda b: b"",
+            lambda b: b[:9],
+            lambda b: b[:-40] + bytes([b[-40] ^ 64]) + b[-39:],
+            lambda b: b.replace(b"loss", b"lozs", 1),
+        )
+    ):
         run = new_run(tmp_path / str(trial), masks)
         stop_after(images, run, 9)
         state = run / "tuned/.small-gradcam.state"

@@ -21,11 +21,13 @@ from trained import make_colours, masks_of
 
 from aftcli import AftError, MaskStore, load_classifier
 from aftcli.core.models import read_state_dict
+from aftcli.data_files import find_images
 from aftcli.datasets import open_data_set
 from aftcli.files import durable, inside, locked
 from aftcli.finetune_jobs import mask_job
 from aftcli.masks import Rows, fold_rows
 from aftcli.masks_form import SEAL, read_settings, seal_of
+from aftcli.objects import Objects
 
 
 class Evil:
@@ -243,6 +245,40 @@ def test_a_split_that_is_a_link_out_is_not_followed(tmp_path, monkeypatch):
     monkeypatch.delenv("AFT_FOLLOW_LINKS")
     # What the user names may be a link itself.
     assert open_data_set(tmp_path / "link", None, small_float().classes).path(0).is_file()
+
+
+def test_annotations_that_are_links_out_are_not_read(tmp_path, lite0):
+    root = tmp_path / "VOC2012"
+    for below in ("ImageSets/Segmentation", "JPEGImages", "Annotations", "SegmentationClass"):
+        (root / below).mkdir(parents=True)
+    (root / "ImageSets/Segmentation/train.txt").write_text("a\n")
+    Image.new("RGB", (40, 52)).save(root / "JPEGImages/a.jpg")
+    Image.new("L", (40, 52), 3).save(tmp_path / "secret.png")
+    (root / "SegmentationClass/a.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(AftError, match=r"a\.png: is a link that leads out of"):
+        open_data_set(tmp_path / "VOC2012", None, lite0.classes)
+    # Named by the folder above, the link stays within.
+    data = open_data_set(tmp_path, None, lite0.classes)
+    assert data.areas(0)[2] == 1
+    boxed = make_colours(tmp_path / "boxed")
+    (tmp_path / "boxes.csv").write_text("file,x1,y1,x2,y2\n")
+    (boxed / "val_boxes.csv").symlink_to(tmp_path / "boxes.csv")
+    with pytest.raises(AftError, match=r"val_boxes\.csv: is a link that leads out of"):
+        Objects(open_data_set(boxed, "val", small_float().classes), lite0.preprocessing)
+
+
+def test_a_folder_to_explain_gives_no_link_out(tmp_path):
+    make_images(tmp_path / "fruit", each=1)
+    Image.new("RGB", (40, 52)).save(tmp_path / "secret.png")
+    (tmp_path / "fruit/apple/out.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "fruit/apple/in.png").symlink_to("0.png")
+    found, problems = find_images([str(tmp_path / "fruit")])
+    names = {path.relative_to(tmp_path / "fruit").as_posix() for path in found}
+    assert names == {"apple/0.png", "apple/in.png", "pear/0.png", "plum/0.png"}
+    assert len(problems) == 1 and "out.png: is a link that leads out of" in problems[0]
+    # What the user names is read, link or not.
+    link = str(tmp_path / "fruit/apple/out.png")
+    assert find_images([link]) == ([tmp_path / "fruit/apple/out.png"], [])
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "..", "a/../../b", "../fruit/a"])
