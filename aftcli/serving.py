@@ -112,6 +112,10 @@ def traced(f: Classifier, method: str) -> nn.Module:
         graph = make_fx(both, rules, "symbolic", _allow_non_fake_inputs=True)(x)
     except Exception as error:
         raise _not_exportable(f, method, error) from error
+    # Tensors of ONNX have none, and its exporters of older versions do not take it.
+    for node in graph.graph.nodes:
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+    graph.recompile()
     return graph.eval()
 
 

@@ -566,7 +566,7 @@ def test_a_full_disk_leaves_nothing_half_written(real, folder, kind):
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_a_result_that_can_not_be_printed(f, flags):
     draw("a.png")
-    with pytest.raises(OSError, match="No space"), open("/dev/full", "w") as full:
+    with open("/dev/full", "w") as full:  # whose end is silent: what can't be printed is dropped
         result = aft("explain", "a.png", "gone.png", *flags, stdout=full)
     first, second = result.err.splitlines()
     assert result.code == 1
