@@ -111,7 +111,8 @@ def main() -> None:
         rows = equal_rows(run / "masks/efficientnet_lite0-gradcam.h5")
         size = (run / "masks/efficientnet_lite0-gradcam.h5").stat().st_size
     most = max(sample["blocks"] for sample in samples)
-    at_work = [s for s in samples if s["blocks"] >= 0.05 * most]
+    # Without the start, and the end when blocks are joined.
+    at_work = [s for s in samples if s["blocks"] >= 0.05 * most and s["processes"] > 1]
     tenth = max(len(at_work) // 10, 1)
     first, last = at_work[:tenth], at_work[-tenth:]
     print(f"{args.images} images, {seconds / 60:.1f} min, {args.images / seconds:.1f} images/s")

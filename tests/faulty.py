@@ -159,6 +159,8 @@ def _count_events(act, at):
 def run_aft(folder, arguments, act=None, at=None, before=None):
     """What the process does: `aft` in a folder, which its output goes to as well."""
     os.setsid()
+    # What a shell runs in the background, as tests may be, ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

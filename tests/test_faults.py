@@ -255,6 +255,7 @@ def test_nothing_is_decided_by_the_clock_that_people_set():
 # Sends itself a signal when a module is imported.
 AMID_IMPORTS = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Finder:
     def find_spec(self, name, *_):
         if name == {module!r}:
