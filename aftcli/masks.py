@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aftcli.contents import changed
 from aftcli.datasets import DataSet
-from aftcli.errors import AftError
+from aftcli.errors import AftError, first_line
 from aftcli.loading import Broken
 from aftcli.masks_form import check_form, check_store, check_values, read_settings
 from aftcli.tft import cut_off, mask_of, threshold_map
@@ -212,8 +212,8 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         except Exception as error:
             self.close()
             raise AftError(
-                f"{self.path}: can't be read as a mask store ({_line(error)}); make it again "
-                "with aft gen-masks --overwrite"
+                f"{self.path}: can't be read as a mask store ({first_line(error)[:120]}); make it "
+                "again with aft gen-masks --overwrite"
             ) from error
 
     @property
@@ -244,8 +244,8 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
             return rows
         except (OSError, KeyError, ValueError) as error:
             raise AftError(
-                f"{self.path}: is damaged ({_line(error)}); make it again with aft gen-masks "
-                "--overwrite"
+                f"{self.path}: is damaged ({first_line(error)[:120]}); make it again with "
+                "aft gen-masks --overwrite"
             ) from error
 
     def __getitem__(self, index: int) -> MaskRecord:
@@ -331,7 +331,3 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}, "_columns": {}}
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -76,10 +76,6 @@ def check_form(file: h5py.File) -> None:
     text = [h5py.check_string_dtype(c.dtype) is not None for c in columns]
     if text != [True, True, False] or len({c.shape for c in columns}) != 1:
         raise ValueError("its broken images are no list")
-    for name in file.attrs:
-        found = file.attrs.get_id(name)
-        if found.shape != () or found.get_storage_size() > LONGEST:
-            raise ValueError(f"its attribute {name} is no single value")
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
@@ -145,9 +141,17 @@ def seal_of(settings: Mapping[str, Any]) -> str:
 
 
 def read_settings(group: h5py.Group) -> dict[str, Any]:
-    """The attributes of a store, lists and dictionaries as such."""
+    """The attributes of a store, lists and dictionaries as such.
+
+    Raises:
+        ValueError: one is no single value, or too long; the message names it.
+    """
     settings: dict[str, Any] = {}
-    for key, value in group.attrs.items():
+    for key in group.attrs:
+        found = group.attrs.get_id(key)
+        if found.shape != () or found.get_storage_size() > LONGEST:
+            raise ValueError(f"its attribute {key} is no single value")
+        value = group.attrs[key]
         plain = value.item() if isinstance(value, np.generic) else value
         if isinstance(plain, str) and plain.startswith(("[", "{")):
             plain = json.loads(plain)

@@ -21,7 +21,7 @@ from aftcli.core.models import load_classifier
 from aftcli.core.registry import METHODS
 from aftcli.core.registry import method as find_method
 from aftcli.engine_onnx import onnx_program
-from aftcli.errors import AftError
+from aftcli.errors import AftError, first_line
 
 TRACED = 61  # images: unlike any usual size, or the tracer might take one for the other
 CARD = ("model", "layer", "cam", "classes", "preprocessing", "digest")
@@ -120,7 +120,7 @@ def traced(f: Classifier, method: str) -> nn.Module:
 
 
 def _not_exportable(f: Classifier, method: str, error: Exception) -> AftError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    reason = first_line(error)[:120]
     others = ", ".join(m for m in ("gradcam", "gradcam++", "layercam") if m in METHODS)
     return AftError(
         f"{method} of {f.name} can't be written as one ONNX graph ({reason}); {others} can for "

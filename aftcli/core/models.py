@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aftcli.core.checkpoint import card_classes, read_card, restore
 from aftcli.core.classifier import Classes, Classifier, Preprocessing, cut_classifier
 from aftcli.core.registry import check_device
-from aftcli.errors import AftError, nearest
+from aftcli.errors import AftError, first_line, nearest
 from aftcli.files import check_checkpoint
 
 DEFAULT_MODEL = "efficientnet_lite0"
@@ -281,8 +281,7 @@ def _published(name: str, source: Callable[[str, bool, int | None], Network]) ->
 
 
 def _reason(error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return textwrap.shorten(reason, 120, placeholder="...")
+    return textwrap.shorten(first_line(error), 120, placeholder="...")
 
 
 def load_classifier(
