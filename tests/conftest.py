@@ -61,7 +61,10 @@ def chelsea(lite0):
 def processes():
     """Processes that start quickly, forked from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["stored", "trained", "faulty", "aftcli.metrics"])
+    reports = [f"aftcli.report_{name}" for name in ("masks", "tuned", "study")]
+    context.set_forkserver_preload(
+        ["stored", "trained", "faulty", "aftcli.metrics", "timm", *reports]
+    )
     # Python 3.11's server looks for what it preloads on its own path only.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.path.dirname(__file__))

@@ -18,23 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-import timm  # noqa: F401 - what the commands import, once for all processes
 import torch
 import torch.nn.functional as F
 from stored import small_float
 
-from aftcli import (
-    cli,
-    evaluate_jobs,
-    features,
-    finetune,
-    finetune_jobs,
-    generate,
-    report_evaluate,  # noqa: F401
-    report_masks,  # noqa: F401
-    report_study,  # noqa: F401
-    report_tuned,  # noqa: F401
-)
+from aftcli import cli, evaluate_jobs, features, finetune, finetune_jobs, generate
 from aftcli.core import models
 from aftcli.core.checkpoint import read_card, restore
 

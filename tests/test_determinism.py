@@ -1,5 +1,6 @@
 """The same command gives the same bytes: again, on other processes, with other workers."""
 
+import command
 import pytest
 import torch
 from faulty import COMMANDS, aft, arguments, content
@@ -7,10 +8,11 @@ from stored import generate, generate_as_one_of, small_float
 from test_evaluate import evaluate_as_one_of, run_all, study_of
 from trained import make_colours
 
-from aftcli import MaskStore
+from aftcli import AftError, MaskStore, cli_setup
 from aftcli.datasets import open_data_set
+from aftcli.evaluate_run import Plan, evaluate_study
 from aftcli.explanation import TftSettings
-from aftcli.generate import generate_masks
+from aftcli.generate import Processes, generate_masks
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,31 @@ def masks(data, run, batch):
     list(generate_masks(f, data_set, ["gradcam"], run, TftSettings(), workers=0, batch=batch))
     with MaskStore(run / "masks/small-gradcam.h5") as store:
         return store.rows(0, len(store))
+
+
+def test_an_evaluation_chooses_its_engine_by_the_whole_work(data, tmp_path):
+    asked = []
+    plan = Plan(workers=0, block=2, accelerate=lambda f, passes: asked.append(passes) or f)
+    begun = evaluate_study(study_of(data / "val"), tmp_path, plan)
+    for _ in range(4):
+        next(begun)
+    begun.close()
+    assert len(asked) == 1 and list(tmp_path.glob("results/.*.parts/0*"))
+    run_all(study_of(data / "val"), tmp_path, plan)
+    assert len(asked) == 4 and asked[1] == asked[0]
+
+
+def test_masks_choose_their_engine_by_the_work_of_all_processes(data, tmp_path, monkeypatch):
+    asked = []
+
+    def engine(f, passes):
+        asked.append(passes)
+        raise AftError("enough")
+
+    monkeypatch.setattr(cli_setup, "classifier", lambda *_: small_float())
+    monkeypatch.setattr(cli_setup, "engine", lambda *_: engine)
+    for count in (1, 2, 3):
+        monkeypatch.setattr(cli_setup, "processes", lambda d, n=count: (Processes(0, n), d))
+        done = command.aft("gen-masks", data, "--run", tmp_path)
+        assert (done.code, done.err) == (1, "aft: enough\n")
+    assert asked[0] > 0 and asked == asked[:1] * 3
