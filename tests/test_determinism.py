@@ -4,6 +4,7 @@ import command
 import pytest
 import torch
 from faulty import COMMANDS, aft, arguments, content
+from safetensors import safe_open
 from stored import generate, generate_as_one_of, small_float
 from test_evaluate import evaluate_as_one_of, run_all, study_of
 from trained import make_colours
@@ -35,6 +36,10 @@ def test_stores_checkpoints_results_and_tables_are_the_same_bytes(processes, dat
     assert study(processes, data, tmp_path / "again", 1) == first
     for workers in (0, 2):
         assert study(processes, data, tmp_path / str(workers), workers) == first
+    # safetensors orders several entries anew in each process, which forked ones do not show.
+    for path in (tmp_path / "first").rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert len(file.metadata()) == 1, path
 
 
 def together(processes, target, *arguments):
