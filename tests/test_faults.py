@@ -96,18 +96,12 @@ STOPS = [
 def test_stopped_at_random_moments_a_command_goes_on(whole, begun, command, act):
     rng, total = random.Random(f"{command} {act.__name__}"), whole.ended[command].events
     begun.need(command)
-    stops = 0
-    for kind in ("pass", "write", "pass"):
+    for workers, kind in ((2, "pass"), (1, "write")):
         at = At(kind, rng.randint(2, total[kind] // 3))
-        ended = begun.aft(command, workers=stops % 3, act=act, at=at)
-        if ended.events[kind] < at.number:
-            assert (ended.code, ended.err) == (0, "")
-            break
+        ended = begun.aft(command, workers, act=act, at=at)
         assert (ended.code, ended.err) == ENDS[act], at
         assert ended.orphans == [] and ended.out == ""
         assert act is faulty.kill or temporary(begun.run) == []
-        stops += 1
-    assert stops >= 2
     assert begun.assert_finished(command).events["pass"] < total["pass"]
 
 
@@ -165,7 +159,7 @@ def fill(disk, free):
 @each_command
 def test_a_full_disk_stops_a_command_that_goes_on_with_space(whole, begun, disk, command):
     begun.need(command)
-    for free in (0, 8192, 24576):
+    for free in (0, 16384):
         fill(disk, free)
         assert_refused(begun.aft(command), "No space left on device")
         assert temporary(disk) == []
@@ -180,16 +174,11 @@ def test_a_read_only_disk_is_told_and_the_command_goes_on(begun, disk, command, 
     if before == "some":
         begun.aft(command, act=faulty.kill, at=LOADING[command])
     remount(disk, "ro")
-    assert_refused(begun.aft(command), "Read-only file system") if before == "some" else (
-        refused_folder(begun.aft(command))
-    )
-    remount(disk, "rw")
-    begun.assert_finished(command)
-
-
-def refused_folder(ended):
+    ended = begun.aft(command)
     assert ended.code == 1 and ended.err.startswith("aft: run/") and ended.err.count("\n") == 1
     assert "Read-only file system" in ended.err and "--run" in ended.err
+    remount(disk, "rw")
+    begun.assert_finished(command)
 
 
 def remount(disk, how):
