@@ -255,6 +255,12 @@ def test_gradients_through_the_head_alone_equal_those_through_the_whole_network(
     torch.testing.assert_close(through_head, whole, rtol=1e-12, atol=1e-15)
 
 
+def test_a_network_of_double_precision_is_cut_where_one_of_single_precision_is():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = cut_classifier(model.double(), preprocessing=Preprocessing(SIZE))
+    assert found.layer_name == "0+1"
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("write", WRITERS)
 def test_cutting_leaves_the_users_model_as_it_was(write, training):

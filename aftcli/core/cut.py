@@ -241,7 +241,8 @@ def cut_points(model: nn.Module, size: tuple[int, int] = (224, 224)) -> list[Cut
     Returns:
         Cut points, the modules inside a container before the container.
     """
-    points = _walk(_on_meta(model), torch.empty(1, 3, *size, device="meta"))
+    weight = next(model.parameters(), torch.empty(0))
+    points = _walk(_on_meta(model), torch.empty(1, 3, *size, dtype=weight.dtype, device="meta"))
     return list({point.name: point for point in points}.values())
 
 
