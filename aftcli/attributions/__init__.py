@@ -1,0 +1,1 @@
+"""Attribution methods beyond CAMs (the optional extra `attributions`)."""
