@@ -1,0 +1,266 @@
+"""Attributions by the gradient of the score in the input.
+
+Guided Backpropagation (Springenberg et al., ICLR workshop 2015), Integrated Gradients
+(Sundararajan, Taly and Yan, ICML 2017), DeepLIFT (Shrikumar, Greenside and Kundaje, ICML 2017),
+SmoothGrad (Smilkov et al., 2017), GradientSHAP (Lundberg and Lee, NIPS 2017).
+
+captum does the work, zennit for Guided Backpropagation: captum's knows nn.ReLU alone and passes
+over ReLU6 in silence. Both work by hooks, which are set on a copy (canonical.py). Images are
+explained one by one, which bounds memory and keeps each image's random numbers its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aftcli.attributions.canonical import canonical
+from aftcli.core.classifier import Classifier
+from aftcli.errors import AftError
+
+BATCH = 16  # images in one pass with gradients
+STEPS = 64  # of the path integral; what completeness lacks is in docs/attributions.md
+NOISY = 48  # images of SmoothGrad (its paper: 50) and of GradientSHAP
+NOISE = 0.15  # standard deviation as a share of the input's range: 10 to 20 % in SmoothGrad's paper
+SEED = 0
+
+# What DeepLIFT's rescale rule knows in captum.
+RESCALED = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus)
+
+
+def positive(attribution: Tensor) -> Tensor:
+    """I_pre = ReLU of the sum over colours, shape (N, H, W), of signed attributions."""
+    return attribution.sum(1).relu()
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int = SEED) -> Iterator[None]:
+    """Random numbers of a fixed seed; those of the program go on afterwards as if nothing was."""
+    state = np.random.get_state()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
+
+
+def _each(attribute: Callable[[Tensor, int], Tensor], x: Tensor, class_index: Tensor) -> Tensor:
+    """Attributions, shape (N, 3, H, W), image by image, gradients on."""
+    with torch.enable_grad():
+        pairs = zip(x.split(1), class_index.tolist(), strict=True)
+        return torch.cat([attribute(x_n, c).detach() for x_n, c in pairs])
+
+
+def guided_backpropagation(
+    f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
+) -> Tensor:
+    """Guided Backpropagation: gradients that are negative are stopped at each ReLU.
+
+    R^l = 1[a^l > 0] 1[R^(l+1) > 0] R^(l+1), from R = dy^c/dy^c down to the pixels. One pass with
+    gradients a map.
+
+    Args:
+        f: the classifier.
+        activation: A; not looked at.
+        class_index: c, shape (N,).
+        x: inputs, shape (N, 3, H, W).
+
+    Returns:
+        I_pre, shape (N, H, W): the positive part of the sum over colours.
+
+    Raises:
+        AftError: the network can't be opened down to its ReLUs, or has none.
+    """
+    return positive(signed_guided_backpropagation(f, class_index, x))
+
+
+def signed_guided_backpropagation(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
+    """Guided Backpropagation before the positive part, shape (N, 3, H, W)."""
+    from zennit.composites import LayerMapComposite
+    from zennit.rules import ReLUGuidedBackprop
+
+    network = canonical(f)
+    if not any(isinstance(m, nn.ReLU | nn.ReLU6) for m in network.modules()):
+        raise AftError(
+            f"guidedbackprop needs a network with ReLUs, and {f.name} has none; use smoothgrad or "
+            "integratedgradients"
+        )
+    composite = LayerMapComposite([((nn.ReLU, nn.ReLU6), ReLUGuidedBackprop())])
+
+    def guided(x_n: Tensor, c: int) -> Tensor:
+        x_n = x_n.detach().requires_grad_()
+        with composite.context(network) as modified:
+            return torch.autograd.grad(modified(x_n)[0, c], x_n)[0]
+
+    return _each(guided, x, class_index)
+
+
+def integrated_gradients(
+    f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
+) -> Tensor:
+    """Integrated Gradients: (x - x') integral_0^1 dy^c(x' + t (x - x')) / dx dt (eq. 1).
+
+    x' is the mean colour, 0 after normalisation, as where TFT mutes. The integral is a
+    Gauss-Legendre sum of STEPS gradients, BATCH at a time. Their sum is y^c(x) - y^c(x')
+    (completeness) up to the sum's error.
+
+    Args:
+        f: the classifier.
+        activation: A; not looked at.
+        class_index: c, shape (N,).
+        x: inputs, shape (N, 3, H, W).
+
+    Returns:
+        I_pre, shape (N, H, W): the positive part of the sum over colours.
+    """
+    return positive(signed_integrated_gradients(f, class_index, x))
+
+
+def signed_integrated_gradients(
+    f: Classifier, class_index: Tensor, x: Tensor, steps: int = STEPS
+) -> Tensor:
+    """Integrated Gradients before the positive part, shape (N, 3, H, W)."""
+    from captum.attr import IntegratedGradients
+
+    method = IntegratedGradients(f)
+    return _each(
+        lambda x_n, c: method.attribute(
+            x_n, torch.zeros_like(x_n), target=c, n_steps=steps, internal_batch_size=BATCH
+        ),
+        x,
+        class_index,
+    )
+
+
+def deep_lift(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """DeepLIFT: contributions C by the rescale rule against the mean colour, sum C = Delta y^c.
+
+    Each non-linearity takes the multiplier Delta out / Delta in in place of its derivative
+    (section 3.5.1). ReLU6(z) is written ReLU(z) - ReLU(z - 6): multipliers add up, so this is its
+    rescale rule exactly. One pass with gradients of two images a map.
+
+    Args:
+        f: the classifier.
+        activation: A; not looked at.
+        class_index: c, shape (N,).
+        x: inputs, shape (N, 3, H, W).
+
+    Returns:
+        I_pre, shape (N, H, W): the positive part of the sum over colours.
+
+    Raises:
+        AftError: the network can't be opened down to its non-linearities, or has one for which
+            there is no rule.
+    """
+    return positive(signed_deep_lift(f, class_index, x))
+
+
+def signed_deep_lift(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
+    """DeepLIFT before the positive part, shape (N, 3, H, W)."""
+    from captum.attr import DeepLift
+
+    network = canonical(f, split_relu6=True)
+    for module in network.modules():
+        pointwise = type(module).__module__ == "torch.nn.modules.activation"
+        if pointwise and not isinstance(module, RESCALED):
+            raise AftError(
+                f"deeplift has no rule for the {type(module).__name__} of {f.name}; use "
+                "integratedgradients or gradientshap"
+            )
+    method = DeepLift(network)
+    return _each(
+        lambda x_n, c: method.attribute(x_n, torch.zeros_like(x_n), target=c), x, class_index
+    )
+
+
+def smooth_grad(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """SmoothGrad: the mean of dy^c/dx at x + N(0, sigma^2), its magnitude.
+
+    NOISY images, sigma = NOISE (max x - min x), BATCH at a time. The paper shows magnitudes: the
+    sign of a gradient says how to change a pixel, not that it supports c.
+
+    Args:
+        f: the classifier.
+        activation: A; not looked at.
+        class_index: c, shape (N,).
+        x: inputs, shape (N, 3, H, W).
+
+    Returns:
+        I_pre, shape (N, H, W): magnitudes, summed over colours.
+    """
+    return signed_smooth_grad(f, class_index, x).abs().sum(1)
+
+
+def signed_smooth_grad(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
+    """SmoothGrad before the magnitude, shape (N, 3, H, W)."""
+    from captum.attr import NoiseTunnel, Saliency
+
+    method = NoiseTunnel(Saliency(f))
+
+    def smooth(x_n: Tensor, c: int) -> Tensor:
+        with seeded(x.device):
+            return method.attribute(  # type: ignore[no-any-return]
+                x_n,
+                nt_samples=NOISY,
+                nt_samples_batch_size=BATCH,
+                stdevs=float(NOISE * (x_n.max() - x_n.min())),
+                target=c,
+                abs=False,
+            )
+
+    return _each(smooth, x, class_index)
+
+
+def gradient_shap(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """GradientSHAP: E[(x - x') dy^c(x' + t (x - x')) / dx] over baselines x' and t in [0, 1].
+
+    Baselines are the mean colour, black and white, NOISY draws, BATCH at a time. The sum is
+    y^c(x) - E[y^c(x')] in expectation.
+
+    Args:
+        f: the classifier.
+        activation: A; not looked at.
+        class_index: c, shape (N,).
+        x: inputs, shape (N, 3, H, W).
+
+    Returns:
+        I_pre, shape (N, H, W): the positive part of the sum over colours.
+    """
+    return positive(signed_gradient_shap(f, class_index, x))
+
+
+def signed_gradient_shap(
+    f: Classifier, class_index: Tensor, x: Tensor, draws: int = NOISY
+) -> Tensor:
+    """GradientSHAP before the positive part, shape (N, 3, H, W)."""
+    from captum.attr import GradientShap
+
+    method = GradientShap(f)
+    plain = baselines(f, x)
+
+    def shap(x_n: Tensor, c: int) -> Tensor:
+        with seeded(x.device):
+            # captum takes all draws of a call in one pass.
+            parts = [
+                method.attribute(x_n, plain, target=c, n_samples=BATCH)
+                for _ in range(draws // BATCH)
+            ]
+        return torch.stack(parts).mean(0)
+
+    return _each(shap, x, class_index)
+
+
+def baselines(f: Classifier, x: Tensor) -> Tensor:
+    """Images without anything to see: the mean colour, black and white, shape (3, 3, H, W)."""
+    mean, std = (
+        x.new_tensor(v)[:, None, None] for v in (f.preprocessing.mean, f.preprocessing.std)
+    )
+    colours = [torch.zeros_like(mean), -mean / std, (1 - mean) / std]
+    return torch.stack([colour.expand(x.shape[1:]) for colour in colours])
