@@ -56,6 +56,7 @@ def explain(
     classes: o.ClassesOption = None,
     layer: o.LayerOption = None,
     cam: o.CamsOption = None,
+    cells: o.CellsOption = False,
     tft: o.TftOption = False,
     target: o.TargetOption = None,
     top_k: o.TopKOption = 1,
@@ -103,7 +104,7 @@ def explain(
 
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         x = setup.input_of(f, subject)
-        explained = explanation.explain(fast, x, methods, targets, top_k, wanted)
+        explained = explanation.explain(fast, x, methods, targets, top_k, wanted, cells)
         return [write_outputs(f, subject, e, kinds, out, cut) for e in explained]
 
     each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
@@ -119,6 +120,7 @@ def tft(
     classes: o.ClassesOption = None,
     layer: o.LayerOption = None,
     cam: o.CamsOption = None,
+    cells: o.CellsOption = False,
     target: o.TargetOption = None,
     top_k: o.TopKOption = 1,
     thresholds: o.ThresholdsOption = "0:1:0.1",
@@ -160,7 +162,7 @@ def tft(
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         x = setup.input_of(f, subject)
         if values is None:
-            explained = explanation.explain(fast, x, methods, targets, top_k, settings)
+            explained = explanation.explain(fast, x, methods, targets, top_k, settings, cells)
         else:
             attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
             explained = explanation.explain_map(fast, x, attribution, targets, top_k, settings)
@@ -360,6 +362,7 @@ def evaluate(
     classes: o.ClassesOption = None,
     layer: o.LayerOption = None,
     cam: o.CamsOption = None,
+    cells: o.CellsOption = False,
     limit: o.LimitOption = None,
     thresholds: o.ThresholdsOption = "",
     masking: o.ReadingsOption = "both",
@@ -407,6 +410,7 @@ def evaluate(
         settings.thresholds if thresholds else None,
         fill or None,
         threshold_mode or None,
+        cells,
     )
     keep_freed_memory()
     accelerate = setup.engine(engine, "no", quiet or processes.index > 0)

@@ -62,13 +62,14 @@ def each_image(
     from aftcli import report
     from aftcli.data import read_image, view_of
     from aftcli.memory import keep_freed_memory
+    from aftcli.report_progress import progress
 
     keep_freed_memory()
     stems = report.stems(paths)
     results: list[dict[str, Any]] = []
     report.output_folder(out)
     f = ready(len(paths))
-    for path in report.progress(paths, "explaining", len(paths), quiet):
+    for path in progress(paths, "explaining", len(paths), quiet):
         try:
             picture = read_image(path)
             view = view_of(picture.size, f.preprocessing)

@@ -115,7 +115,15 @@ def engine(name: str, precision: str, quiet: bool) -> Accelerate:
     from aftcli.engine import accelerated, check_engine
 
     check_engine(name, precision)
-    return lambda f, passes: accelerated(f, name, passes, noting(quiet), precision)
+
+    def accelerate(f: Classifier, passes: int | None) -> Classifier:
+        from aftcli.report_progress import PASSED
+
+        fast = accelerated(f, name, passes, noting(quiet), precision)
+        fast.watch = PASSED.add
+        return fast
+
+    return accelerate
 
 
 def noting(quiet: bool) -> Callable[[str], None]:

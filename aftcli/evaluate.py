@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aftcli import metrics
-from aftcli.core.cam import class_score, layer_map, upsample
+from aftcli.core.cam import class_score, map_of
 from aftcli.core.classifier import Classifier
 from aftcli.core.registry import METHODS
 from aftcli.explanation import TftSettings
@@ -47,11 +47,13 @@ class Wanted(NamedTuple):
         search: the settings of TFT, but for masking and fill; None for plain maps only.
         extras: of `aftcli.measures.EXTRAS`, and "baselines".
         fill: what muted pixels show.
+        cells: maps of pixels are averaged over the activation's cells.
     """
 
     search: TftSettings | None
     extras: frozenset[str] = frozenset()
     fill: str = "mean"
+    cells: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def measure_batch(
     ]
     maps = {}
     for cam in dict.fromkeys(unit.cam for unit in units):
-        attribution = upsample(layer_map(f, activation, class_index, x, cam), x)
+        attribution = map_of(f, activation, class_index, x, cam, wanted.cells)
         maps[cam] = _Maps(f, cam, x, class_index, probability, images.index, attribution, regions)
     common = {
         "index": images.index,
@@ -256,7 +258,7 @@ def _of_map(maps: _Maps, muting: Muting, wanted: Wanted) -> Columns:
         x_hat = masked_image(x, shown, torch.zeros_like(x))
         activation = f.activation(x_hat)
         y_hat = class_score(f.head(activation).float().softmax(1), c)
-        of_masked = muting.of(upsample(layer_map(f, activation, c, x_hat, maps.cam), x))
+        of_masked = muting.of(map_of(f, activation, c, x_hat, maps.cam, wanted.cells))
         drop = metrics.drop(y_hat, maps.probability)
         found["coherency"] = metrics.coherency(shown, of_masked)
         found["adcc"] = metrics.adcc(found["coherency"], found["complexity"], drop)

@@ -53,6 +53,7 @@ class Study:
         variants: f itself, its control and those tuned for a method.
         search: settings of TFT, but for the masking.
         train: the data set that it was tuned on, by name, split and size; None if unknown.
+        cells: maps of pixels are averaged over the activation's cells.
     """
 
     f: Classifier
@@ -61,6 +62,7 @@ class Study:
     variants: tuple[Variant, ...]
     search: TftSettings
     train: tuple[str, str, int] | None
+    cells: bool = False
 
     @cached_property
     def data_name(self) -> str:
@@ -89,6 +91,7 @@ class Asked(NamedTuple):
         thresholds: T.
         fill: what muted pixels show.
         mode: what thresholds cut.
+        cells: average maps of pixels over the activation's cells.
     """
 
     source: Source
@@ -99,6 +102,7 @@ class Asked(NamedTuple):
     thresholds: tuple[float, ...] | None = None
     fill: str | None = None
     mode: str | None = None
+    cells: bool = False
 
 
 class _Made(NamedTuple):
@@ -120,12 +124,15 @@ def find_studies(run: Path, asked: Asked) -> list[Study]:
             there are no images with labels among the classes.
     """
     stores, tuned = open_stores(run, asked.source.model, asked.cams), _tuned(run, asked)
+    if _is_empty(run) and asked.data is not None and asked.cams:
+        return [_study_of_a_network(asked.data, asked)]
     if not stores and not tuned:
         whose = f" of {asked.source.model}" if asked.source.model else ""
         which = f" by {', '.join(asked.cams)}" if asked.cams else ""
         raise AftError(
             f"{run}: there is nothing to evaluate: neither masks nor tuned classifiers{whose}"
-            f"{which}; make masks with aft gen-masks DATASET, or pass the --run that has them"
+            f"{which}; make masks with aft gen-masks DATASET, pass the --run that has them, or "
+            "name a DATASET, a --cam and a new --run to measure without them"
         )
     models = dict.fromkeys([s.settings["model"] for s in stores] + [m.card["model"] for m in tuned])
     return [
@@ -137,6 +144,27 @@ def find_studies(run: Path, asked: Asked) -> list[Study]:
         )
         for model in models
     ]
+
+
+def _is_empty(run: Path) -> bool:
+    """Whether nothing was made in a run that another network than its own would contradict."""
+    return not any((run / "masks").glob("*.h5")) and not any((run / "tuned").glob("*.safetensors"))
+
+
+def _study_of_a_network(data: Path, asked: Asked) -> Study:
+    """Plain maps and TFT of a network that nothing was made of: they need no masks."""
+    f = asked.source.load()
+    default = TftSettings()
+    search = TftSettings(
+        asked.thresholds or default.thresholds,
+        fill=asked.fill or default.fill,
+        mode=asked.mode or default.mode,
+    )
+    cams = tuple(cam for cam in METHODS if cam in asked.cams)
+    made = {"data_set": str(data), "data_kind": "", "split": ""}
+    data_set = _data_set(f, made, asked)
+    variants = tuple(_variants(f, cams, [], asked))
+    return Study(f, data_set, cams, variants, search, None, asked.cells)
 
 
 def _tuned(run: Path, asked: Asked) -> list[_Made]:
@@ -176,6 +204,7 @@ def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked)
         tuple(_variants(f, cams, tuned, asked)),
         _search(run, stores, tuned, asked),
         _trained_on(made),
+        asked.cells,
     )
 
 

@@ -154,6 +154,8 @@ def _files(
                 "labels": study.data_set.fingerprint(),
                 "steps": metrics.STEPS,
                 "road": [*metrics.ROAD_SHARES, NOISE],
+                # Named where results without it were not made so.
+                **({"cells": True} if study.cells else {}),
             }
             stem = f"{file_stem(study.f.name, cam)}-{variant.name}-{masking}"
             extras = plan.extras if searched else plan.extras - {"baselines"}
@@ -203,10 +205,14 @@ def _blocks(
         return
     f = variant.load()
     wanted = Wanted(
-        study.search if variant.name == "original" else None, plan.extras, study.search.fill
+        study.search if variant.name == "original" else None,
+        plan.extras,
+        study.search.fill,
+        study.cells,
     )
+    own = sum(METHODS[cam].passes or 0 for cam in variant.cams)
     # Of all images, so that neither interruptions nor the number of processes change a result.
-    f = plan.accelerate(f, passes(wanted, len(files)) * len(study.data_set.samples))
+    f = plan.accelerate(f, (passes(wanted, len(files)) + own) * len(study.data_set.samples))
     for loaded in load_blocks(f.preprocessing, study.data_set, spans, todo, plan.workers):
         units, parts = lacking[loaded.block], []
         places = torch.tensor(loaded.indices).split(plan.batch)

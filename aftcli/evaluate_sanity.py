@@ -18,7 +18,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from aftcli.contents import content_hash
-from aftcli.core.cam import layer_map, upsample
+from aftcli.core.cam import scaled_map, to_cells, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.evaluate_jobs import Study, Variant, some_inputs
 from aftcli.evaluate_store import ResultFile
@@ -101,7 +101,7 @@ def randomised(f: Classifier, seed: int = SEED) -> Iterator[Stage]:
 
 
 def similarity(one: Tensor, two: Tensor, x: Tensor) -> dict[str, Tensor]:
-    """Compare maps at the activation's size, shape (N, h, w) each, in [0, 1].
+    """Compare maps at the size that their method gives, shape (N, h, w) each, in [0, 1].
 
     Args:
         one: maps.
@@ -121,11 +121,18 @@ def similarity(one: Tensor, two: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 def _maps(
-    f: Classifier, x: Tensor, class_index: Tensor, cam: str, search: TftSettings | None
+    f: Classifier,
+    x: Tensor,
+    class_index: Tensor,
+    cam: str,
+    search: TftSettings | None,
+    cells: bool,
 ) -> Tensor:
-    """Plain maps, or those of TFT, at the activation's size."""
+    """Plain maps, or those of TFT, at the size that the method gives."""
     with torch.no_grad():
-        low = layer_map(f, f.activation(x), class_index, x, cam)
+        activation = f.activation(x)
+        low = scaled_map(f, activation, class_index, x, cam)
+    low = to_cells(low, activation) if cells else low
     if search is None:
         return low
     high = upsample(low, x)
@@ -135,7 +142,12 @@ def _maps(
 
 
 def sanity(
-    f: Classifier, x: Tensor, cam: str, search: TftSettings | None, seed: int = SEED
+    f: Classifier,
+    x: Tensor,
+    cam: str,
+    search: TftSettings | None,
+    seed: int = SEED,
+    cells: bool = False,
 ) -> dict[str, Tensor]:
     """Compare the maps of a classifier with those of its random copies, for the same classes.
 
@@ -145,16 +157,17 @@ def sanity(
         cam: a key of METHODS.
         search: of TFT, made anew on each network; None for plain maps.
         seed: of the random weights.
+        cells: average maps of pixels over the activation's cells.
 
     Returns:
         `STAGE/MEASURE`, shape (N,) each, in the order of the stages.
     """
     with torch.no_grad():
         class_index = f(x).argmax(1)
-    trained = _maps(f, x, class_index, cam, search)
+    trained = _maps(f, x, class_index, cam, search, cells)
     found = {}
     for stage in randomised(f, seed):
-        other = _maps(stage.f, x, class_index, cam, search)
+        other = _maps(stage.f, x, class_index, cam, search, cells)
         for name, values in similarity(trained, other, x).items():
             found[f"{stage.name}/{name}"] = values
     return found
@@ -194,7 +207,7 @@ def sanity_rows(
                     file.clear()
                 if file.read() is None:
                     x = some_inputs(study, IMAGES) if x is None else x
-                    found = sanity(variant.load(), x, cam, own)
+                    found = sanity(variant.load(), x, cam, own, cells=study.cells)
                     # A file's tensors come back in another order than the stages'.
                     numbered = {f"{i:03d}/{key}": v for i, (key, v) in enumerate(found.items())}
                     file.write(numbered)
@@ -227,6 +240,7 @@ def _file(
         "preprocessing": study.f.preprocessing.as_dict(),
         "images": images,
         "seed": SEED,
+        **({"cells": True} if study.cells else {}),
     }
     stem = f"{file_stem(study.f.name, cam)}-{name}-sanity"
     return ResultFile(folder, stem, identity, frozenset())

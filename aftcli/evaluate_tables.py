@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aftcli.core.registry import METHODS
+from aftcli.core.registry import CAMS, METHODS
 from aftcli.evaluate import Unit, measure
 from aftcli.evaluate_jobs import Study
 from aftcli.evaluate_run import Measured
@@ -105,7 +105,7 @@ class Table4Row:
     n: int
 
 
-def table1(cams: Iterable[str] = METHODS) -> list[Table1Row]:
+def table1(cams: Iterable[str] = CAMS) -> list[Table1Row]:
     """Published muted shares."""
     return [Table1Row(cam, METHODS[cam].muted) for cam in cams]
 

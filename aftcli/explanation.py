@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from aftcli.core.cam import layer_map, upsample
+from aftcli.core.cam import map_of
 from aftcli.core.classifier import Classifier
+from aftcli.core.registry import METHODS
 from aftcli.tft import THRESHOLDS, TftResult, cut_off, fine_tune_threshold, threshold_map
 
 
@@ -29,12 +30,13 @@ class Explanation:
     """Why the classifier gives one image one class.
 
     Attributes:
-        cam: the CAM method, or "map" for a map from another tool.
+        cam: the method, or "map" for a map from another tool.
         class_index: c.
         probability: y^c, in [0, 1].
         attribution: I, shape (H, W), in [0, 1].
         tft: the threshold fine-tuned for I, N = 1; None where it was not asked for.
         thresholds: those searched, T.
+        cells: a map of pixels was averaged over the activation's cells.
     """
 
     cam: str
@@ -43,6 +45,7 @@ class Explanation:
     attribution: Tensor
     tft: TftResult | None
     thresholds: tuple[float, ...] = ()
+    cells: bool = False
 
 
 def fits(f: Classifier, method: str) -> bool:
@@ -57,7 +60,8 @@ def passes(
 ) -> int:
     """How many images pass the network, at the most, to explain one."""
     searched = len(settings.thresholds) if settings else 0
-    perturbed = f.activation_shape[0] if "scorecam" in methods else 0
+    own = (METHODS[name].passes if name in METHODS else 0 for name in methods)
+    perturbed = sum(f.activation_shape[0] if n is None else n for n in own)
     return 1 + classes * (len(methods) * searched + perturbed)
 
 
@@ -68,6 +72,7 @@ def explain(
     targets: Sequence[int] = (),
     top_k: int = 1,
     settings: TftSettings | None = None,
+    cells: bool = False,
 ) -> list[Explanation]:
     """Explain one image by several methods and for several classes, with one stem pass.
 
@@ -78,12 +83,13 @@ def explain(
         targets: classes to explain; by default the predicted ones.
         top_k: how many predicted classes.
         settings: search thresholds with these; None for plain maps.
+        cells: average maps of pixels over the activation's cells.
 
     Returns:
         One explanation for each method and class, method by method.
 
     Raises:
-        AftError: see `layer_map` and `fine_tune_threshold`.
+        AftError: see `scaled_map` and `fine_tune_threshold`.
     """
     with torch.no_grad():
         activation = f.activation(x)
@@ -91,10 +97,11 @@ def explain(
     classes = torch.tensor(targets, device=x.device) if targets else y.topk(top_k).indices
     count = len(classes)
     x_c, activation_c = x.expand(count, -1, -1, -1), activation.expand(count, -1, -1, -1)
-    maps = [layer_map(f, activation_c, classes, x_c, method) for method in methods]
+    maps = [map_of(f, activation_c, classes, x_c, method, cells) for method in methods]
     named = [method for method in methods for _ in classes]
-    attribution = upsample(torch.cat(maps), x)
-    return _search(f, x, attribution, named, classes.repeat(len(maps)), y, settings)
+    attribution = torch.cat(maps)
+    found = _search(f, x, attribution, named, classes.repeat(len(maps)), y, settings)
+    return [replace(each, cells=cells) for each in found]
 
 
 def explain_map(

@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
-from aftcli.core.registry import METHODS
+from aftcli.core.registry import FAMILIES, METHODS
 from aftcli.engine import CHOICES, TOLERANCES
 from aftcli.measures import MEASURES
 from aftcli.options_values import SAVE
 
-METHOD_HELP = f"{', '.join(METHODS)}."
+FAMILY_HELP = "; ".join(
+    f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
+    for family in FAMILIES
+)
 
 ImagesArgument = Annotated[
     list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or globs.")
@@ -76,9 +79,20 @@ CamsOption = Annotated[
     list[str] | None,
     typer.Option(
         "--cam",
+        "--method",
         metavar="METHOD",
-        help=f"{METHOD_HELP} Repeatable, or all. Default: that of a tuned --checkpoint, else "
-        "layercam to explain and gradcam elsewhere; finetune and evaluate take all masks.",
+        help=f"{FAMILY_HELP}. Repeatable; all is every CAM, and activation, gradient, "
+        "decomposition and perturbation are those of a family. Default: that of a tuned "
+        "--checkpoint, else layercam to explain and gradcam elsewhere; finetune and evaluate "
+        "take all masks.",
+    ),
+]
+CellsOption = Annotated[
+    bool,
+    typer.Option(
+        "--cells",
+        help="Average maps of pixels (of gradients, relevance, ...) over the layer's cells, so "
+        "that thresholds cut regions. CAMs are of cells anyway.",
     ),
 ]
 TftOption = Annotated[

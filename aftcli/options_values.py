@@ -6,8 +6,8 @@ import os
 import re
 from collections.abc import Iterable
 
-from aftcli.core.registry import METHODS
-from aftcli.errors import AftError, check_name, nearest
+from aftcli.core.registry import named
+from aftcli.errors import AftError, check_name
 
 # Also what reverses the direction of text: a terminal would show another name.
 REVERSING = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
@@ -33,21 +33,12 @@ def plain(text: str) -> str:
 
 
 def methods(names: list[str] | None) -> list[str]:
-    """Check the names of CAM methods; `all` stands for every one, None for none.
+    """The methods that are asked for; None for none.
 
     Raises:
-        AftError: a name is unknown.
+        AftError: a name is unknown, or a method's extra is not installed.
     """
-    names = names or []
-    if "all" in names:
-        return list(METHODS)
-    for name in names:
-        if name not in METHODS:
-            raise AftError(
-                f"unknown CAM method {name!r}; nearest: {nearest(name, METHODS)}; "
-                f"all: {', '.join(METHODS)}, or `all`"
-            )
-    return list(dict.fromkeys(names))
+    return named(names or [])
 
 
 def thresholds(text: str) -> tuple[float, ...]:

@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -32,7 +31,6 @@ from aftcli.options_values import plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-T = TypeVar("T")
 COLOURS = "turbo"
 OPACITY = 0.5
 PANEL = 448  # pixels, the side of a figure's picture
@@ -55,13 +53,6 @@ class Report(NamedTuple):
     image: Path
     explanation: Explanation
     outputs: dict[str, Path]
-
-
-def progress(items: Iterable[T], what: str, total: int, quiet: bool) -> Iterable[T]:
-    """Show progress on stderr while the items are worked on; nothing without a terminal."""
-    console = Console(stderr=True)
-    hidden = quiet or total < 2 or not console.is_terminal
-    return track(items, what, total, console=console, transient=True, disable=hidden)
 
 
 def stems(paths: Iterable[Path]) -> dict[Path, str]:
@@ -339,6 +330,8 @@ def as_dict(f: Classifier, report: Report, settings: TftSettings) -> dict[str, A
         "probability": e.probability,
         "outputs": {kind: str(path) for kind, path in report.outputs.items()},
     }
+    if e.cells:
+        result["cells"] = True
     if e.tft:
         result["tft"] = {
             "thresholds": list(e.thresholds),

@@ -19,6 +19,7 @@ from aftcli.measures_paper import MODELS, TABLE3, TABLE4, TABLE5
 from aftcli.measures_paper import VARIANTS as PAPER_VARIANTS
 from aftcli.options_values import plain
 from aftcli.report_grids import Grid, Shown, Tables, grids
+from aftcli.report_progress import PassesColumn
 
 
 def watch(steps: Iterator[Step | Measured], quiet: bool) -> Measured:
@@ -29,6 +30,7 @@ def watch(steps: Iterator[Step | Measured], quiet: bool) -> Measured:
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        PassesColumn(),
         console=console,
         transient=True,
         disable=quiet or not console.is_terminal,

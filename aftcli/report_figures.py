@@ -101,10 +101,10 @@ def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Ite
         grid = figure.subplots(len(study.cams), across, squeeze=False)
         x = to_input(picture, study.f.preprocessing).to(study.f.device)
         for row, cam in zip(grid, study.cams, strict=True):
-            (found,) = explain(study.f, x, [cam], settings=search)
+            (found,) = explain(study.f, x, [cam], settings=search, cells=study.cells)
             own = None
             if cam in tuned:
-                (own,) = explain(tuned[cam], x, [cam])
+                (own,) = explain(tuned[cam], x, [cam], cells=study.cells)
             _draw_row(row, subject, study.f, found, own)
         target = folder / f"{file_stem(study.f.name, study.data_name)}-{subject.stem}.png"
         _save(figure, target)

@@ -20,6 +20,7 @@ from aftcli.errors import AftError
 from aftcli.generate import Done, Processes
 from aftcli.loading import Broken
 from aftcli.masks import MaskStore
+from aftcli.report_progress import PassesColumn
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def watch(steps: Iterator[Done], total: int, processes: Processes, quiet: bool) 
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[means]}"),
+        PassesColumn(),
         console=console,
         transient=True,
         disable=quiet or processes.index > 0 or not console.is_terminal,

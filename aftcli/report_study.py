@@ -20,9 +20,9 @@ from aftcli.evaluate_timing import device_name, table5
 from aftcli.generate import Processes
 from aftcli.measures import VARIANTS, extras_of
 from aftcli.options_values import plain
-from aftcli.report import progress
 from aftcli.report_evaluate import watch
 from aftcli.report_grids import Shown, Tables
+from aftcli.report_progress import progress
 
 
 class Wanted(NamedTuple):
@@ -139,6 +139,7 @@ def _settings(run: Path, studies: list[Study], wanted: Wanted) -> dict[str, Any]
                 "thresholds": list(study.search.thresholds),
                 "fill": study.search.fill,
                 "threshold_mode": study.search.mode,
+                "cells": study.cells,
                 "tuned": [v.path.name for v in study.variants if v.path],
             }
             for study in studies

@@ -95,6 +95,8 @@ def traced(f: Classifier, method: str) -> nn.Module:
     """
     from torch._decomp import core_aten_decompositions
 
+    if find_method(method).family != "cam":
+        raise _not_exportable(f, method, AftError("only CAMs are a graph of the network's own"))
     explain = find_method(method).load()
     # Found out by running the head: before it is traced.
     _ = f.linear_head

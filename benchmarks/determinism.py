@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 from aftcli import MaskStore, __version__, load_classifier
-from aftcli.core.registry import METHODS
+from aftcli.core.registry import CAMS
 from aftcli.datasets import open_data_set
 from aftcli.explanation import TftSettings
 from aftcli.generate import generate_masks
@@ -187,7 +187,7 @@ def conditions(runs: Runs) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]
         name = f"{count} decoding workers instead of 1"
         yield name, lambda count=count: compared(base(), runs.study(f"w{count}", workers=count))
     yield "2 threads instead of 1", lambda: compared(base(), runs.study("threads", threads=2))
-    cheap = tuple(cam for cam in METHODS if cam != SLOW)
+    cheap = tuple(cam for cam in CAMS if cam != SLOW)
     usual = cache(lambda cams: runs.masks(f"batch-{len(cams)}", cams))
 
     def batches(cams: tuple[str, ...], size: int) -> dict[str, Any]:

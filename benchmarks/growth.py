@@ -31,7 +31,7 @@ from peers_calls import Timed, inputs, load, predicted, seconds_of, take_turns, 
 from torch import Tensor, nn
 
 from aftcli import TftSettings, attribution_map, explain, fine_tune_threshold, generate_masks
-from aftcli.core.cam import layer_map
+from aftcli.core.cam import scaled_map
 from aftcli.core.classifier import Classifier, cut_classifier
 from aftcli.datasets import DataSet, open_data_set
 from aftcli.engine import accelerated
@@ -112,7 +112,7 @@ def _timed_head(f: Classifier, call: Callable[[Tensor, Tensor, Tensor], object])
 def ablation_of_channels(setting: Setting, channels: int) -> Timed:
     """Ablation-CAM of A with so many channels."""
     f = synthetic(channels, 1000)
-    return _timed_head(f, lambda a, c, x: layer_map(f, a, c, x, "ablationcam"))
+    return _timed_head(f, lambda a, c, x: scaled_map(f, a, c, x, "ablationcam"))
 
 
 def head_of_classes(setting: Setting, classes: int) -> Timed:
@@ -121,7 +121,7 @@ def head_of_classes(setting: Setting, classes: int) -> Timed:
 
     def call(a: Tensor, c: Tensor, x: Tensor) -> None:
         f.head(a).softmax(1)
-        layer_map(f, a, c, x, "gradcam")
+        scaled_map(f, a, c, x, "gradcam")
 
     return _timed_head(f, call)
 

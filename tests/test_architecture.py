@@ -26,6 +26,7 @@ ORDER = [
     "masks",
     "features",
     "explanation",
+    "attributions",
     "aft",
     "tft",
     "loading",
@@ -43,7 +44,7 @@ ORDER = [
 ]
 # What stays at the edge.
 EDGE = {"typer", "rich", "h5py", "matplotlib", "PIL"}
-ENGINE = ("core", "tft", "aft", "metrics")
+ENGINE = ("core", "tft", "aft", "metrics", "attributions")
 
 
 def place_of(path):

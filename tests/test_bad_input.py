@@ -166,8 +166,8 @@ def test_maps(small, name):
 
 
 OPTIONS = {
-    "--cam grad-cam": "unknown CAM method 'grad-cam'; nearest: gradcam, xgradcam",
-    "--cam": "unknown CAM method ''; nearest: ",
+    "--cam grad-cam": "unknown method 'grad-cam'; nearest: gradcam, xgradcam",
+    "--cam": "unknown method ''; nearest: ",
     "--target plumm": "unknown class 'plumm'; nearest: plum",
     "--target 3": "class 3 is out of range: the classes are 0..2",
     "--target -1": "class -1 is out of range",

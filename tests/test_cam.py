@@ -15,30 +15,30 @@ from aftcli.core.cam import (
     ablated_in_closed_form,
     ablated_scores,
     attribution_map,
-    layer_map,
     normalise,
+    scaled_map,
     score_gradient,
     upsample,
 )
 from aftcli.core.classifier import Preprocessing, cut_classifier
 from aftcli.core.models import load_classifier
-from aftcli.core.registry import METHODS
+from aftcli.core.registry import CAMS
 from aftcli.errors import AftError
 
 SEEDS = (0, 1, 2)
 FITTING = [
-    (method, kind) for method in METHODS for kind in KINDS if method != "cam" or kind in POOL_LINEAR
+    (method, kind) for method in CAMS for kind in KINDS if method != "cam" or kind in POOL_LINEAR
 ]
 
 
 def pre_map(s, method):
     """I_pre, before scaling."""
     activation = s.f.activation(s.x)
-    return METHODS[method].load()(s.f, activation, s.class_index, s.x).detach()
+    return CAMS[method].load()(s.f, activation, s.class_index, s.x).detach()
 
 
 def test_every_method_has_a_reference():
-    assert set(METHODS) == set(reference.CAMS)
+    assert set(CAMS) == set(reference.CAMS)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -98,7 +98,7 @@ def test_explaining_leaves_the_users_model_as_it_was(kind):
     f = cut_classifier(model, KINDS[kind][1], preprocessing=Preprocessing(size=SIZE))
     weights = {name: value.clone() for name, value in f.state_dict().items()}
     x, c = torch.randn(2, 3, *SIZE, dtype=torch.float64), torch.tensor([0, 3])
-    for method in METHODS:
+    for method in CAMS:
         if method != "cam" or kind in POOL_LINEAR:
             attribution_map(f, x, c, method)
 
@@ -121,23 +121,23 @@ def test_zero_activation_gives_a_zero_map(method, kind):
     s = small(kind)
     activation = torch.zeros(3, 8, *CELLS, dtype=torch.float64)
     assert torch.equal(
-        layer_map(s.f, activation, s.class_index, s.x, method),
+        scaled_map(s.f, activation, s.class_index, s.x, method),
         torch.zeros(3, *CELLS, dtype=torch.float64),
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAMS)
 def test_an_empty_channel_changes_nothing(method):
     s = small("linear", 5)
     activation = s.f.activation(s.x)
     activation[:, 2] = 0
-    maps = layer_map(s.f, activation, s.class_index, s.x, method)
+    maps = scaled_map(s.f, activation, s.class_index, s.x, method)
     assert maps.isfinite().all()
     # Its score and its gradient do not matter, whatever weight they give the channel.
     if method != "scorecam":
         f = copy.deepcopy(s.f)
         f.head.get_submodule("fc").weight[:, 2] = 1e3
-        assert_near(layer_map(f, activation, s.class_index, s.x, method), maps)
+        assert_near(scaled_map(f, activation, s.class_index, s.x, method), maps)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 3.0, -2.0])
@@ -151,7 +151,7 @@ def test_a_map_that_is_not_finite_is_an_error():
     activation = s.f.activation(s.x)
     activation[0, 0, 0, 0] = float("nan")
     with pytest.raises(AftError, match="not finite"):
-        layer_map(s.f, activation, s.class_index, s.x, "gradcam")
+        scaled_map(s.f, activation, s.class_index, s.x, "gradcam")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -188,9 +188,9 @@ def test_grad_cam_plus_plus_survives_tiny_gradients(seed):
     for name in ("weight", "bias"):
         getattr(f.head.get_submodule("fc2"), name).mul_(1e-25)
     activation = f.activation(s.x.float())
-    plain = METHODS["gradcam++"].load()(f, activation, s.class_index, s.x.float())
+    plain = CAMS["gradcam++"].load()(f, activation, s.class_index, s.x.float())
     exact = copy.deepcopy(f).double()
-    expected = METHODS["gradcam++"].load()(exact, activation.double(), s.class_index, s.x)
+    expected = CAMS["gradcam++"].load()(exact, activation.double(), s.class_index, s.x)
     assert expected.max() > 0
     assert_near(normalise(plain), normalise(expected).float(), 1e-4)
 
@@ -293,7 +293,7 @@ def test_a_negative_score_does_not_turn_the_ablation_map_inside_out(seed):
         f.head.get_submodule("fc").bias += bias
         y = f.head(activation)
         assert torch.equal(y.sign(), torch.full_like(y, bias).sign())
-        maps.append(layer_map(f, activation, s.class_index, s.x, "ablationcam"))
+        maps.append(scaled_map(f, activation, s.class_index, s.x, "ablationcam"))
     assert maps[0].max() == 1
     assert_near(maps[1], maps[0])
 
@@ -324,11 +324,11 @@ def test_on_a_pooled_head_of_positive_activations_ablation_weighs_by_mean_and_we
     assert_near(pre_map(s, "ablationcam"), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAMS)
 def test_maps_lie_in_the_unit_interval_and_reach_both_ends_at_the_layers_size(method):
     s = small("signed", 7)
     activation = s.f.activation(s.x)
-    maps = layer_map(s.f, activation, s.class_index, s.x, method)
+    maps = scaled_map(s.f, activation, s.class_index, s.x, method)
     assert maps.shape == (3, *CELLS)
     for values in maps:
         assert values.min() == 0

@@ -265,7 +265,7 @@ def test_a_new_head_keeps_its_classes(tmp_path, x):
     ("options", "message"),
     [
         (("--cam", "layercam"), "there are no masks by layercam (there is efficientnet_lite0-grad"),
-        (("--cam", "gradcan"), "unknown CAM method 'gradcan'; nearest: gradcam"),
+        (("--cam", "gradcan"), "unknown method 'gradcan'; nearest: gradcam"),
         (("--model", "vgg16"), "there are no masks of vgg16"),
         (("--lam", "-1"), "lambda must be 0 or more, got -1"),
         (("--lr", "0"), "the learning rate must be above 0"),

@@ -22,7 +22,7 @@ from stored import NAMES, small_float
 import aftcli
 from aftcli import explanation as engine
 from aftcli import report
-from aftcli.core.registry import METHODS
+from aftcli.core.registry import CAMS
 from aftcli.data import fit_map, read_image, to_input, view_of
 from aftcli.errors import AftError
 from aftcli.explanation import Explanation, TftSettings
@@ -247,8 +247,8 @@ def test_the_table(f, folder):
 def test_all_methods_by_name(f):
     draw("a.png")
     every = objects("explain", "a.png", "--cam", "all", "--save", "map")
-    assert [found["cam"] for found in every] == list(METHODS)
-    expected = expected_of(f, Path("a.png"), list(METHODS))
+    assert [found["cam"] for found in every] == list(CAMS)
+    expected = expected_of(f, Path("a.png"), list(CAMS))
     for found, e in zip(every, expected, strict=True):
         np.testing.assert_allclose(np.load(found["outputs"]["map"]), e.attribution, atol=1e-5)
     some = objects("explain", "a.png", "--cam", "xgradcam", "--cam", "cam", "--cam", "xgradcam")
@@ -509,7 +509,7 @@ def test_version_and_help():
 
 
 def test_debug_shows_the_traceback(f):
-    with pytest.raises(AftError, match="unknown CAM"):
+    with pytest.raises(AftError, match="unknown method"):
         aft("explain", "a.png", "--cam", "nonsense", "--debug")
     result = aft("explain", "gone.png", str(CHELSEA.parent.parent / "gone"), "--debug", "--json")
     assert result.code == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from aftcli import METHODS, TftSettings, explain
+from aftcli.core.registry import CAMS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -26,7 +27,15 @@ def test_command_line_reference_is_fresh():
 
 def test_method_table_is_the_registry():
     rows = re.findall(r"^\| `([\w+]+)` \| (.+?) \| (.+?) \|$", README.read_text("utf-8"), re.M)
-    assert rows == [(name, entry.title, entry.source) for name, entry in METHODS.items()]
+    assert rows == [(name, entry.title, entry.source) for name, entry in CAMS.items()]
+
+
+def test_table_of_further_methods_is_the_registry():
+    page = (ROOT / "docs" / "attributions.md").read_text("utf-8")
+    rows = re.findall(r"^\| `([a-z][\w-]+)` \| (.+?) \| (.+?) \|", page, re.M)
+    assert rows == [
+        (name, entry.title, entry.source) for name, entry in METHODS.items() if name not in CAMS
+    ]
 
 
 def test_set_up_commands_are_as_agreed():

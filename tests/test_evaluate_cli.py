@@ -279,7 +279,7 @@ def test_data_sets_that_can_not_be_evaluated_are_refused(run, study, tmp_path):
         (("--format", "xml"), "unknown value 'xml' of --format; there are table, json"),
         (("--metrics", "adccc"), "nearest: adcc"),
         (("--masking", "hard"), "unknown masking 'hard'"),
-        (("--cam", "gradcamm"), "unknown CAM method"),
+        (("--cam", "gradcamm"), "unknown method"),
         (("--thresholds", "0:2:1"), "must increase within [0, 1]"),
         (("--fill", "red"), "unknown fill 'red'"),
     ],

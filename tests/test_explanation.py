@@ -6,7 +6,7 @@ from compare import assert_near
 from small import CELLS, SIZE, small
 
 from aftcli.core.cam import attribution_map
-from aftcli.core.registry import METHODS
+from aftcli.core.registry import CAMS
 from aftcli.explanation import TftSettings, explain, explain_map, muted
 from aftcli.tft import fine_tune_threshold
 
@@ -43,7 +43,7 @@ def assert_same_explanation(explanation, f, x, class_index, attribution, setting
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_methods_and_classes_together_equal_each_alone(settings):
     s = small("linear", 1)
-    x, methods, targets = s.x[:1], list(METHODS), [3, 0]
+    x, methods, targets = s.x[:1], list(CAMS), [3, 0]
     found = explain(s.f, x, methods, targets, settings=settings)
     asked = [(method, c) for method in methods for c in targets]
     assert [(e.cam, e.class_index) for e in found] == asked
@@ -77,7 +77,7 @@ def test_one_pass_of_the_stem_serves_all_methods_and_classes():
     s = small("linear", 4)
     passes = []
     s.f.stem.register_forward_hook(lambda module, args, out: passes.append(len(args[0])))
-    plain = [method for method in METHODS if method != "scorecam"]
+    plain = [method for method in CAMS if method != "scorecam"]
     explain(s.f, s.x[:1], plain, targets=[0, 1, 2])
     assert passes == [1]
 

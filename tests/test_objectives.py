@@ -17,7 +17,7 @@ from aftcli import AftError, finetune_defaults
 from aftcli.aft import AftSettings, Batch, Outputs, aft_loss
 from aftcli.aft_tail import Tail
 from aftcli.aft_training import Training
-from aftcli.core.cam import layer_map, upsample
+from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.earlier import earlier_layers
 from aftcli.core.registry import METHODS
 from aftcli.finetune_defaults import in_situation, situation_of
@@ -86,7 +86,7 @@ def test_the_map_that_is_trained_is_the_map_that_is_explained(kind, cam):
     tail = Tail(f, settings(objective="cam"), cam, None)
     activation = f.activation(examples.x)
     out = tail((f.stem(examples.x),), examples.explained)
-    expected = layer_map(f, activation, examples.explained, examples.x, cam)
+    expected = scaled_map(f, activation, examples.explained, examples.x, cam)
     assert_near(out.tuned[0].detach(), expected, 1e-12)
 
 
@@ -302,7 +302,7 @@ def test_earlier_layers_are_trained_and_land_in_the_classifier(objective):
     assert [tuple(t.shape[1:]) for t in found.tuned] == [(10, 14), (5, 7)]
     assert history[-1].train.total < history[1].train.total
     if objective == "cam":
-        shown = layer_map(g, g.activation(examples.x), examples.explained, examples.x, "layercam")
+        shown = scaled_map(g, g.activation(examples.x), examples.explained, examples.x, "layercam")
         assert_near(found.tuned[1], shown, 1e-12)
 
 

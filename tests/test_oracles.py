@@ -13,7 +13,7 @@ from compare import uncut
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torchvision.models import get_model
 
-from aftcli.core.cam import layer_map
+from aftcli.core.cam import scaled_map
 from aftcli.core.models import load_classifier
 
 METHODS = {
@@ -80,5 +80,5 @@ def test_map_equals_the_other_librarys(method, oracle, explained):
     assert (expected > 0.01).sum() > 10
     with torch.no_grad():
         activation = f.activation(x)
-    ours = layer_map(f, activation, torch.tensor([c]), x, method)[0]
+    ours = scaled_map(f, activation, torch.tensor([c]), x, method)[0]
     assert (ours - torch.from_numpy(expected)).abs().max() <= 1e-5

@@ -70,7 +70,7 @@ def test_explanations_import_nothing_of_other_commands(tmp_path, command):
 WRONG = {
     "explain gone.jpg": "gone.jpg: there is no such file or folder",
     "explain gone.jpg --json": "gone.jpg: there is no such file or folder",
-    "explain . --cam nonsense": "unknown CAM method 'nonsense'",
+    "explain . --cam nonsense": "unknown method 'nonsense'",
     "explain {photo} --masking nonsense": "unknown masking 'nonsense'",
     "explain {photo} --fill nonsense": "unknown fill 'nonsense'",
     "explain {photo} --threshold-mode nonsense": "unknown threshold mode 'nonsense'",
@@ -80,7 +80,7 @@ WRONG = {
     "explain {photo} --classes gone.txt": "gone.txt: can't be read as class names",
     "tft gone.jpg": "gone.jpg: there is no such file or folder",
     "gen-masks gone": "gone: there is no such folder",
-    "gen-masks . --cam nonsense": "unknown CAM method 'nonsense'",
+    "gen-masks . --cam nonsense": "unknown method 'nonsense'",
     "finetune gone": "gone: there is no such folder",
     "finetune --precision nonsense": "unknown precision 'nonsense'",
     "evaluate gone": "gone: there is no such folder",

@@ -233,24 +233,42 @@ def normalise(attribution: Tensor) -> Tensor:
 def upsample(attribution: Tensor, x: Tensor) -> Tensor:
     """Stretch maps, shape (N, h, w), bilinearly to the height and width of x."""
     size = x.shape[-2:]
+    if attribution.shape[-2:] == size:
+        return attribution
     stretched = F.interpolate(attribution[:, None], size, mode="bilinear", align_corners=False)
     return stretched.squeeze(1)
 
 
-def layer_map(
+def to_cells(attribution: Tensor, activation: Tensor) -> Tensor:
+    """Maps at the activation's size, shape (N, h, w), in [0, 1].
+
+    One of the input's size is averaged over what each cell covers, and scaled again.
+
+    Args:
+        attribution: I, shape (N, h, w) or (N, H, W), in [0, 1].
+        activation: A, shape (N, K, h, w).
+    """
+    h, w = activation.shape[-2:]
+    if attribution.shape[-2:] == (h, w):
+        return attribution
+    return normalise(F.adaptive_avg_pool2d(attribution[:, None], (h, w)).squeeze(1))
+
+
+def scaled_map(
     f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor, method: str
 ) -> Tensor:
-    """The attribution map at the activation's size, shape (N, h, w), in [0, 1].
+    """S(I_pre), in [0, 1]: of a CAM, shape (N, h, w), of other methods (N, H, W) (§3.1).
 
     Args:
         f: the classifier.
         activation: A = f.activation(x), shape (N, K, h, w).
         class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W), normalised; only methods that perturb the input look.
+        x: inputs, shape (N, 3, H, W), normalised; CAMs but Score-CAM do not look.
         method: a key of METHODS.
 
     Raises:
-        AftError: there is no such method, it does not fit the head, or its map is not finite.
+        AftError: there is no such method, it needs what is not installed, it does not fit the
+            network, or its map is not finite.
     """
     with torch.no_grad():
         attribution = find_method(method).load()(f, activation, class_index, x)
@@ -261,21 +279,37 @@ def layer_map(
     return normalise(attribution)
 
 
-def attribution_map(f: Classifier, x: Tensor, class_index: Tensor, method: str) -> Tensor:
-    """The attribution map I of a CAM method, at the input's size (§2.4, §3.1).
+def map_of(
+    f: Classifier,
+    activation: Tensor,
+    class_index: Tensor,
+    x: Tensor,
+    method: str,
+    cells: bool = False,
+) -> Tensor:
+    """I of inputs whose activation is known, shape (N, H, W); arguments as `attribution_map`."""
+    attribution = scaled_map(f, activation, class_index, x, method)
+    return upsample(to_cells(attribution, activation) if cells else attribution, x)
+
+
+def attribution_map(
+    f: Classifier, x: Tensor, class_index: Tensor, method: str, cells: bool = False
+) -> Tensor:
+    """The attribution map I of a method, at the input's size (§2.4, §3.1).
 
     Args:
         f: the classifier.
         x: inputs, shape (N, 3, H, W), normalised as the model wants.
         class_index: the class explained for each input, shape (N,).
-        method: a key of METHODS: cam, gradcam, gradcam++, scorecam, ablationcam, layercam, …
+        method: a key of METHODS: gradcam, ablationcam, layercam, lrp, rise, …
+        cells: average a map of pixels over the activation's cells, see `to_cells`.
 
     Returns:
         I, shape (N, H, W), in [0, 1]; an all-zero map stays zero.
 
     Raises:
-        AftError: there is no such method, or it does not fit the classifier's head.
+        AftError: see `scaled_map`.
     """
     with torch.no_grad():
         activation = f.activation(x)
-    return upsample(layer_map(f, activation, class_index, x, method), x)
+    return map_of(f, activation, class_index, x, method, cells)

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -161,6 +161,7 @@ class Classifier(nn.Module):
         cam: the CAM method that it was fine-tuned for (§4.2); None without.
         checkpoint: the file its weights are from; "" for published or given ones.
         engine: what runs passes without gradients; None runs all as they are written.
+        watch: is told of each pass how many images it has; None for nobody.
     """
 
     def __init__(
@@ -183,9 +184,12 @@ class Classifier(nn.Module):
         self.activation_shape = activation_shape
         self.cam, self.checkpoint = cam, ""
         self.engine: Engine | None = None
+        self.watch: Callable[[int], None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, shape (N, C), of inputs x, shape (N, 3, H, W)."""
+        if self.watch:
+            self.watch(len(x))
         engine = self._engine_for(x)
         return engine.logits(x) if engine else self.head(self.activation(x))
 
