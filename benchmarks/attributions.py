@@ -1,0 +1,427 @@
+"""Write "Methods beyond CAMs" of docs/results.md: TFT for every family, on three networks.
+
+    python benchmarks/attributions.py DATA [--out DIR] [--images N]
+
+DATA holds `imagenet/val` and `imagenet/val_boxes.csv`. Plain maps and TFT of every method are
+measured with EfficientNet-Lite0 on N images (`table`); every method is run from the command line,
+by `aft explain --tft` and `aft evaluate`, on three networks (`works`; ResNet-50 and VGG-16 with
+random weights: published ones can't be had without a download); seconds and memory of a map are
+measured (`costs`), and all maps of a photograph drawn (`picture`). `--only` takes these words, and
+`page`. What is in DIR already is not done again. Needs the extra `attributions`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+HEADING = "## Methods beyond CAMs"
+PHOTO = ROOT / "docs" / "images" / "chelsea.jpg"
+NETWORKS = ("efficientnet_lite0", "resnet50", "vgg16")
+MEASURED = "average_increase,average_drop,area,energy,pointing"
+PACKAGES = ("torch", "torchvision", "timm", "captum", "zennit", "saliency", "scikit-image")
+TURNS = 5
+REFERENCE = "layercam"  # on fewer images too, beside the slow methods
+OF_PIXELS = ("gradient", "decomposition")
+# What was thresholded, by the ends of files' names.
+KINDS = {
+    "": "As they are",
+    "cells": "Averaged over cells (`--cells`)",
+    "percentile": "As they are, cut by rank (`--threshold-mode percentile`)",
+}
+SLOW = ("xrai", "occlusion", "lime", "omcam", "rise", "kernelshap", "scorecam")  # last
+
+
+def methods() -> list[str]:
+    """All of the registry."""
+    from aftcli.core.registry import METHODS
+
+    return list(METHODS)
+
+
+def aft(words: list[str], processes: int = 1) -> str:
+    """Run a command of aft; its stdout."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--nproc-per-node", str(processes), "-m", "--"]
+    environment = {**os.environ, **({"OMP_NUM_THREADS": "1"} if processes > 1 else {})}
+    done = subprocess.run(
+        [*start, "aftcli", *words], capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"aft {' '.join(words)}\n{done.stderr}")
+    return done.stdout
+
+
+def weights_of(network: str, out: Path) -> list[str]:
+    """Options for a network; random weights where published ones would be downloaded."""
+    if network == "efficientnet_lite0":
+        return []
+    import torch
+    import torchvision
+
+    path = out / f"{network}-random.pth"
+    if not path.exists():
+        torch.manual_seed(0)
+        torch.save(getattr(torchvision.models, network)(weights=None).state_dict(), path)
+    return ["--model", network, "--checkpoint", str(path)]
+
+
+def table(data: Path, out: Path, images: int, slow_images: int, processes: int) -> None:
+    """Plain maps and TFT of all methods, as `aft evaluate` gives them, by pixels and by cells."""
+    quick = [name for name in methods() if name not in SLOW]
+    pixels = [name for name in quick if family(name) in OF_PIXELS]
+    runs = [
+        (quick, images, "", []),
+        (pixels, images, "-cells", ["--cells"]),
+        (pixels, images, "-percentile", ["--threshold-mode", "percentile"]),
+        ([REFERENCE], slow_images, f"-{slow_images}", []),
+        *(([name], slow_images, "", []) for name in SLOW),
+    ]
+    (out / "table").mkdir(exist_ok=True)
+    for names, count, end, options in runs:
+        kept = {name: out / "table" / f"{name}{end}.json" for name in names}
+        if not all(path.exists() for path in kept.values()):
+            words = ["evaluate", str(data / "imagenet"), "--limit", str(count), "--table", "3"]
+            words += ["--run", str(out / "run"), "--metrics", MEASURED, "--format", "json"]
+            words += [*options, *(word for name in names for word in ("--cam", name))]
+            document = json.loads(aft(words, processes))
+            for name, path in kept.items():
+                own = {
+                    key: [row for row in document[key] if row["cam"] == name]
+                    for key in ("table3", "differences")
+                }
+                path.write_text(json.dumps(own))
+
+
+def chance(data: Path, out: Path, images: int) -> None:
+    """The same measures of random cells: what the search finds in a map that knows nothing."""
+    import torch
+
+    from aftcli import metrics
+    from aftcli.core.cam import normalise, upsample
+    from aftcli.core.models import load_classifier
+    from aftcli.data import read_image, to_input
+    from aftcli.datasets import open_data_set
+    from aftcli.evaluate_tables import Difference, Table3Row
+    from aftcli.metrics_intervals import estimate
+    from aftcli.tft import fine_tune_threshold
+
+    f = load_classifier()
+    data_set = open_data_set(data / "imagenet", None, f.classes, default="val").limited(images)
+    generator = torch.Generator().manual_seed(0)
+    low = normalise(torch.rand(images, *f.activation_shape[1:], generator=generator))
+    rows: list[Table3Row] = []
+    changes: list[Difference] = []
+    for masking in ("binary", "soft"):
+        found = []
+        for i in range(images):
+            x = to_input(read_image(data_set.path(i)), f.preprocessing)
+            attribution, c = upsample(low[i : i + 1], x), f(x).argmax(1)
+            found.append(fine_tune_threshold(f, x, attribution, c, masking=masking))
+        y = torch.cat([r.probability for r in found])
+        # T begins with 0, which mutes nothing: Original.
+        curve = torch.cat([r.probabilities for r in found])
+        y_hat = {"original": curve[:, 0], "tft": curve.amax(1)}
+        area = torch.cat([r.mask.float().mean((1, 2)) for r in found])
+        where = ("imagenet", f.name, "random", masking)
+        for measure, of in (
+            ("average_increase", metrics.increase),
+            ("average_drop", metrics.drop),
+        ):
+            values = {variant: of(each, y).float() for variant, each in y_hat.items()}
+            for variant, each in values.items():
+                e = estimate(each)
+                rows.append(Table3Row(*where, variant, measure, e.value, e.interval, e.n))
+            e = estimate(values["tft"] - values["original"])
+            changes.append(Difference(*where, measure, "tft", "original", e.value, e.interval, e.n))
+        e = estimate(area)
+        rows.append(Table3Row(*where, "tft", "area", e.value, e.interval, e.n))
+    document = {"table3": list(map(asdict, rows)), "differences": list(map(asdict, changes))}
+    (out / "table" / "random-cells.json").write_text(json.dumps(document))
+
+
+def family(name: str) -> str:
+    """Of a method."""
+    from aftcli.core.registry import METHODS
+
+    return METHODS[name].family
+
+
+def works(data: Path, out: Path, networks: list[str], explained_only: list[str]) -> None:
+    """Each method on each network: explained with TFT, and evaluated on one image."""
+    (out / "works").mkdir(exist_ok=True)
+    for network in networks:
+        # CAM needs pooling and one linear layer.
+        quick = [n for n in methods() if n not in SLOW and (network, n) != ("vgg16", "cam")]
+        for names in (quick, *([name] for name in SLOW)):
+            if not (out / "works" / f"{network}-{names[-1]}.json").exists():
+                evaluated = f"{network}:{names[-1]}" not in explained_only
+                try_out(data, out, network, names, evaluated)
+
+
+def try_out(data: Path, out: Path, network: str, names: list[str], evaluated: bool) -> None:
+    """Keep what the commands say of methods on one network."""
+    options = [*weights_of(network, out), *(word for name in names for word in ("--cam", name))]
+    maps = str(out / "maps" / network)
+    words = ["explain", str(PHOTO), *options, "--tft", "--json", "--save", "map", "--out", maps]
+    begun = processor_time(resource.RUSAGE_CHILDREN)
+    explained = json.loads(aft(words))
+    seconds = processor_time(resource.RUSAGE_CHILDREN) - begun
+    if evaluated:
+        words = ["evaluate", str(data / "imagenet"), *options, "--limit", "1", "--table", "3"]
+        words += ["--run", str(out / f"run-{network}"), "--format", "json"]
+        rows = json.loads(aft(words))["table3"]
+        found = {(row["cam"], row["variant"]) for row in rows}
+        assert found == {(name, variant) for name in names for variant in ("original", "tft")}
+    for name, each in zip(names, explained, strict=True):
+        row = {"evaluated": evaluated, "seconds": seconds / len(names), **each["outputs"]}
+        row |= {"tau": each["tft"]["tau"], "rpi": max(each["tft"]["rpi"])}
+        (out / "works" / f"{network}-{name}.json").write_text(json.dumps(row))
+
+
+def processor_time(whose: int) -> float:
+    """Seconds of all cores, which other jobs of the machine do not change much."""
+    used = resource.getrusage(whose)
+    return used.ru_utime + used.ru_stime
+
+
+def picture(out: Path) -> None:
+    """Draw all maps of the photograph, what TFT keeps outlined."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from PIL import Image
+
+    from aftcli.core.registry import METHODS
+
+    columns = 7
+    rows = -(-len(METHODS) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 2.3 * rows), dpi=80)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, entry) in zip(axes.flat, METHODS.items(), strict=False):
+        row = json.loads((out / "works" / f"{NETWORKS[0]}-{name}.json").read_text())
+        values = np.load(row["map"])
+        axis.imshow(values, cmap="inferno", vmin=0, vmax=np.quantile(values, 0.999) or 1)
+        if row["tau"]:
+            axis.contour(values, [row["tau"]], colors="cyan", linewidths=0.8)
+        axis.set_title(f"{entry.title}\ntau* {row['tau']:g}", fontsize=7, pad=3)
+    figure.tight_layout(pad=0.4, h_pad=0.8)
+    path = ROOT / "docs" / "images" / "attributions.png"
+    figure.savefig(path)
+    with Image.open(path) as drawn:
+        drawn.convert("RGB").quantize(160).save(path, optimize=True)
+
+
+def one(network: str, name: str, out: Path) -> None:
+    """Print seconds and memory of one method's map, in a process of its own."""
+    import torch
+
+    from aftcli.core.cam import attribution_map
+    from aftcli.core.models import load_classifier
+    from aftcli.core.registry import METHODS
+    from aftcli.data import read_image, to_input
+    from aftcli.engine import accelerated
+
+    options = weights_of(network, out)
+    f = load_classifier(*options[1::2]) if options else load_classifier()
+    x = to_input(read_image(PHOTO), f.preprocessing)
+    passes = METHODS[name].passes
+    fast = accelerated(f, "auto", f.activation_shape[0] if passes is None else passes)
+    c = f(x).argmax(1)
+    attribution_map(fast, x, c, "gradcam")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds: list[float] = []
+    while len(seconds) < TURNS + 1 and (len(seconds) < 2 or sum(seconds) < 20):
+        begun = processor_time(resource.RUSAGE_SELF)
+        attribution_map(fast, x, c, name)
+        seconds.append(processor_time(resource.RUSAGE_SELF) - begun)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row = {"seconds": statistics.median(seconds[1:]), "megabytes": (after - before) / 1024}
+    print(json.dumps({**row, "turns": len(seconds) - 1, "threads": torch.get_num_threads()}))
+
+
+def costs(out: Path, networks: list[str]) -> None:
+    """Seconds and memory of a map by every method on every network."""
+    for network in networks:
+        for name in methods():
+            kept = out / "costs" / f"{network}-{name}.json"
+            if not kept.exists():
+                kept.parent.mkdir(exist_ok=True)
+                words = [sys.executable, __file__, str(out), "--one", network, name]
+                done = subprocess.run(
+                    [*words, "--out", str(out)], capture_output=True, text=True, check=False
+                )
+                failed = (done.stderr.strip().splitlines() or ["failed"])[-1]
+                kept.write_text(done.stdout or json.dumps({"error": failed}))
+
+
+def interval(value: float, ci: tuple[float, float] | None) -> str:
+    """A value and its interval."""
+    low, high = ci or (float("nan"), float("nan"))
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def of_masking(documents: dict[str, Any], masking: str, kind: str) -> Iterator[str]:
+    """One table: maps of one kind, a key of KINDS, under one reading of the paper."""
+    from aftcli.core.registry import METHODS
+    from aftcli.evaluate_tables import Difference, Table3Row
+    from aftcli.report_grids import READINGS
+
+    yield f"**{KINDS[kind]}: {READINGS[masking]}**"
+    yield ""
+    kinds = ("Original", "TFT", "TFT - Original")
+    columns = [f"{measure}, {kind}" for measure in ("inc", "drop") for kind in kinds]
+    yield f"| method | images | {' | '.join(columns)} | area, TFT |"
+    yield f"|---|--:|{'--:|' * (len(columns) + 1)}"
+    titles = {name: entry.title for name, entry in METHODS.items()} | {"random": "random cells"}
+    order = list(titles)
+    for stem in sorted(documents, key=lambda stem: order.index(method_of(stem))):
+        if kind_of(stem) != kind:
+            continue
+        document = documents[stem]
+        rows = [Table3Row(**row) for row in document["table3"] if row["masking"] == masking]
+        value = {(r.measure, r.variant): r for r in rows}
+        changes = [Difference(**d) for d in document["differences"] if d["masking"] == masking]
+        change = {d.measure: d for d in changes if (d.variant, d.against) == ("tft", "original")}
+        row = [titles[method_of(stem)], str(rows[0].n)]
+        for measure in ("average_increase", "average_drop"):
+            both = (value[measure, variant] for variant in ("original", "tft"))
+            row += (interval(each.value, each.ci) for each in both)
+            found = change[measure]
+            row.append(interval(found.difference, found.ci) + (" \\*" if found.is_clear else ""))
+        row.append(f"{value['area', 'tft'].value:.2f}")
+        yield f"| {' | '.join(row)} |"
+    yield ""
+
+
+def kind_of(stem: str) -> str:
+    """The key of KINDS that a file's name ends on."""
+    end = stem.rpartition("-")[2]
+    return end if end in KINDS else ""
+
+
+def method_of(stem: str) -> str:
+    """The method of a file's name: layercam-32 and lrp-cells are of layercam and lrp.
+
+    >>> method_of("lrp-epsilon-cells"), method_of("layercam-32"), method_of("layercam-fusion")
+    ('lrp-epsilon', 'layercam', 'layercam-fusion')
+    """
+    name, _, end = stem.rpartition("-")
+    return name if end in KINDS or end.isdigit() else stem
+
+
+def page(out: Path) -> Iterator[str]:
+    """The section."""
+    from aftcli.core.registry import METHODS
+
+    documents = {p.stem: json.loads(p.read_text()) for p in sorted((out / "table").glob("*.json"))}
+    yield HEADING
+    yield ""
+    yield "Written by `python benchmarks/attributions.py DATA`; do not edit."
+    yield ""
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    machine = f"AMD EPYC, {os.cpu_count()} threads, {platform.machine()}"
+    yield f"Machine: {machine}. Versions: python {platform.python_version()}, {versions}."
+    yield ""
+    yield (ROOT / "benchmarks" / "attributions_text.md").read_text(encoding="utf-8").strip()
+    yield ""
+    yield "```console"
+    yield f"$ aft evaluate DATA/imagenet --limit 64 --table 3 --metrics {MEASURED} --cam METHOD"
+    yield "```"
+    yield ""
+    for kind in KINDS:
+        for masking in ("binary", "soft"):
+            yield from of_masking(documents, masking, kind)
+    yield (
+        "EfficientNet-Lite0, ImageNet's validation images, spread over the classes; intervals of "
+        "95 % by bootstrap over images; \\*: that of the paired difference excludes 0. inc: Average"
+        " Increase, more is better; drop: Average Drop, less is better; area: pixels kept."
+    )
+    yield ""
+    yield "**Every method on three networks, from the command line**"
+    yield ""
+    yield (
+        "`aft explain docs/images/chelsea.jpg --cam METHOD --tft`: tau\\* and RPI; then, where "
+        "there is no +, `aft evaluate` on one image. ResNet-50 and VGG-16 have random weights. CAM "
+        "does not fit VGG-16."
+    )
+    yield ""
+    yield f"| method | {' | '.join(NETWORKS)} |"
+    yield f"|---|{'--:|' * len(NETWORKS)}"
+    for name, entry in METHODS.items():
+        paths = [out / "works" / f"{network}-{name}.json" for network in NETWORKS]
+        found = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+        yield f"| {entry.title} | {' | '.join(map(told, found))} |"
+    yield ""
+    yield "**A map of EfficientNet-Lite0: processor seconds, one thread; memory beyond Grad-CAM's**"
+    yield ""
+    yield "| method | passes without gradients | seconds | MB |"
+    yield "|---|--:|--:|--:|"
+    for name, entry in METHODS.items():
+        path = out / "costs" / f"{NETWORKS[0]}-{name}.json"
+        if path.exists():
+            passes = "one a channel" if entry.passes is None else str(entry.passes)
+            cost = json.loads(path.read_text())
+            cells_ = (passes, f"{cost['seconds']:.2f}", f"{cost['megabytes']:.0f}")
+            yield f"| {entry.title} | {' | '.join(cells_)} |"
+    yield ""
+
+
+def told(found: dict[str, Any]) -> str:
+    """What became of a method on a network."""
+    if not found:
+        return "-"
+    return f"{found['tau']:g}, {found['rpi']:.3f}" + ("" if found["evaluated"] else " +")
+
+
+def main() -> None:
+    """Measure what is asked for; write the section when all is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("attributions-run"))
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--slow-images", type=int, default=32)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", default="table,works,costs,picture,page")
+    parser.add_argument("--networks", default=",".join(NETWORKS), help="of works and costs")
+    parser.add_argument(
+        "--explained-only", default="", help="NETWORK:METHOD, ... that works leaves out of evaluate"
+    )
+    parser.add_argument("--one", nargs=2, metavar=("NETWORK", "METHOD"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    out, data = arguments.out.resolve(), arguments.data.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if arguments.one:
+        return one(*arguments.one, out)
+    networks = arguments.networks.split(",")
+    for part in arguments.only.split(","):
+        if part == "table":
+            table(data, out, arguments.images, arguments.slow_images, arguments.processes)
+            chance(data, out, arguments.images)
+        if part == "works":
+            works(data, out, networks, arguments.explained_only.split(","))
+        if part == "costs":
+            costs(out, networks)
+        if part == "picture":
+            picture(out)
+        if part == "page":
+            before = PAGE.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
+            PAGE.write_text("\n".join([before, "", *page(out)]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
