@@ -92,6 +92,7 @@ def explain(
     f = setup.classifier(model, checkpoint, classes, layer, device)
     methods = setup.methods(f, cam, "layercam")
     targets = setup.targets(f, target, top_k)
+    setup.advise(methods if tft else [], cells, quiet)
 
     from aftcli import explanation
     from aftcli.report import write_outputs
@@ -154,6 +155,7 @@ def tft(
     f = setup.classifier(model, checkpoint, classes, layer, device)
     targets = setup.targets(f, target, top_k)
     methods = setup.methods(f, cam, "gradcam") if values is None else ["map"]
+    setup.advise(methods, cells, quiet)
 
     def ready(count: int) -> Classifier:
         each = explanation.passes(f, methods, len(targets) or top_k, settings)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from aftcli import options_values as v
 from aftcli.cli_images import complain
-from aftcli.core.registry import check_device
+from aftcli.core.registry import METHODS, check_device
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint, check_folder
 from aftcli.memory import kept_from_collector
@@ -144,6 +144,16 @@ def methods(f: Classifier, asked: list[str] | None, default: str) -> list[str]:
 
     methods = v.methods(asked or [f.cam or default])
     return [m for m in methods if fits(f, m)] if "all" in (asked or []) else methods
+
+
+def advise(methods: list[str], cells: bool, quiet: bool) -> None:
+    """Say what a threshold leaves of maps of pixels, before it is searched."""
+    of_pixels = [name for name, entry in METHODS.items() if name in methods and entry.of_pixels]
+    if of_pixels and not cells:
+        noting(quiet)(
+            f"{', '.join(of_pixels)}: of such a map a threshold leaves single pixels, which "
+            "networks hardly recognise; --cells averages it over the layer's cells first"
+        )
 
 
 def targets(f: Classifier, names: list[str] | None, top_k: int) -> list[int]:

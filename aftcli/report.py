@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 COLOURS = "turbo"
 OPACITY = 0.5
+OUTSHINING = 0.001  # share of pixels that colours need not tell apart
 PANEL = 448  # pixels, the side of a figure's picture
 STRIP = 512  # pixels, rows that are coloured at a time: a large picture is large in memory
 LONGEST = 120  # bytes of an image's name in the names of its outputs; systems allow 255 in all
@@ -164,8 +165,8 @@ def overlay(picture: Image.Image, view: View, attribution: Tensor, kept: Tensor)
     left, right = max(left, 0), min(max(right, left + 1), picture.width)
     top, bottom = max(top, 0), min(max(bottom, top + 1), picture.height)
     size = (right - left, bottom - top)
-    values = (attribution * 255).round().to(torch.uint8).numpy()
-    heat = Image.fromarray(values).resize(size, Image.Resampling.BILINEAR)
+    values = (attribution / _end_of_colours(attribution)).clamp(max=1).mul(255).round()
+    heat = Image.fromarray(values.to(torch.uint8).numpy()).resize(size, Image.Resampling.BILINEAR)
     heat.putpalette(_palette())
     opacity = Image.fromarray(kept.to(torch.uint8).mul(round(255 * OPACITY)).numpy()).resize(size)
     painted = picture.copy()
@@ -173,6 +174,12 @@ def overlay(picture: Image.Image, view: View, attribution: Tensor, kept: Tensor)
         strip = (0, y, size[0], min(y + STRIP, size[1]))
         painted.paste(heat.crop(strip).convert("RGB"), (left, top + y), opacity.crop(strip))
     return painted
+
+
+def _end_of_colours(attribution: Tensor) -> float:
+    """1, or less where few pixels would take most of the colours, as in maps of gradients."""
+    high = float(np.quantile(attribution.numpy(), 1 - OUTSHINING))
+    return high if 0 < high < 0.5 else 1.0
 
 
 def _palette() -> bytes:

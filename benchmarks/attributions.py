@@ -35,7 +35,6 @@ MEASURED = "average_increase,average_drop,area,energy,pointing"
 PACKAGES = ("torch", "torchvision", "timm", "captum", "zennit", "saliency", "scikit-image")
 TURNS = 5
 REFERENCE = "layercam"  # on fewer images too, beside the slow methods
-OF_PIXELS = ("gradient", "decomposition")
 # What was thresholded, by the ends of files' names.
 KINDS = {
     "": "As they are",
@@ -82,8 +81,10 @@ def weights_of(network: str, out: Path) -> list[str]:
 
 def table(data: Path, out: Path, images: int, slow_images: int, processes: int) -> None:
     """Plain maps and TFT of all methods, as `aft evaluate` gives them, by pixels and by cells."""
-    quick = [name for name in methods() if name not in SLOW]
-    pixels = [name for name in quick if family(name) in OF_PIXELS]
+    from aftcli.core.registry import METHODS
+
+    quick = [name for name in METHODS if name not in SLOW]
+    pixels = [name for name in quick if METHODS[name].of_pixels]
     runs = [
         (quick, images, "", []),
         (pixels, images, "-cells", ["--cells"]),
@@ -152,13 +153,6 @@ def chance(data: Path, out: Path, images: int) -> None:
         rows.append(Table3Row(*where, "tft", "area", e.value, e.interval, e.n))
     document = {"table3": list(map(asdict, rows)), "differences": list(map(asdict, changes))}
     (out / "table" / "random-cells.json").write_text(json.dumps(document))
-
-
-def family(name: str) -> str:
-    """Of a method."""
-    from aftcli.core.registry import METHODS
-
-    return METHODS[name].family
 
 
 def works(data: Path, out: Path, networks: list[str], explained_only: list[str]) -> None:

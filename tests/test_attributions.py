@@ -132,6 +132,15 @@ def test_cells_are_asked_for_on_the_command_line(tmp_path):
     assert cells["cells"] and "cells" not in pixels
 
 
+@extra
+def test_a_threshold_of_a_map_of_pixels_comes_with_advice(tmp_path):
+    given = (CHELSEA, "--method", "deeplift", "--method", "gradcam", "--save", "mask")
+    said = "aft: deeplift: of such a map a threshold leaves single pixels"
+    assert said in aft("tft", *given, "--out", tmp_path).err
+    for words in ((), ("--tft", "--cells")):
+        assert aft("explain", *given, *words, "--out", tmp_path).err == ""
+
+
 def test_passes_count_what_methods_need():
     f = small("linear").f
     settings = TftSettings((0.0, 0.5))
@@ -196,6 +205,8 @@ def test_words_stand_for_methods():
     assert {entry.family for entry in METHODS.values()} == set(FAMILIES)
     with pytest.raises(AftError, match="unknown method 'lpr'; nearest: lrp"):
         registry.named(["lpr"])
+    with pytest.raises(AftError, match="unknown method 'gradiant'; nearest: gradient,"):
+        registry.named(["gradiant"])
 
 
 def test_method_is_another_name_of_cam(tmp_path):

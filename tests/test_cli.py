@@ -23,7 +23,7 @@ import aftcli
 from aftcli import explanation as engine
 from aftcli import report
 from aftcli.core.registry import CAMS
-from aftcli.data import fit_map, read_image, to_input, view_of
+from aftcli.data import View, fit_map, read_image, to_input, view_of
 from aftcli.errors import AftError
 from aftcli.explanation import Explanation, TftSettings
 from aftcli.tft import THRESHOLDS, TftResult
@@ -211,6 +211,23 @@ def test_the_overlay_of_an_empty_and_a_full_mask():
     np.testing.assert_allclose(last, (np.array([0x33, 0x66, 0x99]) + [122, 4, 3]) / 2, atol=3)
     assert (everything[: top - 1] == (0x33, 0x66, 0x99)).all()
     assert (everything[bottom + 1 :] == (0x33, 0x66, 0x99)).all()
+
+
+def test_colours_of_an_overlay_reach_beyond_a_few_bright_pixels():
+    picture = Image.new("RGB", (64, 64))
+    view = View(picture.size, (0, 0, 64, 64))
+    values = torch.linspace(0, 0.2, 64 * 64).view(64, 64)
+    everywhere = values >= 0
+    bright = values.clone()
+    bright[5, 7:9] = 1
+    told = (values / 0.2).clamp(max=1)
+    told[5, 7:9] = 1
+    shown = np.asarray(report.overlay(picture, view, bright, everywhere)).astype(int)
+    expected = np.asarray(report.overlay(picture, view, told, everywhere)).astype(int)
+    assert abs(shown - expected).max() <= 3
+    # A map with many high scores is shown as it is.
+    bright[:10] = 1
+    assert (np.asarray(report.overlay(picture, view, bright, everywhere))[-1] != shown[-1]).any()
 
 
 def test_strips_of_a_tall_overlay_meet(monkeypatch):

@@ -45,6 +45,11 @@ class Entry:
     needs: tuple[str, ...] = ()
     passes: int | None = 0
 
+    @property
+    def of_pixels(self) -> bool:
+        """Its map scores pixels one by one, so that a threshold leaves single pixels."""
+        return self.family in ("gradient", "decomposition")
+
     def load(self) -> Method:
         """Import the method's function.
 
@@ -252,7 +257,7 @@ def named(words: Iterable[str]) -> list[str]:
             found.append(word)
         else:
             raise AftError(
-                f"unknown method {word!r}; nearest: {nearest(word, METHODS)}; all: "
+                f"unknown method {word!r}; nearest: {nearest(word, [*METHODS, *families])}; all: "
                 f"{', '.join(METHODS)}; `all` for every CAM, or a family: {', '.join(families)}"
             )
     for name in found:
