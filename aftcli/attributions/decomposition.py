@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from aftcli.attributions.canonical import canonical
+from aftcli.attributions.gradient import positive
 from aftcli.attributions.rules import Named, named, relevance
 from aftcli.core.cam import class_score
 from aftcli.core.classifier import Classifier
@@ -124,8 +125,3 @@ def contrast(logits: Tensor, class_index: Tensor) -> Tensor:
     y = class_score(logits, class_index).abs()[:, None]
     others = (-y / max(logits.shape[1] - 1, 1)).expand_as(logits)
     return others.scatter(1, class_index[:, None], y)
-
-
-def positive(signed: Tensor) -> Tensor:
-    """I_pre, shape (N, H, W): ReLU of relevance, shape (N, 3, H, W), summed over colours."""
-    return signed.sum(1).relu()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from aftcli.attributions.canonical import canonical
-from aftcli.attributions.decomposition import positive, score_of_class
+from aftcli.attributions.decomposition import score_of_class
+from aftcli.attributions.gradient import positive
 from aftcli.attributions.rules import Rules, by_magnitude, pixel_box, relevance
 from aftcli.core.classifier import Classifier
 

@@ -9,14 +9,14 @@ mean colour.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from aftcli.attributions.gradient import seeded
 from aftcli.core.cam import BATCH, class_score
 from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
@@ -132,7 +132,8 @@ def signed_kernel_shap(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
 
         # Not captum's: it draws z one by one with repeats and without complements, which leaves
         # 20 % of error where all z could be taken, and meets the constraint roughly.
-        with _numpy_seed(SEED):
+        # It draws from numpy's global generator.
+        with seeded(x.device, SEED):
             explainer = shap.KernelExplainer(show, np.zeros((1, count)))
             values = explainer.shap_values(
                 np.ones((1, count)), nsamples=COALITIONS, l1_reg=False, silent=True
@@ -140,17 +141,6 @@ def signed_kernel_shap(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
         return values[0]  # type: ignore[no-any-return]
 
     return _by_superpixels(f, class_index, x, PLAYERS, shapley_values)
-
-
-@contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    """Seed numpy's global generator, which shap draws from, and put it back."""
-    state = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
 
 
 def _by_superpixels(
