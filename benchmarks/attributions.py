@@ -26,6 +26,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+from aftcli import metrics
+from aftcli.core.cam import attribution_map, normalise, upsample
+from aftcli.core.models import load_classifier
+from aftcli.core.registry import METHODS
+from aftcli.data import read_image, to_input
+from aftcli.datasets import open_data_set
+from aftcli.engine import accelerated
+from aftcli.evaluate_tables import Difference, Table3Row
+from aftcli.metrics_intervals import estimate
+from aftcli.report_grids import READINGS
+from aftcli.tft import TftResult, fine_tune_threshold
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
 HEADING = "## Methods beyond CAMs"
@@ -42,13 +60,6 @@ KINDS = {
     "percentile": "As they are, cut by rank (`--threshold-mode percentile`)",
 }
 SLOW = ("xrai", "occlusion", "lime", "omcam", "rise", "kernelshap", "scorecam")  # last
-
-
-def methods() -> list[str]:
-    """All of the registry."""
-    from aftcli.core.registry import METHODS
-
-    return list(METHODS)
 
 
 def aft(words: list[str], processes: int = 1) -> str:
@@ -69,8 +80,6 @@ def weights_of(network: str, out: Path) -> list[str]:
     """Options for a network; random weights where published ones would be downloaded."""
     if network == "efficientnet_lite0":
         return []
-    import torch
-    import torchvision
 
     path = out / f"{network}-random.pth"
     if not path.exists():
@@ -81,8 +90,6 @@ def weights_of(network: str, out: Path) -> list[str]:
 
 def table(data: Path, out: Path, images: int, slow_images: int, processes: int) -> None:
     """Plain maps and TFT of all methods, as `aft evaluate` gives them, by pixels and by cells."""
-    from aftcli.core.registry import METHODS
-
     quick = [name for name in METHODS if name not in SLOW]
     pixels = [name for name in quick if METHODS[name].of_pixels]
     runs = [
@@ -109,50 +116,51 @@ def table(data: Path, out: Path, images: int, slow_images: int, processes: int) 
 
 
 def chance(data: Path, out: Path, images: int) -> None:
-    """The same measures of random cells: what the search finds in a map that knows nothing."""
-    import torch
-
-    from aftcli import metrics
-    from aftcli.core.cam import normalise, upsample
-    from aftcli.core.models import load_classifier
-    from aftcli.data import read_image, to_input
-    from aftcli.datasets import open_data_set
-    from aftcli.evaluate_tables import Difference, Table3Row
-    from aftcli.metrics_intervals import estimate
-    from aftcli.tft import fine_tune_threshold
-
+    """The same measures of maps that know nothing: what the search finds in random numbers."""
     f = load_classifier()
     data_set = open_data_set(data / "imagenet", None, f.classes, default="val").limited(images)
     generator = torch.Generator().manual_seed(0)
-    low = normalise(torch.rand(images, *f.activation_shape[1:], generator=generator))
-    rows: list[Table3Row] = []
-    changes: list[Difference] = []
-    for masking in ("binary", "soft"):
-        found = []
-        for i in range(images):
-            x = to_input(read_image(data_set.path(i)), f.preprocessing)
-            attribution, c = upsample(low[i : i + 1], x), f(x).argmax(1)
-            found.append(fine_tune_threshold(f, x, attribution, c, masking=masking))
-        y = torch.cat([r.probability for r in found])
-        # T begins with 0, which mutes nothing: Original.
-        curve = torch.cat([r.probabilities for r in found])
-        y_hat = {"original": curve[:, 0], "tft": curve.amax(1)}
-        area = torch.cat([r.mask.float().mean((1, 2)) for r in found])
-        where = ("imagenet", f.name, "random", masking)
-        for measure, of in (
-            ("average_increase", metrics.increase),
-            ("average_drop", metrics.drop),
-        ):
-            values = {variant: of(each, y).float() for variant, each in y_hat.items()}
-            for variant, each in values.items():
-                e = estimate(each)
-                rows.append(Table3Row(*where, variant, measure, e.value, e.interval, e.n))
-            e = estimate(values["tft"] - values["original"])
-            changes.append(Difference(*where, measure, "tft", "original", e.value, e.interval, e.n))
-        e = estimate(area)
-        rows.append(Table3Row(*where, "tft", "area", e.value, e.interval, e.n))
-    document = {"table3": list(map(asdict, rows)), "differences": list(map(asdict, changes))}
-    (out / "table" / "random-cells.json").write_text(json.dumps(document))
+    cells = normalise(torch.rand(images, *f.activation_shape[1:], generator=generator))
+    pixels = normalise(torch.rand(images, *f.preprocessing.size, generator=generator))
+    for end, mode, maps in (("cells", "value", cells), ("percentile", "percentile", pixels)):
+        kept = out / "table" / f"random-{end}.json"
+        if kept.exists():
+            continue
+        rows: list[Any] = []
+        changes: list[Any] = []
+        for masking in ("binary", "soft"):
+            found = []
+            for i in range(images):
+                x = to_input(read_image(data_set.path(i)), f.preprocessing)
+                attribution, c = upsample(maps[i : i + 1], x), f(x).argmax(1)
+                settings = {"masking": masking, "mode": mode}
+                found.append(fine_tune_threshold(f, x, attribution, c, **settings))
+            of_masking, differences = rows_of(found, ("imagenet", f.name, "random", masking))
+            rows += of_masking
+            changes += differences
+        document = {"table3": list(map(asdict, rows)), "differences": list(map(asdict, changes))}
+        kept.write_text(json.dumps(document))
+
+
+def rows_of(
+    found: list[TftResult], where: tuple[str, str, str, str]
+) -> tuple[list[Table3Row], list[Difference]]:
+    """What `aft evaluate` says of searches: plain maps, TFT and their paired differences."""
+    y = torch.cat([r.probability for r in found])
+    # T begins with 0, which mutes nothing: Original.
+    curve = torch.cat([r.probabilities for r in found])
+    y_hat = {"original": curve[:, 0], "tft": curve.amax(1)}
+    rows, changes = [], []
+    for measure, of in (("average_increase", metrics.increase), ("average_drop", metrics.drop)):
+        values = {variant: of(each, y).float() for variant, each in y_hat.items()}
+        for variant, each in values.items():
+            e = estimate(each)
+            rows.append(Table3Row(*where, variant, measure, e.value, e.interval, e.n))
+        e = estimate(values["tft"] - values["original"])
+        changes.append(Difference(*where, measure, "tft", "original", e.value, e.interval, e.n))
+    e = estimate(torch.cat([r.mask.float().mean((1, 2)) for r in found]))
+    rows.append(Table3Row(*where, "tft", "area", e.value, e.interval, e.n))
+    return rows, changes
 
 
 def works(data: Path, out: Path, networks: list[str], explained_only: list[str]) -> None:
@@ -160,7 +168,7 @@ def works(data: Path, out: Path, networks: list[str], explained_only: list[str])
     (out / "works").mkdir(exist_ok=True)
     for network in networks:
         # CAM needs pooling and one linear layer.
-        quick = [n for n in methods() if n not in SLOW and (network, n) != ("vgg16", "cam")]
+        quick = [n for n in METHODS if n not in SLOW and (network, n) != ("vgg16", "cam")]
         for names in (quick, *([name] for name in SLOW)):
             if not (out / "works" / f"{network}-{names[-1]}.json").exists():
                 evaluated = f"{network}:{names[-1]}" not in explained_only
@@ -195,12 +203,6 @@ def processor_time(whose: int) -> float:
 
 def picture(out: Path) -> None:
     """Draw all maps of the photograph, what TFT keeps outlined."""
-    import matplotlib.pyplot as plt
-    import numpy as np
-    from PIL import Image
-
-    from aftcli.core.registry import METHODS
-
     columns = 7
     rows = -(-len(METHODS) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 2.3 * rows), dpi=80)
@@ -222,14 +224,7 @@ def picture(out: Path) -> None:
 
 def one(network: str, name: str, out: Path) -> None:
     """Print seconds and memory of one method's map, in a process of its own."""
-    import torch
-
-    from aftcli.core.cam import attribution_map
-    from aftcli.core.models import load_classifier
-    from aftcli.core.registry import METHODS
-    from aftcli.data import read_image, to_input
-    from aftcli.engine import accelerated
-
+    torch.set_num_threads(1)
     options = weights_of(network, out)
     f = load_classifier(*options[1::2]) if options else load_classifier()
     x = to_input(read_image(PHOTO), f.preprocessing)
@@ -251,13 +246,17 @@ def one(network: str, name: str, out: Path) -> None:
 def costs(out: Path, networks: list[str]) -> None:
     """Seconds and memory of a map by every method on every network."""
     for network in networks:
-        for name in methods():
+        for name in METHODS:
             kept = out / "costs" / f"{network}-{name}.json"
             if not kept.exists():
                 kept.parent.mkdir(exist_ok=True)
                 words = [sys.executable, __file__, str(out), "--one", network, name]
                 done = subprocess.run(
-                    [*words, "--out", str(out)], capture_output=True, text=True, check=False
+                    [*words, "--out", str(out)],
+                    capture_output=True,
+                    text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    check=False,
                 )
                 failed = (done.stderr.strip().splitlines() or ["failed"])[-1]
                 kept.write_text(done.stdout or json.dumps({"error": failed}))
@@ -271,10 +270,6 @@ def interval(value: float, ci: tuple[float, float] | None) -> str:
 
 def of_masking(documents: dict[str, Any], masking: str, kind: str) -> Iterator[str]:
     """One table: maps of one kind, a key of KINDS, under one reading of the paper."""
-    from aftcli.core.registry import METHODS
-    from aftcli.evaluate_tables import Difference, Table3Row
-    from aftcli.report_grids import READINGS
-
     yield f"**{KINDS[kind]}: {READINGS[masking]}**"
     yield ""
     kinds = ("Original", "TFT", "TFT - Original")
@@ -320,8 +315,6 @@ def method_of(stem: str) -> str:
 
 def page(out: Path) -> Iterator[str]:
     """The section."""
-    from aftcli.core.registry import METHODS
-
     documents = {p.stem: json.loads(p.read_text()) for p in sorted((out / "table").glob("*.json"))}
     yield HEADING
     yield ""
@@ -334,7 +327,10 @@ def page(out: Path) -> Iterator[str]:
     yield (ROOT / "benchmarks" / "attributions_text.md").read_text(encoding="utf-8").strip()
     yield ""
     yield "```console"
-    yield f"$ aft evaluate DATA/imagenet --limit 64 --table 3 --metrics {MEASURED} --cam METHOD"
+    most = max(row["n"] for document in documents.values() for row in document["table3"])
+    yield (
+        f"$ aft evaluate DATA/imagenet --limit {most} --table 3 --metrics {MEASURED} --cam METHOD"
+    )
     yield "```"
     yield ""
     for kind in KINDS:

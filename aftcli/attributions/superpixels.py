@@ -132,7 +132,7 @@ def signed_kernel_shap(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
 
         # Not captum's: it draws z one by one with repeats and without complements, which leaves
         # 20 % of error where all z could be taken, and meets the constraint roughly.
-        # It draws from numpy's global generator.
+        # shap draws from numpy's global generator.
         with seeded(x.device, SEED):
             explainer = shap.KernelExplainer(show, np.zeros((1, count)))
             values = explainer.shap_values(
