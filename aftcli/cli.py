@@ -92,7 +92,7 @@ def explain(
     f = setup.classifier(model, checkpoint, classes, layer, device)
     methods = setup.methods(f, cam, "layercam")
     targets = setup.targets(f, target, top_k)
-    setup.advise(methods if tft else [], cells, quiet)
+    setup.advise(methods if tft else [], threshold_mode, cells, quiet)
 
     from aftcli import explanation
     from aftcli.report import write_outputs
@@ -155,7 +155,7 @@ def tft(
     f = setup.classifier(model, checkpoint, classes, layer, device)
     targets = setup.targets(f, target, top_k)
     methods = setup.methods(f, cam, "gradcam") if values is None else ["map"]
-    setup.advise(methods, cells, quiet)
+    setup.advise(methods, threshold_mode, cells, quiet)
 
     def ready(count: int) -> Classifier:
         each = explanation.passes(f, methods, len(targets) or top_k, settings)

@@ -146,13 +146,14 @@ def methods(f: Classifier, asked: list[str] | None, default: str) -> list[str]:
     return [m for m in methods if fits(f, m)] if "all" in (asked or []) else methods
 
 
-def advise(methods: list[str], cells: bool, quiet: bool) -> None:
+def advise(methods: list[str], mode: str, cells: bool, quiet: bool) -> None:
     """Say what a threshold leaves of maps of pixels, before it is searched."""
     of_pixels = [name for name, entry in METHODS.items() if name in methods and entry.of_pixels]
-    if of_pixels and not cells:
+    if of_pixels and mode == "value" and not cells:
         noting(quiet)(
-            f"{', '.join(of_pixels)}: of such a map a threshold leaves single pixels, which "
-            "networks hardly recognise; --cells averages it over the layer's cells first"
+            f"{', '.join(of_pixels)}: a threshold of values leaves single pixels of such a map, "
+            "which networks hardly recognise; --threshold-mode percentile cuts by rank, --cells "
+            "averages the map over the layer's cells first"
         )
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.progress import Progress
 from small import small
 
-from aftcli import AftError, TftSettings, attribution_map, report_progress
+from aftcli import AftError, TftSettings, attribution_map, cli_setup, report_progress
 from aftcli.core import registry
 from aftcli.core.cam import normalise, scaled_map, to_cells
 from aftcli.core.registry import CAMS, FAMILIES, METHODS
@@ -133,12 +133,17 @@ def test_cells_are_asked_for_on_the_command_line(tmp_path):
 
 
 @extra
-def test_a_threshold_of_a_map_of_pixels_comes_with_advice(tmp_path):
-    given = (CHELSEA, "--method", "deeplift", "--method", "gradcam", "--save", "mask")
-    said = "aft: deeplift: of such a map a threshold leaves single pixels"
-    assert said in aft("tft", *given, "--out", tmp_path).err
-    for words in ((), ("--tft", "--cells")):
-        assert aft("explain", *given, *words, "--out", tmp_path).err == ""
+def test_a_threshold_of_a_map_of_pixels_comes_with_advice(tmp_path, capsys):
+    done = aft("tft", CHELSEA, "--method", "deeplift", "--method", "gradcam", "--out", tmp_path)
+    assert "aft: deeplift: a threshold of values leaves single pixels of such a map" in done.err
+    pixels = ["rap", "lrp", "occlusion"]
+    cli_setup.advise(pixels, "value", cells=False, quiet=False)
+    assert capsys.readouterr().err.startswith("aft: lrp, rap: a threshold")
+    cli_setup.advise(pixels, "percentile", cells=False, quiet=False)
+    cli_setup.advise(pixels, "value", cells=True, quiet=False)
+    cli_setup.advise(pixels, "value", cells=False, quiet=True)
+    cli_setup.advise(["map", "rise", *CAMS], "value", cells=False, quiet=False)
+    assert not capsys.readouterr().err
 
 
 def test_passes_count_what_methods_need():
