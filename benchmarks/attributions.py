@@ -276,7 +276,8 @@ def of_masking(documents: dict[str, Any], masking: str, kind: str) -> Iterator[s
     columns = [f"{measure}, {kind}" for measure in ("inc", "drop") for kind in kinds]
     yield f"| method | images | {' | '.join(columns)} | area, TFT |"
     yield f"|---|--:|{'--:|' * (len(columns) + 1)}"
-    titles = {name: entry.title for name, entry in METHODS.items()} | {"random": "random cells"}
+    titles = {name: entry.title for name, entry in METHODS.items()}
+    titles["random"] = "random cells" if kind == "cells" else "random pixels"
     order = list(titles)
     for stem in sorted(documents, key=lambda stem: order.index(method_of(stem))):
         if kind_of(stem) != kind:
