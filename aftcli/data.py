@@ -230,8 +230,7 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     view = view_of(image.size, preprocessing)
     image = image.resize(view.scaled, INTERPOLATIONS[preprocessing.interpolation]).crop(view.crop)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    mean = torch.tensor(preprocessing.mean)[:, None, None]
-    std = torch.tensor(preprocessing.std)[:, None, None]
+    mean, std = preprocessing.channels(pixels)
     return ((pixels - mean) / std)[None]
 
 

@@ -105,8 +105,8 @@ def _mean_fill(f: Classifier, x: Tensor) -> Tensor:
 
 
 def _black_fill(f: Classifier, x: Tensor) -> Tensor:
-    mean, std = (x.new_tensor(v) for v in (f.preprocessing.mean, f.preprocessing.std))
-    return (-mean / std)[:, None, None].expand_as(x)
+    mean, std = f.preprocessing.channels(x)
+    return (-mean / std).expand_as(x)
 
 
 def _blur_fill(f: Classifier, x: Tensor) -> Tensor:

@@ -259,8 +259,6 @@ def signed_gradient_shap(
 
 def baselines(f: Classifier, x: Tensor) -> Tensor:
     """Images without anything to see: the mean colour, black and white, shape (3, 3, H, W)."""
-    mean, std = (
-        x.new_tensor(v)[:, None, None] for v in (f.preprocessing.mean, f.preprocessing.std)
-    )
+    mean, std = f.preprocessing.channels(x)
     colours = [torch.zeros_like(mean), -mean / std, (1 - mean) / std]
     return torch.stack([colour.expand(x.shape[1:]) for colour in colours])

@@ -104,9 +104,8 @@ def pixel_box(f: Classifier) -> Hook:
     """The box rule: R_i = sum_j (x_i w_ij - l_i w_ij^+ - h_i w_ij^-) / sum_i' (...) R_j."""
     from zennit.rules import ZBox
 
-    channels = f.preprocessing.mean, f.preprocessing.std
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in channels)
-    return ZBox(-mean / std, (1 - mean) / std, EPSILON)
+    mean, std = f.preprocessing.channels(torch.empty(0, dtype=torch.float64))
+    return ZBox((-mean / std)[None], ((1 - mean) / std)[None], EPSILON)
 
 
 def composite_of(f: Classifier, network: nn.Module, rules: Rules) -> Composite:

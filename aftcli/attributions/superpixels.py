@@ -182,12 +182,8 @@ def _check_finite(f: Classifier, values: Tensor) -> None:
 
 def picture(f: Classifier, x: Tensor) -> Floats:
     """The picture, shape (H, W, 3), black 0 and white 1, of an input, shape (3, H, W)."""
-    mean, std = (x.new_tensor(v)[:, None, None] for v in _mean_std(f))
+    mean, std = f.preprocessing.channels(x)
     return (x * std + mean).permute(1, 2, 0).double().cpu().numpy()
-
-
-def _mean_std(f: Classifier) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    return f.preprocessing.mean, f.preprocessing.std
 
 
 def superpixels(f: Classifier, x: Tensor, asked: int) -> Tensor:
@@ -251,7 +247,7 @@ def _signed_xrai(f: Classifier, c: Tensor, x: Tensor) -> Tensor:
     from saliency.core import INPUT_OUTPUT_GRADIENTS, XRAI, XRAIParameters
 
     image = picture(f, x)
-    mean, std = (x.new_tensor(v)[:, None, None] for v in _mean_std(f))
+    mean, std = f.preprocessing.channels(x)
 
     def gradients(images: Floats, **_: object) -> dict[str, Floats]:
         with torch.enable_grad():

@@ -40,6 +40,11 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
+    def channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std, shape (3, 1, 1) each, of the type and device of another tensor."""
+        mean, std = (like.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return mean, std
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as JSON gives them back."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
