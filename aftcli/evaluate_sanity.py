@@ -18,7 +18,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from aftcli.contents import content_hash
-from aftcli.core.cam import scaled_map, to_cells, upsample
+from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.evaluate_jobs import Study, Variant, some_inputs
 from aftcli.evaluate_store import ResultFile
@@ -130,9 +130,7 @@ def _maps(
 ) -> Tensor:
     """Plain maps, or those of TFT, at the size that the method gives."""
     with torch.no_grad():
-        activation = f.activation(x)
-        low = scaled_map(f, activation, class_index, x, cam)
-    low = to_cells(low, activation) if cells else low
+        low = scaled_map(f, f.activation(x), class_index, x, cam, cells)
     if search is None:
         return low
     high = upsample(low, x)

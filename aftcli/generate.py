@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from aftcli import __version__
-from aftcli.core.cam import scaled_map, to_cells, upsample
+from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError
@@ -109,9 +109,9 @@ def tune_batch(
     count = len(x)
     activation = f.activation(x)
     y, class_index = f.head(activation).float().softmax(1).max(1)
-    maps = [scaled_map(f, activation, class_index, x, method) for method in methods]
     # What is kept is searched: I by cells, also of a method whose map has pixels.
-    low = torch.cat([to_cells(each, activation) for each in maps])
+    maps = [scaled_map(f, activation, class_index, x, method, cells=True) for method in methods]
+    low = torch.cat(maps)
     high = upsample(low, x)
     result = fine_tune_threshold(
         f,

@@ -255,7 +255,12 @@ def to_cells(attribution: Tensor, activation: Tensor) -> Tensor:
 
 
 def scaled_map(
-    f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor, method: str
+    f: Classifier,
+    activation: Tensor,
+    class_index: Tensor,
+    x: Tensor,
+    method: str,
+    cells: bool = False,
 ) -> Tensor:
     """S(I_pre), in [0, 1]: of a CAM, shape (N, h, w), of other methods (N, H, W) (§3.1).
 
@@ -265,6 +270,7 @@ def scaled_map(
         class_index: c, shape (N,).
         x: inputs, shape (N, 3, H, W), normalised; CAMs but Score-CAM do not look.
         method: a key of METHODS.
+        cells: average a map of pixels over the activation's cells, see `to_cells`.
 
     Raises:
         AftError: there is no such method, it needs what is not installed, it does not fit the
@@ -276,7 +282,8 @@ def scaled_map(
         raise AftError(
             f"{method} gives a map that is not finite: check the weights of {f.name} and the input"
         )
-    return normalise(attribution)
+    attribution = normalise(attribution)
+    return to_cells(attribution, activation) if cells else attribution
 
 
 def map_of(
@@ -288,8 +295,7 @@ def map_of(
     cells: bool = False,
 ) -> Tensor:
     """I of inputs whose activation is known, shape (N, H, W); arguments as `attribution_map`."""
-    attribution = scaled_map(f, activation, class_index, x, method)
-    return upsample(to_cells(attribution, activation) if cells else attribution, x)
+    return upsample(scaled_map(f, activation, class_index, x, method, cells), x)
 
 
 def attribution_map(
