@@ -125,7 +125,7 @@ def find_studies(run: Path, asked: Asked) -> list[Study]:
     """
     stores, tuned = open_stores(run, asked.source.model, asked.cams), _tuned(run, asked)
     if _is_empty(run) and asked.data is not None and asked.cams:
-        return [_study_of_a_network(asked.data, asked)]
+        return [_study_of_a_network(run, asked)]
     if not stores and not tuned:
         whose = f" of {asked.source.model}" if asked.source.model else ""
         which = f" by {', '.join(asked.cams)}" if asked.cams else ""
@@ -151,20 +151,13 @@ def _is_empty(run: Path) -> bool:
     return not any((run / "masks").glob("*.h5")) and not any((run / "tuned").glob("*.safetensors"))
 
 
-def _study_of_a_network(data: Path, asked: Asked) -> Study:
+def _study_of_a_network(run: Path, asked: Asked) -> Study:
     """Plain maps and TFT of a network that nothing was made of: they need no masks."""
     f = asked.source.load()
-    default = TftSettings()
-    search = TftSettings(
-        asked.thresholds or default.thresholds,
-        fill=asked.fill or default.fill,
-        mode=asked.mode or default.mode,
-    )
     cams = tuple(cam for cam in METHODS if cam in asked.cams)
-    made = {"data_set": str(data), "data_kind": "", "split": ""}
-    data_set = _data_set(f, made, asked)
     variants = tuple(_variants(f, cams, [], asked))
-    return Study(f, data_set, cams, variants, search, None, asked.cells)
+    search = _search(run, [], [], asked)
+    return Study(f, _data_set(f, {}, asked), cams, variants, search, None, asked.cells)
 
 
 def _tuned(run: Path, asked: Asked) -> list[_Made]:
@@ -290,10 +283,13 @@ def _variants(
 
 
 def _search(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> TftSettings:
-    """The settings that masks were made with, but for what is asked for."""
+    """The settings that masks were made with, else the defaults, but for what is asked for."""
     keys = ("thresholds", "fill", "threshold_mode")
     wanted = (asked.thresholds, asked.fill, asked.mode)
     made = [s.settings for s in stores] or [m.card["masks"] for m in tuned if m.card["cam"]]
+    if not made:
+        default = TftSettings()
+        made = [dict(zip(keys, (default.thresholds, default.fill, default.mode), strict=True))]
     values: list[Any] = []
     for key, value in zip(keys, wanted, strict=True):
         different = {str(each[key]) for each in made}
