@@ -80,7 +80,6 @@ def weights_of(network: str, out: Path) -> list[str]:
     """Options for a network; random weights where published ones would be downloaded."""
     if network == "efficientnet_lite0":
         return []
-
     path = out / f"{network}-random.pth"
     if not path.exists():
         torch.manual_seed(0)

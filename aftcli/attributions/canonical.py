@@ -112,17 +112,21 @@ def canonical(f: Classifier, *, part: Part = "all", split_relu6: bool = False) -
 def _sample(f: Classifier, part: Part) -> tuple[Tensor, Tensor]:
     """One random x or A and its logits; a small x where the network takes it, which is faster."""
     weight = next(f.parameters())
-    small = tuple(min(side, max(64, side // 4)) for side in f.preprocessing.size)
-    shapes = [(3, *small), (3, *f.preprocessing.size)] if part == "all" else [f.activation_shape]
-    for shape in shapes:
-        x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(weight)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(weight)
+
+    with torch.no_grad():
+        if part == "head":
+            activation = noise(*f.activation_shape)
+            return activation, f.head(activation)
+        size = f.preprocessing.size
         try:
-            with torch.no_grad():
-                return x, f.head(f.layer(f.stem(x)) if part == "all" else x)
+            x = noise(3, *(min(side, max(64, side // 4)) for side in size))
+            return x, f.head(f.layer(f.stem(x)))
         except RuntimeError:
-            if shape == shapes[-1]:
-                raise
-    raise AssertionError
+            x = noise(3, *size)
+            return x, f.head(f.layer(f.stem(x)))
 
 
 class _Builder:
