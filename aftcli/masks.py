@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from aftcli.contents import changed
+from aftcli.core.cam import stretch
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError, first_line
 from aftcli.loading import Broken
@@ -273,8 +273,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
     def full_attribution(self, index: int) -> Tensor:
         """I of one image at the model's input size, shape (H, W), exactly as it was searched."""
         size = tuple(self.settings["preprocessing"]["size"])
-        attribution = self[index].attribution[None, None]
-        return F.interpolate(attribution, size, mode="bilinear", align_corners=False)[0, 0]
+        return stretch(self[index].attribution[None], size)[0]
 
     def full_mask(self, index: int) -> Tensor:
         """M_tau* of one image at the model's input size, shape (H, W), bool, rebuilt exactly."""

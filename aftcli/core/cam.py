@@ -7,7 +7,7 @@ The score y^c is the pre-softmax one (docs/decisions.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -232,11 +232,34 @@ def normalise(attribution: Tensor) -> Tensor:
 
 def upsample(attribution: Tensor, x: Tensor) -> Tensor:
     """Stretch maps, shape (N, h, w), bilinearly to the height and width of x."""
-    size = x.shape[-2:]
-    if attribution.shape[-2:] == size:
-        return attribution
-    stretched = F.interpolate(attribution[:, None], size, mode="bilinear", align_corners=False)
-    return stretched.squeeze(1)
+    return stretch(attribution, x.shape[-2:])
+
+
+def stretch(attribution: Tensor, size: Sequence[int]) -> Tensor:
+    """Stretch maps bilinearly between the centres of their cells.
+
+    What lies between equal cells, or beyond the outermost centres, scores exactly what they do.
+    F.interpolate rounds it, so that by rank a cut would go through the middle of a flat part.
+
+    Args:
+        attribution: maps, shape (N, h, w).
+        size: (H, W).
+
+    Returns:
+        Maps of shape (N, H, W).
+    """
+    for axis, side in ((1, size[0]), (2, size[1])):
+        cells = attribution.shape[axis]
+        if cells != side:
+            centres = (torch.arange(side, dtype=torch.double) + 0.5) * (cells / side) - 0.5
+            centres = centres.clamp(0, cells - 1).to(attribution.device)
+            low = centres.floor().long()
+            weight = (centres - low).to(attribution).view(-1, *[1] * (2 - axis))
+            between = (
+                attribution.index_select(axis, i) for i in (low, (low + 1).clamp(max=cells - 1))
+            )
+            attribution = torch.lerp(*between, weight)
+    return attribution
 
 
 def to_cells(attribution: Tensor, activation: Tensor) -> Tensor:
