@@ -23,6 +23,7 @@ from aftcli.metrics_road import road
 from aftcli.objects import Regions
 from aftcli.tft import (
     cut_off,
+    first_maximum,
     mask_of,
     masked_image,
     masked_probabilities,
@@ -215,7 +216,8 @@ def _scores(
             views["fixed"] = fixed[cam]
         if wanted.search:
             curve = own[:, : len(thresholds)]
-            best = relative_probability_increase(curve, some.probability[:, None]).argmax(1)
+            rpi = relative_probability_increase(curve, some.probability[:, None])
+            best = first_maximum(rpi, some.probability)
             tau = attribution.new_tensor(thresholds)[best]
             y_best = curve.gather(1, best[:, None])[:, 0]
             columns |= {"tau": tau, "curve": curve, "tft/y_hat": y_best}

@@ -25,7 +25,7 @@ from aftcli.metrics_road import NOISE
 from aftcli.objects import Objects
 from aftcli.tft import MASKINGS
 
-VERSION = 1  # of what is computed: results of another one are not used
+VERSION = 2  # of what is computed: results of another one are not used
 
 
 @dataclass(frozen=True)

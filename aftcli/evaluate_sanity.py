@@ -228,7 +228,7 @@ def _file(
     images: str,
 ) -> ResultFile:
     identity = {
-        "sanity": 1,
+        "sanity": 2,
         "weights": variant.weights,
         "layer": study.f.layer_name,
         "cam": cam,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aftcli.core import rounding
 from aftcli.core.registry import CAMS, METHODS
 from aftcli.evaluate import Unit, measure
 from aftcli.evaluate_jobs import Study
@@ -88,8 +89,11 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0; never claimed of fewer than ten images."""
-        return self.n >= FEW and self.ci is not None and (self.ci[0] > 0 or self.ci[1] < 0)
+        """Tell if the interval excludes 0 and rounding; never claimed of fewer than ten images."""
+        if self.n < FEW or self.ci is None:
+            return False
+        low, high = self.ci
+        return low > rounding.MEASURE or high < -rounding.MEASURE
 
 
 @dataclass(frozen=True)

@@ -357,5 +357,5 @@ def _take(stores: dict[str, _Store], data_set: DataSet, held: ExitStack, overwri
 
 def _progress(tuned: list[Tuned]) -> Done:
     tau = torch.cat([t.tft.tau for t in tuned])
-    raised = torch.cat([t.tft.rpi.nan_to_num().amax(1) > 0 for t in tuned])
+    raised = torch.cat([t.tft.helps for t in tuned])
     return Done(len(tuned[0].class_index), float(tau.sum()), int(raised.sum()), len(tau))

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torchmetrics.aggregation import MeanMetric
 
+from aftcli.core import rounding
+
 STEPS = 10  # of insertion and deletion: shares 0, 0.1, … 1 of the pixels
 ROAD_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the pixels that ROAD removes
 BLUR = (11, 5.0)  # kernel and sigma, pixels, of what insertion starts from
@@ -22,7 +24,9 @@ Probability = Callable[[Tensor], Tensor]
 
 
 def increase(y_hat: Tensor, y: Tensor) -> Tensor:
-    """1[y_hat^c > y^c]: the masked image is the likelier one (§5.2); its mean is Average Increase.
+    """Return 1[y_hat^c > y^c] (§5.2), whose mean is Average Increase.
+
+    A difference within rounding is no increase (`aftcli.core.rounding`).
 
     Args:
         y_hat: probability of class c for the masked image, shape (N,).
@@ -31,7 +35,7 @@ def increase(y_hat: Tensor, y: Tensor) -> Tensor:
     >>> increase(torch.tensor([0.75, 0.5]), torch.tensor([0.5, 0.5]))
     tensor([1., 0.])
     """
-    return (y_hat > y).float()
+    return rounding.rises(y_hat, y).float()
 
 
 def drop(y_hat: Tensor, y: Tensor) -> Tensor:
@@ -97,13 +101,13 @@ def adcc(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
 
 
 def order_of(attribution: Tensor) -> Tensor:
-    """Pixels from the highest score to the lowest, shape (N, H W); equal ones from the top left.
+    """Pixels from the highest score to the lowest, shape (N, H W); equal ones from the top left."""
+    return _graded(attribution).argsort(dim=1, descending=True, stable=True)
 
-    Scores that differ by less than a millionth are equal: rounding, which depends on the size of
-    batches, would order them else.
-    """
-    scores = (attribution.flatten(1) * 2**20).round()
-    return scores.argsort(dim=1, descending=True, stable=True)
+
+def _graded(attribution: Tensor) -> Tensor:
+    """Scores in whole steps of rounding, shape (N, H W), which rounding does not order."""
+    return (attribution.flatten(1) / rounding.SCORE).round()
 
 
 def ranks_of(attribution: Tensor) -> Tensor:
@@ -182,8 +186,7 @@ def pointing(attribution: Tensor, region: Tensor) -> Tensor:
     Without their tolerance of 15 pixels. Of equal maxima the first counts; an all-zero map
     points nowhere: 0.
     """
-    flat = attribution.flatten(1)
-    top, where = flat.max(1)
+    top, where = _graded(attribution).max(1)
     hit = region.flatten(1).gather(1, where[:, None])[:, 0]
     return (hit & (top > 0)).float()
 

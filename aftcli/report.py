@@ -272,14 +272,14 @@ def draw_rpi(ax: Axes, explanation: Explanation, colour: str = "tab:red") -> Non
     assert explanation.tft
     rpi = explanation.tft.rpi[0].cpu().numpy()
     tried = ~np.isnan(rpi)
-    thresholds, rpi = np.array(explanation.thresholds)[tried], rpi[tried]
-    best = int(rpi.argmax())
-    ax.plot(thresholds, rpi, "o-", markersize=4)
-    ax.axvline(thresholds[best], color=colour, linestyle="--", linewidth=1)
-    ax.plot(thresholds[best], rpi[best], "o", color=colour, markersize=8)
-    ax.set_title(f"RPI {rpi[best]:.3f} at tau* = {thresholds[best]:g}", fontsize=10)
+    best = int(explanation.tft.best)
+    tau, top = explanation.thresholds[best], rpi[best]
+    ax.plot(np.array(explanation.thresholds)[tried], rpi[tried], "o-", markersize=4)
+    ax.axvline(tau, color=colour, linestyle="--", linewidth=1)
+    ax.plot(tau, top, "o", color=colour, markersize=8)
+    ax.set_title(f"RPI {top:.3f} at tau* = {tau:g}", fontsize=10)
     ax.set_xlabel("tau")
-    ax.set_ylim(bottom=0, top=None if rpi.max() > 0 else 1)
+    ax.set_ylim(bottom=0, top=None if explanation.tft.helps.item() else 1)
 
 
 Writer = Callable[[Path, Subject, Explanation, Tensor, str], None]
@@ -309,7 +309,8 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         named = plain(f"{result['class_name']} ({result['class_index']})")
         cells = [image, result["cam"], named, f"{result['probability']:.4f}"]
         if found := result.get("tft"):
-            cells += [f"{found['tau']:g}", f"{max(filter(None, found['rpi']), default=0):.4f}"]
+            best = found["thresholds"].index(found["tau"])
+            cells += [f"{found['tau']:g}", f"{found['rpi'][best]:.3f}"]
             cells += [f"{found['probability']:.4f}", f"{found['area']:.1%}"]
         table.add_row(*map(Text, cells))
     console.print(table)

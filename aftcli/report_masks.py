@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +22,7 @@ from aftcli.generate import Done, Processes
 from aftcli.loading import Broken
 from aftcli.masks import MaskStore
 from aftcli.report_progress import PassesColumn
+from aftcli.tft import first_maximum, raised
 
 
 @dataclass(frozen=True)
@@ -66,21 +68,23 @@ def summarise(store: MaskStore, names: Sequence[str]) -> StoreSummary:
     labels = np.zeros(max(len(names), 1), dtype=np.int64)
     for start in range(0, len(store), 4096):
         rows = store.rows(start, start + 4096)
-        best = np.nanmax(rows.rpi, 1) if len(rows.rpi) else np.zeros(0)
-        totals += [rows.tau.sum(), (best > 0).sum(), best.sum(), rows.probability.sum()]
+        rpi, y = torch.from_numpy(rows.rpi), torch.from_numpy(rows.probability)
+        best = rpi.gather(1, first_maximum(rpi, y)[:, None]) if len(rpi) else rpi.new_zeros(0)
+        helped = raised(rpi, y).any(1)
+        totals += [rows.tau.sum(), int(helped.sum()), float(best.sum()), rows.probability.sum()]
         counted = np.bincount(rows.label, minlength=len(labels))
         if len(counted) > len(labels):
             raise _damaged(store.path, f"it has labels beyond its {len(names)} classes")
         labels += counted
     count = max(len(store), 1)
-    tau, raised, rpi, probability = (totals / count).tolist()
+    tau, share, rpi, probability = (totals / count).tolist()
     return StoreSummary(
         store.path,
         store.settings["cam"],
         len(store),
         store.broken,
         tau,
-        raised,
+        share,
         rpi,
         probability,
         store.path.stat().st_size / count,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aftcli.core import rounding
 from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError, check_name
 
@@ -20,7 +21,7 @@ class TftResult(NamedTuple):
     """What Algorithm 1 finds for N images.
 
     Attributes:
-        tau: tau*, the first threshold with the largest RPI, shape (N,).
+        tau: tau*, the first threshold with the largest RPI (`first_maximum`), shape (N,).
         rpi: RPI of each threshold, shape (N, |T|).
         probabilities: y_hat^c of each threshold, shape (N, |T|).
         probability: y^c of the whole image, shape (N,).
@@ -40,12 +41,37 @@ class TftResult(NamedTuple):
     @property
     def best(self) -> Tensor:
         """Which threshold tau* is, shape (N,)."""
-        return first_maximum(self.rpi)
+        return first_maximum(self.rpi, self.probability)
+
+    @property
+    def helps(self) -> Tensor:
+        """Where a threshold raises the probability by more than rounding, shape (N,), bool."""
+        return raised(self.rpi, self.probability).any(1)
 
 
-def first_maximum(rpi: Tensor) -> Tensor:
-    """Argmax over T, the first of equal ones, shape (N,); NaN, not tried, does not count."""
-    return torch.where(rpi.isnan(), -1, rpi).argmax(1)
+def first_maximum(rpi: Tensor, y: Tensor) -> Tensor:
+    """Return the argmax over T, shape (N,): of those equal up to rounding the first.
+
+    Args:
+        rpi: RPI of each threshold, shape (N, |T|); NaN, not tried, does not count.
+        y: y^c of the whole image, shape (N,).
+    """
+    tried = torch.where(rpi.isnan(), -1, rpi)
+    largest = tried.amax(1, keepdim=True)
+    y_hat = (1 + largest) * y[:, None]
+    # An RPI is infinite where y underflows.
+    equal = tried >= largest - (1 + largest) * rounding.slack(y_hat)
+    return ((tried == largest) | equal).int().argmax(1)
+
+
+def raised(rpi: Tensor, y: Tensor) -> Tensor:
+    """Return which thresholds raise the probability by more than rounding, (N, |T|), bool.
+
+    Args:
+        rpi: RPI of each threshold, shape (N, |T|); NaN, not tried, does not count.
+        y: y^c of the whole image, shape (N,).
+    """
+    return rpi > rounding.slack(y)[:, None]
 
 
 def relative_probability_increase(y_hat: Tensor, y: Tensor) -> Tensor:
@@ -64,7 +90,10 @@ def relative_probability_increase(y_hat: Tensor, y: Tensor) -> Tensor:
 
 
 def cut_off(attribution: Tensor, tau: Tensor, mode: str = "value") -> Tensor:
-    """The scores below which thresholds mute, shape (N, |T|).
+    """Return the scores below which thresholds mute, shape (N, |T|).
+
+    They lie a rounding's width below tau, or below the score of its rank, so that a pixel that
+    scores just that is kept whatever computed the map.
 
     Args:
         attribution: I, shape (N, H, W), in [0, 1].
@@ -72,14 +101,15 @@ def cut_off(attribution: Tensor, tau: Tensor, mode: str = "value") -> Tensor:
         mode: "value", tau itself (§4.1); "percentile", the score below which the share tau of
             the map's cells lies (the authors' code).
     """
-    tau = tau.to(attribution).expand(len(attribution), -1)
+    tau = tau.expand(len(attribution), -1)
     if mode == "value":
-        return tau
+        return tau.to(attribution) - rounding.SCORE
     flat = attribution.flatten(1).double()
-    ranks = tau.double() * (flat.shape[1] - 1)
+    # In float32 a tenth is above .1, and its rank would be above a whole one.
+    ranks = tau.double().mul(1e6).round() / 1e6 * (flat.shape[1] - 1)
     ordered = flat.sort(1).values
     low, high = ordered.gather(1, ranks.floor().long()), ordered.gather(1, ranks.ceil().long())
-    return (low + (high - low) * ranks.frac()).to(attribution)
+    return (low + (high - low) * ranks.frac()).to(attribution) - rounding.SCORE
 
 
 def threshold_map(attribution: Tensor, cut: Tensor) -> Tensor:
@@ -315,7 +345,7 @@ def coarse_to_fine(score: Score, y: Tensor, count: int) -> Tensor:
         if stride == 1:
             return y_hat
         stride //= 2
-        best = first_maximum(relative_probability_increase(y_hat, y[:, None]))
+        best = first_maximum(relative_probability_increase(y_hat, y[:, None]), y)
         # At an end of T there is one side only; it is scored once.
         low = torch.where(best < stride, best + stride, best - stride)
         high = torch.where(best + stride >= count, best - stride, best + stride)
@@ -362,8 +392,8 @@ def fine_tune_threshold(
         search: "exact", all of T, or "fast", some of T, coarse to fine.
 
     Returns:
-        tau*, RPI and probabilities of all thresholds, I_tau* and M_tau*. Of equal maxima the
-        first counts, so where no threshold helps tau* is the first of T.
+        tau*, RPI and probabilities of all thresholds, I_tau* and M_tau*. Of maxima that are
+        equal up to rounding the first counts, so where no threshold helps tau* is the first of T.
 
     Raises:
         AftError: thresholds are out of range or order, a name is unknown, or shapes disagree.
@@ -390,7 +420,7 @@ def fine_tune_threshold(
 
     y_hat = SEARCHES[search](score, probability, len(thresholds))
     rpi = relative_probability_increase(y_hat, probability[:, None])
-    best = first_maximum(rpi)
+    best = first_maximum(rpi, probability)
     chosen = threshold_map(attribution, cut.gather(1, best[:, None]).squeeze(1))
     tau = attribution.new_tensor(thresholds)[best]
     return TftResult(tau, rpi, y_hat, probability, chosen, mask_of(chosen))

@@ -291,9 +291,13 @@ def fill_of(x, fill, mean, std):
 
 
 def thresholded(attribution, tau, mode):
-    """Eq. 4; by rank, tau is the share of the map's pixels below the cut."""
+    """Eq. 4; by rank, tau is the share of the map's pixels below the cut.
+
+    A score less than 2^-20 below the cut is at it (docs/decisions.md, Rounding).
+    """
     cut = {"value": tau, "percentile": np.percentile(attribution, 100 * tau)}[mode]
-    return np.where(attribution >= attribution.dtype.type(cut), attribution, 0)
+    kind = attribution.dtype.type
+    return np.where(attribution >= kind(kind(cut) - kind(2**-20)), attribution, 0)
 
 
 def masked_images(x, attribution, thresholds, masking, fill, mode, mean, std):
@@ -308,6 +312,20 @@ def masked_images(x, attribution, thresholds, masking, fill, mode, mean, std):
     return images
 
 
+def rounding(y):
+    """By how much probabilities around y may be wrong (docs/decisions.md, Rounding)."""
+    return y * (1e-4 * (1 - y) + 2**-21)
+
+
+def first_maximum(y_hat, y):
+    """The first threshold that is as good as the best up to rounding; the first if none helps."""
+    largest = max(*y_hat, y)
+    for t, p in enumerate(y_hat):
+        if max(p, y) >= largest - rounding(largest):
+            return t
+    raise AssertionError
+
+
 def algorithm_1(
     model, x, attribution, c, thresholds, masking, fill, mode, mean=(0, 0, 0), std=(1, 1, 1)
 ):
@@ -316,10 +334,7 @@ def algorithm_1(
     images = masked_images(x[0].numpy(), attribution, thresholds, masking, fill, mode, mean, std)
     y_hat = [probability(model, torch.from_numpy(image)[None].to(x), c) for image in images]
     rpi = [max(p - y, 0) / y for p in y_hat]
-    best = 0
-    for t in range(len(thresholds)):
-        if rpi[t] > rpi[best]:
-            best = t
+    best = first_maximum(y_hat, y)
     i_tau = thresholded(attribution, thresholds[best], mode)
     return Search(thresholds[best], np.array(rpi), np.array(y_hat), y, i_tau, i_tau != 0, images)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import reference
 import reference_metrics as slow
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from aftcli import evaluate as engine
 from aftcli import evaluate_run
 from aftcli.contents import content_hash
 from aftcli.core.registry import METHODS
+from aftcli.core.rounding import rises
 from aftcli.datasets import open_data_set
 from aftcli.errors import AftError
 from aftcli.evaluate import Images, Muting, Unit, Wanted, measure_batch
@@ -28,7 +30,7 @@ from aftcli.measures import EXTRAS, MEASURES, VARIANTS
 from aftcli.metrics import ROAD_SHARES, STEPS, blurred
 from aftcli.metrics_road import NOISE, impute
 from aftcli.objects import Regions
-from aftcli.tft import MASKINGS, MODES, cut_off
+from aftcli.tft import MASKINGS, MODES
 
 CAMS = ("gradcam", "layercam", "xgradcam")
 UNITS = [Unit(cam, masking) for masking in MASKINGS for cam in CAMS]
@@ -85,10 +87,7 @@ class Slow:
         return attribution_map(self.f, x[None], torch.tensor([self.c]), cam)[0]
 
     def muted(self, attribution, tau, mode):
-        cut = tau
-        if mode == "percentile":  # its own test has its loop
-            cut = cut_off(attribution[None], torch.tensor([tau]), mode)[0, 0]
-        return torch.where(attribution >= cut, attribution, 0)
+        return torch.from_numpy(reference.thresholded(attribution.numpy(), tau, mode))
 
     def masked(self, shown, masking):
         return self.x * (shown if masking == "soft" else (shown != 0))
@@ -99,8 +98,7 @@ class Slow:
         curve = [
             self.y_of(self.masked(self.muted(attribution, tau, self.mode), masking)) for tau in T
         ]
-        rises = [max(y_hat - self.y, 0) / self.y for y_hat in curve]
-        tau = T[rises.index(max(rises))]
+        tau = T[reference.first_maximum(curve, self.y)]
         found = {"original": (0.0, "value"), "tft": (tau, self.mode)}
         if METHODS[cam].muted is not None:
             found["fixed"] = (METHODS[cam].muted, "percentile")
@@ -163,7 +161,6 @@ def test_every_measure_of_every_view_equals_the_loop(mode):
     raised = 0
     for n in range(len(images.x)):
         literal = Slow(f, images, n, mode)
-        # Of one image, so that no rounding moves a pixel over a cut-off by rank.
         found = measure_batch(f, only(images, n), UNITS, wanted)
         assert list(found) == UNITS
         for unit in UNITS:
@@ -218,7 +215,7 @@ def test_tft_never_lowers_a_probability_below_the_plain_maps(masking, seed):
                 engine.measure(columns, view, name).double().mean() for view in ("tft", "original")
             ]
             assert (values[0] - values[1]) * better >= 0
-        helped = columns["curve"].amax(1) > y
+        helped = rises(columns["curve"].amax(1), y)
         assert torch.equal(tft[~helped], original[~helped])
 
 
@@ -318,10 +315,8 @@ def test_results_are_those_of_the_images_one_by_one(whole, data):
         images = Images(x, torch.tensor([n // 4]), torch.tensor([n]), lambda i, c: Regions())
         alone = measure_batch(f, images, [unit], Wanted(study.search, PLAN.extras))[unit]
         for name, values in alone.items():
-            # Rounding moves a pixel over a cut-off by rank, where many score the same.
-            atol = 0.01 if name.startswith("fixed/") else 1e-6
             torch.testing.assert_close(
-                values[0], columns[name][n], atol=atol, rtol=0, equal_nan=True
+                values[0], columns[name][n], atol=1e-6, rtol=0, equal_nan=True
             )
 
 
