@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from aftcli.evaluate_store import Result, ResultFile
 from aftcli.files import file_stem, locked, make_folder
 from aftcli.generate import BATCH, Processes, spans_of
 from aftcli.loading import batches, load_blocks
+from aftcli.measures import BASELINES
 from aftcli.metrics_road import NOISE
 from aftcli.objects import Objects
 from aftcli.tft import MASKINGS
@@ -109,18 +110,22 @@ def evaluate_study(
             for file in files.values():
                 file.clear()
         processes.wait()
-        missing = {unit: file for unit, file in files.items() if file.read() is None}
+        lacking = {unit: file.lacking() for unit, file in files.items()}
+        missing = {unit: file for unit, file in lacking.items() if file is not None}
         processes.wait()
-        if missing:
-            reused = False
-            yield from _measure(study, variant, missing, objects, plan, processes)
+
+        def check(missing: dict[Unit, ResultFile] = missing) -> None:
             if contents() != images:
                 for file in missing.values():
-                    file.clear()
+                    file.clear_parts()
                 raise AftError(
                     f"{study.data_set.root}: files changed while they were evaluated; what was "
                     "measured is thrown away, run the same command again"
                 )
+
+        if missing:
+            reused = False
+            yield from _measure(study, variant, missing, objects, plan, processes, check)
         for unit, file in files.items():
             result = file.read()
             if result is None:
@@ -158,7 +163,7 @@ def _files(
                 **({"cells": True} if study.cells else {}),
             }
             stem = f"{file_stem(study.f.name, cam)}-{variant.name}-{masking}"
-            extras = plan.extras if searched else plan.extras - {"baselines"}
+            extras = plan.extras if searched else plan.extras - {BASELINES}
             found[Unit(cam, masking)] = ResultFile(folder, stem, identity, extras)
     return found
 
@@ -170,7 +175,9 @@ def _measure(
     objects: Objects,
     plan: Plan,
     processes: Processes,
+    check: Callable[[], None],
 ) -> Iterator[Step]:
+    """Measure what is missing; `check` refuses what was measured before it is made results."""
     spans = spans_of(len(study.data_set.samples), plan.block)
     with ExitStack() as held:
         if processes.index == 0:
@@ -181,6 +188,7 @@ def _measure(
         lacking = {i: [u for u, file in files.items() if not file.has(spans[i])] for i in own}
         yield from _blocks(study, variant, files, lacking, spans, objects, plan)
         processes.wait()
+        check()
         if processes.index == 0:
             for file in files.values():
                 if not file.join(spans):
@@ -206,7 +214,7 @@ def _blocks(
     f = variant.load()
     wanted = Wanted(
         study.search if variant.name == "original" else None,
-        plan.extras,
+        frozenset().union(*(file.extras for file in files.values())),
         study.search.fill,
         study.cells,
     )
