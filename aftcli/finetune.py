@@ -27,7 +27,7 @@ from aftcli import __version__
 from aftcli.aft import AftSettings
 from aftcli.aft_tail import check_trainable
 from aftcli.aft_training import Epoch, Measured, State, Step, Training
-from aftcli.contents import content_hash, stamp_of
+from aftcli.contents import content_hash, contents_of, pack, stamp_of, unpack
 from aftcli.core.checkpoint import checkpoint_of, read_card
 from aftcli.core.classifier import Classifier, tensors_hash
 from aftcli.datasets import DataSet, validation_of
@@ -119,8 +119,7 @@ def _identity(
     """All that decides the result: entries of the card."""
     contents = None  # of images with masks: these are checked against them
     if job.masks is None:
-        known_in = make_folder(run / "tuned") / f".contents-{accelerator.process_index}.json"
-        contents = content_hash(job.data_set.files(), known_in)
+        contents = content_hash(job.data_set.files(), _known_in(run, accelerator))
     return {
         "start": job.f.weights_hash(),
         "layer": job.f.layer_name,
@@ -134,6 +133,19 @@ def _identity(
         "contents": contents,
         **vars(settings),
     }
+
+
+def _known_in(run: Path, accelerator: Accelerator) -> Path:
+    return make_folder(run / "tuned") / f".contents-{accelerator.process_index}.json"
+
+
+def _trained_contents(job: Job, usable: Sequence[int], known_in: Path) -> str:
+    """The files that f has learned from, those of what it started from included."""
+    own = job.contents
+    if own is None:
+        own = contents_of([job.data_set.path(i) for i in usable], known_in)
+    card = read_card(Path(job.f.checkpoint)) if job.f.checkpoint else None
+    return pack({*own, *unpack((card or {}).get("trained_contents", ""))})
 
 
 class _Files:
@@ -287,7 +299,12 @@ def _tune(
             training.use_best()
             after = training.measure(val, val.usable) if val else None
             held_out = training.measure(examples, training.held_out)
-            card = _card(job, files.identity, training, before, after, held_out)
+            card = {
+                **_card(job, files.identity, training, before, after, held_out),
+                "trained_contents": _trained_contents(
+                    job, examples.usable, _known_in(run, accelerator)
+                ),
+            }
             if first:
                 tuned = training.classifier(job.cam)
                 tensors, metadata = checkpoint_of(tuned, training.tail.tuner, card)
@@ -346,7 +363,7 @@ def _examples(
 ) -> Generator[Event, None, CachedExamples]:
     """The training images behind w0 and, where they are needed, what the masks keep of them."""
     share = run, options, accelerator
-    strict, augment = job.masks is not None, options.augment
+    strict, augment = job.contents is not None, options.augment
     cache = yield from _cache(job, job.data_set, *share, caches, strict, augment)
     hidden = None
     if job.masks and settings.consistency:
