@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from aftcli import metrics
-from aftcli.contents import content_hash
+from aftcli.contents import GONE, content_hash, contents_of
 from aftcli.core.registry import METHODS
 from aftcli.engine import Accelerate, as_it_is
 from aftcli.errors import AftError
@@ -67,11 +68,14 @@ class Measured(NamedTuple):
         study: what was evaluated.
         results: columns of each variant's name, method and masking.
         reused: all were there already.
+        seen: of each variant that says what it has learned from, by its name and the method
+            that it was tuned for: how many of the images that it was evaluated on.
     """
 
     study: Study
     results: dict[tuple[str, Unit], Result]
     reused: bool
+    seen: Mapping[tuple[str, str | None], int] = MappingProxyType({})
 
 
 def evaluate_study(
@@ -131,7 +135,16 @@ def evaluate_study(
             if result is None:
                 raise AftError(f"{file.path}: can't be read again; run the same command again")
             found[variant.name, unit] = result
-    yield Measured(study, found, reused)
+    yield Measured(study, found, reused, _seen(study, known_in))
+
+
+def _seen(study: Study, known_in: Path) -> dict[tuple[str, str | None], int]:
+    contents = [c for c in contents_of(study.data_set.files(), known_in) if c != GONE]
+    return {
+        (v.name, v.cams[0] if v.name == "aft" else None): sum(c in v.trained for c in contents)
+        for v in study.variants
+        if v.trained is not None
+    }
 
 
 def _files(

@@ -1,5 +1,6 @@
 """Whose images a run's networks have seen: the control, the masks, and what is evaluated on."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +18,11 @@ from aftcli.evaluate_jobs import Asked, find_studies
 from aftcli.finetune import Options, Tuned, fine_tune
 from aftcli.finetune_defaults import in_situation
 from aftcli.finetune_jobs import Source, control_job, control_jobs, mask_job
+from aftcli.generate import Processes
 from aftcli.masks import MaskStore
+from aftcli.report_evaluate import as_csv, as_dict, as_text
+from aftcli.report_grids import Shown
+from aftcli.report_study import How, Wanted, evaluate
 
 
 @pytest.fixture(autouse=True)
@@ -147,6 +152,46 @@ def test_a_copy_of_a_data_set_is_the_same_one(images, tmp_path):
     train(mask_job(store, small_float(), images, 3), run)
     (study,) = find_studies(run, Asked(Source()))
     assert study.data_set.root == (images / "val").resolve()
+
+
+def test_images_that_were_trained_on_are_said(images, tmp_path, capsys):
+    run = tmp_path / "run"
+    store = masks(images, run, limit=6)
+    train(mask_job(store, small_float()), run)
+    (job,) = control_jobs(run, Source())
+    train(job, run)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(images / "train", renamed)
+    for path in renamed.rglob("*.png"):
+        path.rename(path.with_name(f"x{path.name}"))
+    wanted, how = Wanted((3, 4), ("average_drop",), ("soft",)), How(0, quiet=True)
+
+    def tables_of(where, split=None):
+        asked = Asked(Source(), data=where, split=split)
+        return evaluate(run, asked, wanted, how, Processes()).tables
+
+    same = {"dataset": "renamed", "model": "small", "n": 18}
+    for where, split in ((renamed, None), (images, "train")):
+        tables = tables_of(where, split)
+        document = as_dict(tables, Shown())
+        json.dumps(document)
+        rows = [{**row, "dataset": "renamed"} for row in document["seen"]]
+        assert rows == [
+            {**same, "cam": None, "variant": "control", "seen": 6},
+            {**same, "cam": "gradcam", "variant": "aft", "seen": 6},
+        ]
+        as_text(tables, Shown(ci=True))
+        out = capsys.readouterr().out
+        said = "Trained on images that it is evaluated on: Control 6 of 18; AFT (Grad-CAM) 6 of 18."
+        assert out.count(said) == 3
+        as_csv(tables, Shown())
+        out = capsys.readouterr().out
+        assert out.count("images trained on,6,,,18") == 2
+    tables = tables_of(images)
+    assert [row["seen"] for row in as_dict(tables, Shown())["seen"]] == [0, 0]
+    as_text(tables, Shown())
+    as_csv(tables, Shown())
+    assert "rained on" not in capsys.readouterr().out
 
 
 def test_what_a_network_started_from_counts_as_trained_on(images, tmp_path):
