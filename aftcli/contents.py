@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -28,9 +29,13 @@ def stamp_of(path: Path) -> tuple[int, int]:
 def content_of(path: Path) -> int:
     """The first 64 bits of the SHA-256 of a file, signed; GONE if it can't be read."""
     try:
-        return int.from_bytes(bytes.fromhex(_file_hash(path))[:8], "little", signed=True)
+        return _short(_file_hash(path))
     except OSError:
         return GONE
+
+
+def _short(sha256: str) -> int:
+    return int.from_bytes(bytes.fromhex(sha256)[:8], "little", signed=True)
 
 
 def changed(paths: Iterable[Path], contents: np.ndarray, stamps: np.ndarray) -> Iterator[int]:
@@ -59,9 +64,36 @@ def content_hash(files: Iterable[Path], known_in: Path) -> str:
     Raises:
         AftError: what is to be remembered can't be written.
     """
+    digest = hashlib.sha256()
+    for path, found in _hashes(files, known_in):
+        digest.update(os.fsencode(f"{path.parent.name}/{path.name} {found or 'unreadable'}\n"))
+    return digest.hexdigest()
+
+
+def contents_of(files: Iterable[Path], known_in: Path) -> list[int]:
+    """The content of each file (`content_of`); arguments as of `content_hash`."""
+    return [_short(found) if found else GONE for _, found in _hashes(files, known_in)]
+
+
+def pack(contents: Iterable[int]) -> str:
+    """Contents as text, each once.
+
+    >>> sorted(unpack(pack([3, -1, 3])))
+    [-1, 3]
+    """
+    return base64.b64encode(np.unique(np.array([*contents], "<i8")).tobytes()).decode()
+
+
+def unpack(text: str) -> frozenset[int]:
+    """The inverse of `pack`."""
+    return frozenset(np.frombuffer(base64.b64decode(text), "<i8").tolist())
+
+
+def _hashes(files: Iterable[Path], known_in: Path) -> list[tuple[Path, str]]:
+    """Files with the SHA-256 of each, "" for what can't be read; remembered in `known_in`."""
     known = _known(known_in)
     seen: dict[str, list[Any]] = {}
-    digest = hashlib.sha256()
+    found = []
     for path in files:
         name = str(path.absolute())
         try:
@@ -72,11 +104,11 @@ def content_hash(files: Iterable[Path], known_in: Path) -> str:
         except OSError:
             new = [0, 0, "unreadable"]
         seen[name] = new
-        digest.update(os.fsencode(f"{path.parent.name}/{path.name} {new[2]}\n"))
+        found.append((path, "" if new[2] == "unreadable" else str(new[2])))
     if any(known.get(name) != value for name, value in seen.items()):
         with durable(known_in) as temporary:
             temporary.write_text(json.dumps({**known, **seen}), encoding="utf-8")
-    return digest.hexdigest()
+    return found
 
 
 def _known(path: Path) -> dict[str, list[Any]]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aftcli.contents import pack, unpack
 from aftcli.core.checkpoint import read_card
 from aftcli.core.classifier import Classifier
 from aftcli.core.models import load_classifier
@@ -20,7 +21,7 @@ from aftcli.data import read_image, to_input
 from aftcli.datasets import DataSet, open_data_set
 from aftcli.errors import AftError
 from aftcli.explanation import TftSettings
-from aftcli.finetune_jobs import Source, check_made_for, open_stores
+from aftcli.finetune_jobs import Source, check_made_for, open_stores, stored_contents
 from aftcli.masks import MaskStore
 
 
@@ -33,6 +34,8 @@ class Variant(NamedTuple):
         cams: methods to measure it with.
         load: gives the classifier.
         path: of the checkpoint; None for the one that the masks were made with.
+        trained: contents of the files that it has learned from (`contents.content_of`); None
+            where its checkpoint does not say.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Variant(NamedTuple):
     cams: tuple[str, ...]
     load: Callable[[], Classifier]
     path: Path | None = None
+    trained: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,8 @@ def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked)
             f"{', '.join(missing) or 'any CAM'}; make masks with aft gen-masks DATASET --cam METHOD"
         )
     f = _start(stores, tuned, asked)
-    made = stores[0].settings if stores else _made_of(tuned)
+    _check_pairs(f, tuned)
+    made = _made_of(run, stores, tuned, asked)
     cams = tuple(cam for cam in METHODS if cam in known)
     return Study(
         f,
@@ -225,11 +230,111 @@ def _is_start(path: Path, f: Classifier) -> bool:
     return bool(f.checkpoint) and Path(f.checkpoint) == path.resolve()
 
 
-def _made_of(tuned: list[_Made]) -> dict[str, Any]:
-    """Of a tuned classifier, what the attributes of its masks would say."""
-    card = next(m.card for m in tuned if m.card["cam"])
-    keys = ("data_set", "data_kind", "split", "images")
-    return {**{key: card[key] for key in keys}, "labels": "model"}
+# What a tuned classifier and its control must have in common: entries of their cards. A list
+# that differs says nothing more where the one before it does.
+IMAGES = {
+    "images": "images",
+    "images_hash": "names or labels of images",
+    "trained_contents": "contents of images",
+}
+RECIPE = {
+    "split": "split",
+    "held_out": "held-out share",
+    "seed": "seed",
+    "augment": "augmentation",
+    "layer": "layer",
+    "earlier_layers": "earlier layers",
+    "trained": "trained weights",
+    "learning_rate": "learning rate",
+    "epochs": "epochs",
+    "batch": "batch size",
+    "patience": "patience",
+    "optimizer": "optimizer",
+    "precision": "precision",
+}
+
+
+def _check_pairs(f: Classifier, tuned: list[_Made]) -> None:
+    """Check that the control has seen what the classifiers tuned with masks have.
+
+    Raises:
+        AftError: it has not; the message names where they differ.
+    """
+    for control in (m for m in tuned if _is_control(m, f)):
+        for one in (m for m in tuned if m.card["cam"]):
+            other = _trained_otherwise(control.card, one.card)
+            if other:
+                raise AftError(
+                    f"{control.path}: is no control of {one.path.name}, which was trained "
+                    f"otherwise: {'; '.join(other)}; train it again with aft finetune --no-masks "
+                    "--overwrite and the other's options, or move it away"
+                )
+
+
+def _trained_otherwise(control: dict[str, Any], card: dict[str, Any]) -> list[str]:
+    def differing(keys: dict[str, str]) -> list[str]:
+        both = control.keys() & card.keys()
+        return [key for key in keys if key in both and control[key] != card[key]]
+
+    values = {key: f" {control[key]} and {card[key]}" for key in differing({"images": ""})}
+    named = [f"{IMAGES[key]}{values.get(key, '')}" for key in differing(IMAGES)[:1]]
+    return named + [f"{RECIPE[key]} {control[key]} and {card[key]}" for key in differing(RECIPE)]
+
+
+def _is_control(made: _Made, f: Classifier) -> bool:
+    """Whether a card is of a control; one of other weights is what this run began with."""
+    cam, start = made.card["cam"], made.card["start"]
+    return cam is None and start == f.weights_hash() and not _is_start(made.path, f)
+
+
+class _Data(NamedTuple):
+    """A data set that something was made of, and from what: a mask store or a tuned classifier."""
+
+    path: Path
+    made: dict[str, Any]
+    contents: str | None
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        return tuple(str(self.made[key]) for key in ("data_set", "data_kind", "split"))
+
+    def equals(self, other: _Data) -> bool:
+        """Whether both are of one data set, which may have been moved."""
+        if self.place == other.place:
+            return True
+        same = self.made["images_hash"] == other.made["images_hash"]
+        return same and (None in (self.contents, other.contents) or self.contents == other.contents)
+
+
+def _made_of(
+    run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked
+) -> dict[str, Any]:
+    """The attributes of the masks, or of a tuned classifier what those of its masks would be.
+
+    Raises:
+        AftError: they are of several data sets, and none is asked for.
+    """
+    found = [_Data(s.path, s.settings, pack(stored_contents(s))) for s in stores]
+    digests = {s.settings["digest"] for s in stores}
+    # One that was tuned with masks that are there has their images, wherever these are now.
+    found += [
+        _Data(path, {**card, "labels": "model"}, card.get("trained_contents"))
+        for path, card in tuned
+        if card["cam"] and card["masks"]["digest"] not in digests
+    ]
+    first = found[0]
+    for other in found[1:]:
+        if asked.data is None and not first.equals(other):
+            named = [
+                f"{d.path.name} of {data_name(Path(d.place[0]), *d.place[1:])}"
+                + (f", {d.place[2]}" if d.place[2] else "")
+                for d in (first, other)
+            ]
+            raise AftError(
+                f"{run}: what it holds was made of different data sets ({'; '.join(named)}); name "
+                "the one to evaluate on: aft evaluate DATASET, or choose with --cam"
+            )
+    return first.made
 
 
 def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
@@ -264,11 +369,12 @@ def _variants(
     f: Classifier, cams: tuple[str, ...], tuned: list[_Made], asked: Asked
 ) -> list[Variant]:
     device = asked.source.device
-    found = [Variant("original", f.weights_hash(), cams, lambda: f)]
+    start = read_card(Path(f.checkpoint)) if f.checkpoint else None
+    own = _trained(start) if start else None
+    found = [Variant("original", f.weights_hash(), cams, lambda: f, None, own)]
     for path, card in tuned:
         cam = card["cam"]
-        # A control of other weights has another start: it is what this run began with.
-        if cam is None and (card["start"] != found[0].weights or _is_start(path, f)):
+        if cam is None and not _is_control(_Made(path, card), f):
             continue
         found.append(
             Variant(
@@ -277,9 +383,14 @@ def _variants(
                 (cam,) if cam else cams,
                 lambda path=path: load_classifier(checkpoint=path, device=device),  # type: ignore[misc]
                 path,
+                _trained(card),
             )
         )
     return found
+
+
+def _trained(card: dict[str, Any]) -> frozenset[int] | None:
+    return unpack(card["trained_contents"]) if "trained_contents" in card else None
 
 
 def _search(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> TftSettings:

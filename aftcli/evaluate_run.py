@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from aftcli import metrics
-from aftcli.contents import content_hash
+from aftcli.contents import GONE, content_hash, contents_of
 from aftcli.core.registry import METHODS
 from aftcli.engine import Accelerate, as_it_is
 from aftcli.errors import AftError
@@ -21,6 +22,7 @@ from aftcli.evaluate_store import Result, ResultFile
 from aftcli.files import file_stem, locked, make_folder
 from aftcli.generate import BATCH, Processes, spans_of
 from aftcli.loading import batches, load_blocks
+from aftcli.measures import BASELINES
 from aftcli.metrics_road import NOISE
 from aftcli.objects import Objects
 from aftcli.tft import MASKINGS
@@ -66,11 +68,14 @@ class Measured(NamedTuple):
         study: what was evaluated.
         results: columns of each variant's name, method and masking.
         reused: all were there already.
+        seen: of each variant that says what it has learned from, by its name and the method
+            that it was tuned for: how many of the images that it was evaluated on.
     """
 
     study: Study
     results: dict[tuple[str, Unit], Result]
     reused: bool
+    seen: Mapping[tuple[str, str | None], int] = MappingProxyType({})
 
 
 def evaluate_study(
@@ -109,24 +114,37 @@ def evaluate_study(
             for file in files.values():
                 file.clear()
         processes.wait()
-        missing = {unit: file for unit, file in files.items() if file.read() is None}
+        lacking = {unit: file.lacking() for unit, file in files.items()}
+        missing = {unit: file for unit, file in lacking.items() if file is not None}
         processes.wait()
-        if missing:
-            reused = False
-            yield from _measure(study, variant, missing, objects, plan, processes)
+
+        def check(missing: dict[Unit, ResultFile] = missing) -> None:
             if contents() != images:
                 for file in missing.values():
-                    file.clear()
+                    file.clear_parts()
                 raise AftError(
                     f"{study.data_set.root}: files changed while they were evaluated; what was "
                     "measured is thrown away, run the same command again"
                 )
+
+        if missing:
+            reused = False
+            yield from _measure(study, variant, missing, objects, plan, processes, check)
         for unit, file in files.items():
             result = file.read()
             if result is None:
                 raise AftError(f"{file.path}: can't be read again; run the same command again")
             found[variant.name, unit] = result
-    yield Measured(study, found, reused)
+    yield Measured(study, found, reused, _seen(study, known_in))
+
+
+def _seen(study: Study, known_in: Path) -> dict[tuple[str, str | None], int]:
+    contents = [c for c in contents_of(study.data_set.files(), known_in) if c != GONE]
+    return {
+        (v.name, v.cams[0] if v.name == "aft" else None): sum(c in v.trained for c in contents)
+        for v in study.variants
+        if v.trained is not None
+    }
 
 
 def _files(
@@ -158,7 +176,7 @@ def _files(
                 **({"cells": True} if study.cells else {}),
             }
             stem = f"{file_stem(study.f.name, cam)}-{variant.name}-{masking}"
-            extras = plan.extras if searched else plan.extras - {"baselines"}
+            extras = plan.extras if searched else plan.extras - {BASELINES}
             found[Unit(cam, masking)] = ResultFile(folder, stem, identity, extras)
     return found
 
@@ -170,7 +188,9 @@ def _measure(
     objects: Objects,
     plan: Plan,
     processes: Processes,
+    check: Callable[[], None],
 ) -> Iterator[Step]:
+    """Measure what is missing; `check` refuses what was measured before it is made results."""
     spans = spans_of(len(study.data_set.samples), plan.block)
     with ExitStack() as held:
         if processes.index == 0:
@@ -181,6 +201,7 @@ def _measure(
         lacking = {i: [u for u, file in files.items() if not file.has(spans[i])] for i in own}
         yield from _blocks(study, variant, files, lacking, spans, objects, plan)
         processes.wait()
+        check()
         if processes.index == 0:
             for file in files.values():
                 if not file.join(spans):
@@ -206,7 +227,7 @@ def _blocks(
     f = variant.load()
     wanted = Wanted(
         study.search if variant.name == "original" else None,
-        plan.extras,
+        frozenset().union(*(file.extras for file in files.values())),
         study.search.fill,
         study.cells,
     )

@@ -7,6 +7,7 @@ another file, and a second call finds the first one's.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
@@ -22,6 +23,7 @@ from torch import Tensor
 from aftcli.core.classifier import tensors_hash
 from aftcli.files import write_tensors
 from aftcli.loading import Broken
+from aftcli.measures import BASELINES
 
 FORMAT_VERSION = 1
 
@@ -40,6 +42,13 @@ class Result(NamedTuple):
     identity: dict[str, Any]
 
 
+class _Stored(NamedTuple):
+    """A file's result and which of the measures that cost much it has."""
+
+    result: Result
+    extras: frozenset[str]
+
+
 class ResultFile:
     """One result, and on the way there its parts.
 
@@ -47,7 +56,8 @@ class ResultFile:
         folder: of the results.
         stem: of the file's name.
         identity: plain values; all that decides what the columns hold.
-        extras: which of the measures that cost much there are; a file that has more will do.
+        extras: which of the measures that cost much there are (`aftcli.measures.extras_of`); a
+            file that has more will do.
     """
 
     def __init__(
@@ -56,13 +66,28 @@ class ResultFile:
         text = json.dumps({"format_version": FORMAT_VERSION, **identity}, sort_keys=True)
         self.identity: dict[str, Any] = json.loads(text)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
-        self.extras = extras
+        self.folder, self.stem, self.extras = folder, stem, extras
         self.path = folder / f"{stem}-{self.key}.safetensors"
-        self.parts = folder / f".{stem}-{self.key}.parts"
+        self.parts = folder / f".{'-'.join([stem, self.key, *sorted(extras)])}.parts"
 
     def read(self) -> Result | None:
         """The result; None if it is missing, damaged or lacks what is wanted."""
         return self._read(self.path)
+
+    def lacking(self) -> ResultFile | None:
+        """The file of what is still to be measured, to be joined to what is there; None if done."""
+        there = self._stored(self.path)
+        if there is None:
+            return self
+        if self.extras <= there.extras:
+            return None
+        new = self.extras - there.extras
+        # Fixed cut-offs are another view, which has all measures that the others have.
+        if BASELINES in there.extras:
+            new |= {BASELINES}
+        elif BASELINES in new:
+            new |= there.extras
+        return ResultFile(self.folder, self.stem, self.identity, new)
 
     def has(self, span: range) -> bool:
         """Whether a block of images is done."""
@@ -70,17 +95,17 @@ class ResultFile:
 
     def write(self, columns: Mapping[str, Tensor]) -> None:
         """Store a result that has no parts."""
-        self._write(self.path, columns, [])
+        self._write(self.path, columns, [], self.extras)
 
     def write_part(
         self, span: range, columns: Mapping[str, Tensor], broken: Sequence[Broken]
     ) -> None:
         """Store a block of images."""
         self.parts.mkdir(parents=True, exist_ok=True)
-        self._write(self._part(span), columns, broken)
+        self._write(self._part(span), columns, broken, self.extras)
 
     def join(self, spans: Iterable[range]) -> bool:
-        """Make one file of all blocks; False if one is damaged."""
+        """Make one file of all blocks and of the measures there; False if a block is damaged."""
         read = [self._read(self._part(span)) for span in spans]
         whole = [part for part in read if part is not None]
         if len(whole) < len(read):
@@ -88,26 +113,54 @@ class ResultFile:
         # A block of broken images has no columns.
         names = next((part.columns for part in whole if part.columns), {})
         columns = {n: torch.cat([p.columns[n] for p in whole if p.columns]) for n in names}
-        self._write(self.path, columns, [b for part in whole for b in part.broken])
-        shutil.rmtree(self.parts, ignore_errors=True)
+        broken, extras = [b for part in whole for b in part.broken], self.extras
+        there = self._stored(self.path)
+        # Only images that did not fit into memory can be readable once and not again.
+        if there and [b.path for b in there.result.broken] == [b.path for b in broken]:
+            columns, extras = columns | there.result.columns, extras | there.extras
+        self._write(self.path, columns, broken, extras)
+        self._clear_parts(extras)
         return True
 
     def clear(self) -> None:
         """Delete what is there."""
         self.path.unlink(missing_ok=True)
+        self._clear_parts(None)
+
+    def clear_parts(self) -> None:
+        """Delete the blocks on the way there."""
         shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _clear_parts(self, extras: frozenset[str] | None) -> None:
+        """Delete the blocks of a file of no more than these extras; None is any."""
+        start = f".{self.stem}-{self.key}"
+        for parts in self.folder.glob(f"{glob.escape(start)}*.parts"):
+            own = parts.name.removeprefix(start).removesuffix(".parts").split("-")[1:]
+            if extras is None or extras >= set(own):
+                shutil.rmtree(parts, ignore_errors=True)
 
     def _part(self, span: range) -> Path:
         return self.parts / f"{span.start:09d}-{span.stop:09d}"
 
-    def _write(self, path: Path, columns: Mapping[str, Tensor], broken: Sequence[Broken]) -> None:
-        head = {"identity": self.identity, "broken": broken, "extras": sorted(self.extras)}
+    def _write(
+        self,
+        path: Path,
+        columns: Mapping[str, Tensor],
+        broken: Sequence[Broken],
+        extras: frozenset[str],
+    ) -> None:
+        head = {"identity": self.identity, "broken": broken, "extras": sorted(extras)}
         text = json.dumps(head)
         # One entry: safetensors writes several in an order that changes from run to run.
         sealed = {"head": text, "sha256": _seal(text, columns)}
         write_tensors(path, columns, {"aft_result": json.dumps(sealed)})
 
     def _read(self, path: Path) -> Result | None:
+        stored = self._stored(path)
+        return stored.result if stored and self.extras <= stored.extras else None
+
+    def _stored(self, path: Path) -> _Stored | None:
+        """What a file holds, whatever is wanted; None if it is missing or damaged."""
         if not path.is_file():
             return None
         try:
@@ -122,9 +175,8 @@ class ResultFile:
             return None
         if seal != _seal(text, columns) or head["identity"] != self.identity:
             return None
-        if not self.extras <= set(head["extras"]):
-            return None
-        return Result(columns, [Broken(*b) for b in head["broken"]], head["identity"])
+        result = Result(columns, [Broken(*b) for b in head["broken"]], head["identity"])
+        return _Stored(result, frozenset(head["extras"]))
 
 
 def _seal(head: str, columns: Mapping[str, Tensor]) -> str:

@@ -109,6 +109,18 @@ class Table4Row:
     n: int
 
 
+@dataclass(frozen=True)
+class SeenRow:
+    """How many of the n images that a variant was evaluated on it has learned from."""
+
+    dataset: str
+    model: str
+    cam: str | None
+    variant: str
+    seen: int
+    n: int
+
+
 def table1(cams: Iterable[str] = CAMS) -> list[Table1Row]:
     """Published muted shares."""
     return [Table1Row(cam, METHODS[cam].muted) for cam in cams]
@@ -223,3 +235,12 @@ def table4(measured: Measured) -> list[Table4Row]:
         rows[variant, cam] = Table4Row(*where, found.value, found.interval, found.n)
     order, cams = list(VARIANTS), [None, *METHODS]
     return sorted(rows.values(), key=lambda r: (order.index(r.variant), cams.index(r.cam)))
+
+
+def seen(measured: Measured) -> list[SeenRow]:
+    """What variants have learned from of what they are evaluated on, where that is known."""
+    study = measured.study
+    return [
+        SeenRow(study.data_name, study.f.name, cam, variant, count, len(study.data_set.samples))
+        for (variant, cam), count in measured.seen.items()
+    ]

@@ -27,13 +27,13 @@ from aftcli import __version__
 from aftcli.aft import AftSettings
 from aftcli.aft_tail import check_trainable
 from aftcli.aft_training import Epoch, Measured, State, Step, Training
-from aftcli.contents import content_hash
+from aftcli.contents import content_hash, contents_of, pack, stamp_of, unpack
 from aftcli.core.checkpoint import checkpoint_of, read_card
 from aftcli.core.classifier import Classifier, tensors_hash
 from aftcli.datasets import DataSet, validation_of
 from aftcli.errors import AftError
 from aftcli.features import Cache, CachedExamples, Masks, check_cache, choose_cache
-from aftcli.files import locked, make_folder, sweep, write_tensors
+from aftcli.files import durable, locked, make_folder, sweep, write_tensors
 from aftcli.finetune_defaults import situation_of
 from aftcli.finetune_jobs import Job
 from aftcli.loading import Broken
@@ -119,8 +119,7 @@ def _identity(
     """All that decides the result: entries of the card."""
     contents = None  # of images with masks: these are checked against them
     if job.masks is None:
-        known_in = make_folder(run / "tuned") / f".contents-{accelerator.process_index}.json"
-        contents = content_hash(job.data_set.files(), known_in)
+        contents = content_hash(job.data_set.files(), _known_in(run, accelerator))
     return {
         "start": job.f.weights_hash(),
         "layer": job.f.layer_name,
@@ -136,6 +135,19 @@ def _identity(
     }
 
 
+def _known_in(run: Path, accelerator: Accelerator) -> Path:
+    return make_folder(run / "tuned") / f".contents-{accelerator.process_index}.json"
+
+
+def _trained_contents(job: Job, usable: Sequence[int], known_in: Path) -> str:
+    """The files that f has learned from, those of what it started from included."""
+    own = job.contents
+    if own is None:
+        own = contents_of([job.data_set.path(i) for i in usable], known_in)
+    card = read_card(Path(job.f.checkpoint)) if job.f.checkpoint else None
+    return pack({*own, *unpack((card or {}).get("trained_contents", ""))})
+
+
 class _Files:
     """The files of one job: its checkpoint and, on the way there, its state."""
 
@@ -143,6 +155,7 @@ class _Files:
         self.folder = make_folder(run / "tuned")
         self.path = self.folder / f"{job.name}.safetensors"
         self.state = self.folder / f".{job.name}.state"
+        self.marker = self.folder / f".{job.name}.overwrite"
         # As it comes back from a file: a tuple is a list in JSON.
         self.identity = json.loads(json.dumps(identity))
         if job.f.checkpoint and Path(job.f.checkpoint) == self.path.resolve():
@@ -151,13 +164,34 @@ class _Files:
                 "is not overwritten"
             )
 
-    def clear(self) -> None:
-        self.path.unlink(missing_ok=True)
+    def begin_anew(self) -> None:
+        """Forget the state, and name the checkpoint that stays until the new one is there."""
         self.state.unlink(missing_ok=True)
+        self.marker.unlink(missing_ok=True)
+        if self.path.exists():
+            with durable(self.marker) as temporary:
+                temporary.write_text(self._replaced(), encoding="utf-8")
+
+    def end(self) -> None:
+        """Delete what a finished checkpoint needs no more."""
+        for left in (self.state, self.marker):
+            left.unlink(missing_ok=True)
+            sweep(left)
+
+    def _replaced(self) -> str:
+        """The checkpoint that is there, and what it is to be replaced with."""
+        return json.dumps({"stamp": stamp_of(self.path), "identity": self.identity})
+
+    def _is_replaced(self) -> bool:
+        """Whether an --overwrite of the checkpoint that is there was begun."""
+        try:
+            return self.marker.read_text(encoding="utf-8") == self._replaced()
+        except (OSError, ValueError):
+            return False
 
     def finished(self) -> dict[str, Any] | None:
         """The card of the finished checkpoint; one of other settings is refused."""
-        if not self.path.exists():
+        if not self.path.exists() or self._is_replaced():
             return None
         card = read_card(self.path)
         if card is None:
@@ -249,7 +283,7 @@ def _tune(
         if first:
             held.enter_context(locked(files.path))
             if options.overwrite:
-                files.clear()
+                files.begin_anew()
         accelerator.wait_for_everyone()
         card = files.finished()
         if card is None:
@@ -265,7 +299,12 @@ def _tune(
             training.use_best()
             after = training.measure(val, val.usable) if val else None
             held_out = training.measure(examples, training.held_out)
-            card = _card(job, files.identity, training, before, after, held_out)
+            card = {
+                **_card(job, files.identity, training, before, after, held_out),
+                "trained_contents": _trained_contents(
+                    job, examples.usable, _known_in(run, accelerator)
+                ),
+            }
             if first:
                 tuned = training.classifier(job.cam)
                 tensors, metadata = checkpoint_of(tuned, training.tail.tuner, card)
@@ -280,8 +319,7 @@ def _tune(
                 _clear_caches(job, run)
             yield Tuned(files.path, card, True)
         if first:
-            files.state.unlink(missing_ok=True)
-            sweep(files.state)
+            files.end()
 
 
 def _clear_caches(job: Job, run: Path) -> None:
@@ -325,7 +363,7 @@ def _examples(
 ) -> Generator[Event, None, CachedExamples]:
     """The training images behind w0 and, where they are needed, what the masks keep of them."""
     share = run, options, accelerator
-    strict, augment = job.masks is not None, options.augment
+    strict, augment = job.contents is not None, options.augment
     cache = yield from _cache(job, job.data_set, *share, caches, strict, augment)
     hidden = None
     if job.masks and settings.consistency:

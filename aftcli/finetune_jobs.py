@@ -36,6 +36,8 @@ class Job:
         made: what the masks were made with, plain values.
         new_head: f's last layer was made anew for the classes of the data set.
         earlier: layers before f's that are tuned with it.
+        contents: of the images' files (`contents.content_of`) where a mask store says them:
+            all of them must be readable; None where they are as found.
     """
 
     f: Classifier
@@ -45,6 +47,7 @@ class Job:
     made: dict[str, Any] | None = None
     new_head: bool = False
     earlier: Earlier | None = None
+    contents: Sequence[int] | None = None
 
     @property
     def stem(self) -> nn.Module:
@@ -122,31 +125,91 @@ def control_jobs(
     limit: int | None = None,
     seed: int = 0,
 ) -> list[Job]:
-    """Make jobs without masks, of a data set or of those that a run's masks are of.
+    """Make jobs without masks: of the images of a run's masks, or of another data set.
 
     Args:
         run: where the study lives.
         source: of the classifiers.
         data: the data set; default those of the masks, with their classifiers.
-        split: part of it; default train.
-        limit: take so many images, spread over the classes.
+        split: part of it; default that of the masks, without masks train.
+        limit: take so many images, spread over the masks' or over the classes.
         seed: of a new head.
 
     Raises:
-        AftError: there is no such data set, nor masks that name one.
+        AftError: there is no such data set, nor masks that name one; or there are masks, and
+            the images are not theirs.
     """
-    if data is not None:
-        return [control_job(source.load(), data, split, limit, seed, source.earlier)]
-    models: dict[str, dict[str, Any]] = {}
-    for store in find_stores(run, source.model, []):
-        models.setdefault(store.settings["model"], store.settings)
+    models: dict[str, list[MaskStore]] = {}
+    stores = (find_stores if data is None else open_stores)(run, source.model, [])
+    for store in stores:
+        models.setdefault(store.settings["model"], []).append(store)
     jobs = []
-    for made in models.values():
+    for own in models.values():
+        made = own[0].settings
         f = source.of_masks(made).load()
-        root, part = Path(made["data_set"]), split or made["split"]
-        above = root.parent if made["data_kind"] == "folders" and part else root
-        jobs.append(control_job(f, above, part or None, limit, seed, source.earlier))
-    return jobs
+        masked = [s for s in own if _has_control(s, f)]
+        if masked and (data is None or _holds(data, masked[0], f)):
+            jobs.append(_control_of_masks(masked, f, data, split, limit, source.earlier))
+        elif data is None:
+            root, part = Path(made["data_set"]), split or made["split"]
+            above = root.parent if made["data_kind"] == "folders" and part else root
+            jobs.append(control_job(f, above, part or None, limit, seed, source.earlier))
+    if data is None or jobs:
+        return jobs
+    job = control_job(source.load(), data, split, limit, seed, source.earlier)
+    for store in stores:
+        if not job.new_head and _has_control(store, job.f):
+            raise AftError(
+                f"{data}: has not the images of {store.path}, so a network tuned on it is no "
+                "control of one tuned with these masks; leave DATASET out to take theirs, or give "
+                "another --run"
+            )
+    return [job]
+
+
+def _has_control(store: MaskStore, f: Classifier) -> bool:
+    """Whether a classifier tuned without masks is the control of one tuned with these."""
+    return (store.settings["labels"], store.settings["weights"]) == ("model", f.weights_hash())
+
+
+def _holds(data: Path, store: MaskStore, f: Classifier) -> bool:
+    """Whether a data set is that of a mask store, wherever it is now."""
+    try:
+        given = open_data_set(data, store.settings["split"] or None, f.classes)
+    except AftError:
+        return False
+    names = {sample.name for sample in given.samples}
+    return all(os.fsdecode(bytes(path)) in names for chunk in _chunks(store) for path in chunk.path)
+
+
+def _control_of_masks(
+    stores: Sequence[MaskStore],
+    f: Classifier,
+    data: Path | None,
+    split: str | None,
+    limit: int | None,
+    earlier: Sequence[str],
+) -> Job:
+    """Make the control's job of the images that masks were made of; they must all have the same."""
+    first = stores[0]
+    if split not in (None, first.settings["split"]):
+        raise AftError(
+            f"{first.path}: the masks are of {first.settings['split'] or 'no split'}, so a network "
+            f"tuned on {split} is no control; leave --split out, or give another --run"
+        )
+    for store in stores[1:]:
+        if _images_of(store) != _images_of(first):
+            both = " and ".join(
+                f"{s.path.name} {s.settings['images']} of {s.settings['data_set']}"
+                for s in (first, store)
+            )
+            raise AftError(
+                f"{first.path.parent}: the masks are of different images ({both}), so there is no "
+                "control of both; make them of the same ones, or move one to another --run"
+            )
+    found = _stored_images(first, f, data, limit)
+    before = earlier_layers(f, earlier) if earlier else None
+    return Job(f, found.data_set, earlier=before, contents=found.contents)
 
 
 def open_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskStore]:
@@ -240,10 +303,77 @@ def mask_job(
             "an output for each with aft finetune DATASET --no-masks, then run aft gen-masks and "
             "aft finetune with the --checkpoint that this writes"
         )
+    found = _stored_images(store, f, data, limit)
+    picked, chunks = found.picked, found.chunks
+    rows = torch.tensor(picked)
+    columns = [torch.from_numpy(np.concatenate(c)) for c in zip(*map(_kept, chunks), strict=True)]
+    low, class_index, attribution, tau = (column[rows] for column in columns)
+
+    def hide(x: Tensor, indices: Sequence[int]) -> Tensor:
+        i = torch.tensor(indices)
+        return kept_image(f, x, attribution[i], tau[i], made["fill"], made["threshold_mode"])
+
+    masks = Masks(
+        low, lambda i: store.full_mask(picked[i]), class_index.long(), hide, made["digest"]
+    )
+    searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
+    before = earlier_layers(f, earlier) if earlier else None
+    return Job(
+        f,
+        found.data_set,
+        masks,
+        made["cam"],
+        searched,
+        earlier=before,
+        contents=found.contents,
+    )
+
+
+class _StoredImages(NamedTuple):
+    """The images of a mask store, or some of them.
+
+    Attributes:
+        data_set: the images.
+        picked: their places in the store.
+        chunks: the whole store.
+    """
+
+    data_set: DataSet
+    picked: list[int]
+    chunks: list[Rows]
+
+    @property
+    def contents(self) -> list[int]:
+        """Of the images' files (`contents.content_of`)."""
+        found: list[int] = np.concatenate([c.content for c in self.chunks])[self.picked].tolist()
+        return found
+
+
+def _images_of(store: MaskStore) -> list[tuple[Any, ...]]:
+    """Name, label and content of each image."""
+    columns = [(c.path, c.label, c.content) for c in _chunks(store)]
+    return [row for each in columns for row in zip(*(c.tolist() for c in each), strict=True)]
+
+
+def stored_contents(store: MaskStore) -> list[int]:
+    """The content of each image of a store (`contents.content_of`)."""
+    found: list[int] = np.concatenate([c.content for c in _chunks(store)]).tolist()
+    return found
+
+
+def _chunks(store: MaskStore) -> list[Rows]:
+    return [store.rows(i, min(i + 4096, len(store))) for i in range(0, len(store), 4096)]
+
+
+def _stored_images(
+    store: MaskStore, f: Classifier, data: Path | None, limit: int | None
+) -> _StoredImages:
+    """Find the images of a store as they are now; arguments and errors as of `mask_job`."""
+    made = store.settings
     store.verify()
     if not len(store):
         raise AftError(f"{store.path}: holds no image that could be read")
-    chunks = [store.rows(i, min(i + 4096, len(store))) for i in range(0, len(store), 4096)]
+    chunks = _chunks(store)
     paths = np.concatenate([c.path for c in chunks])
     labels = np.concatenate([c.label for c in chunks])
     picked = spread(len(store), limit)
@@ -268,20 +398,7 @@ def mask_job(
             f"{store.path}: {len(different)} images have changed since the masks were made (first: "
             f"{different[0]}); make them again with aft gen-masks --overwrite"
         )
-    rows = torch.tensor(picked)
-    columns = [torch.from_numpy(np.concatenate(c)) for c in zip(*map(_kept, chunks), strict=True)]
-    low, class_index, attribution, tau = (column[rows] for column in columns)
-
-    def hide(x: Tensor, indices: Sequence[int]) -> Tensor:
-        i = torch.tensor(indices)
-        return kept_image(f, x, attribution[i], tau[i], made["fill"], made["threshold_mode"])
-
-    masks = Masks(
-        low, lambda i: store.full_mask(picked[i]), class_index.long(), hide, made["digest"]
-    )
-    searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
-    before = earlier_layers(f, earlier) if earlier else None
-    return Job(f, data_set, masks, made["cam"], searched, earlier=before)
+    return _StoredImages(data_set, picked, chunks)
 
 
 def _kept(rows: Rows) -> tuple[np.ndarray, ...]:

@@ -48,6 +48,7 @@ MEASURES: dict[str, Measure] = {
 }
 PAPER = ("average_increase", "average_drop")  # Table 3's
 EXTRAS = ("adcc", "insertion", "road")  # what costs passes of the network
+BASELINES = "baselines"  # an extra too: the view of fixed cut-offs, by all measures
 
 # The columns of Table 3 and Table 4, beyond them the fixed shares of Table 1 and the control.
 VARIANTS = {
@@ -85,4 +86,4 @@ def measures(text: str | None) -> tuple[str, ...]:
 def extras_of(names: Iterable[str], baselines: bool) -> frozenset[str]:
     """What must be computed for measures beyond what is always there."""
     needed = {MEASURES[name].extra for name in names} & set(EXTRAS)
-    return frozenset(needed | ({"baselines"} if baselines else set()))
+    return frozenset(needed | ({BASELINES} if baselines else set()))

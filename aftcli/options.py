@@ -239,8 +239,8 @@ NoMasksOption = Annotated[
     bool,
     typer.Option(
         "--no-masks",
-        help="Plain cross-entropy on the same weights: the control; with a DATASET of other "
-        "classes than the model's it makes a new last layer for them.",
+        help="Plain cross-entropy on the same weights and the images of RUN's masks: the control; "
+        "with a DATASET of other classes than the model's it makes a new last layer for them.",
     ),
 ]
 LamOption = Annotated[

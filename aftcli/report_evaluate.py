@@ -68,7 +68,7 @@ def as_text(tables: Tables, shown: Shown) -> None:
 def as_dict(tables: Tables, shown: Shown) -> dict[str, Any]:
     """The tables as plain values, long form: one object a number (docs/formats.md)."""
     found: dict[str, Any] = {}
-    for name in ("table1", "table2", "table3", "table4", "differences", "sanity"):
+    for name in ("table1", "table2", "table3", "table4", "differences", "sanity", "seen"):
         rows = getattr(tables, name)
         if rows is not None:
             found[name] = [asdict(row) for row in rows]
@@ -144,7 +144,8 @@ def as_csv(tables: Tables, shown: Shown) -> None:
     writer = csv.DictWriter(sys.stdout, [*columns, "value", "ci_low", "ci_high", "n"], restval="")
     writer.writeheader()
     document = as_dict(tables, shown)
-    for table in ("table1", "table2", "table3", "differences", "table4", "table5", "sanity"):
+    names = ("table1", "table2", "table3", "differences", "table4", "table5", "sanity", "seen")
+    for table in names:
         for record in document.get(table, []):
             for line in _long(table, record):
                 writer.writerow({"table": table, **line})
@@ -174,6 +175,10 @@ def _long(table: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     elif table == "differences":
         own = {"against": record["against"], "measure": record["measure"]}
         yield {**same, **own, "value": record["difference"]}
+    elif table == "seen":
+        # CSV has no notes: only what a table would note has a line.
+        if record["seen"]:
+            yield {**same, "measure": "images trained on", "value": record["seen"]}
     elif table == "table4":
         yield {**same, "measure": "accuracy", "value": record["accuracy"]}
     else:

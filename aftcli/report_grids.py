@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from aftcli.core.registry import METHODS
 from aftcli.evaluate_sanity import SanityRow
-from aftcli.evaluate_tables import Difference, Table1Row, Table2Row, Table3Row, Table4Row
+from aftcli.evaluate_tables import Difference, SeenRow, Table1Row, Table2Row, Table3Row, Table4Row
 from aftcli.evaluate_timing import Table5Row
 from aftcli.measures import MEASURES, VARIANTS
 from aftcli.measures_paper import MODELS, TABLE3, TABLE4, TABLE5, published
@@ -32,6 +32,7 @@ class Tables:
     sanity: list[SanityRow] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    seen: list[SeenRow] | None = None
 
 
 class Shown(NamedTuple):
@@ -70,7 +71,7 @@ def grids(tables: Tables, shown: Shown) -> list[Grid]:
         made += [_grid3(tables, masking, shown) for masking in maskings]
     if tables.differences is not None and shown.ci:
         maskings = dict.fromkeys(row.masking for row in tables.differences)
-        made += [_grid_differences(tables.differences, masking) for masking in maskings]
+        made += [_grid_differences(tables, masking) for masking in maskings]
     if tables.table4 is not None:
         made.append(_grid4(tables, shown))
     if tables.table5 is not None:
@@ -134,8 +135,24 @@ def _grid3(tables: Tables, masking: str, shown: Shown) -> Grid:
     images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     name = f" ({models[0]})" if len(models) == 1 else ""
     note = "In brackets: factor against Original; bold: better than Original"
-    note += f"; {images} images."
+    note += f"; {images} images." + _seen(tables)
     return Grid(f"Table 3{name}: {READINGS[masking]}", header, lines, 3, note)
+
+
+def _seen(tables: Tables) -> str:
+    """Say which columns are of images that their network has learned from; "" if none is."""
+    rows = [row for row in tables.seen or [] if row.seen]
+    several = len({(row.dataset, row.model) for row in tables.seen or []}) > 1
+    named = [
+        (f"{row.dataset}, {row.model}, " if several else "")
+        + VARIANTS[row.variant]
+        + (f" ({METHODS[row.cam].title})" if row.cam else "")
+        + f" {row.seen} of {row.n}"
+        for row in rows
+    ]
+    if not named:
+        return ""
+    return f" Trained on images that it is evaluated on: {'; '.join(named)}."
 
 
 def _cell3(row: Table3Row | None, original: Table3Row | None, shown: Shown) -> Cell:
@@ -165,8 +182,8 @@ def _published(found: tuple[tuple[float, ...], ...] | None, better: int) -> list
     ]
 
 
-def _grid_differences(rows: list[Difference], masking: str) -> Grid:
-    own = [row for row in rows if row.masking == masking]
+def _grid_differences(tables: Tables, masking: str) -> Grid:
+    own = [row for row in tables.differences or [] if row.masking == masking]
     pairs = list(dict.fromkeys((r.variant, r.against) for r in own))
     by_place = {(r.dataset, r.model, r.cam, r.measure, r.variant, r.against): r for r in own}
     lines = []
@@ -185,6 +202,7 @@ def _grid_differences(rows: list[Difference], masking: str) -> Grid:
     header = ["data set", "model", "CAM", "measure"]
     header += [f"{VARIANTS[a]} - {VARIANTS[b]}" for a, b in pairs]
     note = "95 % intervals; *: the interval excludes 0; bold: and the first is the better one."
+    note += _seen(tables)
     return Grid(f"Paired differences: {READINGS[masking]}", header, lines, 4, note)
 
 
@@ -212,7 +230,7 @@ def _grid4(tables: Tables, shown: Shown) -> Grid:
     header = ["data set", "model", "CAM", "Original", "AFT"] + ["Control"] * with_control
     if shown.paper:
         header += [f"paper {m} {v}" for m in MODELS for v in ("Original", "AFT")]
-    return Grid("Table 4: accuracy", header, lines, 3)
+    return Grid("Table 4: accuracy", header, lines, 3, _seen(tables).strip())
 
 
 def _accuracy(row: Table4Row | None, shown: Shown) -> Cell:

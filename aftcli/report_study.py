@@ -15,7 +15,7 @@ from aftcli.engine import Accelerate, as_it_is
 from aftcli.evaluate_jobs import Asked, Study, find_studies
 from aftcli.evaluate_run import Measured, Plan, evaluate_study
 from aftcli.evaluate_sanity import sanity_rows
-from aftcli.evaluate_tables import differences, table1, table2, table3, table4
+from aftcli.evaluate_tables import differences, seen, table1, table2, table3, table4
 from aftcli.evaluate_timing import device_name, table5
 from aftcli.generate import Processes
 from aftcli.measures import VARIANTS, extras_of
@@ -102,6 +102,7 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
         else None,
         _settings(run, studies, wanted),
         {study.data_name: study.data_set.kind for study in studies},
+        [row for m in measured for row in seen(m)] if {3, 4} & set(wanted.tables) else None,
     )
     return Found(tables, measured, wanted.maskings)
 

@@ -141,7 +141,8 @@ def print_tuned(tuned: list[Tuned], exported: list[Path], json_: bool) -> None:
         if not (each.before and curve.exists()):
             with durable(curve) as temporary:
                 draw_losses(temporary, each.card)
-        results.append({**each.card, "path": str(each.path), "figure": str(curve)})
+        shown = {k: v for k, v in each.card.items() if k != "trained_contents"}  # a hash an image
+        results.append({**shown, "path": str(each.path), "figure": str(curve)})
     if json_:
         for result, path in zip(results, exported, strict=False):
             result["onnx"] = str(path)

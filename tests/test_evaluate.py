@@ -338,6 +338,38 @@ def test_a_result_with_more_measures_will_do_and_one_with_fewer_is_made_again(
     assert "original/road" in more.results["original", UNITS[0]].columns
 
 
+def test_measures_that_were_computed_are_kept_and_found_again(whole, data, tmp_path, monkeypatch):
+    run, study = tmp_path / "run", study_of(data)
+    adcc, road = frozenset({"adcc"}), frozenset({"road"})
+    first = run_all(study, run, replace(PLAN, extras=adcc))
+    begun = evaluate_study(study, run, replace(PLAN, extras=road))
+    for _ in range(5):
+        next(begun)
+    begun.close()
+    seen = counted(monkeypatch)
+    assert run_all(study, run, replace(PLAN, extras=adcc)).reused
+    assert not run_all(study, run, replace(PLAN, extras=road)).reused
+    assert 0 < len(seen) < 12 * 2 * 7
+    seen.clear()
+    both = run_all(study, run, replace(PLAN, extras=adcc | road))
+    assert both.reused and not seen
+    alone = run_all(study, tmp_path / "alone", replace(PLAN, extras=adcc | road))
+    same(both, alone)
+    for key, result in first.results.items():
+        for name, values in result.columns.items():
+            assert torch.equal(values.nan_to_num(7), both.results[key].columns[name].nan_to_num(7))
+    # Fixed cut-offs have all measures too, in whichever order they are asked for.
+    fixed = run_all(study, run, replace(PLAN, extras=frozenset({"baselines"})))
+    every = adcc | road | {"baselines"}
+    assert not fixed.reused and run_all(study, run, replace(PLAN, extras=every)).reused
+    more = run_all(study, tmp_path / "whole", replace(PLAN, extras=road))
+    assert "fixed/road" in more.results["original", UNITS[0]].columns
+    assert run_all(study, tmp_path / "whole", replace(PLAN, extras=every)).reused
+    for key, result in more.results.items():
+        assert set(result.columns) == set(fixed.results[key].columns)
+    assert not list(tmp_path.glob("*/results/.*.parts"))
+
+
 def test_what_changes_is_made_again(whole, data, tmp_path, monkeypatch):
     seen = counted(monkeypatch)
     run, study = tmp_path / "whole", study_of(data)

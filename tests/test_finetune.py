@@ -22,7 +22,8 @@ from aftcli.core.classifier import Classes
 from aftcli.datasets import open_data_set
 from aftcli.features import Cache, CachedExamples, Masks, choose_cache, stem_output
 from aftcli.features_crop import Crop, crop, random_crop
-from aftcli.finetune import Begun, Cached, Options
+from aftcli.finetune import Begun, Cached, Options, fine_tune
+from aftcli.finetune_defaults import in_situation
 from aftcli.finetune_jobs import control_job, find_stores, mask_job
 
 
@@ -175,9 +176,6 @@ def test_other_settings_are_refused_and_named(images, run, settings, lam, differ
 
 def stop_after(images, run, count, accelerator=None):
     """Leave a run in the middle, as an exception would."""
-    from aftcli.finetune import fine_tune
-    from aftcli.finetune_defaults import in_situation
-
     job = mask_job(MaskStore(run / "masks/small-gradcam.h5"), small_float())
     chosen = in_situation(lam=0.5, **SETTINGS)
     events = fine_tune([job], run, chosen, Options(workers=0, save_every=0), accelerator)
@@ -534,6 +532,29 @@ def test_augmented_training_is_its_own_and_resumes(images, masks, tmp_path, unin
     assert_same(path, again)
     plain, augmented = content(uninterrupted)[0], content(path)[0]
     assert not torch.equal(plain["2.weight"], augmented["2.weight"])
+
+
+@pytest.mark.parametrize("lam", [0.5, 2.0])
+@pytest.mark.parametrize("count", [0, 9])
+def test_overwriting_keeps_the_old_checkpoint_until_the_new_one_is_there(images, run, lam, count):
+    old = tuned(tune(images, run)).path
+    before = old.read_bytes()
+    anew = Options(workers=0, save_every=0, overwrite=True)
+    job = mask_job(MaskStore(run / "masks/small-gradcam.h5"), small_float())
+    events = fine_tune([job], run, in_situation(lam=lam, **SETTINGS), anew)
+    for _ in range(count + 1):
+        next(events)
+    events.close()
+    assert old.read_bytes() == before
+    with pytest.raises(AftError, match="lam is"):
+        tune(images, run, 3.0)
+    assert old.read_bytes() == before
+    # As a stopped command says: without --overwrite it goes on.
+    done = tuned(tune(images, run, lam))
+    assert not done.before and done.card["lam"] == lam
+    assert tuned(tune(images, run, lam)).before
+    assert (old.read_bytes() == before) == (lam == 0.5)
+    assert leftovers(run) == []
 
 
 def test_progress_tells_all_images_and_steps(images, run):
