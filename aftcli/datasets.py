@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,6 @@ VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor".split()
 )
-WNID = re.compile(r"n\d{8}")
 LONGEST = 200  # bytes of a name in a list of VOC; systems allow 255 with the ending
 
 
@@ -203,23 +201,10 @@ def _images_below(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _map_to_model(folders: list[str], classes: Classes) -> list[int] | None:
-    """The model's class of each folder, or None where the folders are other classes."""
-    if all(WNID.fullmatch(folder) for folder in folders) and classes.wnids:
-        known = {wnid: index for index, wnid in enumerate(classes.wnids)}
-        strange = [folder for folder in folders if folder not in known]
-        if strange and len(strange) < len(folders):
-            raise AftError(
-                f"{len(strange)} of {len(folders)} class folders are no class of the model "
-                f"(first: {strange[0]}); take them out of the data set"
-            )
-        return None if strange else [known[folder] for folder in folders]
-    names = {name.split(",")[0].strip().lower(): i for i, name in enumerate(classes.names)}
-    wanted = [folder.replace("_", " ").lower() for folder in folders]
-    plain = {name.replace("_", " "): index for name, index in names.items()}
-    if len(plain) == len(classes) and all(name in plain for name in wanted):
-        return [plain[name] for name in wanted]
-    return None
+def _map_to_model(names: Sequence[str], classes: Classes) -> list[int] | None:
+    """The model's class of each name, or None where not all of them are its classes."""
+    found = [index for index in classes.match(names) if index is not None]
+    return found if len(found) == len(names) else None
 
 
 def _voc_root(path: Path) -> Path | None:
