@@ -244,7 +244,7 @@ def gen_masks(
     )
     if processes.index == 0:
         paths = [generate.store_path(run, f.name, m) for m in methods]
-        report_masks.print_stores(paths, data.classes, watched, json)
+        report_masks.print_stores(paths, watched, json)
 
 
 @app.command()
