@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,8 @@ from PIL import Image
 
 from aftcli.core.classifier import Classes
 from aftcli.data import open_picture
-from aftcli.data_files import SUFFIXES, read_text, read_xml, reason
+from aftcli.data_files import read_text, read_xml, reason
+from aftcli.datasets_folders import find_split, has_split, listed, pictures_of, split_kind
 from aftcli.errors import AftError
 from aftcli.files import check_folder, inside
 
@@ -25,7 +25,6 @@ VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor".split()
 )
-WNID = re.compile(r"n\d{8}")
 LONGEST = 200  # bytes of a name in a list of VOC; systems allow 255 with the ending
 
 
@@ -54,6 +53,7 @@ class DataSet:
         mapped: the labels are the model's classes.
         samples: the images.
         named: the folder that the user named, which nothing leads out of; None is the root.
+        notes: what was skipped or guessed when it was opened, for its user to know.
     """
 
     kind: str
@@ -63,6 +63,7 @@ class DataSet:
     mapped: bool
     samples: Sequence[Sample]
     named: Path | None = None
+    notes: tuple[str, ...] = ()
 
     def path(self, index: int) -> Path:
         """The file of an image.
@@ -122,15 +123,16 @@ def open_data_set(
     """Find the images and labels of a data set.
 
     Args:
-        path: a folder of class folders; one with `train/` and `val/` of such (folders named by
-            wnid are mapped to the model's classes by wnid); or a VOCdevkit, or a folder above
-            or below it.
+        path: a folder of class folders (those named by wnid are mapped to the model's classes by
+            wnid); one with `train/` and `val/` of such, or other usual names of splits; or a
+            VOCdevkit, or a folder above or below it.
         split: which part; default `default`, where there are parts.
         classes: the model's.
         default: the part that is taken where none is asked for.
 
     Raises:
-        AftError: there is no such folder, no data set or split in it, or no image.
+        AftError: there is no such folder, no data set or split in it, or no image; or only
+            some of its class folders are the model's.
     """
     check_folder(path)
     voc = _voc_root(path)
@@ -145,81 +147,94 @@ def open_data_set(
     return data_set
 
 
-def validation_of(data_set: DataSet, classes: Classes) -> DataSet | None:
-    """The val split beside a train split; None where there is none with the model's classes.
+class Validation(NamedTuple):
+    """The val split beside a train split.
+
+    Attributes:
+        data_set: its images; None where there is no such split, or it can't be used.
+        reason: why it can't be used; "" where it can, or there is none.
+    """
+
+    data_set: DataSet | None = None
+    reason: str = ""
+
+
+def validation_of(data_set: DataSet, classes: Classes) -> Validation:
+    """Open the val split beside a train split.
 
     Args:
         data_set: opened by `open_data_set`, or made of a mask store.
         classes: the model's.
     """
-    if data_set.split != "train":
-        return None
+    if split_kind(data_set.split) != "train":
+        return Validation()
     root = data_set.root if data_set.kind == "voc" else data_set.root.parent
+    if not _has_split(root, data_set.kind, "val"):
+        return Validation()
     try:
         found = open_data_set(root, "val", classes)
-    except AftError:
-        return None
-    return replace(found, named=data_set.named or root) if found.mapped else None
+    except AftError as error:
+        return Validation(reason=str(error))
+    if not found.mapped:
+        return Validation(reason=not_its_classes(found, classes))
+    return Validation(replace(found, named=data_set.named or root))
+
+
+def _has_split(root: Path, kind: str, split: str) -> bool:
+    if kind == "voc":
+        return (root / "ImageSets" / "Segmentation" / f"{split}.txt").is_file()
+    return root.is_dir() and has_split(root, split)
+
+
+def not_its_classes(data_set: DataSet, classes: Classes, name: str = "the model") -> str:
+    """Say which names of a data set are none of the classes of a model."""
+    return (
+        f"{data_set.root}: the labels of these images are not among the classes of {name} "
+        f"(first: {data_set.classes[0]!r}, the model's first: {classes.name(0)!r})"
+    )
 
 
 def _open_folders(path: Path, split: str | None, classes: Classes, default: str) -> DataSet:
-    parts = sorted(p.name for p in path.iterdir() if p.is_dir())
-    if "train" in parts or "val" in parts:
-        split = split or default
-        if split not in parts:
-            raise AftError(f"{path}: has no split {split!r}; there are {', '.join(parts)}")
-        path = path / split
-    elif split:
-        raise AftError(
-            f"{path}: has no folder {split}/; leave --split out to take its class folders as they "
-            "are"
-        )
-    folders = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not folders:
+    part = find_split(path, split, classes, default)
+    path = path / part.folder
+    below = pictures_of(path)
+    if not below.found and not below.empty:
         raise AftError(
             f"{path}: is no data set: it has no class folders, no train/ and val/, and no "
             "VOC2012/ImageSets/Segmentation"
         )
+    folders = list(below.found)
     labels = _map_to_model(folders, classes)
+    if labels is None:
+        _refuse_strange(path, folders, classes)
     samples = [
         Sample(f"{folder}/{name}", index if labels is None else labels[index])
         for index, folder in enumerate(folders)
-        for name in _images_below(path / folder)
+        for name in below.found[folder]
     ]
     names = tuple(folders) if labels is None else classes.names
-    return DataSet("folders", path, split or "", names, labels is not None, samples)
+    notes = (*part.notes, *below.skipped)
+    return DataSet("folders", path, part.folder, names, labels is not None, samples, notes=notes)
 
 
-def _images_below(folder: Path) -> list[str]:
-    """Images in a folder and its subfolders, relative to it, sorted; links are not followed."""
-    found = []
-    for where, _, files in os.walk(folder):
-        relative = Path(where).relative_to(folder)
-        found += [
-            (relative / name).as_posix()
-            for name in files
-            if os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
-    return sorted(found)
+def _refuse_strange(path: Path, folders: list[str], classes: Classes) -> None:
+    """Refuse folders of which only some are the model's classes."""
+    found = classes.match(folders)
+    strange = [name for name, index in zip(folders, found, strict=True) if index is None]
+    if strange and len(strange) < len(folders):
+        one = len(strange) == 1
+        raise AftError(
+            f"{path}: {len(strange)} of {len(folders)} class folders "
+            f"{'is no class' if one else 'are no classes'} of the model: {listed(strange)}; to "
+            f"leave {'it' if one else 'them'} out, move {'it' if one else 'them'} elsewhere or "
+            f"put a dot before {'its name' if one else 'their names'}"
+        )
 
 
-def _map_to_model(folders: list[str], classes: Classes) -> list[int] | None:
-    """The model's class of each folder, or None where the folders are other classes."""
-    if all(WNID.fullmatch(folder) for folder in folders) and classes.wnids:
-        known = {wnid: index for index, wnid in enumerate(classes.wnids)}
-        strange = [folder for folder in folders if folder not in known]
-        if strange and len(strange) < len(folders):
-            raise AftError(
-                f"{len(strange)} of {len(folders)} class folders are no class of the model "
-                f"(first: {strange[0]}); take them out of the data set"
-            )
-        return None if strange else [known[folder] for folder in folders]
-    names = {name.split(",")[0].strip().lower(): i for i, name in enumerate(classes.names)}
-    wanted = [folder.replace("_", " ").lower() for folder in folders]
-    plain = {name.replace("_", " "): index for name, index in names.items()}
-    if len(plain) == len(classes) and all(name in plain for name in wanted):
-        return [plain[name] for name in wanted]
-    return None
+def _map_to_model(names: Sequence[str], classes: Classes) -> list[int] | None:
+    """The model's class of each name, or None where not all of them are its classes."""
+    found = [index for index in classes.match(names) if index is not None]
+    return found if len(found) == len(names) else None
 
 
 def _voc_root(path: Path) -> Path | None:

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from aftcli.contents import pack, unpack
-from aftcli.core.checkpoint import read_card
+from aftcli.core.checkpoint import card_classes, read_card
 from aftcli.core.classifier import Classifier
 from aftcli.core.models import load_classifier
 from aftcli.core.registry import METHODS
 from aftcli.data import read_image, to_input
-from aftcli.datasets import DataSet, open_data_set
+from aftcli.datasets import DataSet, not_its_classes, open_data_set
 from aftcli.errors import AftError
 from aftcli.explanation import TftSettings
-from aftcli.finetune_jobs import Source, check_made_for, open_stores, stored_contents
+from aftcli.finetune_jobs import Source, advice, check_made_for, open_stores, stored_contents
 from aftcli.masks import MaskStore
 
 
@@ -208,13 +208,15 @@ def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked)
 
 def _start(stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Classifier:
     """The classifier that masks were made with, or that was tuned."""
+    names = next((own for _, card in tuned if (own := card_classes(card).own)), ())
     if stores:
-        f = asked.source.of_masks(stores[0].settings).load()
+        source = asked.source.of_masks(stores[0].settings)
+        f = source._replace(known=source.known or names).load()
         for store in stores:
             check_made_for(store, f)
     else:
         card = tuned[0].card
-        f = asked.source._replace(model=card["model"], layer=card["layer"]).load()
+        f = asked.source._replace(model=card["model"], layer=card["layer"], known=names).load()
     weights = f.weights_hash()
     for path, card in tuned:
         if card["start"] != weights and not _is_start(path, f) and card["cam"]:
@@ -356,12 +358,7 @@ def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
             )
     data_set = open_data_set(path, split, f.classes, default="val")
     if not data_set.mapped:
-        raise AftError(
-            f"{data_set.root}: the labels of these images are not among the classes of {f.name} "
-            f"(first: {data_set.classes[0]!r}, the model's first: {f.classes.name(0)!r}); name a "
-            "data set of its classes, or give it theirs: aft finetune DATASET --no-masks, then "
-            "aft gen-masks and aft evaluate with the --checkpoint that this writes"
-        )
+        raise AftError(f"{not_its_classes(data_set, f.classes, f.name)}{advice(f)}")
     return data_set.limited(asked.limit)
 
 

@@ -28,14 +28,14 @@ from aftcli.aft import AftSettings
 from aftcli.aft_tail import check_trainable
 from aftcli.aft_training import Epoch, Measured, State, Step, Training
 from aftcli.contents import content_hash, contents_of, pack, stamp_of, unpack
-from aftcli.core.checkpoint import checkpoint_of, read_card
+from aftcli.core.checkpoint import card_classes, checkpoint_of, read_card
 from aftcli.core.classifier import Classifier, tensors_hash
 from aftcli.datasets import DataSet, validation_of
 from aftcli.errors import AftError
 from aftcli.features import Cache, CachedExamples, Masks, check_cache, choose_cache
 from aftcli.files import durable, locked, make_folder, sweep, write_tensors
 from aftcli.finetune_defaults import situation_of
-from aftcli.finetune_jobs import Job
+from aftcli.finetune_jobs import Job, advice
 from aftcli.loading import Broken
 from aftcli.masks import refuse_other_settings
 
@@ -97,6 +97,12 @@ class Cached(NamedTuple):
     where: str
     split: str
     masked: bool
+
+
+class Note(NamedTuple):
+    """Something that the user should know, in one sentence."""
+
+    text: str
 
 
 class Tuned(NamedTuple):
@@ -231,7 +237,7 @@ def _seal(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-Event = Begun | Cached | Step | Epoch | Tuned
+Event = Begun | Cached | Note | Step | Epoch | Tuned
 
 
 def fine_tune(
@@ -285,6 +291,7 @@ def _tune(
             if options.overwrite:
                 files.begin_anew()
         accelerator.wait_for_everyone()
+        yield from map(Note, job.data_set.notes)
         card = files.finished()
         if card is None:
             examples = yield from _examples(job, run, settings, options, accelerator, caches)
@@ -317,6 +324,11 @@ def _tune(
         else:
             if first:
                 _clear_caches(job, run)
+            if card_classes(card) != job.f.classes:
+                yield Note(
+                    f"{files.path}: was tuned before, under other names of its classes; "
+                    "--classes FILE names them where it is used, --overwrite tunes it again"
+                )
             yield Tuned(files.path, card, True)
         if first:
             files.end()
@@ -326,7 +338,7 @@ def _clear_caches(job: Job, run: Path) -> None:
     """Delete what a kill between the checkpoint and the end has left."""
     if any((run / "cache").glob("*")):
         kept: list[tuple[DataSet | None, Masks | None]] = [(job.data_set, None)]
-        kept += [(validation_of(job.data_set, job.f.classes), None)]
+        kept += [(validation_of(job.data_set, job.f.classes).data_set, None)]
         kept += [(job.data_set, job.masks)] if job.masks else []
         for data_set, masks in kept:
             if data_set is not None:
@@ -412,9 +424,12 @@ def _validation(
     job: Job, run: Path, options: Options, accelerator: Accelerator, caches: dict[str, Cache]
 ) -> Generator[Event, None, CachedExamples | None]:
     """The val split, for the report only: nothing is chosen by it."""
-    data_set = validation_of(job.data_set, job.f.classes)
+    data_set, reason = validation_of(job.data_set, job.f.classes)
+    if reason:
+        yield Note(f"val is not measured: {reason}{advice(job.f)}")
     if data_set is None:
         return None
+    yield from map(Note, data_set.notes)
     cache = yield from _cache(
         job, data_set, run, options, accelerator, caches, strict=False, augment=False
     )

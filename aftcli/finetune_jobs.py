@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from aftcli.core.cam import upsample
-from aftcli.core.classifier import Classifier
+from aftcli.core.classifier import Classes, Classifier
 from aftcli.core.earlier import Earlier, earlier_layers
 from aftcli.core.models import load_classifier, with_new_head
-from aftcli.datasets import DataSet, Sample, open_data_set, spread
+from aftcli.datasets import DataSet, Sample, not_its_classes, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.features import Masks
 from aftcli.files import file_stem
@@ -63,7 +63,8 @@ class Job:
 class Source(NamedTuple):
     """Where classifiers come from; see `load_classifier`. None is what the masks say.
 
-    `earlier` are layers before `layer` that are tuned with it.
+    `earlier` are layers before `layer` that are tuned with it; `known` are names that were given
+    for the classes before, such as a mask store's.
     """
 
     model: str | None = None
@@ -72,11 +73,15 @@ class Source(NamedTuple):
     classes: tuple[str, ...] | None = None
     device: torch.device | str = "cpu"
     earlier: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
 
     def load(self) -> Classifier:
         """Load the classifier."""
-        name, checkpoint, layer, classes, device, _ = self
-        return load_classifier(name, checkpoint, layer, classes=classes, device=device)
+        name, checkpoint, layer, classes, device, _, known = self
+        f = load_classifier(name, checkpoint, layer, classes=classes, device=device)
+        if classes is None and len(known) == len(f.classes):
+            f.classes = Classes(known)
+        return f
 
     def of_masks(self, made: dict[str, Any]) -> Source:
         """The classifier that masks were made with, but for what was asked for."""
@@ -85,6 +90,7 @@ class Source(NamedTuple):
             model=self.model or made["model"],
             checkpoint=self.checkpoint or (Path(recorded) if recorded else None),
             layer=self.layer or made["layer"],
+            known=tuple(made.get("class_names", ())),
         )
 
 
@@ -168,8 +174,10 @@ def control_jobs(
 
 
 def _has_control(store: MaskStore, f: Classifier) -> bool:
-    """Whether a classifier tuned without masks is the control of one tuned with these."""
-    return (store.settings["labels"], store.settings["weights"]) == ("model", f.weights_hash())
+    """Tell if a classifier tuned without masks is the control of one tuned with these."""
+    made = store.settings
+    known = made["labels"] == "model" or None not in f.classes.match(made["classes"])
+    return known and made["weights"] == f.weights_hash()
 
 
 def _holds(data: Path, store: MaskStore, f: Classifier) -> bool:
@@ -297,12 +305,6 @@ def mask_job(
     """
     made = store.settings
     check_made_for(store, f)
-    if made["labels"] != "model":
-        raise AftError(
-            f"{store.path}: the labels of these images are no classes of {f.name}; first give it "
-            "an output for each with aft finetune DATASET --no-masks, then run aft gen-masks and "
-            "aft finetune with the --checkpoint that this writes"
-        )
     found = _stored_images(store, f, data, limit)
     picked, chunks = found.picked, found.chunks
     rows = torch.tensor(picked)
@@ -370,6 +372,7 @@ def _stored_images(
 ) -> _StoredImages:
     """Find the images of a store as they are now; arguments and errors as of `mask_job`."""
     made = store.settings
+    index = _labels(store, f)
     store.verify()
     if not len(store):
         raise AftError(f"{store.path}: holds no image that could be read")
@@ -377,21 +380,26 @@ def _stored_images(
     paths = np.concatenate([c.path for c in chunks])
     labels = np.concatenate([c.label for c in chunks])
     picked = spread(len(store), limit)
+    if index is not None and len(labels):
+        if labels.max() >= len(index):
+            raise AftError(f"{store.path}: has labels beyond its {len(index)} classes")
+        labels = index[labels]
     samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
     used = [*(sample.label for sample in samples), *(c.class_index.max() for c in chunks)]
     if max(used) >= len(f.classes):
         raise AftError(f"{store.path}: has labels beyond the {len(f.classes)} classes of {f.name}")
     root, named = Path(made["data_set"]), None
+    notes: tuple[str, ...] = ()
     if data is not None:
         given = open_data_set(data, made["split"] or None, f.classes)
-        root, named = given.root, given.named
+        root, named, notes = given.root, given.named, given.notes
     if not root.is_dir():
         raise AftError(
             f"{root}: the data set of {store.path} is no longer there; say where it is: "
             "aft finetune DATASET"
         )
     kind, split = made["data_kind"], made["split"]
-    data_set = DataSet(kind, root, split, f.classes.names, True, samples, named)
+    data_set = DataSet(kind, root, split, f.classes.names, True, samples, named, notes)
     different = store.changed(data_set, picked)
     if different:
         raise AftError(
@@ -399,6 +407,46 @@ def _stored_images(
             f"{different[0]}); make them again with aft gen-masks --overwrite"
         )
     return _StoredImages(data_set, picked, chunks)
+
+
+def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
+    """Find the classifier's class of each label of a store; None where labels are its classes.
+
+    Raises:
+        AftError: they are other classes.
+    """
+    made = store.settings
+    if made["labels"] == "model":
+        return None
+    # Masks may have been made before anyone named the network's classes.
+    found = f.classes.match(made["classes"])
+    if None in found:
+        raise AftError(
+            f"{store.path}: the labels of these images are no classes of {f.name}{advice(f)}"
+        )
+    return np.array(found)
+
+
+def advice(f: Classifier) -> str:
+    """Say what to do where a data set's labels are not among a classifier's classes.
+
+    What its user has trained is never to be replaced.
+    """
+    if f.classes == Classes.numbered(len(f.classes)):
+        return (
+            f"; its {len(f.classes)} classes have no names: name them by --classes FILE, one a "
+            "line, in the order of its outputs"
+        )
+    if f.checkpoint:
+        return (
+            "; name a data set of its classes, call the folders as its classes are called, or name "
+            "the classes by --classes FILE, one a line, in the order of its outputs"
+        )
+    return (
+        "; name a data set of its classes, or give it an output for each of these: aft finetune "
+        "DATASET --no-masks, then run aft gen-masks and aft finetune with the --checkpoint that "
+        "this writes"
+    )
 
 
 def _kept(rows: Rows) -> tuple[np.ndarray, ...]:
@@ -451,4 +499,10 @@ def control_job(
         return Job(f, data_set, earlier=before)
     # The data set's classes are the new head's, in their order.
     new = with_new_head(f, data_set.classes, seed)
-    return Job(new, replace(data_set, mapped=True), new_head=True, earlier=before)
+    notes = data_set.notes
+    if f.checkpoint:
+        notes += (f"{not_its_classes(data_set, f.classes, f.name)}; its last layer is made anew",)
+        if not f.classes.own and not f.classes.wnids:
+            notes += (f"to keep the last layer{advice(f)}",)
+    data_set = replace(data_set, mapped=True, notes=notes)
+    return Job(new, data_set, new_head=True, earlier=before)

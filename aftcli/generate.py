@@ -156,6 +156,7 @@ def store_settings(f: Classifier, data_set: DataSet, settings: TftSettings) -> d
         # Named where they are not what stores without them were made with.
         **({"search": settings.search} if settings.search != "exact" else {}),
         **({"precision": f.precision} if f.precision != "no" else {}),
+        **({"class_names": list(f.classes.own)} if f.classes.own else {}),
         "preprocessing": f.preprocessing.as_dict(),
         "data_set": str(data_set.root.resolve()),
         "data_kind": data_set.kind,

@@ -27,7 +27,10 @@ from aftcli.tft import cut_off, mask_of, threshold_map
 
 FORMAT_VERSION = 2
 # Recorded, but a store may be continued by another version of aft or from a moved data set.
-INFORMATION = frozenset({"aft_version", "checkpoint", "data_set", "complete", "digest", "seal"})
+# So are names, without which stores were made before; they change no number.
+INFORMATION = frozenset(
+    {"aft_version", "checkpoint", "class_names", "data_set", "complete", "digest", "seal"}
+)
 ROWS = 1024  # images a chunk
 
 

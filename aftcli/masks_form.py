@@ -109,7 +109,10 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
     thresholds, shape = settings["thresholds"], settings["activation_shape"]
     if not all(isinstance(tau, float | int) for tau in thresholds):
         raise ValueError("its thresholds are no numbers")
-    if not all(isinstance(name, str) for name in settings["classes"]):
+    names = settings.get("class_names", [])  # only where the network's user gave them
+    if not isinstance(names, list):
+        raise ValueError("its class_names are no list")
+    if not all(isinstance(name, str) for name in (*settings["classes"], *names)):
         raise ValueError("its classes are no names")
     try:
         Preprocessing.from_dict(settings["preprocessing"])

@@ -55,7 +55,7 @@ CheckpointOption = Annotated[
 ]
 ClassesOption = Annotated[
     Path | None,
-    typer.Option("--classes", metavar="FILE", help="Class names, one a line."),
+    typer.Option("--classes", metavar="FILE", help="Class names, one a line, literal."),
 ]
 LayerOption = Annotated[
     str | None,
@@ -103,7 +103,7 @@ TargetOption = Annotated[
     typer.Option(
         "--target",
         metavar="CLASS",
-        help="Class to explain, by index or name; repeatable. Default: the predicted one.",
+        help="Class to explain, by name or index; repeatable. Default: the predicted one.",
     ),
 ]
 TopKOption = Annotated[
@@ -186,8 +186,8 @@ DatasetArgument = Annotated[
     Path | None,
     typer.Argument(
         metavar="[DATASET]",
-        help="A folder of class folders, one with train/ and val/ of such (ImageNet), or a "
-        "VOCdevkit. finetune and evaluate know it from the masks.",
+        help="A folder of class folders, one with train/ and val/ of such (ImageNet; other "
+        "usual names do, too), or a VOCdevkit. finetune and evaluate know it from the masks.",
         show_default=False,
     ),
 ]

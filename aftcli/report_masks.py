@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from aftcli.core.classifier import Classes
 from aftcli.errors import AftError
 from aftcli.generate import Done, Processes
 from aftcli.loading import Broken
@@ -40,6 +42,7 @@ class StoreSummary:
         probability: mean y^c.
         bytes_per_image: of the file.
         labels: how many images have each label, by name.
+        synonyms: names are ImageNet's, several a class.
     """
 
     path: Path
@@ -52,18 +55,20 @@ class StoreSummary:
     probability: float
     bytes_per_image: float
     labels: dict[str, int]
+    synonyms: bool
 
 
-def summarise(store: MaskStore, names: Sequence[str]) -> StoreSummary:
+def summarise(store: MaskStore) -> StoreSummary:
     """Sum up a store, a piece at a time.
 
     Args:
         store: of `aft gen-masks`.
-        names: of the labels.
 
     Raises:
         AftError: it has labels without a name.
     """
+    classes = _classes_of(store)
+    names = classes.names
     totals = np.zeros(4)
     labels = np.zeros(max(len(names), 1), dtype=np.int64)
     for start in range(0, len(store), 4096):
@@ -94,6 +99,7 @@ def summarise(store: MaskStore, names: Sequence[str]) -> StoreSummary:
             for i, (name, n) in enumerate(zip(names, labels, strict=False))
             if n
         },
+        bool(classes.wnids),
     )
 
 
@@ -135,12 +141,12 @@ def watch(steps: Iterator[Done], total: int, processes: Processes, quiet: bool) 
     return Watched(images, time.monotonic() - start, known)
 
 
-def print_stores(paths: list[Path], names: Sequence[str], watched: Watched, json_: bool) -> None:
+def print_stores(paths: list[Path], watched: Watched, json_: bool) -> None:
     """Print what a run of gen-masks has made: a table, the class counts, the broken images."""
     summaries = []
     for path in paths:
         with MaskStore(path) as store:
-            summaries.append(summarise(store, names))
+            summaries.append(summarise(store))
     speed = watched.images / watched.seconds if watched.images else None
     if json_:
         stores = [_summary_dict(s) for s in summaries]
@@ -164,7 +170,7 @@ def show_store(path: Path, json_: bool) -> None:
         missing = {"classes", "cam"} - set(settings)
         if missing or not isinstance(settings["classes"], list):
             raise _damaged(path, f"its settings have no {min(missing, default='classes')}")
-        summary = summarise(store, settings["classes"] or _label_names(store))
+        summary = summarise(store)
     if json_:
         result = {"settings": settings, **_summary_dict(summary)}
         try:
@@ -185,14 +191,28 @@ def _damaged(path: Path, what: str) -> AftError:
     return AftError(f"{path}: {what}; make it again with aft gen-masks --overwrite")
 
 
-def _label_names(store: MaskStore) -> Sequence[str]:
+def _classes_of(store: MaskStore) -> Classes:
+    """Name the classes of a store's labels as it does, or else after their folders."""
     from aftcli.core.models import imagenet_classes
 
-    most = max(
-        (int(store.rows(i, i + 4096).label.max()) for i in range(0, len(store), 4096)), default=0
-    )
-    names = imagenet_classes().names
-    return names if most < len(names) else [f"class {i}" for i in range(most + 1)]
+    settings = store.settings
+    names = settings["classes"] or settings.get("class_names")
+    if names:
+        return Classes(tuple(names))
+    folders: dict[int, str] = {}
+    for start in range(0, len(store), 4096):
+        rows = store.rows(start, start + 4096)
+        labels, places = np.unique(rows.label, return_index=True)
+        for label, place in zip(labels.tolist(), places.tolist(), strict=True):
+            folders[label] = os.fsdecode(bytes(rows.path[place])).partition("/")[0]
+    known = imagenet_classes()
+    # Labels are ImageNet's classes by wnid only.
+    if all(known.wnids[i : i + 1] == (name,) for i, name in folders.items()):
+        return known
+    if settings["data_kind"] != "folders":
+        folders = {}
+    count = max(folders, default=0) + 1
+    return Classes(tuple(folders.get(i, f"class {i}") for i in range(count)))
 
 
 def _shown(value: object) -> str:
@@ -202,7 +222,8 @@ def _shown(value: object) -> str:
 
 def _summary_dict(summary: StoreSummary) -> dict[str, Any]:
     broken = [b._asdict() for b in summary.broken]
-    return {**asdict(summary), "path": str(summary.path), "broken": broken}
+    values = {key: value for key, value in asdict(summary).items() if key != "synonyms"}
+    return {**values, "path": str(summary.path), "broken": broken}
 
 
 def _print_summaries(summaries: list[StoreSummary]) -> None:
@@ -219,7 +240,10 @@ def _print_summaries(summaries: list[StoreSummary]) -> None:
     console.print(table)
     labels = summaries[0].labels
     if len(labels) <= 30:
-        counted = ", ".join(f"{name.split(',')[0]} {n}" for name, n in labels.items())
+        synonyms = summaries[0].synonyms
+        counted = ", ".join(
+            f"{name.split(',')[0] if synonyms else name} {n}" for name, n in labels.items()
+        )
     else:
         counted = f"{len(labels)} with {min(labels.values())} to {max(labels.values())} images each"
     console.print(f"classes: {counted}", highlight=False, markup=False, soft_wrap=True)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from aftcli.aft_training import Epoch, Measured, Step
 from aftcli.files import durable
-from aftcli.finetune import Begun, Cached, Event, Tuned
+from aftcli.finetune import Begun, Cached, Event, Note, Tuned
 from aftcli.finetune_defaults import situation_of
 from aftcli.options_values import plain
 
@@ -59,6 +59,8 @@ class _Watch:
             self._update(f"epoch {event.epoch}", done, total, _losses(event.train))
         elif isinstance(event, Epoch):
             self._say(_epoch_line(event))
+        elif isinstance(event, Note):
+            self._say(f"aft: {event.text}")
         else:
             self._close()
 

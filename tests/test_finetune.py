@@ -306,7 +306,8 @@ def test_a_damaged_store_is_refused(run):
 
 def test_labels_of_other_classes_ask_for_a_new_head(tmp_path):
     images = make_colours(tmp_path / "colours")
-    (images / "train/apple").rename(images / "train/quince")
+    for own, other in zip(NAMES, ("fig", "lime", "quince"), strict=True):
+        (images / "train" / own).rename(images / "train" / other)
     run = tmp_path / "run"
     store = masks_of(images, run)
     with pytest.raises(AftError, match="--no-masks, then run aft gen-masks and aft finetune with"):

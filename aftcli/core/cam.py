@@ -255,10 +255,9 @@ def stretch(attribution: Tensor, size: Sequence[int]) -> Tensor:
             centres = centres.clamp(0, cells - 1).to(attribution.device)
             low = centres.floor().long()
             weight = (centres - low).to(attribution).view(-1, *[1] * (2 - axis))
-            between = (
-                attribution.index_select(axis, i) for i in (low, (low + 1).clamp(max=cells - 1))
-            )
-            attribution = torch.lerp(*between, weight)
+            before = attribution.index_select(axis, low)
+            after = attribution.index_select(axis, (low + 1).clamp(max=cells - 1))
+            attribution = torch.lerp(before, after, weight)
     return attribution
 
 

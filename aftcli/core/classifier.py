@@ -6,7 +6,9 @@ import copy
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ from aftcli.core.head import LinearHead, linear_head
 from aftcli.errors import AftError, nearest
 
 LARGEST = 4096  # pixels of a side that a file may ask for
+MOST_NAMED = 8  # classes in a message
 
 
 @dataclass(frozen=True)
@@ -81,49 +84,99 @@ class Classes:
     """The classes of a model.
 
     Attributes:
-        names: one for each class; synonyms are separated by commas.
+        names: one for each class, literal; in ImageNet's list, which has wnids, synonyms are
+            separated by commas.
         wnids: WordNet ids, where the classes are ImageNet's.
     """
 
     names: tuple[str, ...]
     wnids: tuple[str, ...] = field(default=())
 
+    @classmethod
+    def numbered(cls, count: int) -> Classes:
+        """Classes that nobody has named."""
+        return cls(tuple(f"class {i}" for i in range(count)))
+
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The names, where only their user knows them: neither ImageNet's nor mere numbers."""
+        return () if self.wnids or self == Classes.numbered(len(self)) else self.names
+
     def name(self, index: int) -> str:
-        """Name a class by its first synonym."""
-        return self.names[index].split(",")[0].strip()
+        """Name a class, by its first synonym where it has several."""
+        return self.synonyms(index)[0]
+
+    def synonyms(self, index: int) -> list[str]:
+        """All names of a class."""
+        name = self.names[index]
+        return [part.strip() for part in name.split(",")] if self.wnids else [name]
 
     def index(self, target: str) -> int:
-        """Find a class by index, name, synonym or wnid, whatever the case.
+        """Find a class by name, synonym or wnid, whatever the case, or by index.
+
+        A name as it is written comes first: of "Cat" and "cat", of a class "2" and class 2.
 
         Raises:
             AftError: no class has that name, several have, or the index is out of range.
         """
-        if re.fullmatch(r"-?[0-9]{1,9}", target):
-            if 0 <= int(target) < len(self):
-                return int(target)
-            raise AftError(f"class {target} is out of range: the classes are 0..{len(self) - 1}")
-        wanted = _plain(target)
-        full = [i for i, name in enumerate(self.names) if _plain(name) == wanted]
-        synonyms = {
-            index: None
-            for index, name in enumerate(self.names)
-            if wanted in map(_plain, name.split(","))
-        }
-        found = full or list(synonyms) or [i for i, w in enumerate(self.wnids) if w == wanted]
+        wanted, count = _plain(target), range(len(self))
+        found = (
+            [i for i in count if self.names[i] == target]
+            or [i for i in count if _plain(self.names[i]) == wanted]
+            or [i for i in count if wanted in map(_plain, self.synonyms(i))]
+            or [i for i, wnid in enumerate(self.wnids) if wnid == wanted]
+        )
         if len(found) == 1:
             return found[0]
         if found:
             which = "; ".join(f"{i}: {self.names[i]}" for i in found)
             raise AftError(f"class {target!r} is ambiguous, give the index: {which}")
-        known = [s.strip() for name in self.names for s in name.split(",")]
-        raise AftError(f"unknown class {target!r}; nearest: {nearest(target, known)}")
+        if re.fullmatch(r"-?[0-9]{1,9}", target):
+            if int(target) in count:
+                return int(target)
+            raise AftError(f"class {target} is out of range: the classes are 0..{len(self) - 1}")
+        known = [synonym for i in count for synonym in self.synonyms(i)]
+        # A long name is not near to a word that it contains.
+        within = [name for name in known if wanted and f" {wanted} " in f" {_plain(name)} "]
+        named = ", ".join(dict.fromkeys(within[:MOST_NAMED])) or nearest(target, known)
+        raise AftError(f"unknown class {target!r}; nearest: {named}")
+
+    def match(self, names: Sequence[str]) -> list[int | None]:
+        """Find the classes that a data set's names mean; None where there is none.
+
+        Names mean a class as they are written, else whatever the case, underscores and spaces,
+        where just one name and one class are the same then. Of ImageNet's list they are wnids; or
+        all of them are first synonyms.
+        """
+        if self.wnids:
+            known = {wnid: index for index, wnid in enumerate(self.wnids)}
+            if any(name in known for name in names):
+                return [known.get(name) for name in names]
+            first = {_plain(self.name(index)): index for index in range(len(self))}
+            found = [first.get(_plain(name)) for name in names]
+            whole = len(first) == len(self) and None not in found
+            return found if whole else [None] * len(names)
+        exact, near = _once(self.names), _once(map(_plain, self.names))
+        alone = _once(map(_plain, names))
+        return [
+            exact.get(name, near.get(_plain(name)) if _plain(name) in alone else None)
+            for name in names
+        ]
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.replace("_", " ").lower().split())
+    """A name whatever its case, its underscores, its spaces and how accents are encoded."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
+
+
+def _once(names: Iterable[str]) -> dict[str, int]:
+    """Places of the names that occur once."""
+    names = list(names)
+    counts = Counter(names)
+    return {name: index for index, name in enumerate(names) if counts[name] == 1}
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -283,7 +336,7 @@ def cut_classifier(
         if not torch.equal(before, activation):
             raise AftError(f"what follows {layer!r} writes into its output; cut at another layer")
     count = logits.shape[1]
-    classes = classes or Classes(tuple(f"class {i}" for i in range(count)))
+    classes = classes or Classes.numbered(count)
     if len(classes) != count:
         raise AftError(
             f"{len(classes)} class names for a model with {count} classes; give one name a line, "

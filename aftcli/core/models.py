@@ -56,6 +56,12 @@ def imagenet_classes() -> Classes:
     return Classes(names, wnids)
 
 
+def _given(names: tuple[str, ...]) -> Classes:
+    """Classes by the names that a user gave, literal unless they are ImageNet's list."""
+    known = imagenet_classes()
+    return known if names == known.names else Classes(names)
+
+
 def _embedded(name: str, weights: bool, num_classes: int | None) -> Network:
     """EfficientNet-Lite0, its ImageNet weights from an installed package."""
     network = _timm("tf_efficientnet_lite0", False, num_classes)
@@ -302,7 +308,7 @@ def load_classifier(
             state dict for the model; default the model's published weights.
         layer: a module's name, or consecutive modules joined by `+`; default the last
             convolutional layer.
-        classes: class names; default the model's.
+        classes: class names, literal; default the model's.
         device: where the classifier runs.
         weights: False for random weights, without a download.
 
@@ -325,7 +331,7 @@ def load_classifier(
         _check_weights(_sketch(source, name, count), saved, Path(checkpoint), name)
         network = source(name, False, count)
         _load_weights(network.model, saved, Path(checkpoint))
-    classifier = _cut(name, network, layer, Classes(classes) if classes else network.classes)
+    classifier = _cut(name, network, layer, _given(classes) if classes else network.classes)
     classifier.checkpoint = str(Path(checkpoint).resolve()) if checkpoint else ""
     return classifier.to(device)
 
@@ -366,7 +372,7 @@ def _tuned(
         raise AftError(f"{path}: is no checkpoint of {card['model']}: it holds too few numbers")
     network = source(card["model"], False, len(own))
     network = network._replace(preprocessing=Preprocessing.from_dict(card["preprocessing"]))
-    f = _cut(card["model"], network, card["layer"], Classes(classes) if classes else own)
+    f = _cut(card["model"], network, card["layer"], _given(classes) if classes else own)
     restore(f, path, card)
     f.checkpoint = str(path.resolve())
     return f
