@@ -222,6 +222,8 @@ def gen_masks(
 
     keep_freed_memory()
     data = open_data_set(dataset, split, f.classes).limited(limit)
+    for text in data.notes:
+        setup.noting(quiet or processes.index > 0)(text)
     methods = setup.methods(f, cam, "gradcam")
     # Of all processes, so that their number changes no result.
     f = accelerate(f, len(data.samples) * passes(f, methods, 1, settings))

@@ -19,7 +19,7 @@ from torch import Tensor
 from aftcli.core.classifier import Preprocessing
 from aftcli.data import View, open_picture, view_of
 from aftcli.data_files import read_xml, reason
-from aftcli.datasets import VOC_CLASSES, DataSet, image_labels
+from aftcli.datasets import DataSet, image_labels, voc_class
 from aftcli.errors import AftError
 from aftcli.files import inside
 
@@ -110,7 +110,10 @@ class Objects:
             return Regions(_covered(boxes, image.size, view))
 
     def _voc(self, index: int, class_index: int) -> Regions:
-        name = VOC_CLASSES[self._voc_class(class_index)]
+        names = self.data_set.classes
+        wanted = voc_class(names[class_index].split(",")[0]) if class_index < len(names) else None
+        if wanted is None:
+            return Regions()
         annotation, segmentation = self._annotations(index)
         boxes, seen, counted = None, None, None
         try:
@@ -118,14 +121,14 @@ class Objects:
                 size = image.size
             view = view_of(size, self.preprocessing)
             if annotation.is_file():
-                found = list(_voc_boxes(read_xml(annotation), name))
+                found = list(_voc_boxes(read_xml(annotation), wanted))
                 boxes = _covered(found, size, view) if found else None
             if segmentation.is_file():
                 with open_picture(segmentation) as image:
                     whole = image_labels(image, segmentation)
                     scaled = whole.resize(view.scaled, Image.Resampling.NEAREST)
                     labels = np.asarray(scaled.crop(view.crop))
-                region = torch.from_numpy(labels == 1 + VOC_CLASSES.index(name))
+                region = torch.from_numpy(labels == 1 + wanted)
                 if region.any():
                     seen, counted = region, torch.from_numpy(labels != VOID)
         except (OSError, ValueError) as error:
@@ -133,10 +136,6 @@ class Objects:
                 f"{self.data_set.path(index)}: its boxes can't be read ({reason(error)})"
             ) from error
         return Regions(boxes, seen, counted)
-
-    def _voc_class(self, class_index: int) -> int:
-        name = self.data_set.classes[class_index].split(",")[0].strip().lower().replace(" ", "_")
-        return VOC_CLASSES.index(name) if name in VOC_CLASSES else class_index
 
 
 def _read_boxes(path: Path) -> dict[str, list[Box]]:
@@ -165,10 +164,10 @@ def _edges(texts: Iterable[str]) -> tuple[float, ...]:
     return edges
 
 
-def _voc_boxes(root: ElementTree.Element, name: str) -> Iterator[Box]:
+def _voc_boxes(root: ElementTree.Element, wanted: int) -> Iterator[Box]:
     for item in root.iter("object"):
         box = item.find("bndbox")
-        if item.findtext("name") == name and box is not None:
+        if voc_class(item.findtext("name", "")) == wanted and box is not None:
             edges = (box.findtext(k, "") for k in ("xmin", "ymin", "xmax", "ymax"))
             left, top, right, bottom = _edges(edges)
             yield left - 1, top - 1, right, bottom  # VOC counts pixels from 1

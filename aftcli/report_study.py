@@ -70,6 +70,9 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
         accelerate=how.accelerate,
     )
     first = processes.index == 0
+    if first and not how.quiet:
+        for text in dict.fromkeys(note for study in studies for note in study.data_set.notes):
+            print(f"aft: {plain(text)}", file=sys.stderr)
     measured = []
     if wanted.figures or {3, 4} & set(wanted.tables):
         for study in studies:
