@@ -418,7 +418,8 @@ def evaluate(
     )
     keep_freed_memory()
     accelerate = setup.engine(engine, "no", quiet or processes.index > 0)
-    how = report_study.How(setup.workers(workers), batch_size, overwrite, quiet, accelerate)
+    note = setup.noting(quiet)
+    how = report_study.How(setup.workers(workers), batch_size, overwrite, quiet, accelerate, note)
     found = report_study.evaluate(run, asked, wanted, how, processes)
     if processes.index == 0:
         shown = Shown(ci, paper)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from aftcli.metrics_road import NOISE
 from aftcli.objects import Objects
 from aftcli.tft import MASKINGS
 
-VERSION = 1  # of what is computed: results of another one are not used
+VERSION = 2  # of what is computed: results of another one are not used
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Plan:
         overwrite: compute anew.
         block: images stored at a time; default by the number of images.
         accelerate: makes classifiers fast (`aftcli.engine`).
+        note: is told what was assumed of the images' objects.
     """
 
     maskings: tuple[str, ...] = tuple(MASKINGS)
@@ -49,6 +51,7 @@ class Plan:
     overwrite: bool = False
     block: int | None = None
     accelerate: Accelerate = as_it_is
+    note: Callable[[str], None] = warnings.warn
 
 
 class Step(NamedTuple):
@@ -92,7 +95,7 @@ def evaluate_study(
     """
     plan, processes = plan or Plan(), processes or Processes()
     folder = make_folder(run / "results")
-    objects = Objects(study.data_set, study.f.preprocessing)
+    objects = Objects(study.data_set, study.f.preprocessing, plan.note)
     known_in = folder / f".contents-{processes.index}.json"
 
     def contents() -> str:
