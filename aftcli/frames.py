@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from PIL import ExifTags, Image
+from torch import Tensor
 
 Size = tuple[int, int]  # width, height, pixels
 Box = tuple[float, float, float, float]  # left, top, right, bottom, pixels of the picture
@@ -72,6 +73,13 @@ class Turn(NamedTuple):
         """Turn pixels that lie as the stored ones, at any scale."""
         turn = TURNS.get(self.orientation)
         return image if turn is None else image.transpose(turn)
+
+    def upright_grid(self, values: Tensor) -> Tensor:
+        """Turn values that lie as the stored pixels, shape (h, w), at any scale."""
+        if self.orientation in SIDEWAYS:
+            values = values.T
+        mirrored = [axis for axis in (0, 1) if self.orientation in MIRRORED[axis]]
+        return values.flip(mirrored)
 
 
 def turn_of(image: Image.Image) -> Turn:
