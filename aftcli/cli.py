@@ -148,7 +148,7 @@ def tft(
     settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
 
     from aftcli import explanation
-    from aftcli.data import fit_map, read_map
+    from aftcli.data import fit_map, read_map, read_turn
     from aftcli.report import write_outputs
 
     values = read_map(map_) if map_ else None
@@ -166,7 +166,10 @@ def tft(
         if values is None:
             explained = explanation.explain(fast, x, methods, targets, top_k, settings, cells)
         else:
-            attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
+            turn = read_turn(subject.path)
+            setup.tell_place(values, map_, f, subject.path, turn, quiet)
+            size, view = subject.picture.size, subject.view
+            attribution = fit_map(values, x, size, view, absolute, turn)
             explained = explanation.explain_map(fast, x, attribution, targets, top_k, settings)
         return [write_outputs(f, subject, e, kinds, out, None) for e in explained]
 
@@ -418,7 +421,8 @@ def evaluate(
     )
     keep_freed_memory()
     accelerate = setup.engine(engine, "no", quiet or processes.index > 0)
-    how = report_study.How(setup.workers(workers), batch_size, overwrite, quiet, accelerate)
+    note = setup.noting(quiet)
+    how = report_study.How(setup.workers(workers), batch_size, overwrite, quiet, accelerate, note)
     found = report_study.evaluate(run, asked, wanted, how, processes)
     if processes.index == 0:
         shown = Shown(ci, paper)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
     from aftcli.engine import Accelerate
     from aftcli.explanation import TftSettings
+    from aftcli.frames import Turn
     from aftcli.generate import Processes
     from aftcli.report import Subject
 
@@ -169,3 +170,18 @@ def input_of(f: Classifier, subject: Subject) -> Tensor:
     from aftcli.data import to_input
 
     return to_input(subject.picture, f.preprocessing).to(f.device)
+
+
+def tell_place(
+    values: Tensor, map_: Path | None, f: Classifier, image: Path, turn: Turn, quiet: bool
+) -> None:
+    """Say what a map is taken to cover, and that its scores are kept, where this is assumed."""
+    from aftcli.data_maps import already_scaled, assumed, place_of
+
+    size, (high, wide) = (values.shape[1], values.shape[0]), f.preprocessing.size
+    place = place_of(size, (wide, high), turn)
+    said = [assumed(size, place, turn)]
+    if place.frame == "view" and size == (wide, high) and already_scaled(values):
+        said.append("its scores are scaled already, as --save map writes them, and are kept")
+    if any(said):
+        noting(quiet)(f"{map_}: for {image}, {'; '.join(filter(None, said))}")

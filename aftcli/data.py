@@ -23,7 +23,9 @@ from torch import Tensor
 from aftcli.core.cam import normalise, upsample
 from aftcli.core.classifier import Preprocessing
 from aftcli.data_files import reason
+from aftcli.data_maps import already_scaled, place_of
 from aftcli.errors import AftError
+from aftcli.frames import Turn, turn_of
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -146,6 +148,16 @@ def read_image(path: str | Path) -> Image.Image:
         return _rgb(image)
 
 
+def read_turn(path: Path) -> Turn:
+    """Read how a picture is turned upright.
+
+    Raises:
+        AftError: as `read_image`.
+    """
+    with open_picture(path) as image:
+        return turn_of(image)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
@@ -241,7 +253,8 @@ def read_map(path: Path) -> Tensor:
         path: `.npy`, `.npz` with one array, or a grey picture.
 
     Returns:
-        The map, shape (h, w), float64, scaled to magnitudes of at most 1.
+        The map, shape (h, w), float64, scaled to magnitudes of at most 1; one that is scaled and
+        stretched already, as `--save map` writes it, is as it was.
 
     Raises:
         AftError: the file is missing, damaged or of another kind, or its array is not a
@@ -260,6 +273,8 @@ def read_map(path: Path) -> Tensor:
     values = array.astype(np.float64, copy=False)
     if not np.isfinite(values).all():
         raise AftError(f"{path}: the map has values that are NaN or infinite")
+    if already_scaled(torch.from_numpy(values)):
+        return torch.from_numpy(values)
     # To [-1, 1]: the span of finite float64 values may not be finite, nor they in float32.
     return torch.from_numpy(values / max(values.max(), -values.min(), np.finfo(float).tiny))
 
@@ -330,30 +345,57 @@ def _check_shape(shape: tuple[int, ...], path: Path) -> None:
 
 
 def fit_map(
-    values: Tensor, x: Tensor, size: tuple[int, int], view: View, absolute: bool = False
+    values: Tensor,
+    x: Tensor,
+    size: tuple[int, int],
+    view: View,
+    absolute: bool = False,
+    turn: Turn | None = None,
 ) -> Tensor:
     """Turn a map of any size and scale into I at the input's size.
 
     Args:
-        values: the map, shape (h, w). One of the picture's own size lies on the picture and is
-            cropped with it; any other covers what the model sees.
+        values: the map, shape (h, w), of what the model sees or of the whole picture, as its size
+            or aspect ratio says (`aftcli.data_maps.place_of`).
         x: inputs, shape (1, 3, H, W).
-        size: width and height of the picture.
+        size: width and height of the picture, upright.
         view: what of the picture the model sees.
         absolute: take magnitudes; by default negatives become zero.
+        turn: the stored picture; default one that EXIF does not turn.
 
     Returns:
         I, shape (1, H, W), in [0, 1].
     """
+    turn = turn or Turn(size)
     values = values.abs() if absolute else values.relu()
-    if values.shape == (size[1], size[0]) and values.shape != x.shape[2:]:
-        left, top, right, bottom = (round(edge) for edge in view.box(size))
-        values = values[max(top, 0) : max(bottom, top + 1), max(left, 0) : max(right, left + 1)]
-    attribution = normalise(values[None])
     high, wide = x.shape[2:]
+    frame = place_of((values.shape[1], values.shape[0]), (wide, high), turn).frame
+    if frame in ("shown", "stored"):
+        values = turn.upright_grid(values) if frame == "stored" else values
+        values = _seen(values, size, view)
+    elif values.shape == x.shape[2:] and already_scaled(values):
+        return values[None].to(x)
+    attribution = normalise(values[None])
     if attribution.shape[1] > high or attribution.shape[2] > wide:
         shrunk = F.interpolate(
             attribution[None], (high, wide), mode="bilinear", align_corners=False, antialias=True
         )
         return shrunk[0].clamp(0, 1).to(x)
     return upsample(attribution, x).to(x)
+
+
+def _seen(values: Tensor, size: tuple[int, int], view: View) -> Tensor:
+    """What the model sees of a map of the whole picture, which is upright."""
+    high, wide = values.shape
+    left, top, right, bottom = view.crop
+    if (wide, high) != size and (wide < view.scaled[0] or high < view.scaled[1]):
+        # Cropped to whole cells, a coarse map would not lie where the picture does.
+        across = (torch.arange(left, right) + 0.5) * 2 / view.scaled[0] - 1
+        down = (torch.arange(top, bottom) + 0.5) * 2 / view.scaled[1] - 1
+        places = torch.stack(torch.meshgrid(across, down, indexing="xy"), -1).to(values)
+        sampled = F.grid_sample(
+            values[None, None], places[None], padding_mode="border", align_corners=False
+        )
+        return sampled[0, 0]
+    left, top, right, bottom = (round(edge) for edge in view.box((wide, high)))
+    return values[max(top, 0) : max(bottom, top + 1), max(left, 0) : max(right, left + 1)]

@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 from xml.etree import ElementTree
 
@@ -25,6 +27,8 @@ VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
     "person pottedplant sheep sofa train tvmonitor".split()
 )
+YEAR = re.compile(r"VOC\d{4}", re.IGNORECASE)
+MOST_SAID = 20  # images that are left out are named, of more only their number
 LONGEST = 200  # bytes of a name in a list of VOC; systems allow 255 with the ending
 
 
@@ -90,7 +94,7 @@ class DataSet:
     def areas(self, index: int) -> list[float]:
         """Share of the picture that each class covers; only VOC pictures show several."""
         if self.kind == "voc":
-            return _voc_areas(self.root, Path(self.samples[index].name).stem, self.named)
+            return _voc_areas(self.root, Path(self.samples[index].name).stem, self.named)[0]
         return []
 
     def limited(self, count: int | None) -> DataSet:
@@ -238,10 +242,32 @@ def _map_to_model(names: Sequence[str], classes: Classes) -> list[int] | None:
 
 
 def _voc_root(path: Path) -> Path | None:
+    """The folder of Pascal VOC, which is, or lies below, the one that was named; None if none is.
+
+    Raises:
+        AftError: there are several, or one without lists of segmentations.
+    """
     for below in ("", "VOC2012", "VOCdevkit/VOC2012"):
-        if (path / below / "ImageSets" / "Segmentation").is_dir():
+        if _has_lists(path / below):
             return path / below
-    return None
+    above = [folder for folder in (path, path / "VOCdevkit") if folder.is_dir()]
+    years = sorted(p for folder in above for p in folder.iterdir() if YEAR.fullmatch(p.name))
+    found = [p for p in [path, *years] if (p / "JPEGImages").is_dir()]
+    found = [p for p in found if (p / "Annotations").is_dir() or (p / "ImageSets").is_dir()]
+    listed = [p for p in found if _has_lists(p)]
+    if len(listed) > 1:
+        names = ", ".join(p.name for p in listed)
+        raise AftError(f"{path}: holds several data sets of VOC ({names}); name one of them")
+    if found and not listed:
+        raise AftError(
+            f"{found[0]}: is Pascal VOC without ImageSets/Segmentation; put train.txt and val.txt "
+            "there, with the name of a picture without its ending on each line"
+        )
+    return listed[0] if listed else None
+
+
+def _has_lists(root: Path) -> bool:
+    return (root / "ImageSets" / "Segmentation").is_dir()
 
 
 def _open_voc(root: Path, split: str, classes: Classes, named: Path) -> DataSet:
@@ -251,36 +277,95 @@ def _open_voc(root: Path, split: str, classes: Classes, named: Path) -> DataSet:
         known = ", ".join(sorted(p.stem for p in lists.glob("*.txt")))
         raise AftError(f"{root}: has no segmentation list {split!r}; there are {known}")
     labels = _map_to_model(list(VOC_CLASSES), classes)
-    samples = []
+    samples: list[Sample] = []
+    left_out: dict[str, str] = {}
+    mixed: list[str] = []
     try:
         stems = sorted(read_text(listed).split())
     except (OSError, ValueError) as error:
         raise AftError(f"{listed}: can't be read as a list ({reason(error)})") from error
-    for stem in stems:
+    for stem in dict.fromkeys(stems):
         if Path(stem).name != stem or len(os.fsencode(stem)) > LONGEST or "\0" in stem:
             raise AftError(f"{listed}: {stem[:80]!r} is not the name of a picture")
-        areas = _voc_areas(root, stem, named)
-        own = max(range(len(areas)), key=areas.__getitem__) if any(areas) else 0
-        samples.append(Sample(f"JPEGImages/{stem}.jpg", labels[own] if labels else own))
+        name = f"JPEGImages/{stem}.jpg"
+        try:
+            areas, others = _voc_areas(root, stem, named)
+            own = _largest(areas, others, stem)
+        except AftError as error:
+            left_out[name] = str(error).removeprefix(f"{root}: ")
+        else:
+            samples.append(Sample(name, labels[own] if labels else own))
+            mixed += [f"{_listed(others)} in {stem}"] if others else []
+    if left_out and not samples:
+        first = next(iter(left_out.values()))
+        raise AftError(f"{listed}: lists no picture that can be used; {first}")
     names = classes.names if labels else VOC_CLASSES
-    return DataSet("voc", root, split, names, labels is not None, samples)
+    twice = len(stems) - len(samples) - len(left_out)
+    notes = tuple(_voc_notes(listed, twice, mixed, left_out))
+    return DataSet("voc", root, split, names, labels is not None, samples, notes=notes)
 
 
-def _voc_areas(root: Path, stem: str, named: Path | None) -> list[float]:
-    """Share of the picture that each of the 20 classes covers, by segmentation, else by boxes."""
+def _voc_notes(
+    listed: Path, twice: int, mixed: Sequence[str], left_out: Mapping[str, str]
+) -> Iterator[str]:
+    if twice:
+        yield f"{listed}: {twice} lines repeat a picture; each picture counts once"
+    if mixed:
+        yield (
+            f"{listed}: {len(mixed)} pictures also show classes that are none of VOC's 20 (first: "
+            f"{mixed[0]}), which count for nothing"
+        )
+    for name, why in list(left_out.items())[:MOST_SAID]:
+        yield f"left out {name}: {why}"
+    if len(left_out) > MOST_SAID:
+        yield f"left out {len(left_out) - MOST_SAID} more"
+
+
+def _largest(areas: list[float], others: set[str], stem: str) -> int:
+    """The class of VOC that covers most of a picture.
+
+    Raises:
+        AftError: none covers any of it.
+    """
+    if not any(areas):
+        shown = f", only {_listed(others)}; give it one of them, or make class folders"
+        raise AftError(f"{stem} shows none of VOC's 20 classes{shown if others else ''}")
+    return max(range(len(areas)), key=areas.__getitem__)
+
+
+def _listed(names: set[str]) -> str:
+    return shorten(", ".join(sorted(names)), 80, placeholder=" ...")
+
+
+def _voc_areas(root: Path, stem: str, named: Path | None) -> tuple[list[float], set[str]]:
+    """Share of the picture that each of the 20 classes covers, by segmentation, else by boxes.
+
+    Also the names of other classes that it shows.
+    """
     segmentation = inside(root, f"SegmentationClass/{stem}.png", named)
     annotation = inside(root, f"Annotations/{stem}.xml", named)
     try:
         if segmentation.is_file():
             with open_picture(segmentation) as image:
                 counts = image_labels(image, segmentation).histogram()
-            return [count / sum(counts) for count in counts[1:21]]
+            others = {f"class {i}" for i, count in enumerate(counts[21:255], 21) if count}
+            return [count / sum(counts) for count in counts[1:21]], others
         return _box_areas(read_xml(annotation))
     except (OSError, ValueError) as error:
         raise AftError(
             f"{root}: {stem} has neither a readable segmentation nor readable boxes "
             f"({reason(error)})"
         ) from error
+
+
+def voc_class(name: str) -> int | None:
+    """The place of a class in VOC_CLASSES; None of another one.
+
+    >>> voc_class("Dining table")
+    10
+    """
+    plain = re.sub(r"[\s_-]", "", name).lower()
+    return VOC_CLASSES.index(plain) if plain in VOC_CLASSES else None
 
 
 def image_labels(segmentation: Image.Image, path: Path) -> Image.Image:
@@ -297,22 +382,25 @@ def image_labels(segmentation: Image.Image, path: Path) -> Image.Image:
     return segmentation
 
 
-def _box_areas(root: ElementTree.Element) -> list[float]:
+def _box_areas(root: ElementTree.Element) -> tuple[list[float], set[str]]:
     def number(node: ElementTree.Element, name: str) -> float:
         value = float(node.findtext(name, ""))
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} is {value}")
         return value
 
-    areas = [0.0] * len(VOC_CLASSES)
+    areas, others = [0.0] * len(VOC_CLASSES), set()
     size = root.find("size")
     whole = number(size, "width") * number(size, "height") if size is not None else 0
     for item in root.iter("object"):
         name, box = item.findtext("name", ""), item.find("bndbox")
-        if name in VOC_CLASSES and box is not None:
+        place = voc_class(name)
+        if place is None:
+            others.add(repr(name))
+        elif box is not None:
             wide = number(box, "xmax") - number(box, "xmin")
             high = number(box, "ymax") - number(box, "ymin")
             if min(wide, high) < 0:
                 raise ValueError(f"a box of {name} ends before it begins")
-            areas[VOC_CLASSES.index(name)] += wide * high / max(whole, 1)
-    return areas
+            areas[place] += wide * high / max(whole, 1)
+    return areas, others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class Plan:
         overwrite: compute anew.
         block: images stored at a time; default by the number of images.
         accelerate: makes classifiers fast (`aftcli.engine`).
+        note: is told what was assumed of the images' objects.
     """
 
     maskings: tuple[str, ...] = tuple(MASKINGS)
@@ -51,6 +53,7 @@ class Plan:
     overwrite: bool = False
     block: int | None = None
     accelerate: Accelerate = as_it_is
+    note: Callable[[str], None] = warnings.warn
 
 
 class Step(NamedTuple):
@@ -97,7 +100,7 @@ def evaluate_study(
     """
     plan, processes = plan or Plan(), processes or Processes()
     folder = make_folder(run / "results")
-    objects = Objects(study.data_set, study.f.preprocessing)
+    objects = Objects(study.data_set, study.f.preprocessing, plan.note)
     known_in = folder / f".contents-{processes.index}.json"
 
     def contents() -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +20,21 @@ from torch import Tensor
 from aftcli.core.classifier import Preprocessing
 from aftcli.data import View, open_picture, view_of
 from aftcli.data_files import read_xml, reason
-from aftcli.datasets import VOC_CLASSES, DataSet, image_labels
+from aftcli.datasets import DataSet, image_labels, voc_class
 from aftcli.errors import AftError
 from aftcli.files import inside
+from aftcli.frames import Box, Size, Turn, turn_of
 
 EDGES = ("x1", "y1", "x2", "y2")
+SIDES = ("width", "height")
 VOID = 255  # the borders of objects in a segmentation of VOC
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom, pixels of the picture
+
+class Listed(NamedTuple):
+    """A box, and the width and height of the picture that it was drawn in; None if not said."""
+
+    box: Box
+    size: Size | None
 
 
 class Regions(NamedTuple):
@@ -47,19 +55,27 @@ class Objects:
     """The objects of a data set: VOC's annotations, or SPLIT_boxes.csv beside the split's folder.
 
     The csv has the columns `file,x1,y1,x2,y2`: the image below the split's folder, and a box of
-    an object of its label in the picture's pixels, both ends included.
+    an object of its label in the picture's pixels, both ends included. Columns `width,height` say
+    which picture these are pixels of, where EXIF turns it: the stored or the shown one.
 
     Args:
         data_set: the images.
         preprocessing: of the model, which sees a part of each.
+        note: is told what was assumed.
 
     Raises:
         AftError: the csv can't be read.
     """
 
-    def __init__(self, data_set: DataSet, preprocessing: Preprocessing) -> None:
-        self.data_set, self.preprocessing = data_set, preprocessing
+    def __init__(
+        self,
+        data_set: DataSet,
+        preprocessing: Preprocessing,
+        note: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.data_set, self.preprocessing, self.note = data_set, preprocessing, note
         self._listed = _read_boxes(self.table) if self.table else {}
+        self._assumed: set[tuple[str, str]] = set()
 
     @cached_property
     def table(self) -> Path | None:
@@ -106,26 +122,32 @@ class Objects:
         if not boxes:
             return Regions()
         with open_picture(self.data_set.path(index)) as image:
-            view = view_of(image.size, self.preprocessing)
-            return Regions(_covered(boxes, image.size, view))
+            turn = turn_of(image)
+        assert self.table
+        upright = self._upright(boxes, turn, self.table, index)
+        return Regions(_covered(upright, turn.shown, view_of(turn.shown, self.preprocessing)))
 
     def _voc(self, index: int, class_index: int) -> Regions:
-        name = VOC_CLASSES[self._voc_class(class_index)]
+        names = self.data_set.classes
+        wanted = voc_class(names[class_index].split(",")[0]) if class_index < len(names) else None
+        if wanted is None:
+            return Regions()
         annotation, segmentation = self._annotations(index)
         boxes, seen, counted = None, None, None
         try:
             with open_picture(self.data_set.path(index)) as image:
-                size = image.size
-            view = view_of(size, self.preprocessing)
+                turn = turn_of(image)
+            view = view_of(turn.shown, self.preprocessing)
             if annotation.is_file():
-                found = list(_voc_boxes(read_xml(annotation), name))
-                boxes = _covered(found, size, view) if found else None
+                found = list(_voc_boxes(read_xml(annotation), wanted))
+                upright = self._upright(found, turn, annotation, index)
+                boxes = _covered(upright, turn.shown, view) if found else None
             if segmentation.is_file():
                 with open_picture(segmentation) as image:
-                    whole = image_labels(image, segmentation)
+                    whole = self._shown(image, turn, segmentation, index)
                     scaled = whole.resize(view.scaled, Image.Resampling.NEAREST)
                     labels = np.asarray(scaled.crop(view.crop))
-                region = torch.from_numpy(labels == 1 + VOC_CLASSES.index(name))
+                region = torch.from_numpy(labels == 1 + wanted)
                 if region.any():
                     seen, counted = region, torch.from_numpy(labels != VOID)
         except (OSError, ValueError) as error:
@@ -134,13 +156,47 @@ class Objects:
             ) from error
         return Regions(boxes, seen, counted)
 
-    def _voc_class(self, class_index: int) -> int:
-        name = self.data_set.classes[class_index].split(",")[0].strip().lower().replace(" ", "_")
-        return VOC_CLASSES.index(name) if name in VOC_CLASSES else class_index
+    def _upright(self, boxes: list[Listed], turn: Turn, path: Path, index: int) -> list[Box]:
+        """Boxes of a file in pixels of the shown picture."""
+        return [
+            turn.box(box) if self._is_stored(size, turn, path, index, "boxes") else box
+            for box, size in boxes
+        ]
+
+    def _shown(self, image: Image.Image, turn: Turn, path: Path, index: int) -> Image.Image:
+        """A segmentation that lies as the shown picture."""
+        own = turn_of(image)
+        labels = image_labels(image, path)
+        if own.orientation != 1:
+            return labels if image.format == "TIFF" else own.upright(labels)
+        stored = self._is_stored(labels.size, turn, path, index, "segmentation")
+        return turn.upright(labels) if stored else labels
+
+    def _is_stored(self, size: Size | None, turn: Turn, path: Path, index: int, what: str) -> bool:
+        """Decide by an annotation's own size whether it is of the stored picture."""
+        if turn.orientation == 1:
+            return True
+        name, boxes = self.data_set.samples[index].name, what == "boxes"
+        frames = turn.frames_of(size, same=boxes) if size else ("stored", "shown")
+        if size and not frames:
+            stored, shown = (f"{w} x {h}" for w, h in (turn.stored, turn.shown))
+            raise AftError(
+                f"{path}: its {what} {'are' if boxes else 'is'} of {size[0]} x {size[1]} pixels, "
+                f"but {name} has {stored} as stored and {shown} as EXIF turns it; make it fit one "
+                "of them"
+            )
+        why = "of a size that fits both ways" if size else "without a width and height"
+        if len(frames) == 2 and (what, why) not in self._assumed:
+            self._assumed.add((what, why))
+            self.note(
+                f"{path}: the {what} of {name}, which EXIF turns, {'are' if boxes else 'is'} {why} "
+                "and taken as of its stored pixels; so are others like it"
+            )
+        return "stored" in frames
 
 
-def _read_boxes(path: Path) -> dict[str, list[Box]]:
-    boxes: dict[str, list[Box]] = defaultdict(list)
+def _read_boxes(path: Path) -> dict[str, list[Listed]]:
+    boxes: dict[str, list[Listed]] = defaultdict(list)
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file)
@@ -149,7 +205,8 @@ def _read_boxes(path: Path) -> dict[str, list[Box]]:
                 raise KeyError(min(missing))
             for row in rows:
                 left, top, right, bottom = _edges(row[k] for k in EDGES)
-                boxes[row["file"]].append((left, top, right + 1, bottom + 1))
+                size = _size(row.get(side) for side in SIDES)
+                boxes[row["file"]].append(Listed((left, top, right + 1, bottom + 1), size))
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise AftError(
             f"{path}: can't be read as boxes ({str(error)[:160]!r}); its columns are "
@@ -165,13 +222,24 @@ def _edges(texts: Iterable[str]) -> tuple[float, ...]:
     return edges
 
 
-def _voc_boxes(root: ElementTree.Element, name: str) -> Iterator[Box]:
+def _size(texts: Iterable[str | None]) -> Size | None:
+    """A width and height; None where none is said, as by the zeros that some tools write."""
+    try:
+        width, height = _edges(text or "0" for text in texts)
+    except ValueError:
+        return None
+    return (int(width), int(height)) if min(width, height) > 0 else None
+
+
+def _voc_boxes(root: ElementTree.Element, wanted: int) -> Iterator[Listed]:
+    size = _size(root.findtext(f"size/{side}") for side in SIDES)
     for item in root.iter("object"):
         box = item.find("bndbox")
-        if item.findtext("name") == name and box is not None:
+        if voc_class(item.findtext("name", "")) == wanted and box is not None:
             edges = (box.findtext(k, "") for k in ("xmin", "ymin", "xmax", "ymax"))
             left, top, right, bottom = _edges(edges)
-            yield left - 1, top - 1, right, bottom  # VOC counts pixels from 1
+            # VOC counts pixels from 1.
+            yield Listed((left - 1, top - 1, right, bottom), size)
 
 
 def _covered(boxes: list[Box], size: tuple[int, int], view: View) -> Tensor | None:

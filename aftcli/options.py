@@ -26,8 +26,8 @@ MapOption = Annotated[
     typer.Option(
         "--map",
         metavar="FILE",
-        help="Attribution map of any tool: .npy, .npz or a grey picture, any size, any finite "
-        "scale. Default: our own, of --cam.",
+        help="Attribution map of any tool: .npy, .npz or a grey picture, of what the network sees "
+        "or of the whole picture, any size, any finite scale. Default: our own, of --cam.",
     ),
 ]
 AbsoluteOption = Annotated[

@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,13 +39,17 @@ class Wanted(NamedTuple):
 
 
 class How(NamedTuple):
-    """How it is done: decoding processes, images in a pass, anew, without progress, engine."""
+    """How it is done: decoding processes, images in a pass, anew, without progress, engine.
+
+    `note` is told what was assumed.
+    """
 
     workers: int = 1
     batch: int = 16
     overwrite: bool = False
     quiet: bool = False
     accelerate: Accelerate = as_it_is
+    note: Callable[[str], None] = warnings.warn
 
 
 class Found(NamedTuple):
@@ -68,6 +74,7 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
         how.batch,
         how.overwrite,
         accelerate=how.accelerate,
+        note=how.note,
     )
     first = processes.index == 0
     if first and not how.quiet:

@@ -34,6 +34,7 @@ ORDER = [
     "objects",
     "datasets",
     "data",
+    "frames",
     "metrics",
     "measures",
     "core",

@@ -87,7 +87,7 @@ def test_damaged_pictures(place, capfd, name, seed, command):
 def test_damaged_maps(place, capfd, name, seed):
     data, _ = mutants.mutate(MAPS[name], name, random.Random(seed))
     Path(name).write_bytes(data)
-    arguments = ("tft", "photo.png", "--map", name, "--json", "--save", "map")
+    arguments = ("tft", "photo.png", "--map", name, "--json", "--save", "map", "--quiet")
     found = outcome(*arguments, capfd=capfd)
     if found:
         assert 0 <= found[0]["tft"]["area"] <= 1
