@@ -16,8 +16,9 @@ from aftcli import cli_setup as setup
 from aftcli import options as o
 from aftcli import options_values as v
 from aftcli.cli_end import INTERRUPTED, Stopping, flush, what_is_wrong
-from aftcli.cli_images import complain, each_image, find
+from aftcli.cli_images import each_image, find
 from aftcli.errors import AftError
+from aftcli.foreign import complain, say_traceback
 from aftcli.measures import measures
 
 if TYPE_CHECKING:
@@ -438,6 +439,8 @@ def main() -> None:
     """Run the command line; every error ends here."""
     if "--debug" not in sys.argv:
         _silence_libraries()
+    else:
+        sys.excepthook = say_traceback
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     with Stopping() as stopping:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aftcli import __version__
+from aftcli import __version__, foreign
 from aftcli.engine import Accelerate, as_it_is
 from aftcli.evaluate_jobs import Asked, Study, find_studies
 from aftcli.evaluate_run import Measured, Plan, evaluate_study
@@ -19,7 +19,6 @@ from aftcli.evaluate_tables import differences, table1, table2, table3, table4
 from aftcli.evaluate_timing import device_name, table5
 from aftcli.generate import Processes
 from aftcli.measures import VARIANTS, extras_of
-from aftcli.options_values import plain
 from aftcli.report_evaluate import watch
 from aftcli.report_grids import Shown, Tables
 from aftcli.report_progress import progress
@@ -114,9 +113,9 @@ def _timed(study: Study, run: Path, masking: str, how: How) -> Any:  # noqa: ANN
 def _say_broken(measured: list[Measured]) -> None:
     broken = {b.path: b for m in measured for r in m.results.values() for b in r.broken}
     for path, each in list(broken.items())[:20]:
-        print(f"aft: left out {plain(path)}: {plain(each.reason)}", file=sys.stderr)
+        foreign.complain(f"left out {path}: {each.reason}")
     if len(broken) > 20:
-        print(f"aft: left out {len(broken) - 20} more", file=sys.stderr)
+        foreign.complain(f"left out {len(broken) - 20} more")
 
 
 def _settings(run: Path, studies: list[Study], wanted: Wanted) -> dict[str, Any]:
@@ -179,5 +178,5 @@ def write_figures(found: Found, run: Path, shown: Shown, images: list[str], say:
     pictures = draw_all(found.measured, run / "results" / "figures", images, found.maskings)
     page = write_page(run / "results" / "report.html", found.tables, shown, pictures)
     for path in (*(p.path for p in pictures), page):
-        print(f"wrote {plain(str(path))}", file=sys.stdout if say else sys.stderr)
+        foreign.say(f"wrote {path}", aside=not say)
     return page

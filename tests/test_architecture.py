@@ -40,6 +40,7 @@ ORDER = [
     "memory",
     "contents",
     "files",
+    "foreign",
     "errors",
 ]
 # What stays at the edge.
