@@ -7,7 +7,7 @@ import io
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -16,8 +16,9 @@ from aftcli import cli_setup as setup
 from aftcli import options as o
 from aftcli import options_values as v
 from aftcli.cli_end import INTERRUPTED, Stopping, flush, what_is_wrong
-from aftcli.cli_images import complain, each_image, find
-from aftcli.errors import AftError
+from aftcli.cli_images import each_image, find
+from aftcli.errors import AftError, AftWarning
+from aftcli.foreign import complain, say_traceback
 from aftcli.measures import measures
 
 if TYPE_CHECKING:
@@ -444,6 +445,9 @@ def main() -> None:
     """Run the command line; every error ends here."""
     if "--debug" not in sys.argv:
         _silence_libraries()
+    else:
+        sys.excepthook = say_traceback
+    _say_warnings()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     with Stopping() as stopping:
@@ -477,6 +481,30 @@ def _run(stopping: Stopping) -> str | int | None:
         with contextlib.suppress(OSError, AftError):
             flush()
     return 1
+
+
+def _say_warnings() -> None:
+    """Say our own warnings as everything else is said, once each."""
+    usual, said = warnings.showwarning, set[str]()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, AftWarning):
+            if str(message) not in said:
+                complain(str(message))
+            said.add(str(message))
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    # Not "default": libraries that change filters let it forget what was said.
+    warnings.simplefilter("always", AftWarning)
+    warnings.showwarning = show
 
 
 def _silence_libraries() -> None:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
-from aftcli.cli_images import complain
 from aftcli.errors import AftError, first_line
+from aftcli.foreign import complain
 
 INTERRUPTED = 128 + signal.SIGINT  # what typer, and shells, make of Ctrl-C
 GO_ON = ("gen-masks", "finetune", "evaluate")  # commands that store what is done

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from typing import TYPE_CHECKING
 
 import typer
 
-from aftcli import options_values as v
 from aftcli.errors import AftError
+from aftcli.foreign import complain, say_traceback
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,7 +78,7 @@ def each_image(
         except AftError as error:
             problems.append(str(error))
             if debug:
-                traceback.print_exc()
+                say_traceback(*sys.exc_info())
     _finish(results, problems, json)
 
 
@@ -100,10 +99,3 @@ def _finish(results: list[dict[str, Any]], problems: list[str], json: bool) -> N
             complain(problem)
     if problems:
         raise typer.Exit(1)
-
-
-def complain(problem: str) -> None:
-    """Say on stderr what is wrong."""
-    # With stderr closed, print would go to stdout.
-    if sys.stderr is not None:
-        print(f"aft: {v.plain(problem)}", file=sys.stderr)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftcli import options_values as v
-from aftcli.cli_images import complain
 from aftcli.core.registry import METHODS, check_device
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint, check_folder
+from aftcli.foreign import complain
 from aftcli.memory import kept_from_collector
 
 if TYPE_CHECKING:

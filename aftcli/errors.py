@@ -8,6 +8,10 @@ class AftError(Exception):
     """Something the user can put right; the message says what is wrong, where, and what to do."""
 
 
+class AftWarning(UserWarning):
+    """Something that the user should know, though nothing is wrong; the command line says it."""
+
+
 def nearest(word: str, known: Iterable[str], n: int = 5) -> str:
     """Name the known words nearest to a wrong one, for the end of an error message.
 

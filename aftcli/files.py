@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import glob
+import json
 import os
+import platform
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from aftcli.errors import AftError
+from aftcli.errors import AftError, AftWarning
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FOLLOW = "AFT_FOLLOW_LINKS"  # set by who trusts the links in a data set
+HELD = {errno.EACCES, errno.EAGAIN}  # what a lock that another process holds answers
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+LONGEST = 4096  # bytes that are read of a lock
 
 
 def check_folder(path: Path) -> None:
@@ -179,7 +186,8 @@ def make_folder(path: Path) -> Path:
 def locked(target: Path) -> Iterator[None]:
     """Hold a file in the making: a second process on it is refused.
 
-    The lock goes with the process, however it ends.
+    The lock goes with the process, however it ends. Where the file system has no locks, as on NFS
+    or Lustre, a file that names the process takes its place, and AftWarning says so.
 
     Args:
         target: the file; the lock lies beside it, hidden.
@@ -187,22 +195,129 @@ def locked(target: Path) -> Iterator[None]:
     Raises:
         AftError: another process holds it, or the lock can't be written.
     """
-    import fcntl
-
     try:
         lock = open(target.with_name(f".{target.stem}.lock"), "a", opener=_no_link)
     except OSError as error:
-        raise AftError(
-            f"{target}: can't be written ({error.strerror}); make its folder writable, free space "
-            "or choose another --run; the same command goes on where it stopped"
-        ) from error
-    with lock as file:
-        try:
-            # Not flock: forked workers would inherit it and outlive a killed parent.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        raise _unwritable(target, error) from error
+    with lock as file, ExitStack() as held:
+        missing = _without_locks(file.fileno(), target)
+        if missing:
+            warnings.warn(
+                f"{target.parent}: its file system has no locks ({missing}); hidden files "
+                "(.*.held) that name the process take their place",
+                AftWarning,
+                stacklevel=3,
+            )
+            held.enter_context(_own_lock(target))
+        elif _own_lock_of(target).exists():
+            # Another machine may have mounted the same folder without locks.
+            _clear_stale(_own_lock_of(target), target)
+        yield
+
+
+def _unwritable(target: Path, error: OSError) -> AftError:
+    return AftError(
+        f"{target}: can't be written ({error.strerror}); make its folder writable, free space "
+        "or choose another --run; the same command goes on where it stopped"
+    )
+
+
+def _without_locks(descriptor: int, target: Path) -> str | None:
+    """Take the system's lock; the reason where its file system has none."""
+    import fcntl
+
+    try:
+        # Not flock: forked workers would inherit it and outlive a killed parent.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return error.strerror or str(error)
+        if error.errno in HELD:
             raise AftError(
                 f"{target}: another process is writing this file; wait for it or choose another "
                 "--run"
             ) from error
+        raise AftError(
+            f"{target}: can't be locked ({error.strerror or error}); choose another --run, on "
+            "another disk"
+        ) from error
+    return None
+
+
+def _own_lock_of(target: Path) -> Path:
+    return target.with_name(f".{target.stem}.held")
+
+
+@contextmanager
+def _own_lock(target: Path) -> Iterator[None]:
+    """Hold a file by one that exists while this process works on it."""
+    path = _own_lock_of(target)
+    try:
+        if path.exists():
+            _clear_stale(path, target)
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except FileExistsError:
+        raise _busy(path, target, _read_holder(path)) from None
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump({"host": platform.node(), "pid": os.getpid(), "machine": _machine()}, file)
         yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    """Tell this machine, since it was started, and its numbering of processes from others."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{platform.node()} {int(psutil.boot_time())}"
+
+
+def _read_holder(path: Path) -> dict[str, Any]:
+    """Who holds a file; empty where its lock does not say, or not yet."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(LONGEST))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
+
+
+def _busy(path: Path, target: Path, holder: Mapping[str, Any]) -> AftError:
+    who = f"process {holder['pid']} on {holder.get('host')}" if holder else "another process"
+    return AftError(
+        f"{target}: {who} is writing this file, as {path.name} beside it says; wait for it, or "
+        f"delete {path.name} if that process no longer runs"
+    )
+
+
+def _clear_stale(path: Path, target: Path) -> None:
+    """Remove the own lock of a process that has ended.
+
+    Raises:
+        AftError: the process runs, or on another machine, where this can't be told.
+    """
+    holder = _read_holder(path)
+    if holder.get("machine") != _machine() or psutil.pid_exists(holder["pid"]):
+        raise _busy(path, target, holder)
+    claim = path.with_suffix(".claim")
+    # Two that find it may come here: one removes it, and only what both have read.
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except FileExistsError:
+        raise _busy(claim, target, {}) from None
+    try:
+        if _read_holder(path) == holder:
+            path.unlink()
+    finally:
+        claim.unlink(missing_ok=True)
+    warnings.warn(
+        f"{path}: was left by process {holder['pid']} of this machine, which no longer runs; "
+        "removed",
+        AftWarning,
+        stacklevel=4,
+    )

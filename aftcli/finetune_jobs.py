@@ -16,6 +16,7 @@ from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classes, Classifier
 from aftcli.core.earlier import Earlier, earlier_layers
 from aftcli.core.models import load_classifier, with_new_head
+from aftcli.core.registry import METHODS
 from aftcli.datasets import DataSet, Sample, not_its_classes, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.features import Masks
@@ -224,10 +225,16 @@ def open_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskS
     """Open those of a run's mask stores that there are; arguments as of `find_stores`.
 
     Raises:
-        AftError: one is damaged.
+        AftError: one is damaged, or of an unknown method.
     """
     paths = sorted((run / "masks").glob("*.h5"))
     stores = [MaskStore(path) for path in paths if not path.name.startswith(".")]
+    for store in stores:
+        if store.settings["cam"] not in METHODS:
+            raise AftError(
+                f"{store.path}: its masks are of a method that this aft does not know "
+                f"({store.settings['cam']}); take the file out of the folder"
+            )
     return [
         s
         for s in stores

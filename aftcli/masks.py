@@ -22,7 +22,7 @@ from aftcli.core.cam import stretch
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError, first_line
 from aftcli.loading import Broken
-from aftcli.masks_form import check_form, check_store, check_values, read_settings
+from aftcli.masks_form import check_form, check_store, check_values, open_file, read_settings
 from aftcli.tft import cut_off, mask_of, threshold_map
 
 FORMAT_VERSION = 2
@@ -130,6 +130,19 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def _unreadable(path: Path, what: str, error: Exception) -> AftError:
+    """Say why a store can't be read; one that the system refuses may be whole."""
+    if isinstance(error, OSError) and error.errno:
+        locks = "unset HDF5_USE_FILE_LOCKING" if "lock file" in str(error) else "look at its disk"
+        return AftError(
+            f"{path}: can't be read ({os.strerror(error.errno)}), though it may be whole; make it "
+            f"readable or {locks}, then try again"
+        )
+    return AftError(
+        f"{path}: {what} ({first_line(error)[:120]}); make it again with aft gen-masks --overwrite"
+    )
+
+
 def read_broken(group: h5py.Group) -> list[Broken]:
     """The images that could not be read."""
     paths, reasons = (group[f"broken_{name}"].asstr()[:] for name in ("path", "reason"))
@@ -214,10 +227,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
             raise
         except Exception as error:
             self.close()
-            raise AftError(
-                f"{self.path}: can't be read as a mask store ({first_line(error)[:120]}); make it "
-                "again with aft gen-masks --overwrite"
-            ) from error
+            raise _unreadable(self.path, "can't be read as a mask store", error) from error
 
     @property
     def _file(self) -> h5py.File:
@@ -225,7 +235,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         if os.getpid() not in self._files:
             if not self.path.is_file():
                 raise AftError(f"{self.path}: there is no such mask file; run aft gen-masks")
-            self._files[os.getpid()] = h5py.File(self.path, "r")
+            self._files[os.getpid()] = open_file(self.path, "r")
             self._columns = {}
         return self._files[os.getpid()]
 
@@ -246,10 +256,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
             check_values(rows._asdict())
             return rows
         except (OSError, KeyError, ValueError) as error:
-            raise AftError(
-                f"{self.path}: is damaged ({first_line(error)[:120]}); make it again with "
-                "aft gen-masks --overwrite"
-            ) from error
+            raise _unreadable(self.path, "is damaged", error) from error
 
     def __getitem__(self, index: int) -> MaskRecord:
         """The record of one image."""

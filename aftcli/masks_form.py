@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -46,9 +47,22 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 LAYOUTS = {h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED}
 DEFLATED = 1040  # times its size is the most that deflate makes of data
+FEATURES = ("v110", "v110")  # of HDF5: compact, and readable since 1.10 (2016)
 LONGEST = 2**20  # bytes of an attribute: the names of a thousand classes take 30,000
 MOST_CLASSES = 2**20
 SEAL = "seal"
+
+
+def open_file(path: Path, mode: Literal["r", "w"]) -> h5py.File:
+    """Open a store without HDF5's locks, which fail where the file system has none.
+
+    They are not needed: a store is written under another name and renamed, and never changed.
+
+    Args:
+        path: of the file.
+        mode: read or write.
+    """
+    return h5py.File(path, mode, libver=FEATURES if mode == "w" else None, locking=False)
 
 
 def check_form(file: h5py.File) -> None:

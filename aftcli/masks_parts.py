@@ -17,9 +17,7 @@ from aftcli.errors import AftError
 from aftcli.files import durable
 from aftcli.loading import Broken
 from aftcli.masks import ROWS, Rows, fold_rows, read_broken
-from aftcli.masks_form import SEAL, check_form, read_settings, seal_of
-
-FEATURES = ("v110", "v110")  # of HDF5: compact, and readable since 1.10 (2016)
+from aftcli.masks_form import FEATURES, SEAL, check_form, open_file, read_settings, seal_of
 
 
 def _write_columns(group: h5py.Group, rows: Rows) -> None:
@@ -98,7 +96,7 @@ def join_parts(path: Path, parts: Iterable[Path], settings: Mapping[str, Any]) -
         _require_space(temporary, 2**16 + sum(p.stat().st_size for p in parts if p.exists()))
         broken: list[Broken] = []
         running = hashlib.sha256()
-        with h5py.File(temporary, "w", libver=FEATURES) as file:
+        with open_file(temporary, "w") as file:
             for part in parts:
                 read = read_part(part)
                 if read is None:

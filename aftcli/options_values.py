@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 
 from aftcli.core.registry import named
 from aftcli.errors import AftError, check_name
 
-# Also what reverses the direction of text: a terminal would show another name.
-REVERSING = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-CONTROL = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff{REVERSING}]")
 SAVE = ("overlay", "figure", "map", "mask")
 # The keys of the registries in aftcli.tft and aftcli.report_evaluate, which import torch.
 MASKINGS = ("binary", "soft")
@@ -21,15 +17,6 @@ SEARCHES = ("exact", "fast")
 FORMATS = ("table", "json", "csv", "markdown", "latex")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 TABLES = ("1", "2", "3", "4", "5", "all")
-
-
-def plain(text: str) -> str:
-    r"""Write control characters as escapes: a file's name may hold any, a terminal obeys them.
-
-    >>> print(plain("a\nb"))
-    a\nb
-    """
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def methods(names: list[str] | None) -> list[str]:

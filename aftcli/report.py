@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
@@ -26,7 +25,7 @@ from aftcli.data import View
 from aftcli.errors import AftError
 from aftcli.explanation import Explanation, TftSettings, muted
 from aftcli.files import replacing
-from aftcli.options_values import plain
+from aftcli.foreign import cell, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -305,18 +304,18 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
     sharing = Counter(Path(image).name for image in {result["image"] for result in results})
     for result in results:
         name = Path(result["image"]).name
-        image = plain(name if sharing[name] == 1 else result["image"])
-        named = plain(f"{result['class_name']} ({result['class_index']})")
+        image = name if sharing[name] == 1 else result["image"]
+        named = f"{result['class_name']} ({result['class_index']})"
         cells = [image, result["cam"], named, f"{result['probability']:.4f}"]
         if found := result.get("tft"):
             best = found["thresholds"].index(found["tau"])
             cells += [f"{found['tau']:g}", f"{found['rpi'][best]:.3f}"]
             cells += [f"{found['probability']:.4f}", f"{found['area']:.1%}"]
-        table.add_row(*map(Text, cells))
+        table.add_row(*map(cell, cells))
     console.print(table)
     for result in results:
         for path in result["outputs"].values():
-            console.print(f"wrote {plain(path)}", soft_wrap=True)
+            say(f"wrote {path}")
     print(end="", flush=True)
 
 

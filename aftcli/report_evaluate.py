@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from aftcli.evaluate_run import Measured, Step
+from aftcli.foreign import cell, csv_cell, latex, markdown
 from aftcli.measures_paper import MODELS, TABLE3, TABLE4, TABLE5
 from aftcli.measures_paper import VARIANTS as PAPER_VARIANTS
-from aftcli.options_values import plain
 from aftcli.report_grids import Grid, Shown, Tables, grids
-from aftcli.report_progress import PassesColumn
+from aftcli.report_progress import PassesColumn, PlainColumn
 
 
 def watch(steps: Iterator[Step | Measured], quiet: bool) -> Measured:
     """Run to the end, showing progress on stderr."""
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}", markup=False),
+        PlainColumn(),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -52,15 +52,17 @@ def as_text(tables: Tables, shown: Shown) -> None:
     if not console.is_terminal:
         console.width = 400
     for grid in grids(tables, shown):
-        console.print(grid.title, style="bold", soft_wrap=True)
+        console.print(cell(grid.title, "bold"), soft_wrap=True)
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i, name in enumerate(grid.header):
-            table.add_column(name, justify="left" if i < grid.left else "right", overflow="fold")
+            table.add_column(
+                cell(name), justify="left" if i < grid.left else "right", overflow="fold"
+            )
         for row in grid.rows:
-            table.add_row(*(Text(plain(c.text), "bold" if c.bold else "") for c in row))
+            table.add_row(*(cell(c.text, "bold" if c.bold else "") for c in row))
         console.print(table)
         if grid.note:
-            console.print(grid.note, soft_wrap=True)
+            console.print(cell(grid.note), soft_wrap=True)
         console.print()
     print(end="", flush=True)
 
@@ -148,12 +150,16 @@ def as_csv(tables: Tables, shown: Shown) -> None:
     for table in names:
         for record in document.get(table, []):
             for line in _long(table, record):
-                writer.writerow({"table": table, **line})
+                writer.writerow({"table": table, **_cells(line)})
     for table, records in document.get("paper", {}).items():
         for record in records:
             for line in _long(table, record):
-                writer.writerow({"table": f"paper {table}", **line})
+                writer.writerow({"table": f"paper {table}", **_cells(line)})
     sys.stdout.flush()
+
+
+def _cells(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: csv_cell(value) for name, value in line.items()}
 
 
 def _long(table: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -194,32 +200,24 @@ def as_markdown(tables: Tables, shown: Shown) -> None:
 def markdown_lines(made: Sequence[Grid]) -> Iterator[str]:
     """Tables as lines of Markdown."""
     for grid in made:
-        yield f"**{_escaped(grid.title)}**"
+        yield f"**{markdown(grid.title)}**"
         yield ""
-        yield f"| {' | '.join(map(_escaped, grid.header))} |"
+        yield f"| {' | '.join(map(markdown, grid.header))} |"
         yield f"|{'|'.join('---' if i < grid.left else '--:' for i in range(len(grid.header)))}|"
         for row in grid.rows:
-            cells = (f"**{_escaped(c.text)}**" if c.bold else _escaped(c.text) for c in row)
+            cells = (f"**{markdown(c.text)}**" if c.bold else markdown(c.text) for c in row)
             yield f"| {' | '.join(cells)} |"
         if grid.note:
             yield ""
-            yield _escaped(grid.note)
+            yield markdown(grid.note)
         yield ""
 
 
-def _escaped(text: str) -> str:
-    return plain(text).replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
-
-
-LATEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-}
+TIMES = re.compile(r"\(x(?=\d|\\textgreater)")  # before a factor
 
 
 def _latex(text: str) -> str:
-    return "".join(LATEX.get(c, c) for c in plain(text)).replace("(x", r"($\times$")
+    return TIMES.sub(r"($\\times$", latex(text))
 
 
 def as_latex(tables: Tables, shown: Shown) -> None:

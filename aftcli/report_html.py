@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 
 from aftcli.files import durable
-from aftcli.options_values import plain
+from aftcli.foreign import html
 from aftcli.report_figures import Picture
 from aftcli.report_grids import Grid, Shown, Tables, grids
 
@@ -50,20 +49,22 @@ def _page(tables: Tables, shown: Shown, pictures: Sequence[Picture]) -> Iterator
     title = "aft: " + ", ".join(f"{s['model']} on {s['dataset']}" for s in studies)
     yield '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    yield f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>"
-    yield f"<h1>{_text(title)}</h1>"
-    yield f"<p>Made by <code>{_text(tables.settings.get('command', 'aft evaluate'))}</code></p>"
+    yield f"<title>{html(title)}</title><style>{STYLE}</style></head><body>"
+    yield f"<h1>{html(title)}</h1>"
+    yield f"<p>Made by <code>{html(tables.settings.get('command', 'aft evaluate'))}</code></p>"
     for grid in grids(tables, shown):
         yield from _table(grid)
     if pictures:
         yield "<h2>Figures</h2>"
     for picture in pictures:
         data = base64.b64encode(picture.path.read_bytes()).decode()
-        caption = _text(picture.caption)
+        caption = html(picture.caption)
         yield f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
         yield f"<figcaption>{caption}</figcaption></figure>"
     yield "<h2>Settings</h2>"
-    yield f"<pre>{_text(json.dumps(tables.settings, indent=2), lines=True)}</pre>"
+    # JSON has no line breaks but its own.
+    settings = "\n".join(map(html, json.dumps(tables.settings, indent=2).splitlines()))
+    yield f"<pre>{settings}</pre>"
     yield "</body></html>"
 
 
@@ -72,19 +73,15 @@ def _table(grid: Grid) -> Iterator[str]:
         kind = ' class="text"' if i < grid.left else ""
         return f"<{name}{kind}>{text}</{name}>"
 
-    yield f'<h2>{_text(grid.title)}</h2><div class="wide"><table>'
-    heads = (tag(i, "th", _text(name)) for i, name in enumerate(grid.header))
+    yield f'<h2>{html(grid.title)}</h2><div class="wide"><table>'
+    heads = (tag(i, "th", html(name)) for i, name in enumerate(grid.header))
     yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
     for row in grid.rows:
         cells = (
-            tag(i, "td", f"<b>{_text(c.text)}</b>" if c.bold else _text(c.text))
+            tag(i, "td", f"<b>{html(c.text)}</b>" if c.bold else html(c.text))
             for i, c in enumerate(row)
         )
         yield f"<tr>{''.join(cells)}</tr>"
     yield "</tbody></table></div>"
     if grid.note:
-        yield f'<p class="note">{_text(grid.note)}</p>'
-
-
-def _text(text: str, lines: bool = False) -> str:
-    return escape("\n".join(map(plain, text.splitlines())) if lines else plain(text))
+        yield f'<p class="note">{html(grid.note)}</p>'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,16 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from aftcli.core.classifier import Classes
 from aftcli.errors import AftError
+from aftcli.foreign import cell, complain, say
 from aftcli.generate import Done, Processes
 from aftcli.loading import Broken
 from aftcli.masks import MaskStore
-from aftcli.report_progress import PassesColumn
+from aftcli.report_progress import PassesColumn, PlainColumn
 from aftcli.tft import first_maximum, raised
 
 
@@ -116,7 +115,7 @@ def watch(steps: Iterator[Done], total: int, processes: Processes, quiet: bool) 
     console = Console(stderr=True)
     share = -(-total // processes.count)
     bar = Progress(
-        TextColumn("{task.description}"),
+        PlainColumn(),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
@@ -155,11 +154,11 @@ def print_stores(paths: list[Path], watched: Watched, json_: bool) -> None:
     else:
         _print_summaries(summaries)
         if speed:
-            print(f"{watched.images} images in {watched.seconds:.0f} s, {speed:.2f} images/s")
+            say(f"{watched.images} images in {watched.seconds:.0f} s, {speed:.2f} images/s")
     for broken in summaries[0].broken[:20]:
-        print(f"aft: left out {broken.path}: {broken.reason}", file=sys.stderr)
+        complain(f"left out {broken.path}: {broken.reason}")
     if len(summaries[0].broken) > 20:
-        print(f"aft: left out {len(summaries[0].broken) - 20} more", file=sys.stderr)
+        complain(f"left out {len(summaries[0].broken) - 20} more")
 
 
 def show_store(path: Path, json_: bool) -> None:
@@ -180,11 +179,11 @@ def show_store(path: Path, json_: bool) -> None:
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     for key, value in settings.items():
-        table.add_row(key, escape(_shown(value)))
+        table.add_row(cell(key), cell(_shown(value)))
     _console().print(table)
     _print_summaries([summary])
     for broken in summary.broken:
-        print(f"left out {broken.path}: {broken.reason}")
+        say(f"left out {broken.path}: {broken.reason}")
 
 
 def _damaged(path: Path, what: str) -> AftError:
@@ -235,9 +234,9 @@ def _print_summaries(summaries: list[StoreSummary]) -> None:
     for s in summaries:
         figures = (f"{s.tau:.3f}", f"{s.raised:.1%}", f"{s.rpi:.4f}", f"{s.probability:.4f}")
         counts = (str(s.images), str(len(s.broken)))
-        table.add_row(s.cam, *counts, *figures, f"{s.bytes_per_image:.0f}", escape(str(s.path)))
-    console = _console()
-    console.print(table)
+        row = (s.cam, *counts, *figures, f"{s.bytes_per_image:.0f}", s.path)
+        table.add_row(*map(cell, row))
+    _console().print(table)
     labels = summaries[0].labels
     if len(labels) <= 30:
         synonyms = summaries[0].synonyms
@@ -246,7 +245,7 @@ def _print_summaries(summaries: list[StoreSummary]) -> None:
         )
     else:
         counted = f"{len(labels)} with {min(labels.values())} to {max(labels.values())} images each"
-    console.print(f"classes: {counted}", highlight=False, markup=False, soft_wrap=True)
+    say(f"classes: {counted}")
 
 
 def _console() -> Console:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from aftcli.foreign import cell
+
 T = TypeVar("T")
 SLOW = 2.0  # seconds after which the passes of what is in work are shown
 
@@ -41,11 +43,22 @@ class PassesColumn(ProgressColumn):
         return Text(f"{count:,} passes" if count and slow else "", "dim")
 
 
+class PlainColumn(TextColumn):
+    """A column of text from elsewhere: the task's description, or another format of the task."""
+
+    def __init__(self, text_format: str = "{task.description}") -> None:
+        super().__init__(text_format)
+
+    def render(self, task: Task) -> Text:
+        """Show it as it is, without markup and control characters."""
+        return cell(self.text_format.format(task=task))
+
+
 def progress(items: Iterable[T], what: str, total: int, quiet: bool) -> Iterable[T]:
     """Show progress on stderr while the items are worked on; nothing without a terminal."""
     console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}", markup=False),
+        PlainColumn(),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TimeRemainingColumn(),

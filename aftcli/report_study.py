@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aftcli import __version__
+from aftcli import __version__, foreign
 from aftcli.engine import Accelerate, as_it_is
 from aftcli.evaluate_jobs import Asked, Study, find_studies
 from aftcli.evaluate_run import Measured, Plan, evaluate_study
@@ -21,7 +21,6 @@ from aftcli.evaluate_tables import differences, seen, table1, table2, table3, ta
 from aftcli.evaluate_timing import device_name, table5
 from aftcli.generate import Processes
 from aftcli.measures import VARIANTS, extras_of
-from aftcli.options_values import plain
 from aftcli.report_evaluate import watch
 from aftcli.report_grids import Shown, Tables
 from aftcli.report_progress import progress
@@ -79,7 +78,7 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
     first = processes.index == 0
     if first and not how.quiet:
         for text in dict.fromkeys(note for study in studies for note in study.data_set.notes):
-            print(f"aft: {plain(text)}", file=sys.stderr)
+            foreign.complain(text)
     measured = []
     if wanted.figures or {3, 4} & set(wanted.tables):
         for study in studies:
@@ -125,9 +124,9 @@ def _timed(study: Study, run: Path, masking: str, how: How) -> Any:  # noqa: ANN
 def _say_broken(measured: list[Measured]) -> None:
     broken = {b.path: b for m in measured for r in m.results.values() for b in r.broken}
     for path, each in list(broken.items())[:20]:
-        print(f"aft: left out {plain(path)}: {plain(each.reason)}", file=sys.stderr)
+        foreign.complain(f"left out {path}: {each.reason}")
     if len(broken) > 20:
-        print(f"aft: left out {len(broken) - 20} more", file=sys.stderr)
+        foreign.complain(f"left out {len(broken) - 20} more")
 
 
 def _settings(run: Path, studies: list[Study], wanted: Wanted) -> dict[str, Any]:
@@ -190,5 +189,5 @@ def write_figures(found: Found, run: Path, shown: Shown, images: list[str], say:
     pictures = draw_all(found.measured, run / "results" / "figures", images, found.maskings)
     page = write_page(run / "results" / "report.html", found.tables, shown, pictures)
     for path in (*(p.path for p in pictures), page):
-        print(f"wrote {plain(str(path))}", file=sys.stdout if say else sys.stderr)
+        foreign.say(f"wrote {path}", aside=not say)
     return page

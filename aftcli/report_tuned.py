@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 
 from aftcli.aft_training import Epoch, Measured, Step
 from aftcli.files import durable
 from aftcli.finetune import Begun, Cached, Event, Note, Tuned
 from aftcli.finetune_defaults import situation_of
-from aftcli.options_values import plain
+from aftcli.foreign import cell, say
+from aftcli.report_progress import PlainColumn
 
 
 class _Watch:
@@ -26,10 +25,10 @@ class _Watch:
     def __init__(self, quiet: bool) -> None:
         self.quiet, self.console = quiet, Console(stderr=True, highlight=False)
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            PlainColumn(),
             BarColumn(bar_width=8),  # a line of 80 columns has the losses too
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+            PlainColumn("{task.fields[losses]}"),
             console=self.console,
             transient=True,
             disable=quiet or not self.console.is_terminal,
@@ -48,7 +47,7 @@ class _Watch:
         elif isinstance(event, Begun):
             self._close()
             self.begun = event
-            for line in _beginning(event).splitlines():
+            for line in _beginning(event):
                 self._say(line)
             for broken in event.broken[:20]:
                 self._say(f"left out {broken.path}: {broken.reason}")
@@ -77,7 +76,7 @@ class _Watch:
 
     def _say(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(plain(text), markup=False, soft_wrap=True)
+            self.console.print(cell(text), soft_wrap=True)
 
 
 def watch(events: Iterator[Event], quiet: bool) -> list[Tuned]:
@@ -92,7 +91,7 @@ def watch(events: Iterator[Event], quiet: bool) -> list[Tuned]:
     return tuned
 
 
-def _beginning(begun: Begun) -> str:
+def _beginning(begun: Begun) -> tuple[str, str]:
     job = begun.job
     head = f" and a new head of {len(job.f.classes)} classes" if job.new_head else ""
     tuner = "" if job.masks is None else " and the tuner"
@@ -100,7 +99,8 @@ def _beginning(begun: Begun) -> str:
     layers = ", ".join([*(job.earlier.names if job.earlier else ()), job.f.layer_name])
     return (
         f"{job.name}: training {layers}{head}, what follows it{tuner} on {begun.train} "
-        f"images, {begun.held_out} held out{goes_on}\n{_recipe(begun)}"
+        f"images, {begun.held_out} held out{goes_on}",
+        _recipe(begun),
     )
 
 
@@ -156,10 +156,10 @@ def print_tuned(tuned: list[Tuned], exported: list[Path], json_: bool) -> None:
     console.print(_table(results))
     for each, result in zip(tuned, results, strict=True):
         done = "there already" if each.before else "wrote"
-        console.print(f"{done} {escape(plain(result['path']))}", soft_wrap=True)
-        console.print(f"{done} {escape(plain(result['figure']))}", soft_wrap=True)
+        say(f"{done} {result['path']}")
+        say(f"{done} {result['figure']}")
     for path in exported:
-        console.print(f"wrote {escape(plain(str(path)))}", soft_wrap=True)
+        say(f"wrote {path}")
 
 
 def _table(results: list[dict[str, Any]]) -> Table:
@@ -179,8 +179,8 @@ def _table(results: list[dict[str, Any]]) -> Table:
                 new = when == "before" and card["new_head"]
                 mask = where == "val" or card["cam"] is None or when == "before"
                 table.add_row(
-                    card["model"],
-                    card["cam"] or "control",
+                    cell(card["model"]),
+                    cell(card["cam"] or "control"),
                     title,
                     str(m["images"]),
                     str(epoch),
@@ -225,7 +225,8 @@ def draw_losses(path: Path, card: dict[str, Any]) -> None:
         ax.set_xlabel("epoch")
         ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize=7)
-    figure.suptitle(f"{card['model']}, {card['cam'] or 'control'}", fontsize=10)
+    title = f"{card['model']}, {card['cam'] or 'control'}"
+    figure.suptitle(title, fontsize=10, parse_math=False)
     figure.savefig(path, format="png")
 
 
@@ -238,7 +239,7 @@ def export(path: Path) -> Path:
     from aftcli.serving import export_onnx
 
     target = path.with_suffix(".onnx")
-    print(f"exporting {plain(str(target))}", file=sys.stderr)
+    say(f"exporting {target}", aside=True)
     with durable(target) as temporary:
         export_onnx(path, temporary)
     return target

@@ -41,6 +41,7 @@ ORDER = [
     "memory",
     "contents",
     "files",
+    "foreign",
     "errors",
 ]
 # What stays at the edge.

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stored import generate, make_images, small_float
 
+from aftcli import foreign
 from aftcli import options_values as v
 from aftcli.data import read_image, read_map
 from aftcli.data_files import read_classes, read_xml
@@ -140,7 +141,7 @@ def test_any_text_as_thresholds(text):
     try:
         values = v.thresholds(text)
     except AftError as error:
-        assert v.plain(str(error)).count("\n") == 0
+        assert foreign.plain(str(error)).count("\n") == 0
     else:
         assert values and all(0 <= value <= 1 for value in values)
         assert all(a < b for a, b in zip(values, values[1:], strict=False))
@@ -153,7 +154,7 @@ def test_any_range_of_thresholds(start, length, step, text):
     values = v.thresholds(f"{start}:{stop}:{step}")
     assert values[0] == pytest.approx(start, abs=1e-9)
     assert values[-1] <= stop < values[-1] + step * (1 + 1e-5) + 1e-9
-    assert not set(v.plain(text)) & set("\n\r\x1b\x7f\u2028\u202e\ud800")
+    assert not set(foreign.plain(text)) & set("\n\r\x1b\x7f\u2028\u202e\ud800")
 
 
 def test_a_step_that_ends_beside_the_stop_does_not_pass_it():
