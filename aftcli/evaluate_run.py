@@ -12,6 +12,7 @@ import torch
 
 from aftcli import metrics
 from aftcli.contents import content_hash
+from aftcli.core.networks import outside_inference_mode
 from aftcli.core.registry import METHODS
 from aftcli.engine import Accelerate, as_it_is
 from aftcli.errors import AftError
@@ -73,6 +74,7 @@ class Measured(NamedTuple):
     reused: bool
 
 
+@outside_inference_mode
 def evaluate_study(
     study: Study, run: Path, plan: Plan | None = None, processes: Processes | None = None
 ) -> Iterator[Step | Measured]:

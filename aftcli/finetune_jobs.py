@@ -16,6 +16,7 @@ from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.earlier import Earlier, earlier_layers
 from aftcli.core.models import load_classifier, with_new_head
+from aftcli.core.networks import outside_inference_mode
 from aftcli.datasets import DataSet, Sample, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.features import Masks
@@ -212,6 +213,7 @@ def check_made_for(store: MaskStore, f: Classifier) -> None:
         )
 
 
+@outside_inference_mode
 def mask_job(
     store: MaskStore,
     f: Classifier,
@@ -307,6 +309,7 @@ def kept_image(
     return masked_image(x, muted, FILLS[fill](f, x))
 
 
+@outside_inference_mode
 def control_job(
     f: Classifier,
     data: Path,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from aftcli.core.checkpoint import card_classes, read_card, restore
 from aftcli.core.classifier import Classes, Classifier, Preprocessing, cut_classifier
+from aftcli.core.networks import outside_inference_mode
 from aftcli.core.registry import check_device
 from aftcli.errors import AftError, first_line, nearest
 from aftcli.files import check_checkpoint
@@ -284,6 +285,7 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(first_line(error), 120, placeholder="...")
 
 
+@outside_inference_mode
 def load_classifier(
     name: str | None = None,
     checkpoint: str | Path | None = None,
@@ -372,6 +374,7 @@ def _tuned(
     return f
 
 
+@outside_inference_mode
 def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Classifier:
     """Give a classifier an output for each of other classes; all other weights stay.
 
