@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ class Job:
 class Source(NamedTuple):
     """Where classifiers come from; see `load_classifier`. None is what the masks say.
 
-    `earlier` are layers before `layer` that are tuned with it.
+    `earlier` are layers before `layer` that are tuned with it; `note` as there.
     """
 
     model: str | None = None
@@ -70,11 +71,12 @@ class Source(NamedTuple):
     classes: tuple[str, ...] | None = None
     device: torch.device | str = "cpu"
     earlier: tuple[str, ...] = ()
+    note: Callable[[str], None] = warnings.warn
 
     def load(self) -> Classifier:
         """Load the classifier."""
-        name, checkpoint, layer, classes, device, _ = self
-        return load_classifier(name, checkpoint, layer, classes=classes, device=device)
+        name, checkpoint, layer, classes, device, _, note = self
+        return load_classifier(name, checkpoint, layer, classes=classes, device=device, note=note)
 
     def of_masks(self, made: dict[str, Any]) -> Source:
         """The classifier that masks were made with, but for what was asked for."""
