@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from aftcli.aft import AftSettings, Features, Outputs
 from aftcli.core.cam import normalise
 from aftcli.core.classifier import Classifier
 from aftcli.core.earlier import Earlier
+from aftcli.core.networks import copied
 from aftcli.core.registry import METHODS, method
 from aftcli.core.tuner import Tuner
 from aftcli.errors import AftError
@@ -35,9 +35,7 @@ class Tail(nn.Module):
     ) -> None:
         super().__init__()
         # Together: parameters that parts share stay shared.
-        self.layer, self.head, between = copy.deepcopy(
-            (f.layer, f.head, earlier.parts if earlier else ())
-        )
+        self.layer, self.head, between = copied((f.layer, f.head, earlier.parts if earlier else ()))
         self.between = nn.ModuleList(between)
         self.taken = earlier.taken if earlier else ()
         shapes = [*(earlier.shapes if earlier else ()), f.activation_shape]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from aftcli.aft import (
 from aftcli.aft_tail import Tail, check_trainable, with_parts
 from aftcli.core.classifier import Classifier
 from aftcli.core.earlier import Earlier
+from aftcli.core.networks import copied
 from aftcli.errors import AftError
 
 
@@ -390,7 +390,7 @@ class Training:
         Args:
             cam: the method whose masks it was tuned with.
         """
-        layer, head = copy.deepcopy((self.tail.layer, self.tail.head))
+        layer, head = copied((self.tail.layer, self.tail.head))
         layer, head = layer.to(self.f.device), head.to(self.f.device)
         f = with_parts(self.f, self._stem(), layer, head, self.f.activation_shape)
         f.cam = cam
@@ -400,7 +400,7 @@ class Training:
         """What is before l; where earlier layers are tuned, with their weights."""
         if not len(self.tail.between):
             return self.f.stem
-        stem = copy.deepcopy(self.f.stem)
+        stem = copied(self.f.stem)
         weights = stem.state_dict()
         for part in self.tail.between:
             weights |= part.state_dict()  # under the names of the uncut model

@@ -90,7 +90,7 @@ def explain(
     accelerate = setup.engine(engine, precision, quiet)
     found = find(images, out, json)
     settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
-    f = setup.classifier(model, checkpoint, classes, layer, device)
+    f = setup.classifier(model, checkpoint, classes, layer, device, quiet)
     methods = setup.methods(f, cam, "layercam")
     targets = setup.targets(f, target, top_k)
     setup.advise(methods if tft else [], threshold_mode, cells, quiet)
@@ -153,7 +153,7 @@ def tft(
     from aftcli.report import write_outputs
 
     values = read_map(map_) if map_ else None
-    f = setup.classifier(model, checkpoint, classes, layer, device)
+    f = setup.classifier(model, checkpoint, classes, layer, device, quiet)
     targets = setup.targets(f, target, top_k)
     methods = setup.methods(f, cam, "gradcam") if values is None else ["map"]
     setup.advise(methods, threshold_mode, cells, quiet)
@@ -217,7 +217,7 @@ def gen_masks(
     settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
     processes, device = setup.processes(device)
     accelerate = setup.engine(engine, precision, quiet or processes.index > 0)
-    f = setup.classifier(model, checkpoint, classes, layer, device)
+    f = setup.classifier(model, checkpoint, classes, layer, device, quiet or processes.index > 0)
 
     from aftcli import generate, report_masks
     from aftcli.datasets import open_data_set
@@ -338,7 +338,7 @@ def finetune(
     *earlier, last = layer or [""]
     names = setup.names(classes)
     source = finetune_jobs.Source(
-        model, checkpoint, last or None, names, accelerator.device, tuple(earlier)
+        model, checkpoint, last or None, names, accelerator.device, tuple(earlier), note=note
     )
     keep_freed_memory()
     if no_masks:
@@ -408,7 +408,9 @@ def evaluate(
 
     wanted = report_study.Wanted(tables, columns, maskings, baselines, sanity, figures)
     processes, device = setup.processes(device)
-    source = Source(model, checkpoint, layer, setup.names(classes), setup.device(device))
+    note = setup.noting(quiet or processes.index > 0)
+    names, where = setup.names(classes), setup.device(device)
+    source = Source(model, checkpoint, layer, names, where, note=note)
     asked = Asked(
         source,
         cams,

@@ -102,13 +102,19 @@ def settings(
 
 @kept_from_collector()
 def classifier(
-    model: str | None, checkpoint: Path | None, classes: Path | None, layer: str | None, device: str
+    model: str | None,
+    checkpoint: Path | None,
+    classes: Path | None,
+    layer: str | None,
+    device: str,
+    quiet: bool,
 ) -> Classifier:
     """The classifier that was asked for, on its device."""
     from aftcli.core.models import find_device, load_classifier
 
     where = find_device(device)
-    return load_classifier(model, checkpoint, layer, classes=names(classes), device=where)
+    named, note = names(classes), noting(quiet)
+    return load_classifier(model, checkpoint, layer, classes=named, device=where, note=note)
 
 
 def engine(name: str, precision: str, quiet: bool) -> Accelerate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from aftcli.core.classifier import Classifier
+from aftcli.core.networks import copied, with_plain_weights
 
 Pass = Callable[[Tensor], Tensor]
 
@@ -79,7 +79,7 @@ def folded(part: nn.Module) -> nn.Module:
 
     Where torch.fx can't trace it, the copy is as it was.
     """
-    part = copy.deepcopy(part).eval()
+    part = with_plain_weights(copied(part)).eval()
     try:
         graph = _Tracer().trace(part)
     except Exception:  # noqa: BLE001 - what can't be traced is run as it is

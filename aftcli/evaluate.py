@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aftcli import metrics
 from aftcli.core.cam import class_score, map_of
-from aftcli.core.classifier import Classifier
+from aftcli.core.classifier import Classifier, probabilities
 from aftcli.core.registry import METHODS
 from aftcli.explanation import TftSettings
 from aftcli.metrics_road import road
@@ -111,7 +111,7 @@ class _Maps:
         return _Maps(self.f, self.cam, x, class_index, probability, index, attribution, regions)
 
     def probability_of(self, x: Tensor) -> Tensor:
-        return class_score(self.f(x).float().softmax(1), self.class_index)
+        return class_score(probabilities(self.f(x).float()), self.class_index)
 
 
 def passes(wanted: Wanted, units: int) -> int:
@@ -147,7 +147,7 @@ def measure_batch(
     """
     x = images.x
     activation = f.activation(x)
-    probability, class_index = f.head(activation).float().softmax(1).max(1)
+    probability, class_index = probabilities(f.head(activation).float()).max(1)
     regions = [
         images.regions(int(i), int(c)) for i, c in zip(images.index, class_index, strict=True)
     ]
@@ -259,7 +259,7 @@ def _of_map(maps: _Maps, muting: Muting, wanted: Wanted) -> Columns:
     if "adcc" in wanted.extras:
         x_hat = masked_image(x, shown, torch.zeros_like(x))
         activation = f.activation(x_hat)
-        y_hat = class_score(f.head(activation).float().softmax(1), c)
+        y_hat = class_score(probabilities(f.head(activation).float()), c)
         of_masked = muting.of(map_of(f, activation, c, x_hat, maps.cam, wanted.cells))
         drop = metrics.drop(y_hat, maps.probability)
         found["coherency"] = metrics.coherency(shown, of_masked)

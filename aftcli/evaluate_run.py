@@ -14,6 +14,7 @@ import torch
 
 from aftcli import metrics
 from aftcli.contents import GONE, content_hash, contents_of
+from aftcli.core.networks import outside_inference_mode
 from aftcli.core.registry import METHODS
 from aftcli.engine import Accelerate, as_it_is
 from aftcli.errors import AftError
@@ -81,6 +82,7 @@ class Measured(NamedTuple):
     seen: Mapping[tuple[str, str | None], int] = MappingProxyType({})
 
 
+@outside_inference_mode
 def evaluate_study(
     study: Study, run: Path, plan: Plan | None = None, processes: Processes | None = None
 ) -> Iterator[Step | Measured]:

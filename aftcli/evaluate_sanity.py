@@ -6,7 +6,6 @@ maps of a network that knows nothing must not look like those of the trained one
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torchmetrics.functional.regression import spearman_corrcoef
 from aftcli.contents import content_hash
 from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
+from aftcli.core.networks import copied
 from aftcli.evaluate_jobs import Study, Variant, some_inputs
 from aftcli.evaluate_store import ResultFile
 from aftcli.explanation import TftSettings
@@ -79,7 +79,7 @@ def randomised(f: Classifier, seed: int = SEED) -> Iterator[Stage]:
         The stages; the same network, more of it random each time.
     """
     generator = torch.Generator().manual_seed(seed)
-    f = copy.deepcopy(f)
+    f = copied(f)
     stem = list(f.stem.parameters())[::-1]
     size = -(-len(stem) // STEM_PARTS) or 1
     parts = [stem[i : i + size] for i in range(0, len(stem), size)]

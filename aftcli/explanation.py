@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from aftcli.core.cam import map_of
-from aftcli.core.classifier import Classifier
+from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.inputs import check_shape, class_indices, first_activation
+from aftcli.core.networks import outside_inference_mode
 from aftcli.core.registry import METHODS
+from aftcli.errors import AftError
 from aftcli.tft import THRESHOLDS, TftResult, cut_off, fine_tune_threshold, threshold_map
 
 
@@ -65,11 +68,12 @@ def passes(
     return 1 + classes * (len(methods) * searched + perturbed)
 
 
+@outside_inference_mode
 def explain(
     f: Classifier,
     x: Tensor,
     methods: Sequence[str],
-    targets: Sequence[int] = (),
+    targets: Sequence[int] | int = (),
     top_k: int = 1,
     settings: TftSettings | None = None,
     cells: bool = False,
@@ -80,7 +84,7 @@ def explain(
         f: the classifier.
         x: the input, shape (1, 3, H, W).
         methods: keys of METHODS.
-        targets: classes to explain; by default the predicted ones.
+        targets: classes to explain, or one; by default the predicted ones.
         top_k: how many predicted classes.
         settings: search thresholds with these; None for plain maps.
         cells: average maps of pixels over the activation's cells.
@@ -89,12 +93,13 @@ def explain(
         One explanation for each method and class, method by method.
 
     Raises:
-        AftError: see `scaled_map` and `fine_tune_threshold`.
+        AftError: x is no single image, a class is out of range, the network has one output
+            only, or see `scaled_map` and `fine_tune_threshold`.
     """
+    activation = first_activation(f, x, 1)
     with torch.no_grad():
-        activation = f.activation(x)
-        y = f.head(activation).float().softmax(1)[0]
-    classes = torch.tensor(targets, device=x.device) if targets else y.topk(top_k).indices
+        y = probabilities(f.head(activation).float())[0]
+    classes = _explained(f, y, targets, top_k)
     count = len(classes)
     x_c, activation_c = x.expand(count, -1, -1, -1), activation.expand(count, -1, -1, -1)
     maps = [map_of(f, activation_c, classes, x_c, method, cells) for method in methods]
@@ -104,11 +109,12 @@ def explain(
     return [replace(each, cells=cells) for each in found]
 
 
+@outside_inference_mode
 def explain_map(
     f: Classifier,
     x: Tensor,
     attribution: Tensor,
-    targets: Sequence[int] = (),
+    targets: Sequence[int] | int = (),
     top_k: int = 1,
     settings: TftSettings | None = None,
 ) -> list[Explanation]:
@@ -122,12 +128,23 @@ def explain_map(
         top_k: see `explain`.
         settings: see `explain`.
     """
+    check_shape(x, 1)
     with torch.no_grad():
-        y = f(x).float().softmax(1)[0]
-    classes = torch.tensor(targets, device=x.device) if targets else y.topk(top_k).indices
+        y = probabilities(f(x).float())[0]
+    classes = _explained(f, y, targets, top_k)
     count = len(classes)
     maps = attribution.expand(count, -1, -1)
     return _search(f, x, maps, ["map"] * count, classes, y, settings)
+
+
+def _explained(f: Classifier, y: Tensor, targets: Sequence[int] | int, top_k: int) -> Tensor:
+    """Classes that are asked for, otherwise those with the largest probabilities y, shape (C,)."""
+    given = [targets] if isinstance(targets, int) else list(targets)
+    if given:
+        return class_indices(f, given, len(given), y.device)
+    if not 0 < top_k <= len(y):
+        raise AftError(f"top_k must lie in 1..{len(y)}, the classes of {f.name}; got {top_k}")
+    return y.topk(top_k).indices
 
 
 def _search(

@@ -29,7 +29,8 @@ from aftcli.aft_tail import check_trainable
 from aftcli.aft_training import Epoch, Measured, State, Step, Training
 from aftcli.contents import content_hash, contents_of, pack, stamp_of, unpack
 from aftcli.core.checkpoint import card_classes, checkpoint_of, read_card
-from aftcli.core.classifier import Classifier, tensors_hash
+from aftcli.core.classifier import Classifier, check_several, tensors_hash
+from aftcli.core.networks import outside_inference_mode
 from aftcli.datasets import DataSet, validation_of
 from aftcli.errors import AftError
 from aftcli.features import Cache, CachedExamples, Masks, check_cache, choose_cache
@@ -240,6 +241,7 @@ def _seal(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 Event = Begun | Cached | Note | Step | Epoch | Tuned
 
 
+@outside_inference_mode
 def fine_tune(
     jobs: Sequence[Job],
     run: Path,
@@ -282,6 +284,7 @@ def _tune(
     accelerator: Accelerator,
     caches: dict[str, Cache],
 ) -> Iterator[Event]:
+    check_several(len(job.f.classes))
     check_trainable(settings, job.cam)
     files = _Files(run, job, _identity(job, settings, options, accelerator, run))
     first = accelerator.process_index == 0

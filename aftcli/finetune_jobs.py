@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classes, Classifier
 from aftcli.core.earlier import Earlier, earlier_layers
 from aftcli.core.models import load_classifier, with_new_head
+from aftcli.core.networks import outside_inference_mode
 from aftcli.core.registry import METHODS
 from aftcli.datasets import DataSet, Sample, not_its_classes, open_data_set, spread
 from aftcli.errors import AftError
@@ -65,7 +67,7 @@ class Source(NamedTuple):
     """Where classifiers come from; see `load_classifier`. None is what the masks say.
 
     `earlier` are layers before `layer` that are tuned with it; `known` are names that were given
-    for the classes before, such as a mask store's.
+    for the classes before, such as a mask store's; `note` as there.
     """
 
     model: str | None = None
@@ -75,11 +77,12 @@ class Source(NamedTuple):
     device: torch.device | str = "cpu"
     earlier: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
+    note: Callable[[str], None] = warnings.warn
 
     def load(self) -> Classifier:
         """Load the classifier."""
-        name, checkpoint, layer, classes, device, _, known = self
-        f = load_classifier(name, checkpoint, layer, classes=classes, device=device)
+        name, checkpoint, layer, classes, device, _, known, note = self
+        f = load_classifier(name, checkpoint, layer, classes=classes, device=device, note=note)
         if classes is None and len(known) == len(f.classes):
             f.classes = Classes(known)
         return f
@@ -290,6 +293,7 @@ def check_made_for(store: MaskStore, f: Classifier) -> None:
         )
 
 
+@outside_inference_mode
 def mask_job(
     store: MaskStore,
     f: Classifier,
@@ -479,6 +483,7 @@ def kept_image(
     return masked_image(x, muted, FILLS[fill](f, x))
 
 
+@outside_inference_mode
 def control_job(
     f: Classifier,
     data: Path,

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from aftcli import __version__
 from aftcli.core.cam import scaled_map, upsample
-from aftcli.core.classifier import Classifier
+from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.networks import outside_inference_mode
 from aftcli.datasets import DataSet
 from aftcli.errors import AftError
 from aftcli.explanation import TftSettings
@@ -108,7 +109,7 @@ def tune_batch(
     """
     count = len(x)
     activation = f.activation(x)
-    y, class_index = f.head(activation).float().softmax(1).max(1)
+    y, class_index = probabilities(f.head(activation).float()).max(1)
     # What is kept is searched: I by cells, also of a method whose map has pixels.
     maps = [scaled_map(f, activation, class_index, x, method, cells=True) for method in methods]
     low = torch.cat(maps)
@@ -261,6 +262,7 @@ def spans_of(count: int, block: int | None = None) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+@outside_inference_mode
 def generate_masks(
     f: Classifier,
     data_set: DataSet,

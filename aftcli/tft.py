@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from aftcli.core import rounding
-from aftcli.core.classifier import Classifier
+from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.inputs import check_shape, class_indices
+from aftcli.core.networks import outside_inference_mode
 from aftcli.errors import AftError, check_name
 
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(11))
@@ -313,7 +315,7 @@ def masked_probabilities(
     for n, t in (part.unbind(1) for part in places.split(BATCH) if len(part)):
         weight = MASKINGS[masking](threshold_map(attribution[n], cut[n, t]))
         image = owner[n]
-        rows.append(f(masked_image(x[image], weight, filled[image])).float().softmax(1))
+        rows.append(probabilities(f(masked_image(x[image], weight, filled[image])).float()))
     if not rows:
         return y[:, None].repeat(1, cut.shape[1])
     source = source.to(x.device)
@@ -358,11 +360,12 @@ SEARCHES: dict[str, Callable[[Score, Tensor, int], Tensor]] = {
 }
 
 
+@outside_inference_mode
 def fine_tune_threshold(
     classifier: Classifier,
     x: Tensor,
     attribution: Tensor,
-    class_index: Tensor,
+    class_index: Tensor | int,
     thresholds: Sequence[float] = THRESHOLDS,
     masking: str = "binary",
     fill: str = "mean",
@@ -380,7 +383,7 @@ def fine_tune_threshold(
         classifier: f.
         x: inputs, shape (N, 3, H, W), normalised.
         attribution: I, shape (N, H, W), in [0, 1].
-        class_index: c, shape (N,), of each map.
+        class_index: c, shape (N,), of each map; a number for one map.
         thresholds: T, increasing, in [0, 1].
         masking: "binary", x_hat = M_tau * x (the text), or "soft", x_hat = I_tau * x (the
             authors' code).
@@ -396,26 +399,28 @@ def fine_tune_threshold(
         equal up to rounding the first counts, so where no threshold helps tau* is the first of T.
 
     Raises:
-        AftError: thresholds are out of range or order, a name is unknown, or shapes disagree.
+        AftError: thresholds are out of range or order, a name is unknown, shapes disagree, a
+            class is out of range, or the network has one output only.
     """
     check_settings(thresholds, masking, fill, mode, search)
+    check_shape(x)
     owner = torch.arange(len(x), device=x.device) if owner is None else owner
     count = len(owner)
-    if attribution.shape != (count, *x.shape[2:]) or class_index.shape != (count,):
+    if attribution.shape != (count, *x.shape[2:]):
         raise AftError(
-            f"attribution must have shape {(count, *x.shape[2:])} and class_index "
-            f"{(count,)}, got {tuple(attribution.shape)} and {tuple(class_index.shape)}"
+            f"attribution must have shape {(count, *x.shape[2:])}, got {tuple(attribution.shape)}"
         )
+    classes = class_indices(classifier, class_index, count, attribution.device)
     cut = cut_off(attribution, attribution.new_tensor(thresholds), mode)
     if probability is None:
         with torch.no_grad():
-            y = classifier(x).float().softmax(1)
-        probability = y[owner, class_index]
+            y = probabilities(classifier(x).float())
+        probability = y[owner, classes]
 
     def score(steps: Tensor) -> Tensor:
         some = cut.gather(1, steps)
         return masked_probabilities(
-            classifier, x, attribution, some, class_index, probability, owner, masking, fill
+            classifier, x, attribution, some, classes, probability, owner, masking, fill
         )
 
     y_hat = SEARCHES[search](score, probability, len(thresholds))

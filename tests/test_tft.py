@@ -11,6 +11,7 @@ from compare import assert_near
 from small import MEAN, SIZE, STD, small
 
 from aftcli.core.cam import attribution_map
+from aftcli.core.classifier import Classes
 from aftcli.errors import AftError
 from aftcli.tft import (
     FILLS,
@@ -33,7 +34,8 @@ class Counting:
     """A classifier that remembers every image it is asked about."""
 
     def __init__(self, f):
-        self.f, self.preprocessing, self.images = f, f.preprocessing, []
+        self.f, self.preprocessing, self.classes = f, f.preprocessing, f.classes
+        self.images = []
 
     def __call__(self, x):
         self.images += list(x.clone())
@@ -42,6 +44,8 @@ class Counting:
 
 class Scripted:
     """A classifier of two classes; the probability of class 0 depends on the image's mean."""
+
+    classes = Classes(("first", "second"))
 
     def __init__(self, probability):
         self.probability = probability

@@ -11,7 +11,6 @@ know none, and leaves the user's network as it is.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import OrderedDict
 from typing import Any, Literal
@@ -37,6 +36,7 @@ from aftcli.attributions.layers import (
     weighted,
 )
 from aftcli.core.classifier import Classifier
+from aftcli.core.networks import computes_weights, copied, with_plain_weights
 from aftcli.errors import AftError, first_line
 
 Part = Literal["all", "head"]
@@ -170,7 +170,10 @@ class _Builder:
         module = self.root.get_submodule(str(node.target))
         if isinstance(module, IDENTITIES):
             return self._skip(node)
-        module = copy.deepcopy(module, dict(self.shared)).requires_grad_(False)
+        if computes_weights(module):
+            module = with_plain_weights(copied(module)).requires_grad_(False)
+        else:
+            module = copied(module, dict(self.shared)).requires_grad_(False)
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
         node.target = node.name

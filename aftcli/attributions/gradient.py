@@ -58,6 +58,11 @@ def _each(attribute: Callable[[Tensor, int], Tensor], x: Tensor, class_index: Te
         return torch.cat([attribute(x_n, c).detach() for x_n, c in pairs])
 
 
+def _in_type_of(f: Classifier, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """F for captum's noisy images, which are float32 or wider, in the type of the inputs x."""
+    return lambda noisy: f(noisy.to(x.dtype))
+
+
 def guided_backpropagation(
     f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
 ) -> Tensor:
@@ -202,7 +207,7 @@ def signed_smooth_grad(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
     """SmoothGrad before the magnitude, shape (N, 3, H, W)."""
     from captum.attr import NoiseTunnel, Saliency
 
-    method = NoiseTunnel(Saliency(f))
+    method = NoiseTunnel(Saliency(_in_type_of(f, x)))
 
     def smooth(x_n: Tensor, c: int) -> Tensor:
         with seeded(x.device):
@@ -242,7 +247,7 @@ def signed_gradient_shap(
     """GradientSHAP before the positive part, shape (N, 3, H, W)."""
     from captum.attr import GradientShap
 
-    method = GradientShap(f)
+    method = GradientShap(_in_type_of(f, x))
     plain = baselines(f, x)
 
     def shap(x_n: Tensor, c: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aftcli.core.cam import class_score, normalise, score_gradient, upsample, weighted_sum
-from aftcli.core.classifier import Classifier
+from aftcli.core.classifier import Classifier, check_several
 
 ITERATIONS = 10
 STEPS = 10  # S of the integrated gradient: images with gradients at a time
@@ -139,7 +139,9 @@ class Masking:
         return m * kept + (1 - m) * other
 
     def _log_probability(self, x: Tensor) -> Tensor:
-        log_p = self.f(x).log_softmax(1)
+        logits = self.f(x)
+        check_several(logits.shape[1])
+        log_p = logits.log_softmax(1)
         return class_score(log_p, self.class_index.expand(len(x)))
 
     def _relative(self, x: Tensor) -> Tensor:

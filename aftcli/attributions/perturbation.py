@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aftcli.core.cam import BATCH
-from aftcli.core.classifier import Classifier
+from aftcli.core.cam import BATCH, wide
+from aftcli.core.classifier import Classifier, probabilities
 
 WINDOW = 1 / 7  # of the side: 32 of 224 pixels, one cell of a 7 x 7 activation
 STRIDE = 1 / 4  # of the window: 625 passes; a half takes 169, but its map correlates 0.91 only
@@ -94,10 +94,10 @@ def rise(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> T
 
     Cost: 2000 forward passes a map, 64 at a time; 64 masks are held (17 MB stretched, 13 MB cut).
     """
-    total = torch.zeros_like(x[:, 0])
-    for masks in rise_masks(x):
+    total = torch.zeros_like(wide(x[:, 0]))
+    for masks in rise_masks(total[:, None]):
         for n, c in enumerate(class_index.tolist()):
-            p = f(x[n] * masks[:, None]).softmax(1)[:, c]
+            p = probabilities(wide(f(x[n] * masks[:, None].to(x))))[:, c]
             total[n] += torch.einsum("i,ihw->hw", p, masks)
     return total / (KEPT * MASKS)
 

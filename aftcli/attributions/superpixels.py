@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aftcli.attributions.gradient import seeded
-from aftcli.core.cam import BATCH, class_score
-from aftcli.core.classifier import Classifier
+from aftcli.core.cam import BATCH, class_score, wide
+from aftcli.core.classifier import Classifier, probabilities
 from aftcli.errors import AftError
 
 # Asked of SLIC, which gives about 40 for a photograph, as quickshift does for the lime package.
@@ -163,7 +163,7 @@ def _by_superpixels(
         def show(z: Floats, x_n: Tensor = x_n, c: int = c, parts: Tensor = parts) -> Floats:
             batches = torch.from_numpy(z).to(x_n).split(BATCH)
             logits = torch.cat([f(x_n * part[:, parts][:, None]) for part in batches])
-            scores = (logits.softmax(1) if probability else logits)[:, c]
+            scores = (probabilities(logits) if probability else logits)[:, c]
             _check_finite(f, scores)
             return scores.double().cpu().numpy()
 
@@ -255,7 +255,7 @@ def _signed_xrai(f: Classifier, c: Tensor, x: Tensor) -> Tensor:
             y = class_score(f((inputs.permute(0, 3, 1, 2) - mean) / std), c.expand(len(inputs)))
             gradient = torch.autograd.grad(y.sum(), inputs)[0]
         _check_finite(f, gradient)
-        return {INPUT_OUTPUT_GRADIENTS: gradient.cpu().numpy()}
+        return {INPUT_OUTPUT_GRADIENTS: wide(gradient).cpu().numpy()}
 
     # The package would stretch a picture of one colour by 1 / 0 before it looks for regions.
     flat = image.min() == image.max()

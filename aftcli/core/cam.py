@@ -15,6 +15,8 @@ from torch import Tensor
 
 from aftcli.core.classifier import Classifier
 from aftcli.core.head import LinearHead
+from aftcli.core.inputs import check_shape, class_indices, first_activation
+from aftcli.core.networks import outside_inference_mode
 from aftcli.core.registry import method as find_method
 from aftcli.errors import AftError
 
@@ -48,6 +50,11 @@ def score_gradient(f: Classifier, activation: Tensor, class_index: Tensor) -> Te
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     """A / b, and 0 where b is 0, in the gradient too."""
     return torch.where(b != 0, a / torch.where(b != 0, b, 1), 0)
+
+
+def wide(values: Tensor) -> Tensor:
+    """Values in float32 where they are in half precision: for long sums and decompositions."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def weighted_sum(alpha: Tensor, activation: Tensor) -> Tensor:
@@ -113,7 +120,7 @@ def eigen_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
 
     A singular vector has no sign of its own; the one with a positive sum of the map is taken.
     """
-    cells = activation.flatten(2).mT
+    cells = wide(activation).flatten(2).mT
     u, s, _ = torch.linalg.svd(cells, full_matrices=False)
     first: Tensor = u[:, :, 0] * s[:, None, 0]
     first = first * torch.where(first.sum(1, keepdim=True) < 0, -1, 1)
@@ -320,15 +327,16 @@ def map_of(
     return upsample(scaled_map(f, activation, class_index, x, method, cells), x)
 
 
+@outside_inference_mode
 def attribution_map(
-    f: Classifier, x: Tensor, class_index: Tensor, method: str, cells: bool = False
+    f: Classifier, x: Tensor, class_index: Tensor | int, method: str, cells: bool = False
 ) -> Tensor:
     """The attribution map I of a method, at the input's size (§2.4, §3.1).
 
     Args:
         f: the classifier.
         x: inputs, shape (N, 3, H, W), normalised as the model wants.
-        class_index: the class explained for each input, shape (N,).
+        class_index: the class explained for each input, shape (N,); a number for one input.
         method: a key of METHODS: gradcam, ablationcam, layercam, lrp, rise, …
         cells: average a map of pixels over the activation's cells, see `to_cells`.
 
@@ -336,8 +344,8 @@ def attribution_map(
         I, shape (N, H, W), in [0, 1]; an all-zero map stays zero.
 
     Raises:
-        AftError: see `scaled_map`.
+        AftError: x is no batch of images, not each has one class of f's, or see `scaled_map`.
     """
-    with torch.no_grad():
-        activation = f.activation(x)
-    return map_of(f, activation, class_index, x, method, cells)
+    check_shape(x)
+    classes = class_indices(f, class_index, len(x), x.device)
+    return map_of(f, first_activation(f, x), classes, x, method, cells)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from aftcli.core.cut import cut, last_layer
 from aftcli.core.head import LinearHead, linear_head
+from aftcli.core.networks import copied, outside_inference_mode, unwrapped
 from aftcli.errors import AftError, nearest
 
 LARGEST = 4096  # pixels of a side that a file may ask for
@@ -179,6 +180,30 @@ def _once(names: Iterable[str]) -> dict[str, int]:
     return {name: index for index, name in enumerate(names) if counts[name] == 1}
 
 
+def probabilities(logits: Tensor) -> Tensor:
+    """Probabilities of classes, shape (N, C), from logits: their softmax (§2.1).
+
+    Raises:
+        AftError: see `check_several`.
+    """
+    check_several(logits.shape[1])
+    return logits.softmax(1)
+
+
+def check_several(classes: int) -> None:
+    """Check that there are classes enough for softmax to say something.
+
+    Raises:
+        AftError: there is one class, which would be certain whatever the network sees.
+    """
+    if classes == 1:
+        raise AftError(
+            "the network has one output, so its class has probability 1 for every image; softmax "
+            "needs two classes or more: train it on as many, or give its last layer a first row of "
+            "zeros (weights and bias), then class 1 has the sigmoid of the old output"
+        )
+
+
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors, their names, shapes and types."""
     digest = hashlib.sha256()
@@ -291,6 +316,7 @@ class Classifier(nn.Module):
         return next(self.parameters()).device
 
 
+@outside_inference_mode
 def cut_classifier(
     model: nn.Module,
     layer: str | None = None,
@@ -303,7 +329,8 @@ def cut_classifier(
     """Cut any CNN of the user's into a Classifier and check that nothing has changed.
 
     Args:
-        model: a network from (N, 3, H, W) to logits (N, C); it is copied, not changed.
+        model: a network from (N, 3, H, W) to logits (N, C); it is copied, not changed. Of
+            DataParallel and torch.compile the network inside is taken.
         layer: where to cut; default the last convolutional layer with spatial extent.
         name: the model's name in results; default its class's name.
         preprocessing: what makes its input; default ImageNet's usual.
@@ -314,9 +341,16 @@ def cut_classifier(
         A classifier in eval mode whose logits equal the model's bit for bit.
 
     Raises:
-        AftError: the layer is unknown or can't be cut, or the parts do not equal the model.
+        AftError: the layer is unknown or can't be cut, the parts do not equal the model, or the
+            model can't be copied.
     """
-    model = (model if own else copy.deepcopy(model)).eval().requires_grad_(False)
+    model = unwrapped(model)
+    if own and any(tensor.is_inference() for tensor in model.state_dict().values()):
+        raise AftError(
+            f"{type(model).__name__} was made in torch.inference_mode(), where nothing has a "
+            "gradient; make it outside, or leave own out for a copy"
+        )
+    model = (model if own else copied(model)).eval().requires_grad_(False)
     preprocessing = preprocessing or Preprocessing()
     layer = layer or last_layer(model, preprocessing.size)
     parts = cut(model, layer)

@@ -7,7 +7,6 @@ model, under the same names.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 
+from aftcli.core.networks import copied, with_history
 from aftcli.errors import AftError, first_line, nearest
 
 
@@ -183,7 +183,9 @@ def _on_meta(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
-    return copy.deepcopy(model, memo).eval()
+    for tensor in with_history(model):
+        memo[id(tensor)] = tensor.detach().to("meta")
+    return copied(model, memo).eval()
 
 
 class _Recorder(fx.Interpreter):
@@ -289,6 +291,8 @@ def last_layer(model: nn.Module, size: tuple[int, int] = (224, 224)) -> str:
     """
     try:
         points = cut_points(model, size)
+    except AftError:
+        raise
     except Exception as error:
         raise AftError(
             f"no layer found at which {type(model).__name__} can be cut ({first_line(error)}); "

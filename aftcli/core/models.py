@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from aftcli.core.checkpoint import card_classes, read_card, restore
 from aftcli.core.classifier import Classes, Classifier, Preprocessing, cut_classifier
+from aftcli.core.networks import outside_inference_mode
 from aftcli.core.registry import check_device
 from aftcli.errors import AftError, first_line, nearest
 from aftcli.files import check_checkpoint
@@ -25,6 +28,11 @@ OFFLINE = (
     f"works offline: --model {DEFAULT_MODEL} (weights installed with the package), or "
     "--checkpoint FILE with a state dict of the model that you have"
 )
+
+# What training frameworks write before a network's own names, one or several.
+PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
+# Heads of torchvision's GoogLeNet and Inception that only its training looks at.
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
 NEW_HEAD_SCALE = 0.01  # of the model's own initial weights; not 0, for a ReLU may follow
 
@@ -176,8 +184,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read a state dict; no code in the file is run.
 
     Args:
-        path: `.safetensors`, or a file of torch.save (read with weights_only=True); wrappers
-            `{"state_dict": …}` and prefixes `module.` are taken off.
+        path: `.safetensors`, or a file of torch.save (read with weights_only=True); a wrapper
+            `{"state_dict": …}` is taken off.
 
     Raises:
         AftError: there is no such file, it is damaged, or it holds no state dict.
@@ -205,7 +213,30 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise AftError(f"{path}: holds no state dict; save model.state_dict()")
     if not all(isinstance(v, Tensor) and _is_dense(v) for v in saved.values()):
         raise AftError(f"{path}: holds other things than dense tensors; save model.state_dict()")
-    return {str(key).removeprefix("module."): value for key, value in saved.items()}
+    return {str(key): value for key, value in saved.items()}
+
+
+def _own_names(
+    saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict under the model's own names, and the prefixes that were taken off.
+
+    Raises:
+        AftError: the file holds weights twice, under different prefixes.
+    """
+    origin: dict[str, str] = {}
+    for key in saved:
+        own = key
+        while own not in expected and own.startswith(PREFIXES):
+            own = own.partition(".")[2]
+        if own in origin:
+            raise AftError(
+                f"{path}: holds {own} twice, as {origin[own]} and as {key}; save the one network "
+                "that is meant"
+            )
+        origin[own] = key
+    prefixes = dict.fromkeys(key.removesuffix(own) for own, key in origin.items())
+    return {own: saved[key] for own, key in origin.items()}, [p for p in prefixes if p]
 
 
 def _check_archive(path: Path) -> None:
@@ -245,8 +276,9 @@ def _class_count(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
 
 def _check_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path, name: str) -> None:
     expected = model.state_dict()
-    # Counters of old checkpoints; they play no part in the output.
-    optional = {key for key in expected if key.endswith("num_batches_tracked")}
+    # Counters of old checkpoints and heads for training; they play no part in the output.
+    unsaved = tuple(head for head in AUXILIARY if not any(k.startswith(head) for k in saved))
+    optional = {k for k in expected if k.endswith("num_batches_tracked") or k.startswith(unsaved)}
     missing = [key for key in expected if key not in saved and key not in optional]
     foreign = [key for key in saved if key not in expected]
     other = [k for k in expected if k in saved and saved[k].shape != expected[k].shape]
@@ -260,9 +292,12 @@ def _check_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path, na
             )
             if keys
         ]
+        common = ".".join(os.path.commonprefix([key.split(".")[:-1] for key in saved]))
+        renamed = common and len(missing) == len(expected) - len(optional)
+        rename = f"all its names begin with '{common}.': take that off, or " if renamed else ""
         raise AftError(
-            f"{path}: is not a checkpoint of {name}: {', '.join(differences)}; pass the --model "
-            "that it was saved from"
+            f"{path}: is not a checkpoint of {name}: {', '.join(differences)}; {rename}pass the "
+            "--model that it was saved from"
         )
 
 
@@ -290,6 +325,7 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(first_line(error), 120, placeholder="...")
 
 
+@outside_inference_mode
 def load_classifier(
     name: str | None = None,
     checkpoint: str | Path | None = None,
@@ -298,6 +334,7 @@ def load_classifier(
     classes: tuple[str, ...] | None = None,
     device: str | torch.device = "cpu",
     weights: bool = True,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Classifier:
     """Load a CNN and cut it at layer l into w0, w1, w2 (§4.2).
 
@@ -311,6 +348,7 @@ def load_classifier(
         classes: class names, literal; default the model's.
         device: where the classifier runs.
         weights: False for random weights, without a download.
+        note: is told what was taken off the names of a state dict's weights.
 
     Returns:
         The classifier, in eval mode, its logits equal to the uncut model's bit for bit.
@@ -326,11 +364,16 @@ def load_classifier(
     if checkpoint is None:
         network = _published(name, source) if weights else source(name, False, None)
     else:
-        saved = read_state_dict(Path(checkpoint))
-        count = _class_count(_sketch(source, name, None), saved)
+        sketch = _sketch(source, name, None)
+        saved, prefixes = _own_names(
+            read_state_dict(Path(checkpoint)), sketch.state_dict(), Path(checkpoint)
+        )
+        count = _class_count(sketch, saved)
         _check_weights(_sketch(source, name, count), saved, Path(checkpoint), name)
         network = source(name, False, count)
         _load_weights(network.model, saved, Path(checkpoint))
+        if prefixes:
+            note(f"{checkpoint}: took {' and '.join(prefixes)} off the names of its weights")
     classifier = _cut(name, network, layer, _given(classes) if classes else network.classes)
     classifier.checkpoint = str(Path(checkpoint).resolve()) if checkpoint else ""
     return classifier.to(device)
@@ -378,6 +421,7 @@ def _tuned(
     return f
 
 
+@outside_inference_mode
 def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Classifier:
     """Give a classifier an output for each of other classes; all other weights stay.
 
