@@ -97,7 +97,8 @@ def explain(
     from aftcli import explanation
     from aftcli.report import write_outputs
 
-    wanted = settings if tft else None
+    settings = setup.at_fixed(settings, cut)
+    wanted = settings if tft or cut else None
 
     def ready(count: int) -> Classifier:
         each = explanation.passes(f, methods, len(targets) or top_k, wanted)
@@ -105,8 +106,9 @@ def explain(
 
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         x = setup.input_of(f, subject)
-        explained = explanation.explain(fast, x, methods, targets, top_k, wanted, cells)
-        return [write_outputs(f, subject, e, kinds, out, cut) for e in explained]
+        asked = (targets, top_k, wanted, cells, bool(cut))
+        explained = explanation.explain(fast, x, methods, *asked)
+        return [write_outputs(f, subject, e, kinds, out) for e in explained]
 
     each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
 
@@ -168,7 +170,7 @@ def tft(
         else:
             attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
             explained = explanation.explain_map(fast, x, attribution, targets, top_k, settings)
-        return [write_outputs(f, subject, e, kinds, out, None) for e in explained]
+        return [write_outputs(f, subject, e, kinds, out) for e in explained]
 
     each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
 

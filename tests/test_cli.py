@@ -496,7 +496,7 @@ def test_json_and_figure_of_an_infinite_rpi(f, folder):
     e = Explanation("layercam", 1, 0.0, map_, tft, (0.0, 0.5))
     picture = read_image(draw("a.png"))
     subject = report.Subject(Path("a.png"), "a", picture, view_of(picture.size, f.preprocessing))
-    written = report.write_outputs(f, subject, e, ("figure", "overlay"), folder, None)
+    written = report.write_outputs(f, subject, e, ("figure", "overlay"), folder)
     found = report.as_dict(f, written, TftSettings((0.0, 0.5)))
     found = json.loads(json.dumps(found, allow_nan=False))
     assert (found["tft"]["tau"], found["tft"]["area"]) == (0.5, 0.5)
