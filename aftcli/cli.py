@@ -16,6 +16,7 @@ from aftcli import cli_setup as setup
 from aftcli import options as o
 from aftcli import options_values as v
 from aftcli.cli_end import INTERRUPTED, Stopping, flush, what_is_wrong
+from aftcli.cli_idle import Command
 from aftcli.cli_images import complain, each_image, find
 from aftcli.errors import AftError
 from aftcli.measures import measures
@@ -48,7 +49,7 @@ def root(
     """See what a convolutional image classifier looked at: CAMs with fine-tuned thresholds."""
 
 
-@app.command()
+@app.command(cls=Command)
 def explain(
     images: o.ImagesArgument,
     model: o.ModelOption = None,
@@ -113,7 +114,7 @@ def explain(
     each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
 
 
-@app.command()
+@app.command(cls=Command)
 def tft(
     image: o.ImageArgument,
     map_: o.MapOption = None,
@@ -175,7 +176,7 @@ def tft(
     each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
 
 
-@app.command()
+@app.command(cls=Command)
 def gen_masks(
     dataset: o.DatasetArgument = None,
     split: o.SplitOption = None,
@@ -249,7 +250,7 @@ def gen_masks(
         report_masks.print_stores(paths, data.classes, watched, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def finetune(
     dataset: o.DatasetArgument = None,
     split: o.SplitOption = None,
@@ -348,7 +349,7 @@ def finetune(
         report_tuned.print_tuned(tuned, exported, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     dataset: o.DatasetArgument = None,
     split: o.SplitOption = None,

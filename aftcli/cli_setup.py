@@ -101,7 +101,7 @@ def settings(
 
 
 def at_fixed(settings: TftSettings, cut: tuple[float, str] | None) -> TftSettings:
-    """The settings with a fixed threshold, (tau, mode), in place of those searched."""
+    """Put a fixed threshold, (tau, mode), in place of those searched."""
     return replace(settings, thresholds=cut[:1], mode=cut[1], search="exact") if cut else settings
 
 

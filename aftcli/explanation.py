@@ -51,7 +51,7 @@ class Explanation:
 
     @property
     def cut(self) -> TftResult | None:
-        """I cut at a threshold, fine-tuned or fixed; None for the plain map."""
+        """Return I cut at a threshold, fine-tuned or fixed; None for the plain map."""
         return self.tft or self.fixed
 
 

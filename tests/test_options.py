@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from command import aft
 from PIL import Image
 from stored import small_float
 
+from aftcli.cli import app
 from aftcli.data import read_image, to_input
+
+COMMANDS = typer.main.get_command(app).commands
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +40,120 @@ def objects(*arguments):
     result = aft(*arguments, "--json")
     assert result.code == 0, result.err
     return json.loads(result.out)
+
+
+def notes(*arguments):
+    """What a command says on stderr, but for the error that ends it."""
+    result = aft(*arguments)
+    lines = result.err.splitlines()
+    return lines if result.code == 0 else lines[:-1]
+
+
+ALONE = [
+    (("--masking", "soft"), "--masking has no effect without --tft, --threshold or --mute"),
+    (("--fill", "black"), "--fill has no effect without --tft, --threshold or --mute"),
+    (
+        ("--thresholds", "0.5", "--search", "fast"),
+        "--thresholds, --search have no effect without --tft",
+    ),
+    (("--threshold-mode", "percentile"), "--threshold-mode has no effect without --tft"),
+    (("--cells", "--cam", "hirescam"), "--cells has no effect on CAMs, which are of cells anyway"),
+]
+
+
+@pytest.mark.parametrize(("options", "note"), ALONE)
+def test_an_option_without_effect_is_named_and_changes_nothing(options, note):
+    result = aft("explain", "a.png", *options, "--json")
+    assert (result.code, result.err) == (0, f"aft: {note}\n")
+    plain = objects("explain", "a.png", *(options[1:] if options[0] == "--cells" else ()))
+    for one, two in zip(json.loads(result.out), plain, strict=True):
+        del one["outputs"], two["outputs"]
+        assert {**one, "cells": None} == {**two, "cells": None}
+    assert aft("explain", "a.png", *options, "--quiet").err == ""
+
+
+MAP = ("tft", "a.png", "--map", "m.npy")
+EVALUATE = ("evaluate", "--run", "none")
+TUNE = ("finetune", "--run", "none")
+NO_EFFECT = [
+    (("tft", "a.png", "--absolute"), ["--absolute has no effect without --map"]),
+    ((*MAP, "--cam", "cam", "--layer", "x"), ["--layer, --cam have no effect with --map"]),
+    (
+        ("gen-masks", ".", "--show", "x.h5", "--limit", "3", "--json"),
+        ["DATASET, --limit have no effect with --show"],
+    ),
+    (
+        (*TUNE, "--no-masks", "--objective", "cam", "--held-out", "0", "--patience", "9"),
+        ["--objective has no effect with --no-masks", "--patience has no effect with --held-out 0"],
+    ),
+    (
+        (*EVALUATE, "--image", "x", "--format", "csv", "--ci", "--json"),
+        [
+            "--image has no effect without --figures",
+            "--format has no effect with --json",
+            "--ci has no effect on JSON and CSV, which always hold the intervals",
+        ],
+    ),
+    (
+        (*EVALUATE, "--table", "1", "--metrics", "adcc", "--paper", "--ci"),
+        [
+            "--metrics has no effect without table 3",
+            "--ci has no effect without table 3 or 4, or --sanity",
+            "--paper has no effect without table 3, 4 or 5",
+        ],
+    ),
+    (
+        (*EVALUATE, "--table", "4", "--masking", "soft", "--baselines"),
+        [
+            "--baselines has no effect without table 3",
+            "--masking has no effect without table 3 or 5, or --sanity, --figures",
+        ],
+    ),
+    (
+        (*EVALUATE, "--table", "2", "--overwrite"),
+        ["--overwrite has no effect without table 3, 4 or 5, or --sanity, --figures"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), NO_EFFECT, ids=lambda each: str(each)[:60])
+def test_options_that_depend_on_others_are_named(arguments, expected):
+    np.save("m.npy", np.random.default_rng(1).random((32, 32)))
+    assert notes(*arguments) == [f"aft: {each}" for each in expected]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("explain", "a.png", "--tft", "--masking", "soft", "--search", "fast", "--fill", "black"),
+        ("explain", "a.png", "--mute", "0", "--masking", "soft", "--fill", "black"),
+        (*MAP, "--absolute", "--masking", "soft"),
+        (*TUNE, "--objective", "cam", "--patience", "9"),
+        (*EVALUATE, "--table", "5", "--masking", "soft", "--overwrite", "--paper"),
+        (*EVALUATE, "--table", "4", "--sanity", "--masking", "soft", "--ci", "--cells"),
+        (*EVALUATE, "--figures", "--image", "x", "--json", "--ci"),
+        (*EVALUATE, "--table", "1", "--paper", "--json"),
+        (*EVALUATE, "--table", "9", "--metrics", "adcc"),
+    ],
+    ids=lambda each: " ".join(each),
+)
+def test_options_with_an_effect_and_defaults_are_not_named(arguments, monkeypatch):
+    monkeypatch.setenv("AFT_ENGINE", "torch")
+    np.save("m.npy", np.random.default_rng(1).random((32, 32)))
+    assert notes(*arguments) == []
+    assert notes("gen-masks", "--show", "x.h5") == []
+
+
+def test_the_table_of_dependent_options_knows_the_commands():
+    from aftcli.cli_idle import IDLE
+
+    assert set(IDLE) <= set(COMMANDS)
+    for name, rules in IDLE.items():
+        known = {p.opts[0] for p in COMMANDS[name].params if p.param_type_name == "option"}
+        assert {option for rule in rules for option in rule.options} <= known | {"DATASET"}
+    options = {p.opts[0] for p in COMMANDS["gen-masks"].params if p.param_type_name == "option"}
+    with_show = {option for rule in IDLE["gen-masks"] for option in rule.options}
+    assert options - with_show == {"--show", "--json", "--quiet", "--debug"}
 
 
 @pytest.mark.parametrize("cut", [("--threshold", "0.4"), ("--mute", "70"), ("--mute", "0")])
