@@ -96,10 +96,16 @@ def explain(
     setup.advise(methods if tft else [], threshold_mode, cells, quiet)
 
     from aftcli import explanation
+    from aftcli import report_names as names
     from aftcli.report import write_outputs
 
     settings = setup.at_fixed(settings, cut)
     wanted = settings if tft or cut else None
+    of_network = names.of_network(model, checkpoint, classes, layer, precision)
+    searched = names.of_search(settings, thresholds) if tft else []
+    called = names.suffixes(
+        [*of_network, *names.of_map(cells=cells)], [*searched, *names.of_threshold(threshold, mute)]
+    )
 
     def ready(count: int) -> Classifier:
         each = explanation.passes(f, methods, len(targets) or top_k, wanted)
@@ -109,7 +115,7 @@ def explain(
         x = setup.input_of(f, subject)
         asked = (targets, top_k, wanted, cells, bool(cut))
         explained = explanation.explain(fast, x, methods, *asked)
-        return [write_outputs(f, subject, e, kinds, out) for e in explained]
+        return [write_outputs(f, subject, e, kinds, out, called) for e in explained]
 
     each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
 
@@ -151,8 +157,14 @@ def tft(
     settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
 
     from aftcli import explanation
+    from aftcli import report_names as names
     from aftcli.data import fit_map, read_map
     from aftcli.report import write_outputs
+
+    of_network = names.of_network(model, checkpoint, classes, layer, precision)
+    called = names.suffixes(
+        [*of_network, *names.of_map(map_, absolute, cells)], names.of_search(settings, thresholds)
+    )
 
     values = read_map(map_) if map_ else None
     f = setup.classifier(model, checkpoint, classes, layer, device)
@@ -171,7 +183,7 @@ def tft(
         else:
             attribution = fit_map(values, x, subject.picture.size, subject.view, absolute)
             explained = explanation.explain_map(fast, x, attribution, targets, top_k, settings)
-        return [write_outputs(f, subject, e, kinds, out) for e in explained]
+        return [write_outputs(f, subject, e, kinds, out, called) for e in explained]
 
     each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
 

@@ -27,6 +27,7 @@ from aftcli.errors import AftError
 from aftcli.explanation import Explanation, TftSettings
 from aftcli.files import replacing
 from aftcli.options_values import plain
+from aftcli.report_names import PLAIN, Suffixes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,6 +102,7 @@ def write_outputs(
     explanation: Explanation,
     kinds: Iterable[str],
     out: Path,
+    settings: Suffixes = PLAIN,
 ) -> Report:
     """Write the files that show an explanation.
 
@@ -110,6 +112,7 @@ def write_outputs(
         explanation: of it.
         kinds: keys of OUTPUTS.
         out: the folder.
+        settings: what the names say of them.
 
     Raises:
         AftError: a file can't be written, or the network gave no numbers.
@@ -128,7 +131,8 @@ def write_outputs(
     files = {}
     for kind in kinds:
         ending, write = OUTPUTS[kind]
-        path = out / f"{subject.stem}-{slug}-{explanation.cam}-{kind}{ending}"
+        said = settings.uncut if kind == "map" else settings.cut
+        path = out / f"{subject.stem}-{slug}-{explanation.cam}{said}-{kind}{ending}"
         try:
             with replacing(path) as temporary:
                 write(temporary, subject, explanation, shown, name)

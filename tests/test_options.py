@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import typer
-from command import aft
+from command import aft, leftovers
 from PIL import Image
-from stored import small_float
+from stored import NAMES, small_float
 
 from aftcli.cli import app
 from aftcli.data import read_image, to_input
@@ -187,3 +187,110 @@ def test_a_fixed_threshold_tells_what_is_left_of_the_probability(f, cut, masking
     head, row, *_ = aft("explain", "a.png", *options).out.splitlines()
     assert head.split() == ["image", "cam", "class", "prob.", "masked", "kept"]
     assert row.split()[-2:] == [f"{fixed['probability']:.4f}", f"{fixed['area']:.1%}"]
+
+
+KINDS = ("--target", "pear", "--save", "overlay,map")
+OWN = ("explain", "a.png", *KINDS)
+GIVEN = ("tft", "a.png", *KINDS, "--map")
+# Commands, no two of which write the same pictures.
+SETTINGS = [
+    (*OWN,),
+    (*OWN, "--tft"),
+    (*OWN, "--tft", "--masking", "soft"),
+    (*OWN, "--tft", "--fill", "black"),
+    (*OWN, "--tft", "--fill", "blur"),
+    (*OWN, "--tft", "--threshold-mode", "percentile"),
+    (*OWN, "--tft", "--search", "fast"),
+    (*OWN, "--tft", "--thresholds", "0:1:0.05"),
+    (*OWN, "--tft", "--thresholds", "0,1"),
+    (*OWN, "--tft", "--thresholds", ",".join(str(i / 1000) for i in range(1, 400))),
+    (*OWN, "--tft", "--thresholds", ",".join(str(i / 1000) for i in range(1, 401))),
+    (*OWN, "--threshold", "0.4"),
+    (*OWN, "--threshold", "0.40000001"),
+    (*OWN, "--mute", "40"),
+    (*OWN, "--model", "resnet50"),
+    (*OWN, "--model", "timm:resnet50"),
+    (*OWN, "--layer", "layer4.1"),
+    (*OWN, "--layer", "layer4/1"),
+    (*OWN, "--layer", "fusion"),
+    (*OWN, "--cam", "gradcam"),
+    (*OWN, "--precision", "bf16"),
+    (*OWN, "--checkpoint", "one/mine.pth"),
+    (*OWN, "--checkpoint", "two/mine.pth"),
+    (*OWN, "--classes", "one/names.txt"),
+    (*OWN, "--classes", "two/names.txt"),
+    (*OWN, "--cells"),
+    ("tft", "a.png", *KINDS, "--cells"),
+    (*GIVEN, "one/m.npy"),
+    (*GIVEN, "two/m.npy"),
+    (*GIVEN, "two/m.npy", "--absolute"),
+]
+DEFAULT = {
+    "overlay": "aft-out/a-pear-layercam-overlay.png",
+    "map": "aft-out/a-pear-layercam-map.npy",
+}
+
+
+def test_each_setting_has_pictures_of_its_own(folder):
+    for where, seed in (("one", 1), ("two", 2)):
+        Path(where).mkdir()
+        Path(where, "mine.pth").write_bytes(b"-")
+        Path(where, "names.txt").write_text("\n".join(NAMES))
+        np.save(f"{where}/m.npy", np.random.default_rng(seed).random((32, 32)))
+    written = {}
+    for command in SETTINGS:
+        [found] = objects(*command)
+        written[command] = found["outputs"]
+    assert written[SETTINGS[0]] == DEFAULT
+    overlays = [outputs["overlay"].lower() for outputs in written.values()]
+    assert len(set(overlays)) == len(SETTINGS)
+    # The plain map is the same whatever its threshold: one file.
+    maps = {command: outputs["map"].lower() for command, outputs in written.items()}
+    cut = [command for command in SETTINGS if {"--tft", "--threshold", "--mute"} & set(command)]
+    assert {maps[command] for command in cut} == {DEFAULT["map"]}
+    assert len(set(maps.values())) == len(SETTINGS) - len(cut)
+    files = leftovers(folder / "aft-out")
+    assert len(files) == 2 * len(SETTINGS) - len(cut)
+    unsafe = set(':<>"|?*\\ ')
+    assert all(name.isascii() and len(name) < 100 and not unsafe & set(name) for name in files)
+    # The same commands replace their own files.
+    for command in SETTINGS[:2] + SETTINGS[-2:]:
+        [found] = objects(*command)
+        assert found["outputs"] == written[command]
+    assert leftovers(folder / "aft-out") == files
+
+
+@pytest.mark.parametrize("cut", [("--tft",), ("--threshold", "0.4"), ("--mute", "40")])
+def test_all_that_a_threshold_changes_has_names_of_its_own(cut):
+    options = ("--target", "pear", "--save", "overlay,figure,map,mask")
+    [plain] = objects("explain", "a.png", *options)
+    before = {kind: Path(path).read_bytes() for kind, path in plain["outputs"].items()}
+    [found] = objects("explain", "a.png", *options, *cut)
+    shared = {kind for kind, path in found["outputs"].items() if path == plain["outputs"][kind]}
+    assert shared == {"map"}
+    assert {kind: Path(path).read_bytes() for kind, path in plain["outputs"].items()} == before
+
+
+def test_names_say_the_settings_in_short():
+    for options, expected in (
+        (("--tft",), "tft"),
+        (("--tft", "--masking", "soft", "--fill", "blur"), "tft-soft-blur"),
+        (("--tft", "--thresholds", "0:1:.1"), "tft"),
+        (("--tft", "--thresholds", "0:1:0.05"), "tft-T0..1..0.05"),
+        (("--threshold", "0.4", "--masking", "soft"), "t0.4"),
+        (("--mute", "85"), "mute85"),
+        (("--model", "timm:resnet18"), "timm_resnet18"),
+        (("--layer", "conv_head+bn2", "--mute", "5"), "layer_conv_head+bn2-mute5"),
+        (("--precision", "bf16"), "bf16"),
+    ):
+        [found] = objects("explain", "a.png", "--target", "pear", *options)
+        assert found["outputs"]["overlay"] == f"aft-out/a-pear-layercam-{expected}-overlay.png"
+
+
+def test_the_longest_name_with_settings_can_be_written():
+    long = f"{'n' * 251}.png"
+    Path("a.png").rename(long)
+    options = ("--cam", "integratedgradients", "--layer", "l" * 200, "--save", "overlay,map")
+    pytest.importorskip("captum")
+    [found] = objects("explain", long, *options)
+    assert all(Path(path).is_file() for path in found["outputs"].values())
