@@ -158,10 +158,19 @@ def _holds(when: When, values: Values) -> bool:
 
 
 class Command(TyperCommand):
-    """A command that says on stderr which of the options given have no effect."""
+    """A command that says on stderr, at its end, which of the options given had no effect."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override] # noqa: ANN401
-        """Say it and run the command."""
+        """Run the command, then say it; an error is told alone."""
+        try:
+            result = super().invoke(ctx)
+        except typer.Exit:
+            self._say(ctx)
+            raise
+        self._say(ctx)
+        return result
+
+    def _say(self, ctx: typer.Context) -> None:
         values, given = {}, set()
         for parameter in self.params:
             name = str(parameter.name)
@@ -177,4 +186,3 @@ class Command(TyperCommand):
         if not ctx.params.get("quiet") and os.environ.get("RANK", "0") == "0":
             for sentence in idle(str(self.name), values, given):
                 complain(sentence)
-        return super().invoke(ctx)

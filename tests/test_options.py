@@ -14,6 +14,8 @@ from stored import NAMES, small_float
 
 from aftcli.cli import app
 from aftcli.data import read_image, to_input
+from aftcli.report_grids import Tables
+from aftcli.report_study import Found
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -42,11 +44,23 @@ def objects(*arguments):
     return json.loads(result.out)
 
 
+@pytest.fixture
+def idle_commands(monkeypatch):
+    """Commands that take their options and have nothing to do."""
+    found = Found(Tables(), [], ("binary",))
+    monkeypatch.setattr("aftcli.report_study.evaluate", lambda *_: found)
+    monkeypatch.setattr("aftcli.report_study.write_figures", lambda *_: None)
+    monkeypatch.setattr("aftcli.finetune_jobs.control_jobs", lambda *_: [])
+    monkeypatch.setattr("aftcli.finetune_jobs.mask_jobs", lambda *_: [])
+    monkeypatch.setattr("aftcli.report_masks.show_store", lambda *_: None)
+    np.save("m.npy", np.random.default_rng(1).random((32, 32)))
+
+
 def notes(*arguments):
-    """What a command says on stderr, but for the error that ends it."""
+    """What a command says on stderr, which does not end it."""
     result = aft(*arguments)
-    lines = result.err.splitlines()
-    return lines if result.code == 0 else lines[:-1]
+    assert result.code in (0, None), result.err
+    return result.err.splitlines()
 
 
 ALONE = [
@@ -117,8 +131,7 @@ NO_EFFECT = [
 
 
 @pytest.mark.parametrize(("arguments", "expected"), NO_EFFECT, ids=lambda each: str(each)[:60])
-def test_options_that_depend_on_others_are_named(arguments, expected):
-    np.save("m.npy", np.random.default_rng(1).random((32, 32)))
+def test_options_that_depend_on_others_are_named(idle_commands, arguments, expected):
     assert notes(*arguments) == [f"aft: {each}" for each in expected]
 
 
@@ -133,15 +146,24 @@ def test_options_that_depend_on_others_are_named(arguments, expected):
         (*EVALUATE, "--table", "4", "--sanity", "--masking", "soft", "--ci", "--cells"),
         (*EVALUATE, "--figures", "--image", "x", "--json", "--ci"),
         (*EVALUATE, "--table", "1", "--paper", "--json"),
-        (*EVALUATE, "--table", "9", "--metrics", "adcc"),
     ],
     ids=lambda each: " ".join(each),
 )
-def test_options_with_an_effect_and_defaults_are_not_named(arguments, monkeypatch):
+def test_options_with_an_effect_and_defaults_are_not_named(idle_commands, arguments, monkeypatch):
     monkeypatch.setenv("AFT_ENGINE", "torch")
-    np.save("m.npy", np.random.default_rng(1).random((32, 32)))
     assert notes(*arguments) == []
     assert notes("gen-masks", "--show", "x.h5") == []
+
+
+def test_an_error_is_told_alone_and_notes_beside_images_that_failed():
+    wrong = aft("explain", "a.png", "--masking", "soft", "--cam", "nonsense")
+    assert wrong.code == 1 and wrong.err.count("\n") == 1 and "nonsense" in wrong.err
+    wrong = aft("evaluate", "--table", "9", "--metrics", "adcc", "--image", "x")
+    assert wrong.code == 1 and wrong.err.startswith("aft: there is no table '9'")
+    some = aft("explain", "a.png", "gone.png", "--masking", "soft")
+    gone, note = some.err.splitlines()
+    assert some.code == 1 and "gone.png" in gone
+    assert note == "aft: --masking has no effect without --tft, --threshold or --mute"
 
 
 def test_the_table_of_dependent_options_knows_the_commands():
