@@ -16,6 +16,7 @@ from aftcli import cli_setup as setup
 from aftcli import options as o
 from aftcli import options_values as v
 from aftcli.cli_end import INTERRUPTED, Stopping, flush, what_is_wrong
+from aftcli.cli_idle import Command
 from aftcli.cli_images import each_image, find
 from aftcli.errors import AftError, AftWarning
 from aftcli.foreign import complain, say_traceback
@@ -49,7 +50,7 @@ def root(
     """See what a convolutional image classifier looked at: CAMs with fine-tuned thresholds."""
 
 
-@app.command()
+@app.command(cls=Command)
 def explain(
     images: o.ImagesArgument,
     model: o.ModelOption = None,
@@ -96,9 +97,16 @@ def explain(
     setup.advise(methods if tft else [], threshold_mode, cells, quiet)
 
     from aftcli import explanation
+    from aftcli import report_names as names
     from aftcli.report import write_outputs
 
-    wanted = settings if tft else None
+    settings = setup.at_fixed(settings, cut)
+    wanted = settings if tft or cut else None
+    of_network = names.of_network(model, checkpoint, classes, layer, precision)
+    searched = names.of_search(settings, thresholds) if tft else []
+    called = names.suffixes(
+        [*of_network, *names.of_map(cells=cells)], [*searched, *names.of_threshold(threshold, mute)]
+    )
 
     def ready(count: int) -> Classifier:
         each = explanation.passes(f, methods, len(targets) or top_k, wanted)
@@ -106,13 +114,14 @@ def explain(
 
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         x = setup.input_of(f, subject)
-        explained = explanation.explain(fast, x, methods, targets, top_k, wanted, cells)
-        return [write_outputs(f, subject, e, kinds, out, cut) for e in explained]
+        asked = (targets, top_k, wanted, cells, bool(cut))
+        explained = explanation.explain(fast, x, methods, *asked)
+        return [write_outputs(f, subject, e, kinds, out, called) for e in explained]
 
     each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
 
 
-@app.command()
+@app.command(cls=Command)
 def tft(
     image: o.ImageArgument,
     map_: o.MapOption = None,
@@ -149,8 +158,14 @@ def tft(
     settings = setup.settings(thresholds, masking, fill, threshold_mode, search)
 
     from aftcli import explanation
+    from aftcli import report_names as names
     from aftcli.data import fit_map, read_map, read_turn
     from aftcli.report import write_outputs
+
+    of_network = names.of_network(model, checkpoint, classes, layer, precision)
+    called = names.suffixes(
+        [*of_network, *names.of_map(map_, absolute, cells)], names.of_search(settings, thresholds)
+    )
 
     values = read_map(map_) if map_ else None
     f = setup.classifier(model, checkpoint, classes, layer, device, quiet)
@@ -172,12 +187,12 @@ def tft(
             size, view = subject.picture.size, subject.view
             attribution = fit_map(values, x, size, view, absolute, turn)
             explained = explanation.explain_map(fast, x, attribution, targets, top_k, settings)
-        return [write_outputs(f, subject, e, kinds, out, None) for e in explained]
+        return [write_outputs(f, subject, e, kinds, out, called) for e in explained]
 
     each_image(ready, *found, explain_image, settings, out, json, quiet, debug)
 
 
-@app.command()
+@app.command(cls=Command)
 def gen_masks(
     dataset: o.DatasetArgument = None,
     split: o.SplitOption = None,
@@ -253,7 +268,7 @@ def gen_masks(
         report_masks.print_stores(paths, watched, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def finetune(
     dataset: o.DatasetArgument = None,
     split: o.SplitOption = None,
@@ -352,7 +367,7 @@ def finetune(
         report_tuned.print_tuned(tuned, exported, json)
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     dataset: o.DatasetArgument = None,
     split: o.SplitOption = None,

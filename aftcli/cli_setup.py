@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,6 +99,11 @@ def settings(
     from aftcli.explanation import TftSettings
 
     return TftSettings(values, masking, fill, mode, search)
+
+
+def at_fixed(settings: TftSettings, cut: tuple[float, str] | None) -> TftSettings:
+    """Put a fixed threshold, (tau, mode), in place of those searched."""
+    return replace(settings, thresholds=cut[:1], mode=cut[1], search="exact") if cut else settings
 
 
 @kept_from_collector()

@@ -14,7 +14,7 @@ from aftcli.core.inputs import check_shape, class_indices, first_activation
 from aftcli.core.networks import outside_inference_mode
 from aftcli.core.registry import METHODS
 from aftcli.errors import AftError
-from aftcli.tft import THRESHOLDS, TftResult, cut_off, fine_tune_threshold, threshold_map
+from aftcli.tft import THRESHOLDS, TftResult, fine_tune_threshold
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Explanation:
         probability: y^c, in [0, 1].
         attribution: I, shape (H, W), in [0, 1].
         tft: the threshold fine-tuned for I, N = 1; None where it was not asked for.
-        thresholds: those searched, T.
+        thresholds: those searched, T, or the fixed one.
         cells: a map of pixels was averaged over the activation's cells.
+        fixed: I cut at a fixed threshold instead, as a search of this one only, N = 1.
     """
 
     cam: str
@@ -49,6 +50,12 @@ class Explanation:
     tft: TftResult | None
     thresholds: tuple[float, ...] = ()
     cells: bool = False
+    fixed: TftResult | None = None
+
+    @property
+    def cut(self) -> TftResult | None:
+        """Return I cut at a threshold, fine-tuned or fixed; None for the plain map."""
+        return self.tft or self.fixed
 
 
 def fits(f: Classifier, method: str) -> bool:
@@ -77,6 +84,7 @@ def explain(
     top_k: int = 1,
     settings: TftSettings | None = None,
     cells: bool = False,
+    fixed: bool = False,
 ) -> list[Explanation]:
     """Explain one image by several methods and for several classes, with one stem pass.
 
@@ -88,6 +96,7 @@ def explain(
         top_k: how many predicted classes.
         settings: search thresholds with these; None for plain maps.
         cells: average maps of pixels over the activation's cells.
+        fixed: cut maps at the one threshold of the settings, as other tools do (Table 1).
 
     Returns:
         One explanation for each method and class, method by method.
@@ -106,6 +115,8 @@ def explain(
     named = [method for method in methods for _ in classes]
     attribution = torch.cat(maps)
     found = _search(f, x, attribution, named, classes.repeat(len(maps)), y, settings)
+    if fixed:
+        found = [replace(each, tft=None, fixed=each.tft) for each in found]
     return [replace(each, cells=cells) for each in found]
 
 
@@ -183,15 +194,3 @@ def _search(
         )
         for method, c, attribution, result in zip(methods, classes, maps, results, strict=True)
     ]
-
-
-def muted(attribution: Tensor, threshold: float, mode: str = "value") -> Tensor:
-    """I_tau of one map, shape (H, W), for a fixed threshold: what other tools do (Table 1).
-
-    Args:
-        attribution: I, shape (H, W).
-        threshold: tau in [0, 1].
-        mode: "value" or "percentile", see `cut_off`.
-    """
-    cut = cut_off(attribution[None], attribution.new_tensor([threshold]), mode)
-    return threshold_map(attribution, cut[0, 0])

@@ -23,9 +23,10 @@ from torch import Tensor
 from aftcli.core.classifier import Classifier
 from aftcli.data import View
 from aftcli.errors import AftError
-from aftcli.explanation import Explanation, TftSettings, muted
+from aftcli.explanation import Explanation, TftSettings
 from aftcli.files import replacing
 from aftcli.foreign import cell, say
+from aftcli.report_names import PLAIN, Suffixes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def write_outputs(
     explanation: Explanation,
     kinds: Iterable[str],
     out: Path,
-    cut: tuple[float, str] | None,
+    settings: Suffixes = PLAIN,
 ) -> Report:
     """Write the files that show an explanation.
 
@@ -110,7 +111,7 @@ def write_outputs(
         explanation: of it.
         kinds: keys of OUTPUTS.
         out: the folder.
-        cut: a fixed threshold, (tau, mode), for plain maps.
+        settings: what the names say of them.
 
     Raises:
         AftError: a file can't be written, or the network gave no numbers.
@@ -124,15 +125,13 @@ def write_outputs(
     slug = _slug(name)
     if [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1:
         slug += f"_{explanation.class_index}"
-    shown = explanation.attribution.cpu()
-    if explanation.tft:
-        shown = explanation.tft.attribution[0].cpu()
-    elif cut:
-        shown = muted(shown, *cut)
+    cut = explanation.cut
+    shown = (cut.attribution[0] if cut else explanation.attribution).cpu()
     files = {}
     for kind in kinds:
-        suffix, write = OUTPUTS[kind]
-        path = out / f"{subject.stem}-{slug}-{explanation.cam}-{kind}{suffix}"
+        ending, write = OUTPUTS[kind]
+        said = settings.uncut if kind == "map" else settings.cut
+        path = out / f"{subject.stem}-{slug}-{explanation.cam}{said}-{kind}{ending}"
         try:
             with replacing(path) as temporary:
                 write(temporary, subject, explanation, shown, name)
@@ -262,8 +261,8 @@ def cam_title(cam: str) -> str:
 
 
 def _best(explanation: Explanation) -> float:
-    assert explanation.tft
-    return float(explanation.tft.probabilities[0, explanation.tft.best])
+    assert explanation.cut
+    return float(explanation.cut.probabilities[0, explanation.cut.best])
 
 
 def draw_rpi(ax: Axes, explanation: Explanation, colour: str = "tab:red") -> None:
@@ -296,10 +295,12 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
     if not console.is_terminal:
         console.width = 1000
     tft = any("tft" in result for result in results)
+    fixed = any("fixed" in result for result in results)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("image", "cam", "class"):
         table.add_column(column, overflow="fold")
-    for column in ("prob.", *(("tau*", "RPI", "masked", "kept") if tft else ())):
+    searched, cut = ("tau*", "RPI") if tft else (), ("masked", "kept") if tft or fixed else ()
+    for column in ("prob.", *searched, *cut):
         table.add_column(column, justify="right")
     sharing = Counter(Path(image).name for image in {result["image"] for result in results})
     for result in results:
@@ -310,6 +311,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         if found := result.get("tft"):
             best = found["thresholds"].index(found["tau"])
             cells += [f"{found['tau']:g}", f"{found['rpi'][best]:.3f}"]
+        if found := result.get("tft") or result.get("fixed"):
             cells += [f"{found['probability']:.4f}", f"{found['area']:.1%}"]
         table.add_row(*map(cell, cells))
     console.print(table)
@@ -351,6 +353,15 @@ def as_dict(f: Classifier, report: Report, settings: TftSettings) -> dict[str, A
             "fill": settings.fill,
             "threshold_mode": settings.mode,
             "search": settings.search,
+        }
+    if e.fixed:
+        result["fixed"] = {
+            "threshold": e.thresholds[0],
+            "probability": _best(e),
+            "area": float(e.fixed.mask.float().mean()),
+            "masking": settings.masking,
+            "fill": settings.fill,
+            "threshold_mode": settings.mode,
         }
     return result
 

@@ -115,11 +115,12 @@ def test_explain_tft_says_and_writes_what_the_engine_finds(real, folder, masking
         "threshold_mode": "percentile",
         "search": "exact",
     }
+    said = "tft-percentile" if masking == "binary" else "tft-soft-percentile"
     assert outputs == {
-        "overlay": "o/chelsea-tiger_cat-layercam-overlay.png",
-        "figure": "o/chelsea-tiger_cat-layercam-figure.png",
+        "overlay": f"o/chelsea-tiger_cat-layercam-{said}-overlay.png",
+        "figure": f"o/chelsea-tiger_cat-layercam-{said}-figure.png",
         "map": "o/chelsea-tiger_cat-layercam-map.npy",
-        "mask": "o/chelsea-tiger_cat-layercam-mask.png",
+        "mask": f"o/chelsea-tiger_cat-layercam-{said}-mask.png",
     }
     assert leftovers(folder) == sorted(outputs.values())
     values = np.load(outputs["map"])
@@ -250,7 +251,7 @@ def test_the_table(f, folder):
         *(f"{THRESHOLDS[best]:g}", f"{float(e.tft.rpi[0, best]):.4f}"),
         *(f"{float(e.tft.probabilities[0, best]):.4f}", f"{float(e.tft.mask.double().mean()):.1%}"),
     ]
-    files = [f"aft-out/a-{name}-layercam-{kind}.png" for kind in ("overlay", "figure")]
+    files = [f"aft-out/a-{name}-layercam-tft-{kind}.png" for kind in ("overlay", "figure")]
     assert lines[2:] == [f"wrote {file}" for file in files]
     assert leftovers(folder) == ["a.png", *sorted(files)]
     assert done(aft("explain", "a.png")).splitlines()[0].split() == [
@@ -496,7 +497,7 @@ def test_json_and_figure_of_an_infinite_rpi(f, folder):
     e = Explanation("layercam", 1, 0.0, map_, tft, (0.0, 0.5))
     picture = read_image(draw("a.png"))
     subject = report.Subject(Path("a.png"), "a", picture, view_of(picture.size, f.preprocessing))
-    written = report.write_outputs(f, subject, e, ("figure", "overlay"), folder, None)
+    written = report.write_outputs(f, subject, e, ("figure", "overlay"), folder)
     found = report.as_dict(f, written, TftSettings((0.0, 0.5)))
     found = json.loads(json.dumps(found, allow_nan=False))
     assert (found["tft"]["tau"], found["tft"]["area"]) == (0.5, 0.5)

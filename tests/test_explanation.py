@@ -1,13 +1,15 @@
 """Explanations of one image: what `explain` shares between maps must not change them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from compare import assert_near
-from small import CELLS, SIZE, small
+from small import SIZE, small
 
 from aftcli.core.cam import attribution_map
 from aftcli.core.registry import CAMS
-from aftcli.explanation import TftSettings, explain, explain_map, muted
+from aftcli.explanation import TftSettings, explain, explain_map
 from aftcli.tft import fine_tune_threshold
 
 SETTINGS = [
@@ -84,9 +86,28 @@ def test_one_pass_of_the_stem_serves_all_methods_and_classes():
 
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.5, 1.0])
 def test_a_fixed_threshold_mutes_what_is_below_it(tau):
-    attribution = torch.rand(CELLS, dtype=torch.float64)
+    s = small("linear", 5)
+    attribution = torch.rand(SIZE, dtype=torch.float64)
     attribution[2, 3] = tau
     by_value = [[v if v >= tau else 0 for v in row] for row in attribution.tolist()]
-    assert muted(attribution, tau).tolist() == by_value
-    kept = (muted(attribution, tau, "percentile") > 0).sum().item()
-    assert kept == pytest.approx((1 - tau) * 35, abs=1)
+
+    def muted(mode):
+        settings = TftSettings((tau,), mode=mode)
+        [found] = explain_map(s.f, s.x[:1], attribution[None], [1], settings=settings)
+        return found.tft.attribution[0]
+
+    assert muted("value").tolist() == by_value
+    kept = (muted("percentile") > 0).sum().item()
+    assert kept == pytest.approx((1 - tau) * attribution.numel(), abs=1)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_fixed_threshold_is_a_search_of_this_one(settings):
+    s = small("mlp", 6)
+    asked = (s.f, s.x[:1], ["gradcam", "layercam"], [2, 0])
+    one = replace(settings, thresholds=(0.4,))
+    searched = explain(*asked, settings=one)
+    for found, expected in zip(explain(*asked, settings=one, fixed=True), searched, strict=True):
+        assert found.tft is None and found.cut is found.fixed
+        assert found.thresholds == (0.4,)
+        assert all(map(torch.equal, found.fixed, expected.tft))

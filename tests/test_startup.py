@@ -59,9 +59,9 @@ def test_a_model_of_torchvision_needs_no_timm(tmp_path, squeezenet):
     assert {"torch", "torchvision", "PIL"} <= packages
 
 
-@pytest.mark.parametrize("command", ["explain", "tft"])
+@pytest.mark.parametrize("command", [("explain", "--tft"), ("tft",)], ids="-".join)
 def test_explanations_import_nothing_of_other_commands(tmp_path, command):
-    code, said, packages = run(tmp_path, command, PHOTO, "--thresholds", "0.5")
+    code, said, packages = run(tmp_path, *command, PHOTO, "--thresholds", "0.5")
     assert (code, said) == (0, "")
     assert not packages & set(OTHERS)
     assert {"torch", "timm", "matplotlib"} <= packages
