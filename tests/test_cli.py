@@ -102,7 +102,7 @@ def test_explain_tft_says_and_writes_what_the_engine_finds(real, folder, masking
         "class_name": "tiger cat",
         "probability": close(expected.probability),
     }
-    best = int(expected.tft.rpi[0].argmax())
+    best = int(expected.tft.best)
     assert tft == {
         "thresholds": list(THRESHOLDS),
         "probabilities": close(expected.tft.probabilities[0].tolist()),
@@ -245,10 +245,10 @@ def test_the_table(f, folder):
     name = NAMES[e.class_index]
     lines = done(aft("explain", "a.png", "--tft")).splitlines()
     assert lines[0].split() == ["image", "cam", "class", "prob.", "tau*", "RPI", "masked", "kept"]
-    best = int(e.tft.rpi[0].argmax())
+    best = int(e.tft.best)
     assert lines[1].split() == [
         *("a.png", "layercam", name, f"({e.class_index})", f"{e.probability:.4f}"),
-        *(f"{THRESHOLDS[best]:g}", f"{float(e.tft.rpi[0, best]):.4f}"),
+        *(f"{THRESHOLDS[best]:g}", f"{float(e.tft.rpi[0, best]):.3f}"),
         *(f"{float(e.tft.probabilities[0, best]):.4f}", f"{float(e.tft.mask.double().mean()):.1%}"),
     ]
     files = [f"aft-out/a-{name}-layercam-tft-{kind}.png" for kind in ("overlay", "figure")]
