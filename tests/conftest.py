@@ -6,14 +6,18 @@ import os
 from multiprocessing import forkserver
 from pathlib import Path
 
-import pytest
-from command import aft
-from compare import uncut
-from PIL import Image
+# Read when torch is imported: threads that wait for others on a busy machine leave it to them,
+# instead of spinning, which takes tests several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from aftcli.core.models import load_classifier
-from aftcli.data import read_image, to_input
-from aftcli.finetune_defaults import SITUATIONS
+import pytest  # noqa: E402
+from command import aft  # noqa: E402
+from compare import uncut  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from aftcli.core.models import load_classifier  # noqa: E402
+from aftcli.data import read_image, to_input  # noqa: E402
+from aftcli.finetune_defaults import SITUATIONS  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 # By their wnids: tiger cat, espresso, missile.
