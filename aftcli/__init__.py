@@ -1,77 +1,95 @@
 """Attribution maps of CNNs, with fine-tuned thresholds; the public Python API.
 
-Names are imported when first used, so that `import aftcli` does not import torch.
+Names are imported when first used, so that `import aftcli` does not import torch. What is not
+listed here is private and may change in any version.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from aftcli.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from aftcli.aft import AftSettings as AftSettings
-    from aftcli.aft_training import Training as Training
+    from aftcli.aft.jobs import control_job as control_job
+    from aftcli.aft.jobs import mask_job as mask_job
+    from aftcli.aft.loss import Recipe as Recipe
+    from aftcli.aft.run import fine_tune as fine_tune
+    from aftcli.aft.training import Training as Training
     from aftcli.core.cam import attribution_map as attribution_map
     from aftcli.core.classifier import Classes as Classes
     from aftcli.core.classifier import Classifier as Classifier
     from aftcli.core.classifier import Preprocessing as Preprocessing
     from aftcli.core.classifier import cut_classifier as cut_classifier
+    from aftcli.core.methods import METHODS as METHODS
     from aftcli.core.models import load_classifier as load_classifier
-    from aftcli.core.registry import METHODS as METHODS
-    from aftcli.data import read_image as read_image
-    from aftcli.data import to_input as to_input
-    from aftcli.engine import accelerated as accelerated
+    from aftcli.core.weights import read_card as read_card
+    from aftcli.data.images import read_image as read_image
+    from aftcli.data.images import to_input as to_input
+    from aftcli.data.sets import open_data_set as open_data_set
+    from aftcli.engine.accelerate import accelerated as accelerated
     from aftcli.errors import AftError as AftError
-    from aftcli.evaluate_jobs import Study as Study
-    from aftcli.evaluate_jobs import find_studies as find_studies
-    from aftcli.evaluate_run import evaluate_study as evaluate_study
-    from aftcli.explanation import Explanation as Explanation
-    from aftcli.explanation import TftSettings as TftSettings
-    from aftcli.explanation import explain as explain
-    from aftcli.finetune import fine_tune as fine_tune
-    from aftcli.finetune_jobs import control_job as control_job
-    from aftcli.finetune_jobs import mask_job as mask_job
-    from aftcli.generate import generate_masks as generate_masks
-    from aftcli.masks import MaskStore as MaskStore
-    from aftcli.measures import MEASURES as MEASURES
-    from aftcli.metrics import Average as Average
-    from aftcli.tft import TftResult as TftResult
-    from aftcli.tft import fine_tune_threshold as fine_tune_threshold
-
-__version__ = "0.1.0"
+    from aftcli.evaluation.measures import MEASURES as MEASURES
+    from aftcli.evaluation.metrics import Average as Average
+    from aftcli.evaluation.run import evaluate_study as evaluate_study
+    from aftcli.evaluation.study import Study as Study
+    from aftcli.evaluation.study import find_studies as find_studies
+    from aftcli.evaluation.tables import table3 as table3
+    from aftcli.evaluation.tables import table4 as table4
+    from aftcli.settings import Search as Search
+    from aftcli.tft.explain import Explanation as Explanation
+    from aftcli.tft.explain import explain as explain
+    from aftcli.tft.generate import generate_masks as generate_masks
+    from aftcli.tft.masks import MaskStore as MaskStore
+    from aftcli.tft.search import TftResult as TftResult
+    from aftcli.tft.search import fine_tune_threshold as fine_tune_threshold
+    from aftcli.tft.stores import Source as Source
 
 _HOMES = {
     "AftError": "aftcli.errors",
-    "AftSettings": "aftcli.aft",
-    "Average": "aftcli.metrics",
+    "Average": "aftcli.evaluation.metrics",
     "Classes": "aftcli.core.classifier",
     "Classifier": "aftcli.core.classifier",
-    "Explanation": "aftcli.explanation",
-    "MEASURES": "aftcli.measures",
-    "METHODS": "aftcli.core.registry",
-    "MaskStore": "aftcli.masks",
+    "Explanation": "aftcli.tft.explain",
+    "MEASURES": "aftcli.evaluation.measures",
+    "METHODS": "aftcli.core.methods",
+    "MaskStore": "aftcli.tft.masks",
     "Preprocessing": "aftcli.core.classifier",
-    "Study": "aftcli.evaluate_jobs",
-    "TftResult": "aftcli.tft",
-    "TftSettings": "aftcli.explanation",
-    "Training": "aftcli.aft_training",
-    "accelerated": "aftcli.engine",
+    "Recipe": "aftcli.aft.loss",
+    "Search": "aftcli.settings",
+    "Source": "aftcli.tft.stores",
+    "Study": "aftcli.evaluation.study",
+    "TftResult": "aftcli.tft.search",
+    "Training": "aftcli.aft.training",
+    "accelerated": "aftcli.engine.accelerate",
     "attribution_map": "aftcli.core.cam",
-    "control_job": "aftcli.finetune_jobs",
+    "control_job": "aftcli.aft.jobs",
     "cut_classifier": "aftcli.core.classifier",
-    "evaluate_study": "aftcli.evaluate_run",
-    "explain": "aftcli.explanation",
-    "find_studies": "aftcli.evaluate_jobs",
-    "fine_tune": "aftcli.finetune",
-    "fine_tune_threshold": "aftcli.tft",
-    "generate_masks": "aftcli.generate",
+    "evaluate_study": "aftcli.evaluation.run",
+    "explain": "aftcli.tft.explain",
+    "find_studies": "aftcli.evaluation.study",
+    "fine_tune": "aftcli.aft.run",
+    "fine_tune_threshold": "aftcli.tft.search",
+    "generate_masks": "aftcli.tft.generate",
     "load_classifier": "aftcli.core.models",
-    "mask_job": "aftcli.finetune_jobs",
-    "read_image": "aftcli.data",
-    "to_input": "aftcli.data",
+    "mask_job": "aftcli.aft.jobs",
+    "open_data_set": "aftcli.data.sets",
+    "read_card": "aftcli.core.weights",
+    "read_image": "aftcli.data.images",
+    "table3": "aftcli.evaluation.tables",
+    "table4": "aftcli.evaluation.tables",
+    "to_input": "aftcli.data.images",
 }
+# Old names, of one version.
+_RENAMED = {"AftSettings": "Recipe", "TftSettings": "Search"}
 __all__ = list(_HOMES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> object:
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warnings.warn(f"aftcli.{name} is now aftcli.{new}", DeprecationWarning, stacklevel=2)
+        name = new
     if name not in _HOMES:
         raise AttributeError(f"module 'aftcli' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,5 +1,7 @@
 """`python -m aftcli` is `aft`."""
 
-from aftcli.cli import main
+from __future__ import annotations
+
+from aftcli.cli.app import main
 
 main()

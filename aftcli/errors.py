@@ -1,5 +1,7 @@
 """The one error of the package."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -45,3 +47,7 @@ def check_name(what: str, name: str, known: Iterable[str]) -> None:
 def first_line(error: Exception) -> str:
     """What another library's error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class Unfit(Exception):
+    """An engine can't run a classifier; the message says why."""

@@ -20,9 +20,13 @@ from aftcli.errors import AftError, AftWarning
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 FOLLOW = "AFT_FOLLOW_LINKS"  # set by who trusts the links in a data set
+
 HELD = {errno.EACCES, errno.EAGAIN}  # what a lock that another process holds answers
+
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+
 LONGEST = 4096  # bytes that are read of a lock
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from aft_study import Data, Kept
 
-from aftcli.aft import AftSettings
-from aftcli.aft_training import Training
+from aftcli.aft.loss import Recipe
+from aftcli.aft.recipes import SITUATIONS
+from aftcli.aft.training import Training
+from aftcli.cli.memory import keep_freed_memory
 from aftcli.core.classifier import Classifier
-from aftcli.finetune_defaults import SITUATIONS
-from aftcli.memory import keep_freed_memory
 
 FOLDS = 3
 MEASURED = 100  # images of each fold whose maps are measured; accuracy is of all
@@ -63,7 +63,7 @@ def main() -> None:
         about = {"images": len(data.names), "torch": torch.__version__}
         file.write(json.dumps({"recipe": "as it was", "blend": 0.0, **about, **start}) + "\n")
         for name, changed in RECIPES.items():
-            settings = AftSettings(**{**SITUATIONS["few"].settings, **changed})
+            settings = Recipe(**{**SITUATIONS["few"].settings, **changed})
             for i, fold in enumerate(folds):
                 others = torch.cat([folds[j] for j in range(FOLDS) if j != i])
                 training = Training(data.f, every.at(others), settings, cam="gradcam")

@@ -26,22 +26,24 @@ import torch.nn.functional as F
 from fast_stem import use_fast_stem
 from torch import Tensor, nn
 
-from aftcli import metrics
-from aftcli.aft import AftSettings, Batch
-from aftcli.aft_training import Training, choose_held_out
+from aftcli.aft.features import stem_output
+from aftcli.aft.jobs import mask_job
+from aftcli.aft.loss import Batch, Recipe
+from aftcli.aft.recipes import SITUATIONS
+from aftcli.aft.tail import earlier_layers
+from aftcli.aft.training import Training, choose_held_out
+from aftcli.cli.memory import keep_freed_memory
 from aftcli.core.cam import attribution_map, upsample
 from aftcli.core.classifier import Classifier
-from aftcli.core.earlier import earlier_layers
-from aftcli.data import read_image, to_input
-from aftcli.datasets import spread
-from aftcli.evaluate import Images, Unit, Wanted, measure, measure_batch
-from aftcli.features import stem_output
-from aftcli.finetune_defaults import SITUATIONS
-from aftcli.finetune_jobs import Source, mask_job
-from aftcli.masks import MaskStore, join_float
-from aftcli.memory import keep_freed_memory
-from aftcli.objects import Regions
-from aftcli.tft import MASKINGS, mask_of, threshold_map
+from aftcli.data.images import read_image, to_input
+from aftcli.data.objects import Regions
+from aftcli.data.sets import spread
+from aftcli.evaluation import metrics
+from aftcli.evaluation.batch import Images, Unit, Wanted, measure, measure_batch
+from aftcli.tft.hdf5 import join_float
+from aftcli.tft.masks import MaskStore
+from aftcli.tft.stores import Source
+from aftcli.tft.threshold import MASKINGS, mask_of, threshold_map
 
 HELD_OUT = 0.2  # of the training images, for measuring rows
 PAPER = {"objective": "tuner", "consistency": 0.0, "classification": "labels"}
@@ -53,7 +55,7 @@ class Row(NamedTuple):
     Attributes:
         group: the question that it belongs to.
         name: of the row.
-        settings: fields of AftSettings.
+        settings: fields of Recipe.
         data: how the data differ: see `Data.examples`.
     """
 
@@ -114,7 +116,7 @@ def rows() -> list[Row]:
 
 
 class Kept:
-    """Training pairs out of memory: `aftcli.aft_training.Examples`."""
+    """Training pairs out of memory: `aftcli.aft.training.Examples`."""
 
     def __init__(self, names, labels, features, masks, class_index, masked) -> None:  # noqa: ANN001
         self.names, self.labels, self.features = names, labels, features
@@ -295,7 +297,7 @@ def _columns(store: MaskStore) -> dict[str, Tensor]:
 def run_row(data: Data, row: Row, base: dict[str, Any], seed: int) -> dict[str, Any]:
     """Tune by a recipe and measure."""
     start = time.monotonic()
-    settings = AftSettings(**{**base, **row.settings, "seed": seed})
+    settings = Recipe(**{**base, **row.settings, "seed": seed})
     cam = None if settings.lam is None else "gradcam"
     examples = data.examples(seed, **row.data)
     earlier = data.earlier if row.data.get("earlier") else None

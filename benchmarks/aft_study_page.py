@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from aftcli.core.registry import METHODS
-from aftcli.finetune_defaults import SITUATIONS
-from aftcli.measures import MEASURES, PAPER
-from aftcli.metrics_intervals import estimate
+from aftcli.aft.recipes import SITUATIONS
+from aftcli.core.methods import METHODS
+from aftcli.evaluation.measures import MEASURES, PAPER
+from aftcli.evaluation.metrics import estimate
 
 TITLES = {
     "many": "many images a class: imagenette, 50 images of each of 10 classes",

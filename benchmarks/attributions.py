@@ -32,17 +32,17 @@ import torch
 import torchvision
 from PIL import Image
 
-from aftcli import metrics
 from aftcli.core.cam import attribution_map, normalise, upsample
+from aftcli.core.methods import METHODS
 from aftcli.core.models import load_classifier
-from aftcli.core.registry import METHODS
-from aftcli.data import read_image, to_input
-from aftcli.datasets import open_data_set
-from aftcli.engine import accelerated
-from aftcli.evaluate_tables import Difference, Table3Row
-from aftcli.metrics_intervals import estimate
-from aftcli.report_grids import READINGS
-from aftcli.tft import TftResult, fine_tune_threshold
+from aftcli.data.images import read_image, to_input
+from aftcli.data.sets import open_data_set
+from aftcli.engine.accelerate import accelerated
+from aftcli.evaluation import metrics
+from aftcli.evaluation.metrics import estimate
+from aftcli.evaluation.tables import Difference, Table3Row
+from aftcli.report.grids import READINGS
+from aftcli.tft.search import TftResult, fine_tune_threshold
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aftcli import attribution_map, fine_tune_threshold, load_classifier, read_image, tft, to_input
+from aftcli import attribution_map, fine_tune_threshold, load_classifier, read_image, to_input
 from aftcli.core.cam import (
     class_score,
     eigen_cam,
@@ -30,7 +30,8 @@ from aftcli.core.cam import (
     weighted_sum,
 )
 from aftcli.core.classifier import Classifier
-from aftcli.data_files import find_images
+from aftcli.data.text import find_images
+from aftcli.tft import threshold as tft
 
 FAST = ("cam", "gradcam", "gradcam++", "ablationcam", "layercam", "xgradcam", "hirescam")
 

@@ -28,11 +28,11 @@ import torch
 from safetensors.torch import load_file
 
 from aftcli import MaskStore, __version__, load_classifier
-from aftcli.core.registry import CAMS
-from aftcli.datasets import open_data_set
-from aftcli.explanation import TftSettings
-from aftcli.generate import generate_masks
-from aftcli.masks import join_float
+from aftcli.core.methods import CAMS
+from aftcli.data.sets import open_data_set
+from aftcli.settings import Search
+from aftcli.tft.generate import generate_masks
+from aftcli.tft.hdf5 import join_float
 
 PAIR = ("gradcam", "layercam")
 FORMATS = ("json", "csv", "markdown", "latex", "table")
@@ -99,7 +99,7 @@ class Runs:
         f = load_classifier("efficientnet_lite0")
         data = open_data_set(self.data, None, f.classes).limited(self.limit)
         run = self.work / name / "run"
-        for _ in generate_masks(f, data, cams, run, TftSettings(), workers=1):
+        for _ in generate_masks(f, data, cams, run, Search(), workers=1):
             pass
         return run
 

@@ -11,10 +11,11 @@ from unittest import mock
 
 from torch import Tensor
 
-from aftcli import evaluate_jobs, finetune_jobs
+from aftcli.aft import jobs as finetune_jobs
 from aftcli.core.classifier import Classifier
 from aftcli.core.models import load_classifier
-from aftcli.engine import fast_stem
+from aftcli.engine.accelerate import fast_stem
+from aftcli.evaluation import study as evaluate_jobs
 
 
 def use_fast_stem(f: Classifier) -> Classifier:

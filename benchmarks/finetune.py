@@ -8,8 +8,8 @@ which cost what real ones do. Each part runs in a process of its own:
 - ours: w0's outputs cached in memory; also what filling the cache costs, once.
 - plain: what anyone would write: decode the images in DataLoader workers, run the whole network
   with w0 frozen, step.
-- strict: the same with our setting of malloc (aftcli/memory.py) and without decoding: all inputs
-  in memory already.
+- strict: the same with our setting of malloc (aftcli/cli/memory.py) and without decoding: all
+  inputs in memory already.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
     import torch
 
     from aftcli import load_classifier
-    from aftcli.aft import AftSettings
-    from aftcli.aft_training import Epoch, Training
-    from aftcli.datasets import open_data_set
-    from aftcli.features import Cache, CachedExamples, Masks
-    from aftcli.memory import keep_freed_memory
+    from aftcli.aft.features import Cache, CachedExamples, Masks
+    from aftcli.aft.loss import Recipe
+    from aftcli.aft.training import Epoch, Training
+    from aftcli.cli.memory import keep_freed_memory
+    from aftcli.data.sets import open_data_set
 
     keep_freed_memory()
     f = load_classifier()
@@ -49,7 +49,7 @@ def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
     low, classes = torch.rand(count, 7, 7) < 0.4, torch.zeros(count).long()
     masks = Masks(low, lambda i: torch.zeros(224, 224), classes, lambda x, i: x, "")
     examples = CachedExamples(cache, masks)
-    settings = AftSettings(batch=BATCH, epochs=epochs, held_out=0.0)
+    settings = Recipe(batch=BATCH, epochs=epochs, held_out=0.0)
     training = Training(f, examples, settings, cam="gradcam")
     seconds = []
     for event in training.run():
@@ -64,10 +64,10 @@ def whole(data: Path, limit: int | None, strict: bool) -> dict[str, object]:
     import torch
 
     from aftcli import load_classifier, read_image, to_input
-    from aftcli.aft import AftSettings, Batch, aft_loss
-    from aftcli.aft_tail import Tail
-    from aftcli.datasets import open_data_set
-    from aftcli.memory import keep_freed_memory
+    from aftcli.aft.loss import Batch, Recipe, aft_loss
+    from aftcli.aft.tail import Tail
+    from aftcli.cli.memory import keep_freed_memory
+    from aftcli.data.sets import open_data_set
 
     if strict:
         keep_freed_memory()
@@ -89,7 +89,7 @@ def whole(data: Path, limit: int | None, strict: bool) -> dict[str, object]:
             Images(), BATCH, shuffle=True, num_workers=workers, multiprocessing_context="fork"
         )
 
-    settings = AftSettings()
+    settings = Recipe()
     tail = Tail(f, settings, "gradcam", None)
     optimizer = torch.optim.Adam(tail.parameters(), lr=1e-4, fused=strict)
     batches = list(loader(1)) if strict else loader(1)

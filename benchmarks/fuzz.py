@@ -96,7 +96,7 @@ def run_command(arguments: list[str], work: Path, seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    from aftcli import cli
+    from aftcli.cli import app as cli
 
     sys.argv = ["aft", *arguments]
     code = 99

@@ -104,7 +104,7 @@ def forked(work: Callable[[], object]) -> None:
 
 def command(arguments: tuple[str, ...], folder: Path) -> tuple[Any, float]:
     """The result of an undamaged command, and its seconds."""
-    from aftcli import cli
+    from aftcli.cli import app as cli
 
     def run() -> None:
         os.chdir(folder)
@@ -133,10 +133,10 @@ def loaded_once() -> None:
             return f
         return real(name, checkpoint, layer, **options)
 
-    import aftcli.evaluate_jobs
-    import aftcli.finetune_jobs
+    from aftcli.evaluation import study
+    from aftcli.tft import stores
 
-    for module in (models, aftcli.finetune_jobs, aftcli.evaluate_jobs):
+    for module in (models, stores, study):
         module.load_classifier = load  # type: ignore[attr-defined]
 
 
@@ -144,16 +144,14 @@ def imported() -> None:
     """Import what the commands import, once."""
     import typer._adapters  # noqa: F401
 
-    from aftcli import (  # noqa: F401
-        cli,
-        engine_onnx,
-        finetune,
-        generate,
-        report_evaluate,
-        report_masks,
-        report_study,
-        report_tuned,
-    )
+    from aftcli.aft import run as finetune  # noqa: F401
+    from aftcli.cli import app as cli  # noqa: F401
+    from aftcli.cli import study as report_study  # noqa: F401
+    from aftcli.engine import onnx as engine_onnx  # noqa: F401
+    from aftcli.report import formats as report_evaluate  # noqa: F401
+    from aftcli.report import masks as report_masks  # noqa: F401
+    from aftcli.report import tuned as report_tuned  # noqa: F401
+    from aftcli.tft import generate  # noqa: F401
 
     Image.init()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
@@ -233,7 +231,7 @@ def class_names(rng: random.Random, original: bytes, photo: bytes) -> Case:
 
 def killed_before(target: str, arguments: tuple[str, ...], folder: Path) -> None:
     """Run a command that dies where it would call `target`."""
-    from aftcli import cli
+    from aftcli.cli import app as cli
 
     def run() -> None:
         os.chdir(folder)
@@ -289,9 +287,9 @@ def _state_dicts(photo: bytes) -> Iterator[Kind]:
 
 def _runs(folder: Path, photo: bytes, plain: Callable[[Any], Any]) -> Iterator[Kind]:
     """Stores, parts, states and checkpoints of runs."""
-    import aftcli.generate
+    from aftcli.data import blocks
 
-    aftcli.generate.BLOCK = 4
+    blocks.BLOCK = 4
     data, made, tuned, cut, torn = (folder / n for n in ("data", "made", "tuned", "cut", "torn"))
     make_data(data)
     for each in (made, cut):
@@ -306,8 +304,8 @@ def _runs(folder: Path, photo: bytes, plain: Callable[[Any], Any]) -> Iterator[K
     shutil.copytree(made, whole)
     table, evaluating = command((*EVALUATE, "--json"), whole)
     explained, _ = command(("explain", str(ROOT / "docs/images/rocket.jpg"), *_SAVED), tuned)
-    killed_before("aftcli.generate.join_parts", masks, cut)
-    killed_before("aftcli.finetune.checkpoint_of", FINETUNE, torn)
+    killed_before("aftcli.tft.generate.join_parts", masks, cut)
+    killed_before("aftcli.aft.run.checkpoint_of", FINETUNE, torn)
     parts = [str(p.relative_to(cut)) for p in (cut / "run/masks").glob(".*.parts/*")]
     assert len(parts) == 3 and (torn / STATE).exists()
     results = [

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from aftcli import load_classifier
+from aftcli.cli.memory import keep_freed_memory
 from aftcli.core.classifier import Classifier
-from aftcli.datasets import DataSet, open_data_set
-from aftcli.explanation import TftSettings
-from aftcli.generate import generate_masks
-from aftcli.memory import keep_freed_memory
+from aftcli.data.sets import DataSet, open_data_set
+from aftcli.settings import Search
+from aftcli.tft.generate import generate_masks
 
 
 class Counted:
@@ -61,7 +61,7 @@ def measure(f: Classifier, data: DataSet, workers: int) -> tuple[float, float]:
     counted = Counted(f)
     with tempfile.TemporaryDirectory() as run:
         start = time.perf_counter()
-        for _ in generate_masks(f, data, ["gradcam"], Path(run), TftSettings(), workers=workers):
+        for _ in generate_masks(f, data, ["gradcam"], Path(run), Search(), workers=workers):
             pass
         seconds = time.perf_counter() - start
     f.forward = counted.forward  # type: ignore[method-assign]

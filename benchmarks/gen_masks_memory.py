@@ -15,7 +15,7 @@ from pathlib import Path
 def peak(data: Path, count: int, thresholds: str) -> float:
     """Peak MB of the largest process of a run."""
     code = (
-        "import resource, sys; from aftcli.cli import app; "
+        "import resource, sys; from aftcli.cli.app import app; "
         "\ntry: app(sys.argv[1:])\nexcept SystemExit as end: assert not end.code"
         "\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )

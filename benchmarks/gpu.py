@@ -18,11 +18,11 @@ from torch import Tensor
 
 from aftcli import load_classifier
 from aftcli.core.classifier import Classifier
-from aftcli.data import read_image, to_input
-from aftcli.datasets import open_data_set
-from aftcli.engine import accelerated
-from aftcli.explanation import TftSettings
-from aftcli.generate import tune_batch
+from aftcli.data.images import read_image, to_input
+from aftcli.data.sets import open_data_set
+from aftcli.engine.accelerate import accelerated
+from aftcli.settings import Search
+from aftcli.tft.generate import tune_batch
 
 CONTESTANTS = {
     "as it is": None,
@@ -36,7 +36,7 @@ CONTESTANTS = {
 
 def run(f: Classifier, batches: list[Tensor]) -> tuple[float, Tensor, Tensor]:
     """Seconds, tau* and probabilities of TFT by Grad-CAM of all batches."""
-    settings = TftSettings()
+    settings = Search()
     tune_batch(f, batches[0].to(f.device), ["gradcam"], settings)
     _wait(f)
     start = time.perf_counter()

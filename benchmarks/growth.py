@@ -30,13 +30,13 @@ from peers import machine_lines, provenance, table
 from peers_calls import Timed, inputs, load, predicted, seconds_of, take_turns, whole_network
 from torch import Tensor, nn
 
-from aftcli import TftSettings, attribution_map, explain, fine_tune_threshold, generate_masks
+from aftcli import Search, attribution_map, explain, fine_tune_threshold, generate_masks
+from aftcli.cli.memory import keep_freed_memory
 from aftcli.core.cam import scaled_map
 from aftcli.core.classifier import Classifier, cut_classifier
-from aftcli.datasets import DataSet, open_data_set
-from aftcli.engine import accelerated
-from aftcli.generate import Processes
-from aftcli.memory import keep_freed_memory
+from aftcli.data.blocks import Processes
+from aftcli.data.sets import DataSet, open_data_set
+from aftcli.engine.accelerate import accelerated
 
 MODEL = "efficientnet_lite0"
 IMAGENET = 1_281_167  # training images
@@ -65,7 +65,7 @@ def masks_of_images(setting: Setting, count: int) -> Timed:
 def gen_masks(f: Classifier, data_set: DataSet) -> None:
     """Masks of a data set, in a run of its own."""
     with tempfile.TemporaryDirectory() as run:
-        for _ in generate_masks(f, data_set, ["gradcam"], Path(run), TftSettings()):
+        for _ in generate_masks(f, data_set, ["gradcam"], Path(run), Search()):
             pass
 
 
@@ -143,7 +143,7 @@ def tft_of_size(setting: Setting, size: int) -> Timed:
     )
     x = inputs(f, str(setting.data), 8).split(1)
     f = accelerated(f, setting.engine)
-    settings = TftSettings()
+    settings = Search()
 
     def timed(_: int) -> float:
         calls = lambda: [explain(f, x_n, ["gradcam"], settings=settings) for x_n in x]  # noqa: E731
@@ -187,7 +187,7 @@ def _share(index: int, barrier: Barrier, results: Queue, run: str, engine: str, 
     start = time.perf_counter()
     shared = Processes(index, barrier.parties, wait)
     for _ in generate_masks(
-        f, images, ["gradcam"], Path(run), TftSettings(), workers=0, processes=shared, block=16
+        f, images, ["gradcam"], Path(run), Search(), workers=0, processes=shared, block=16
     ):
         pass
     if index == 0:

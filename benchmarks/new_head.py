@@ -19,12 +19,12 @@ from unittest import mock
 import torch
 
 from aftcli import load_classifier
-from aftcli.aft import AftSettings
-from aftcli.aft_training import Training
+from aftcli.aft.features import Cache, CachedExamples
+from aftcli.aft.jobs import control_job
+from aftcli.aft.loss import Recipe
+from aftcli.aft.training import Training
+from aftcli.cli.memory import keep_freed_memory
 from aftcli.core import models
-from aftcli.features import Cache, CachedExamples
-from aftcli.finetune_jobs import control_job
-from aftcli.memory import keep_freed_memory
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         for rate in (1e-4, 3e-4, 1e-3):
             best, epochs = [], []
             for seed in range(args.seeds):
-                settings = AftSettings(None, rate, 30, held_out=0.2, seed=seed)
+                settings = Recipe(None, rate, 30, held_out=0.2, seed=seed)
                 training = Training(job.f, CachedExamples(cache, None), settings)
                 for _ in training.run():
                     pass

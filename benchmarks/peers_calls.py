@@ -40,10 +40,10 @@ from torch import Tensor, nn
 
 from aftcli import attribution_map, explain, load_classifier, read_image, to_input
 from aftcli.core.classifier import Classifier, Preprocessing
-from aftcli.datasets import open_data_set
-from aftcli.engine import accelerated
-from aftcli.explanation import TftSettings
-from aftcli.tft import THRESHOLDS, fine_tune_threshold
+from aftcli.data.sets import open_data_set
+from aftcli.engine.accelerate import accelerated
+from aftcli.settings import THRESHOLDS, Search
+from aftcli.tft.search import fine_tune_threshold
 
 PAUSE = 0.1  # seconds before each call: no thread of the contestant before is still spinning
 QUICK_CALL = 1.0  # seconds; calls below are repeated
@@ -275,7 +275,7 @@ def serial_search(network: nn.Module, x: Tensor, attribution: Tensor, c: Tensor)
 def _map_and_search(subject: Subject, contestant: str) -> Callable[[int], object]:
     x, c = subject.x.split(1), subject.c.split(1)
     if contestant != LOOP:
-        f, settings = subject.ours(contestant), TftSettings()
+        f, settings = subject.ours(contestant), Search()
         return lambda i: explain(f, x[i], ["gradcam"], c[i].tolist(), settings=settings)
 
     def loop(i: int) -> list[float]:
@@ -338,7 +338,7 @@ def masks_ours(model: str, data: str, limit: int, contestant: str) -> dict[str, 
     """Seconds of gen-masks, and of its floor: the passes alone, at their best."""
     from gen_masks import best_forward, measure
 
-    from aftcli.memory import keep_freed_memory
+    from aftcli.cli.memory import keep_freed_memory
 
     keep_freed_memory()  # as the command does; the floor gains from it as well
     f = accelerated(load(model), ENGINES[contestant])

@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aftcli.evaluate_tables import Difference, Table1Row, Table2Row, Table3Row, Table4Row
-from aftcli.evaluate_timing import Table5Row
-from aftcli.measures_paper import TABLE5
-from aftcli.report_evaluate import markdown_lines
-from aftcli.report_grids import Shown, Tables, grids
+from aftcli.evaluation.measures import TABLE5
+from aftcli.evaluation.tables import Difference, Table1Row, Table2Row, Table3Row, Table4Row
+from aftcli.evaluation.timing import Table5Row
+from aftcli.report.formats import markdown_lines
+from aftcli.report.grids import Shown, Tables, grids
 
 CAMS = ("gradcam", "gradcam++", "ablationcam", "layercam")
 # All but insertion, deletion and ROAD, which take 30 passes a map: 2 hours more on two cores.
@@ -135,7 +135,7 @@ def tables_of(document: dict[str, Any], names: tuple[str, ...]) -> Tables:
 
 def passes(folder: Path) -> float:
     """Masked images that TFT scores, an image and a method: the mean over a run's masks."""
-    from aftcli.masks import MaskStore
+    from aftcli.tft.masks import MaskStore
 
     counts = []
     for path in sorted((folder / "masks").glob("*.h5")):
@@ -200,7 +200,7 @@ def page(folder: Path, made: list[tuple[Study, dict[str, Any]]]) -> Iterator[str
 
 def muted() -> list[tuple[str, float | None]]:
     """Published muted shares."""
-    from aftcli.core.registry import CAMS
+    from aftcli.core.methods import CAMS
 
     return [(cam, CAMS[cam].muted) for cam in CAMS]
 

@@ -19,10 +19,12 @@ from torch import Tensor
 from aftcli import load_classifier
 from aftcli.core.cam import attribution_map
 from aftcli.core.classifier import Classifier
-from aftcli.data import read_image, to_input
-from aftcli.datasets import open_data_set
-from aftcli.engine import accelerated
-from aftcli.tft import MASKINGS, THRESHOLDS, fine_tune_threshold
+from aftcli.data.images import read_image, to_input
+from aftcli.data.sets import open_data_set
+from aftcli.engine.accelerate import accelerated
+from aftcli.settings import THRESHOLDS
+from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.threshold import MASKINGS
 
 FINE = tuple(i / 40 for i in range(41))
 METHODS = ("gradcam", "layercam")

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from aftcli.cli import app
+from aftcli.cli.app import app
 
 INTRODUCTION = """\
 # Command line

@@ -9,7 +9,7 @@ import warnings
 from typing import NamedTuple
 from unittest import mock
 
-from aftcli import cli
+from aftcli.cli import app as cli
 
 
 class Result(NamedTuple):

@@ -15,9 +15,12 @@ from command import aft  # noqa: E402
 from compare import uncut  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from aftcli.aft.recipes import SITUATIONS  # noqa: E402
 from aftcli.core.models import load_classifier  # noqa: E402
-from aftcli.data import read_image, to_input  # noqa: E402
-from aftcli.finetune_defaults import SITUATIONS  # noqa: E402
+from aftcli.data.images import (
+    read_image,  # noqa: E402
+    to_input,  # noqa: E402
+)
 
 ROOT = Path(__file__).parent.parent
 # By their wnids: tiger cat, espresso, missile.
@@ -65,9 +68,9 @@ def chelsea(lite0):
 def processes():
     """Processes that start quickly, forked from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    reports = [f"aftcli.report_{name}" for name in ("masks", "tuned", "study")]
+    reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.cli.study"]
     context.set_forkserver_preload(
-        ["stored", "trained", "faulty", "aftcli.metrics", "timm", *reports]
+        ["stored", "trained", "faulty", "aftcli.evaluation.metrics", "timm", *reports]
     )
     # Python 3.11's server looks for what it preloads on its own path only.
     with pytest.MonkeyPatch.context() as patch:

@@ -22,9 +22,14 @@ import torch
 import torch.nn.functional as F
 from stored import small_float
 
-from aftcli import cli, evaluate_jobs, features, finetune, finetune_jobs, generate
+from aftcli.aft import features
+from aftcli.aft import run as finetune
+from aftcli.cli import app as cli
 from aftcli.core import models
-from aftcli.core.checkpoint import read_card, restore
+from aftcli.core.weights import read_card, restore
+from aftcli.data import blocks
+from aftcli.evaluation import study
+from aftcli.tft import stores
 
 COMMANDS = {
     "gen-masks": ("--cam", "gradcam", "--cam", "layercam", "--batch-size", "2"),
@@ -117,9 +122,9 @@ def limit_files(size):
 
 def _small_everything():
     torch.set_num_threads(1)
-    for module in (models, finetune_jobs, evaluate_jobs):
+    for module in (models, stores, study):
         module.load_classifier = load_small
-    generate.BLOCK = features.BLOCK = 4
+    blocks.BLOCK = features.BLOCK = 4
     finetune.Options = functools.partial(finetune.Options, save_every=0)
 
 

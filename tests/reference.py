@@ -245,7 +245,7 @@ def attribution_map(model, layer, x, c, method):
 # Algorithm 1
 
 
-class Search(NamedTuple):
+class Found(NamedTuple):
     """What Algorithm 1 finds for one image; x_hat holds all masked images."""
 
     tau: float
@@ -336,7 +336,7 @@ def algorithm_1(
     rpi = [max(p - y, 0) / y for p in y_hat]
     best = first_maximum(y_hat, y)
     i_tau = thresholded(attribution, thresholds[best], mode)
-    return Search(thresholds[best], np.array(rpi), np.array(y_hat), y, i_tau, i_tau != 0, images)
+    return Found(thresholds[best], np.array(rpi), np.array(y_hat), y, i_tau, i_tau != 0, images)
 
 
 # §4.2, equation 8

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import nn
 
 from aftcli.core.classifier import Classes, Preprocessing, cut_classifier
-from aftcli.datasets import open_data_set
-from aftcli.explanation import TftSettings
+from aftcli.data.blocks import Processes
+from aftcli.data.sets import open_data_set
 from aftcli.files import locked
-from aftcli.generate import Processes, generate_masks
+from aftcli.settings import Search
+from aftcli.tft.generate import generate_masks
 
 NAMES = ("apple", "pear", "plum")
 
@@ -58,7 +59,7 @@ def generate(root, run, methods=("gradcam", "layercam"), settings=None, **option
     """Run to the end; options as `generate_masks` takes them."""
     f = small_float()
     data = open_data_set(Path(root), None, f.classes).limited(options.pop("limit", None))
-    settings = settings or TftSettings()
+    settings = settings or Search()
     steps = generate_masks(f, data, methods, Path(run), settings, block=2, batch=2, **options)
     return list(steps)
 

@@ -13,9 +13,9 @@ from small import CLASSES, KINDS, small
 from trained import Direct
 
 from aftcli import AftError
-from aftcli.aft import AftSettings, Batch, Outputs, aft_loss
-from aftcli.aft_training import Epoch, State, Training, choose_held_out, shuffled
-from aftcli.core.tuner import Tuner
+from aftcli.aft.loss import Batch, Outputs, Recipe, aft_loss
+from aftcli.aft.training import Epoch, State, Training, choose_held_out, shuffled
+from aftcli.core.cam import Tuner
 
 
 def data(kind="linear", seed=0, count=11):
@@ -31,7 +31,7 @@ def data(kind="linear", seed=0, count=11):
 
 def settings(**changed):
     chosen = {"lam": 0.3, "learning_rate": 1e-2, "epochs": 2, "batch": 4, "held_out": 0.0}
-    return AftSettings(**{**chosen, **changed})
+    return Recipe(**{**chosen, **changed})
 
 
 def finish(training):
@@ -56,7 +56,7 @@ def test_the_loss_is_the_literal_loop(seed, lam):
     tuned, mask = rng.normal(0, 1, (6, 3, 5)), rng.random((6, 3, 5)) < 0.5
     logits_, labels_, tuned_, mask_ = map(torch.as_tensor, (logits, labels, tuned, mask))
     batch = Batch((), labels_, (mask_,), labels_)
-    found = aft_loss(Outputs(logits_, (tuned_,)), batch, AftSettings(lam=lam))
+    found = aft_loss(Outputs(logits_, (tuned_,)), batch, Recipe(lam=lam))
     expected = reference.aft_loss(logits, labels, tuned, mask, lam)
     assert_near(torch.stack(list(found)), torch.tensor([*expected, 0]), 1e-12)
 

@@ -7,10 +7,10 @@ from PIL import Image
 from stored import make_images, small_float
 
 from aftcli.core.classifier import Preprocessing
-from aftcli.data_files import read_xml
-from aftcli.datasets import VOC_CLASSES, open_data_set
+from aftcli.data.objects import Objects
+from aftcli.data.sets import VOC_CLASSES, open_data_set
+from aftcli.data.text import read_xml
 from aftcli.errors import AftError
-from aftcli.objects import Objects
 
 LAUGHS = (
     '<!DOCTYPE a [<!ENTITY a0 "ha">'
@@ -73,7 +73,7 @@ def test_damaged_annotations(voc, name):
 
 
 def test_large_annotations_are_refused(voc, monkeypatch):
-    monkeypatch.setattr("aftcli.data_files.LARGEST_TEXT", 99)
+    monkeypatch.setattr("aftcli.data.text.LARGEST_TEXT", 99)
     with pytest.raises(ValueError, match="larger than 99 bytes"):
         read_xml(voc / "Annotations/one.xml")
 

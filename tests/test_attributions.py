@@ -16,14 +16,16 @@ from PIL import Image
 from rich.progress import Progress
 from small import small
 
-from aftcli import AftError, TftSettings, attribution_map, cli_setup, report_progress
-from aftcli.core import registry
+from aftcli import AftError, Search, attribution_map
+from aftcli.cli import setup as cli_setup
+from aftcli.core import methods as registry
 from aftcli.core.cam import normalise, scaled_map, to_cells
-from aftcli.core.registry import CAMS, FAMILIES, METHODS
-from aftcli.explanation import explain, passes
-from aftcli.generate import tune_batch
-from aftcli.serving import traced
-from aftcli.tft import THRESHOLDS
+from aftcli.core.methods import CAMS, FAMILIES, METHODS
+from aftcli.engine.export import traced
+from aftcli.report import terminal as report_progress
+from aftcli.settings import THRESHOLDS
+from aftcli.tft.explain import explain, passes
+from aftcli.tft.generate import tune_batch
 
 BEYOND = [name for name in METHODS if name not in CAMS]
 CHELSEA = Path(__file__).parents[1] / "docs" / "images" / "chelsea.jpg"
@@ -96,7 +98,7 @@ def test_masks_of_a_store_are_of_the_map_that_it_keeps(method):
     """I by cells, of a map of pixels their means: what is searched, cut and kept."""
     s = small("linear")
     for mode in ("value", "percentile") if method in ("lrp", "layercam-fusion") else ("value",):
-        (tuned,) = tune_batch(s.f, s.x, [method], TftSettings(mode=mode))
+        (tuned,) = tune_batch(s.f, s.x, [method], Search(mode=mode))
         c = s.model(s.x).argmax(1)
         own = scaled_map(s.f, s.f.activation(s.x), c, s.x, method)
         cells = to_cells(own, s.f.activation(s.x))
@@ -148,7 +150,7 @@ def test_a_threshold_of_a_map_of_pixels_comes_with_advice(tmp_path, capsys):
 
 def test_passes_count_what_methods_need():
     f = small("linear").f
-    settings = TftSettings((0.0, 0.5))
+    settings = Search((0.0, 0.5))
     assert passes(f, ["rise"], 1, None) == 1 + METHODS["rise"].passes
     assert passes(f, ["scorecam"], 2, settings) == 1 + 2 * (2 + f.activation_shape[0])
     assert passes(f, ["map"], 1, settings) == 1 + 2
@@ -281,11 +283,11 @@ def test_masks_and_tables_of_a_method(tmp_path):
 def explain_picture(path, cells=False):
     """The drop of LRP with TFT, by the functions of Python."""
     from aftcli.core.models import load_classifier
-    from aftcli.data import read_image, to_input
+    from aftcli.data.images import read_image, to_input
 
     f = load_classifier("efficientnet_lite0")
     x = to_input(read_image(path), f.preprocessing)
-    settings = TftSettings(masking="soft" if cells else "binary")
+    settings = Search(masking="soft" if cells else "binary")
     (found,) = explain(f, x, ["lrp"], settings=settings, cells=cells)
     y_hat = float(found.tft.probabilities[0, found.tft.best])
     return max(found.probability - y_hat, 0) / found.probability

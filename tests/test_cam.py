@@ -21,8 +21,8 @@ from aftcli.core.cam import (
     upsample,
 )
 from aftcli.core.classifier import Preprocessing, cut_classifier
+from aftcli.core.methods import CAMS
 from aftcli.core.models import load_classifier
-from aftcli.core.registry import CAMS
 from aftcli.errors import AftError
 
 SEEDS = (0, 1, 2)

@@ -9,8 +9,7 @@ from small import CELLS, KINDS, SIZE, small
 from torch import nn
 from torch.testing import assert_close
 
-from aftcli.attributions.canonical import canonical
-from aftcli.attributions.layers import Product, Sum
+from aftcli.attributions.canonical import Product, Sum, canonical
 from aftcli.core.cam import score_gradient
 from aftcli.core.classifier import Preprocessing, cut_classifier
 from aftcli.errors import AftError

@@ -13,9 +13,9 @@ from test_generate import assert_same, content, stop_after
 from trained import make_colours, masks_of, tune
 
 from aftcli import AftError, MaskStore
-from aftcli.contents import GONE, changed, content_of, stamp_of
-from aftcli.evaluate_run import evaluate_study
-from aftcli.finetune_jobs import mask_job
+from aftcli.aft.jobs import mask_job
+from aftcli.data.contents import GONE, changed, content_of, stamp_of
+from aftcli.evaluation.run import evaluate_study
 
 
 def repaint(path, seed=7):

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from aftcli import AftError, load_classifier, read_image, to_input
-from aftcli.core.checkpoint import checkpoint_of, read_card, restore
 from aftcli.core.classifier import Classifier
+from aftcli.core.weights import checkpoint_of, read_card, restore
 from aftcli.files import write_tensors
 
 

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +19,16 @@ from PIL import Image
 from stored import NAMES, small_float
 
 import aftcli
-from aftcli import explanation as engine
-from aftcli import report
-from aftcli.core.registry import CAMS
-from aftcli.data import View, fit_map, read_image, to_input, view_of
+from aftcli.core.methods import CAMS
+from aftcli.data.images import View, read_image, to_input, view_of
+from aftcli.data.maps import fit_map
 from aftcli.errors import AftError
-from aftcli.explanation import Explanation, TftSettings
-from aftcli.tft import THRESHOLDS, TftResult
+from aftcli.report import explain as report
+from aftcli.report import names, pictures
+from aftcli.settings import THRESHOLDS, Search
+from aftcli.tft import explain as engine
+from aftcli.tft.explain import Explanation
+from aftcli.tft.search import TftResult
 
 IMAGES = Path(__file__).parent.parent / "docs/images"
 CHELSEA = IMAGES / "chelsea.jpg"
@@ -87,7 +89,7 @@ def expected_of(f, path, methods, settings=None, **options):
 
 @pytest.mark.parametrize("masking", ["binary", "soft"])
 def test_explain_tft_says_and_writes_what_the_engine_finds(real, folder, masking):
-    settings = TftSettings(THRESHOLDS, masking, "mean", "percentile")
+    settings = Search(THRESHOLDS, masking, "mean", "percentile")
     [expected] = expected_of(real, CHELSEA, ["layercam"], settings)
     options = ("--masking", masking, "--threshold-mode", "percentile", "--out", "o")
     [found] = objects("explain", CHELSEA, "--tft", "--save", "overlay,figure,map,mask", *options)
@@ -200,10 +202,10 @@ def test_the_overlay_of_an_empty_and_a_full_mask():
     picture = Image.new("RGB", (100, 60), "#336699")
     view = view_of(picture.size, small_float().preprocessing)
     ramp = torch.linspace(0, 1, 32).expand(32, 32)
-    nothing = report.overlay(picture, view, ramp, torch.zeros(32, 32, dtype=torch.bool))
+    nothing = pictures.overlay(picture, view, ramp, torch.zeros(32, 32, dtype=torch.bool))
     assert nothing.tobytes() == picture.tobytes()
     everything = np.asarray(
-        report.overlay(picture, view, ramp, torch.ones(32, 32, dtype=torch.bool))
+        pictures.overlay(picture, view, ramp, torch.ones(32, 32, dtype=torch.bool))
     )
     left, top, right, bottom = (round(edge) for edge in view.box(picture.size))
     # Turbo runs from dark blue to dark red.
@@ -223,25 +225,25 @@ def test_colours_of_an_overlay_reach_beyond_a_few_bright_pixels():
     bright[5, 7:9] = 1
     told = (values / 0.2).clamp(max=1)
     told[5, 7:9] = 1
-    shown = np.asarray(report.overlay(picture, view, bright, everywhere)).astype(int)
-    expected = np.asarray(report.overlay(picture, view, told, everywhere)).astype(int)
+    shown = np.asarray(pictures.overlay(picture, view, bright, everywhere)).astype(int)
+    expected = np.asarray(pictures.overlay(picture, view, told, everywhere)).astype(int)
     assert abs(shown - expected).max() <= 3
     # A map with many high scores is shown as it is.
     bright[:10] = 1
-    assert (np.asarray(report.overlay(picture, view, bright, everywhere))[-1] != shown[-1]).any()
+    assert (np.asarray(pictures.overlay(picture, view, bright, everywhere))[-1] != shown[-1]).any()
 
 
 def test_strips_of_a_tall_overlay_meet(monkeypatch):
     picture, ramp = Image.new("RGB", (70, 70)), torch.rand(32, 32)
     view = view_of(picture.size, small_float().preprocessing)
-    whole = report.overlay(picture, view, ramp, ramp > 0.5).tobytes()
-    monkeypatch.setattr(report, "STRIP", 9)
-    assert report.overlay(picture, view, ramp, ramp > 0.5).tobytes() == whole
+    whole = pictures.overlay(picture, view, ramp, ramp > 0.5).tobytes()
+    monkeypatch.setattr(pictures, "STRIP", 9)
+    assert pictures.overlay(picture, view, ramp, ramp > 0.5).tobytes() == whole
 
 
 def test_the_table(f, folder):
     draw("a.png")
-    [e] = expected_of(f, Path("a.png"), ["layercam"], TftSettings())
+    [e] = expected_of(f, Path("a.png"), ["layercam"], Search())
     name = NAMES[e.class_index]
     lines = done(aft("explain", "a.png", "--tft")).splitlines()
     assert lines[0].split() == ["image", "cam", "class", "prob.", "tau*", "RPI", "masked", "kept"]
@@ -332,7 +334,7 @@ def test_tft_of_a_map_of_another_tool(f, absolute):
     x = to_input(picture, f.preprocessing)
     view = view_of(picture.size, f.preprocessing)
     attribution = fit_map(torch.from_numpy(values), x, picture.size, view, absolute)
-    [e] = engine.explain_map(f, x, attribution, [1], settings=TftSettings())
+    [e] = engine.explain_map(f, x, attribution, [1], settings=Search())
     assert found["cam"] == "map"
     assert found["probability"] == close(e.probability)
     assert found["tft"]["probabilities"] == close(e.tft.probabilities[0].tolist())
@@ -426,7 +428,7 @@ def test_images_of_one_name_are_told_apart(f, folder):
 def test_stems_of_many_and_of_long_names(folder):
     paths = [Path(f"{'long ' * 60}{i}.png") for i in range(300)]
     paths += [Path(f"a/{'猫' * 80}.png"), Path(f"b/{'猫' * 80}.png")]
-    stems = report.stems(paths)
+    stems = names.stems(paths)
     assert len({stem.lower() for stem in stems.values()}) == len(paths)
     assert max(len(os.fsencode(stem)) for stem in stems.values()) < 128
 
@@ -498,7 +500,7 @@ def test_json_and_figure_of_an_infinite_rpi(f, folder):
     picture = read_image(draw("a.png"))
     subject = report.Subject(Path("a.png"), "a", picture, view_of(picture.size, f.preprocessing))
     written = report.write_outputs(f, subject, e, ("figure", "overlay"), folder)
-    found = report.as_dict(f, written, TftSettings((0.0, 0.5)))
+    found = report.as_dict(f, written, Search((0.0, 0.5)))
     found = json.loads(json.dumps(found, allow_nan=False))
     assert (found["tft"]["tau"], found["tft"]["area"]) == (0.5, 0.5)
     assert found["tft"]["rpi"][1] > 1e38
@@ -610,12 +612,28 @@ SMALL = """
 import sys
 sys.path.insert(0, {tests!r})
 import stored
-from aftcli import cli
+from aftcli.cli import app
 from aftcli.core import models
 models.load_classifier = lambda *_, **__: stored.small_float()
-cli.main()
+app.main()
 """
-AFT = [sys.executable, "-c", SMALL.format(tests=str(Path(__file__).parent))]
+SMALL = SMALL.format(tests=str(Path(__file__).parent))
+AFT = [sys.executable, "-c", SMALL]
+# It is interrupted after its fourth file, whatever else the machine does.
+INTERRUPTED = SMALL.replace(
+    "app.main()",
+    """
+import os, signal
+replace, written = os.replace, []
+def counted(*paths):
+    replace(*paths)
+    written.append(paths)
+    if len(written) == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+os.replace = counted
+app.main()
+""",
+)
 
 
 def test_a_process_without_stderr_says_nothing_else_on_stdout(folder):
@@ -632,14 +650,10 @@ def test_interrupted_by_a_signal(folder):
     pipe = subprocess.PIPE
     # A shell's background jobs, as this test may be part of one, ignore interrupts.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        [*AFT, "explain", "in", "--tft"], stdout=pipe, stderr=pipe, text=True, preexec_fn=heed
-    )
-    while process.poll() is None and len(leftovers(folder)) < 44:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate()
-    assert (process.returncode, out, errors) == (130, "", "aft: interrupted\n")
+    command = [sys.executable, "-c", INTERRUPTED, "explain", "in", "--tft"]
+    done = subprocess.run(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "aft: interrupted\n")
+    assert 4 <= len(list(Path("aft-out").iterdir())) < 40
     for path in Path("aft-out").iterdir():
         assert not path.name.startswith(".")
         with Image.open(path) as image:

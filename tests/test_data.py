@@ -17,15 +17,9 @@ from PIL import Image
 from aftcli.core.cam import normalise, upsample
 from aftcli.core.classifier import Preprocessing
 from aftcli.core.models import _source
-from aftcli.data import (
-    LONGEST,
-    fit_map,
-    read_image,
-    read_map,
-    to_input,
-    view_of,
-)
-from aftcli.data_files import find_images, read_classes
+from aftcli.data.images import LONGEST, read_image, to_input, view_of
+from aftcli.data.maps import fit_map, read_map
+from aftcli.data.text import find_images, read_classes
 from aftcli.errors import AftError
 
 IMAGES = Path(__file__).parent.parent / "docs/images"
@@ -268,8 +262,10 @@ def test_a_large_picture_is_in_memory_about_twice(tmp_path):
 import resource, sys, torch
 from pathlib import Path
 from aftcli.core.classifier import Preprocessing
-from aftcli.data import read_image, to_input, view_of
-from aftcli.report import overlay
+from aftcli.data.images import read_image
+from aftcli.data.images import to_input
+from aftcli.data.images import view_of
+from aftcli.report.pictures import overlay
 
 def paint(path):
     image = read_image(path)

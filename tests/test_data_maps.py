@@ -10,10 +10,9 @@ from PIL import Image
 from stored import small_float
 
 from aftcli.core.classifier import Preprocessing
-from aftcli.core.registry import CAMS
-from aftcli.data import fit_map, view_of
-from aftcli.data_maps import already_scaled
-from aftcli.frames import TURNS, Turn
+from aftcli.core.methods import CAMS
+from aftcli.data.images import TURNS, Turn, view_of
+from aftcli.data.maps import already_scaled, fit_map
 
 PREP = Preprocessing((32, 32), 36)
 X = torch.zeros(1, 3, 32, 32)

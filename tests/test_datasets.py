@@ -15,9 +15,9 @@ from trained import make_colours
 from aftcli import AftError, MaskStore
 from aftcli.core.classifier import Classes
 from aftcli.core.models import imagenet_classes
-from aftcli.datasets import open_data_set, validation_of
-from aftcli.explanation import TftSettings
-from aftcli.generate import store_settings
+from aftcli.data.sets import open_data_set, validation_of
+from aftcli.settings import Search
+from aftcli.tft.generate import store_settings
 
 FRUIT = Classes(NAMES)
 
@@ -184,7 +184,7 @@ def test_an_unknown_class_names_those_that_contain_the_word_first():
 
 def test_a_store_names_its_own_classes(tmp_path):
     root = make_images(tmp_path / "fruit", each=1)
-    generate(root, tmp_path / "run", ("gradcam",), TftSettings((0.5,)))
+    generate(root, tmp_path / "run", ("gradcam",), Search((0.5,)))
     path = tmp_path / "run/masks/small-gradcam.h5"
     with MaskStore(path) as store:
         assert store.settings["class_names"] == list(NAMES)
@@ -202,17 +202,17 @@ def test_a_store_names_its_own_classes(tmp_path):
     sealed_again(path)
     assert shown() == dict.fromkeys(NAMES, 1)
     # The same command still finds it.
-    generate(root, tmp_path / "run", ("gradcam",), TftSettings((0.5,)))
+    generate(root, tmp_path / "run", ("gradcam",), Search((0.5,)))
 
 
 def test_a_store_of_imagenets_classes_has_no_names_of_its_own(lite0, tmp_path):
     root = folders(tmp_path / "data", "n01440764", "n01443537")
-    settings = store_settings(lite0, open_data_set(root, None, lite0.classes), TftSettings())
+    settings = store_settings(lite0, open_data_set(root, None, lite0.classes), Search())
     assert "class_names" not in settings
     f = small_float()
     f.classes = Classes.numbered(3)
     data = open_data_set(make_images(tmp_path / "fruit", each=1), None, f.classes)
-    assert "class_names" not in store_settings(f, data, TftSettings())
+    assert "class_names" not in store_settings(f, data, Search())
 
 
 @pytest.fixture(scope="module")

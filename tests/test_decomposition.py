@@ -11,23 +11,37 @@ from torchvision.models import get_model
 
 pytest.importorskip("zennit")
 
-from aftcli.attributions import decomposition, rules  # noqa: E402
-from aftcli.attributions.canonical import canonical  # noqa: E402
-from aftcli.attributions.decomposition import (  # noqa: E402
-    clrp,
-    contrast,
-    lrp,
-    lrp_alpha_beta,
-    lrp_epsilon,
-    lrp_gamma,
-    score_of_class,
-    signed_clrp,
-    signed_lrp,
+from aftcli.attributions import (
+    decomposition,  # noqa: E402
+    rules,  # noqa: E402
 )
-from aftcli.attributions.relative import rap, signed_rap  # noqa: E402
-from aftcli.attributions.relevance import relevance_cam, signed_relevance  # noqa: E402
-from aftcli.attributions.rules import Rules, named, relevance  # noqa: E402
-from aftcli.core.classifier import Preprocessing, cut_classifier  # noqa: E402
+from aftcli.attributions.activation import (
+    relevance_cam,  # noqa: E402
+    signed_relevance,  # noqa: E402
+)
+from aftcli.attributions.canonical import canonical  # noqa: E402
+from aftcli.attributions.decomposition import (
+    clrp,  # noqa: E402
+    contrast,  # noqa: E402
+    lrp,  # noqa: E402
+    lrp_alpha_beta,  # noqa: E402
+    lrp_epsilon,  # noqa: E402
+    lrp_gamma,  # noqa: E402
+    rap,  # noqa: E402
+    score_of_class,  # noqa: E402
+    signed_clrp,  # noqa: E402
+    signed_lrp,  # noqa: E402
+    signed_rap,  # noqa: E402
+)
+from aftcli.attributions.rules import (
+    Rules,  # noqa: E402
+    named,  # noqa: E402
+    relevance,  # noqa: E402
+)
+from aftcli.core.classifier import (
+    Preprocessing,  # noqa: E402
+    cut_classifier,  # noqa: E402
+)
 from aftcli.core.models import load_classifier  # noqa: E402
 from aftcli.errors import AftError  # noqa: E402
 

@@ -9,11 +9,13 @@ from stored import generate, generate_as_one_of, small_float
 from test_evaluate import evaluate_as_one_of, run_all, study_of
 from trained import make_colours
 
-from aftcli import AftError, MaskStore, cli_setup
-from aftcli.datasets import open_data_set
-from aftcli.evaluate_run import Plan, evaluate_study
-from aftcli.explanation import TftSettings
-from aftcli.generate import Processes, generate_masks
+from aftcli import AftError, MaskStore
+from aftcli.cli import setup as cli_setup
+from aftcli.data.blocks import Processes
+from aftcli.data.sets import open_data_set
+from aftcli.evaluation.run import Plan, evaluate_study
+from aftcli.settings import Search
+from aftcli.tft.generate import generate_masks
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,7 @@ def test_the_number_of_images_in_a_batch_decides_no_threshold(data, tmp_path, on
 def masks(data, run, batch):
     f = small_float()
     data_set = open_data_set(data, None, f.classes)
-    list(generate_masks(f, data_set, ["gradcam"], run, TftSettings(), workers=0, batch=batch))
+    list(generate_masks(f, data_set, ["gradcam"], run, Search(), workers=0, batch=batch))
     with MaskStore(run / "masks/small-gradcam.h5") as store:
         return store.rows(0, len(store))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aftcli import METHODS, TftSettings, explain
-from aftcli.core.registry import CAMS
+from aftcli import METHODS, Search, explain
+from aftcli.core.methods import CAMS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -61,7 +61,7 @@ def test_first_output_is_what_is_computed(lite0, chelsea):
         README.read_text("utf-8"),
         re.M,
     )
-    (found,) = explain(lite0, chelsea, ["layercam"], settings=TftSettings())
+    (found,) = explain(lite0, chelsea, ["layercam"], settings=Search())
     best = int(found.tft.best)
     assert (row["name"], int(row["index"])) == (lite0.classes.name(282), found.class_index)
     assert float(row["tau"]) == pytest.approx(float(found.tft.tau))

@@ -11,15 +11,17 @@ from compare import assert_near
 from small import KINDS, SIZE, small_model
 from torch import nn
 
-from aftcli import engine, engine_onnx
+from aftcli.aft.tail import earlier_layers
 from aftcli.core.cam import attribution_map
 from aftcli.core.classifier import Preprocessing, cut_classifier
-from aftcli.core.earlier import earlier_layers
-from aftcli.engine import ENGINES, ENOUGH, accelerated, fast_stem
-from aftcli.engine_onnx import Graph, OnnxRuntime, cache_folder
-from aftcli.engine_torch import FoldedTorch, folded
+from aftcli.engine import accelerate as engine
+from aftcli.engine import onnx as engine_onnx
+from aftcli.engine.accelerate import ENGINES, ENOUGH, accelerated, fast_stem
+from aftcli.engine.folded import FoldedTorch, folded
+from aftcli.engine.onnx import Graph, OnnxRuntime, cache_folder
 from aftcli.errors import AftError
-from aftcli.tft import MASKINGS, fine_tune_threshold
+from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.threshold import MASKINGS
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = sorted((ROOT / "docs/images").glob("c*.jpg"))[:2]
@@ -214,7 +216,7 @@ class Wrong(FoldedTorch):
 
 
 def test_an_engine_with_other_results_is_not_used(monkeypatch):
-    monkeypatch.setattr("aftcli.engine_torch.FoldedTorch", Wrong)
+    monkeypatch.setattr("aftcli.engine.folded.FoldedTorch", Wrong)
     f, _ = network()
     notes = []
     assert accelerated(f, "torch", note=notes.append) is f

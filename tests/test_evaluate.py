@@ -13,24 +13,23 @@ import torch
 from PIL import Image
 from stored import NAMES, make_images, small_float
 
-from aftcli import evaluate as engine
-from aftcli import evaluate_run
-from aftcli.contents import content_hash
-from aftcli.core.registry import METHODS
-from aftcli.core.rounding import rises
-from aftcli.datasets import open_data_set
+from aftcli.core.methods import METHODS
+from aftcli.data.blocks import Processes
+from aftcli.data.contents import content_hash
+from aftcli.data.objects import Regions
+from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError
-from aftcli.evaluate import Images, Muting, Unit, Wanted, measure_batch
-from aftcli.evaluate_jobs import Study, Variant
-from aftcli.evaluate_run import Measured, Plan, Step, evaluate_study
-from aftcli.evaluate_tables import differences, table3, table4
-from aftcli.explanation import TftSettings
-from aftcli.generate import Processes
-from aftcli.measures import EXTRAS, MEASURES, VARIANTS
-from aftcli.metrics import ROAD_SHARES, STEPS, blurred
-from aftcli.metrics_road import NOISE, impute
-from aftcli.objects import Regions
-from aftcli.tft import MASKINGS, MODES
+from aftcli.evaluation import batch as engine
+from aftcli.evaluation import run as evaluate_run
+from aftcli.evaluation.batch import Images, Muting, Unit, Wanted, measure_batch
+from aftcli.evaluation.measures import EXTRAS, MEASURES, VARIANTS
+from aftcli.evaluation.metrics import NOISE, ROAD_SHARES, STEPS, blurred, impute
+from aftcli.evaluation.run import Measured, Plan, Step, evaluate_study
+from aftcli.evaluation.study import Study, Variant
+from aftcli.evaluation.tables import differences, table3, table4
+from aftcli.settings import Search
+from aftcli.tft.rounding import rises
+from aftcli.tft.threshold import MASKINGS, MODES
 
 CAMS = ("gradcam", "layercam", "xgradcam")
 UNITS = [Unit(cam, masking) for masking in MASKINGS for cam in CAMS]
@@ -157,7 +156,7 @@ def only(images, n):
 def test_every_measure_of_every_view_equals_the_loop(mode):
     f = small_float()
     images = some_images(f, 3)
-    wanted = Wanted(TftSettings(T, mode=mode), ALL)
+    wanted = Wanted(Search(T, mode=mode), ALL)
     raised = 0
     for n in range(len(images.x)):
         literal = Slow(f, images, n, mode)
@@ -187,7 +186,7 @@ def test_every_measure_of_every_view_equals_the_loop(mode):
 def test_a_batch_equals_its_images_one_by_one():
     f = small_float()
     images = some_images(f, 5)
-    wanted = Wanted(TftSettings(T), ALL)
+    wanted = Wanted(Search(T), ALL)
     found = measure_batch(f, images, UNITS, wanted)
     for n in range(5):
         for unit in UNITS:
@@ -205,7 +204,7 @@ def test_tft_never_lowers_a_probability_below_the_plain_maps(masking, seed):
     """So Average Drop can't be worse, nor Average Increase: by construction, as 0 is in T."""
     f = small_float()
     units = [Unit(cam, masking) for cam in CAMS]
-    found = measure_batch(f, some_images(f, 16, seed), units, Wanted(TftSettings(T)))
+    found = measure_batch(f, some_images(f, 16, seed), units, Wanted(Search(T)))
     for columns in found.values():
         tft, original = columns["tft/y_hat"], columns["original/y_hat"]
         y = columns["probability"]
@@ -223,7 +222,7 @@ def test_thresholds_without_zero_do_not_move_the_plain_map():
     f = small_float()
     images = some_images(f)
     unit = Unit("gradcam", "soft")
-    one = measure_batch(f, images, [unit], Wanted(TftSettings((0.5, 0.9))))[unit]
+    one = measure_batch(f, images, [unit], Wanted(Search((0.5, 0.9))))[unit]
     two = measure_batch(f, images, [unit], Wanted(None))[unit]
     assert torch.equal(one["original/y_hat"], two["original/y_hat"])
     assert "tft/y_hat" not in two and "tau" not in two
@@ -252,7 +251,7 @@ def study_of(root, cams=CAMS, limit=None):
         Variant("aft", other.weights_hash(), cams[:1], lambda: other),
         Variant("control", other.weights_hash() + "!", cams, lambda: other),
     )
-    return Study(f, data, cams, variants, TftSettings(T), None)
+    return Study(f, data, cams, variants, Search(T), None)
 
 
 PLAN = Plan(workers=0, batch=2, block=4, extras=frozenset({"adcc", "baselines"}))
@@ -304,7 +303,7 @@ def counted(monkeypatch):
 
 
 def test_results_are_those_of_the_images_one_by_one(whole, data):
-    from aftcli.data import read_image, to_input
+    from aftcli.data.images import read_image, to_input
 
     study = study_of(data)
     f, (unit, *_) = study.f, UNITS
@@ -373,7 +372,7 @@ def test_measures_that_were_computed_are_kept_and_found_again(whole, data, tmp_p
 def test_what_changes_is_made_again(whole, data, tmp_path, monkeypatch):
     seen = counted(monkeypatch)
     run, study = tmp_path / "whole", study_of(data)
-    assert run_all(replace(study, search=TftSettings((0.0, 0.5))), run).reused is False
+    assert run_all(replace(study, search=Search((0.0, 0.5))), run).reused is False
     # Tuned networks and the control know no search.
     assert len(seen) == 12 * 6 and not run_all(study, run).results == {}
     seen.clear()

@@ -15,16 +15,16 @@ from command import aft
 from PIL import Image
 
 from aftcli import attribution_map, load_classifier, read_image, to_input
-from aftcli import options as o
-from aftcli import options_values as v
-from aftcli.core.registry import METHODS
-from aftcli.data import view_of
-from aftcli.datasets import open_data_set
+from aftcli.cli import options as o
+from aftcli.cli import values as v
+from aftcli.core.methods import METHODS
+from aftcli.data.images import view_of
+from aftcli.data.objects import Objects
+from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError
-from aftcli.evaluate_sanity import randomised, sanity, similarity
-from aftcli.measures_paper import TABLE3
-from aftcli.objects import Objects
-from aftcli.report_evaluate import FORMATS
+from aftcli.evaluation.measures import TABLE3
+from aftcli.evaluation.sanity import randomised, sanity, similarity
+from aftcli.report.formats import FORMATS
 
 T = (0.0, 0.3, 0.6)
 

@@ -8,14 +8,15 @@ from compare import assert_near
 from small import SIZE, small
 
 from aftcli.core.cam import attribution_map
-from aftcli.core.registry import CAMS
-from aftcli.explanation import TftSettings, explain, explain_map
-from aftcli.tft import fine_tune_threshold
+from aftcli.core.methods import CAMS
+from aftcli.settings import Search
+from aftcli.tft.explain import explain, explain_map
+from aftcli.tft.search import fine_tune_threshold
 
 SETTINGS = [
-    TftSettings(),
-    TftSettings((0.2, 0.5, 0.8), "soft", "black", "percentile"),
-    TftSettings(masking="binary", fill="blur"),
+    Search(),
+    Search((0.2, 0.5, 0.8), "soft", "black", "percentile"),
+    Search(masking="binary", fill="blur"),
 ]
 
 
@@ -92,7 +93,7 @@ def test_a_fixed_threshold_mutes_what_is_below_it(tau):
     by_value = [[v if v >= tau else 0 for v in row] for row in attribution.tolist()]
 
     def muted(mode):
-        settings = TftSettings((tau,), mode=mode)
+        settings = Search((tau,), mode=mode)
         [found] = explain_map(s.f, s.x[:1], attribution[None], [1], settings=settings)
         return found.tft.attribution[0]
 

@@ -250,7 +250,7 @@ class Finder:
         if name == {module!r}:
             os.kill(os.getpid(), signal.{signal})
 sys.meta_path.insert(0, Finder())
-from aftcli.cli import main
+from aftcli.cli.app import main
 main()
 """
 

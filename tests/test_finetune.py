@@ -16,15 +16,17 @@ from safetensors.torch import load_file
 from stored import NAMES, full_disk, small_float
 from trained import PAPER, SETTINGS, epochs, make_colours, masks_of, tune, tune_and_exit, tuned
 
-from aftcli import AftError, MaskStore, finetune_defaults
-from aftcli.aft_training import Step, shuffled
+from aftcli import AftError, MaskStore
+from aftcli.aft import recipes as finetune_defaults
+from aftcli.aft.crop import Crop, crop, random_crop
+from aftcli.aft.features import Cache, CachedExamples, Masks, choose_cache, stem_output
+from aftcli.aft.jobs import control_job, mask_job
+from aftcli.aft.recipes import in_situation
+from aftcli.aft.run import Begun, Cached, Options, fine_tune
+from aftcli.aft.training import Step, shuffled
 from aftcli.core.classifier import Classes
-from aftcli.datasets import open_data_set
-from aftcli.features import Cache, CachedExamples, Masks, choose_cache, stem_output
-from aftcli.features_crop import Crop, crop, random_crop
-from aftcli.finetune import Begun, Cached, Options, fine_tune
-from aftcli.finetune_defaults import in_situation
-from aftcli.finetune_jobs import control_job, find_stores, mask_job
+from aftcli.data.sets import open_data_set
+from aftcli.tft.stores import find_stores
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +258,8 @@ def test_the_val_split_decides_nothing(images, masks, uninterrupted, tmp_path):
         target.write_bytes(other.read_bytes())
     run = new_run(tmp_path / "run", masks)
     job = mask_job(MaskStore(run / "masks/small-gradcam.h5"), small_float(), copy)
-    from aftcli.finetune import fine_tune
-    from aftcli.finetune_defaults import in_situation
+    from aftcli.aft.recipes import in_situation
+    from aftcli.aft.run import fine_tune
 
     events = fine_tune([job], run, in_situation(lam=0.5, **SETTINGS))
     path = tuned(list(events)).path

@@ -18,11 +18,12 @@ from test_trust import sealed_again
 from torch import nn
 
 import aftcli
-from aftcli import foreign, report_evaluate
-from aftcli.core.checkpoint import read_card, restore
 from aftcli.core.classifier import Classes, Preprocessing, cut_classifier
-from aftcli.evaluate_tables import Table3Row, Table4Row
-from aftcli.report_grids import Shown, Tables
+from aftcli.core.weights import read_card, restore
+from aftcli.evaluation.tables import Table3Row, Table4Row
+from aftcli.report import formats as report_evaluate
+from aftcli.report import terminal as foreign
+from aftcli.report.grids import Shown, Tables
 
 # What a name holds: the name, and what of it must not be printed as it is.
 ODD = {
@@ -68,7 +69,7 @@ def load(name=None, checkpoint=None, *_, **__):
 
 def give_odd(patch):
     """Give every command the odd network."""
-    for module in ("core.models", "finetune_jobs", "evaluate_jobs"):
+    for module in ("core.models", "tft.stores", "evaluation.study"):
         patch.setattr(f"aftcli.{module}.load_classifier", load)
 
 
@@ -317,7 +318,7 @@ def test_all_that_is_printed_is_escaped_or_our_own():
             for argument in node.args:
                 own = (
                     isinstance(argument, ast.Constant)
-                    or path.name == "foreign.py"
+                    or path.name == "terminal.py"
                     or any(word in ast.unparse(argument) for word in safe)
                 )
-                assert own, f"{path.name}: {ast.unparse(node)}; use foreign.say"
+                assert own, f"{path.name}: {ast.unparse(node)}; use terminal.say"

@@ -8,10 +8,10 @@ from stored import small_float
 from voc import annotation, make_voc
 
 from aftcli.core.classifier import Preprocessing
-from aftcli.data import read_image, to_input
-from aftcli.datasets import VOC_CLASSES, open_data_set
+from aftcli.data.images import read_image, to_input
+from aftcli.data.objects import Objects
+from aftcli.data.sets import VOC_CLASSES, open_data_set
 from aftcli.errors import AftError
-from aftcli.objects import Objects
 
 # Resized to the shorter side of the pictures below: what the network sees are their own pixels.
 PREP = Preprocessing((32, 32), 40, "nearest")

@@ -12,8 +12,8 @@ from small import SIZE, small
 from torch import nn
 from torch.testing import assert_close
 
-from aftcli.attributions import fusion
-from aftcli.attributions.fusion import fuse, layer_cam_fusion, stage_maps, stages
+from aftcli.attributions import activation as fusion
+from aftcli.attributions.activation import fuse, layer_cam_fusion, stage_maps, stages
 from aftcli.core.cam import layer_cam, upsample
 from aftcli.core.classifier import Preprocessing, cut_classifier
 from aftcli.errors import AftError

@@ -17,14 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stored import generate, make_images, small_float
 
-from aftcli import foreign
-from aftcli import options_values as v
+from aftcli.cli import values as v
 from aftcli.core.classifier import Classes
-from aftcli.data import read_image, read_map
-from aftcli.data_files import read_classes, read_xml
+from aftcli.data.images import read_image
+from aftcli.data.maps import read_map
+from aftcli.data.text import read_classes, read_xml
 from aftcli.errors import AftError
-from aftcli.masks import MaskStore
-from aftcli.report_masks import summarise
+from aftcli.report import terminal as foreign
+from aftcli.report.masks import summarise
+from aftcli.tft.masks import MaskStore
 
 SEEDS = st.integers(0, 2**32)
 PICTURES = {name: make() for name, make in mutants.PICTURES.items()}
@@ -124,7 +125,7 @@ def test_stores_of_other_settings(place, key):
 
 
 def test_labels_beyond_the_classes(place, monkeypatch):
-    monkeypatch.setattr("aftcli.report_masks._classes_of", lambda store: Classes(("one",)))
+    monkeypatch.setattr("aftcli.report.masks._classes_of", lambda store: Classes(("one",)))
     with MaskStore("run/masks/small-gradcam.h5") as store, pytest.raises(AftError, match="beyond"):
         summarise(store)
 
@@ -210,7 +211,9 @@ READ = """
 import sys
 from pathlib import Path
 from aftcli.core.classifier import Preprocessing
-from aftcli.data import read_image, read_map, to_input
+from aftcli.data.images import read_image
+from aftcli.data.maps import read_map
+from aftcli.data.images import to_input
 from aftcli.errors import AftError
 
 def status(name):
@@ -278,7 +281,7 @@ def test_a_zipped_map_is_checked_to_its_end(tmp_path):
 
 @pytest.mark.parametrize("name", ["fifo", "device", "large"])
 def test_class_names_come_from_a_file_of_bounded_size(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("aftcli.data_files.LARGEST_TEXT", 999)
+    monkeypatch.setattr("aftcli.data.text.LARGEST_TEXT", 999)
     path = tmp_path / name
     if name == "fifo":
         os.mkfifo(path)

@@ -21,12 +21,12 @@ from stored import (
 )
 
 from aftcli import AftError, MaskStore
-from aftcli.datasets import open_data_set
-from aftcli.engine import accelerated
-from aftcli.explanation import TftSettings
-from aftcli.generate import spans_of, store_settings, tune_batch
-from aftcli.loading import Loaded, batches
-from aftcli.masks import Rows
+from aftcli.data.blocks import Loaded, batches, spans_of
+from aftcli.data.sets import open_data_set
+from aftcli.engine.accelerate import accelerated
+from aftcli.settings import Search
+from aftcli.tft.generate import store_settings, tune_batch
+from aftcli.tft.hdf5 import Rows
 
 METHODS = ("gradcam", "layercam")
 
@@ -106,11 +106,11 @@ def test_a_torn_part_is_made_again(images, uninterrupted, tmp_path):
 
 def stop_after(images, run, steps):
     """Leave a run in the middle, as an exception would."""
-    from aftcli.generate import generate_masks
+    from aftcli.tft.generate import generate_masks
 
     f = small_float()
     data = open_data_set(images, None, f.classes)
-    going = generate_masks(f, data, METHODS, run, TftSettings(), block=2, batch=2, workers=0)
+    going = generate_masks(f, data, METHODS, run, Search(), block=2, batch=2, workers=0)
     for _ in range(steps):
         next(going)
     going.close()
@@ -152,8 +152,8 @@ def test_one_cam_is_added_without_touching_the_other(images, uninterrupted, tmp_
 @pytest.mark.parametrize(
     ("options", "difference"),
     [
-        ({"settings": TftSettings(masking="soft")}, "masking is binary, asked for soft"),
-        ({"settings": TftSettings(thresholds=(0.0, 0.5))}, "thresholds is"),
+        ({"settings": Search(masking="soft")}, "masking is binary, asked for soft"),
+        ({"settings": Search(thresholds=(0.0, 0.5))}, "thresholds is"),
         ({"limit": 4}, "images is 15, asked for 4"),
     ],
 )
@@ -217,7 +217,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_later(images, uninterrupted
 
 def test_a_full_disk_while_joining_leaves_the_parts(images, uninterrupted, tmp_path, monkeypatch):
     torch.set_num_threads(1)
-    from aftcli import generate as module
+    from aftcli.tft import generate as module
 
     def full(*_):
         with full_disk(9000):
@@ -237,9 +237,9 @@ def test_methods_together_equal_each_alone():
     f = small_float()
     x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     methods = ("gradcam", "layercam", "cam", "ablationcam", "gradcam++")
-    together = tune_batch(f, x, methods, TftSettings())
+    together = tune_batch(f, x, methods, Search())
     for method, shared in zip(methods, together, strict=True):
-        (alone,) = tune_batch(f, x, [method], TftSettings())
+        (alone,) = tune_batch(f, x, [method], Search())
         assert torch.equal(shared.tft.tau, alone.tft.tau)
         torch.testing.assert_close(shared.tft.probabilities, alone.tft.probabilities)
         assert torch.equal(shared.mask, alone.mask)
@@ -253,10 +253,10 @@ def test_equal_masks_of_several_methods_are_scored_once(monkeypatch):
     monkeypatch.setattr(
         type(f), "forward", lambda self, x: passed.append(len(x)) or forward(self, x)
     )
-    tune_batch(f, x, ["layercam"], TftSettings())
+    tune_batch(f, x, ["layercam"], Search())
     alone = sum(passed)
     passed.clear()
-    tune_batch(f, x, ["layercam", "layercam"], TftSettings())
+    tune_batch(f, x, ["layercam", "layercam"], Search())
     assert sum(passed) == alone
 
 
@@ -309,8 +309,8 @@ def test_batches_of_a_block_are_its_images_in_order(count, size):
 def test_what_a_store_was_made_with_is_named_where_it_is_not_usual(images):
     f = small_float()
     data = open_data_set(images, None, f.classes)
-    usual = store_settings(f, data, TftSettings())
+    usual = store_settings(f, data, Search())
     assert not {"search", "precision"} & set(usual)
     lower = accelerated(f, "torch", precision="bf16")
-    named = store_settings(lower, data, TftSettings(search="fast"))
+    named = store_settings(lower, data, Search(search="fast"))
     assert named == {**usual, "search": "fast", "precision": "bf16"}

@@ -6,17 +6,18 @@ from compare import assert_near
 from small import CLASSES, SIZE, small, small_model
 from torch import nn
 
-from aftcli.aft import AftSettings
+from aftcli.aft.jobs import Job
+from aftcli.aft.loss import Recipe
+from aftcli.aft.run import fine_tune
 from aftcli.core.cam import attribution_map
 from aftcli.core.classifier import Preprocessing, cut_classifier
 from aftcli.errors import AftError
-from aftcli.explanation import TftSettings, explain, explain_map
-from aftcli.finetune import fine_tune
-from aftcli.finetune_jobs import Job
-from aftcli.generate import tune_batch
-from aftcli.tft import fine_tune_threshold
+from aftcli.settings import Search
+from aftcli.tft.explain import explain, explain_map
+from aftcli.tft.generate import tune_batch
+from aftcli.tft.search import fine_tune_threshold
 
-SETTINGS = TftSettings((0.2, 0.5))
+SETTINGS = Search((0.2, 0.5))
 
 
 def given_maps(count=1):
@@ -104,7 +105,7 @@ def one_output():
 
 
 def tune_without_masks(f, x, run):
-    return list(fine_tune([Job(f, None)], run, AftSettings()))
+    return list(fine_tune([Job(f, None)], run, Recipe()))
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,10 @@ from stored import generate, make_images, small_float
 from torch.utils.data import DataLoader
 
 from aftcli import AftError, MaskStore, attribution_map, fine_tune_threshold, to_input
-from aftcli.data import read_image
-from aftcli.explanation import TftSettings
-from aftcli.loading import Broken
-from aftcli.masks import Rows, join_float, split_float
-from aftcli.masks_parts import read_part, write_part
+from aftcli.data.blocks import Broken
+from aftcli.data.images import read_image
+from aftcli.settings import Search
+from aftcli.tft.hdf5 import Rows, join_float, read_part, split_float, write_part
 
 METHODS = ("gradcam", "layercam", "ablationcam")
 
@@ -62,7 +61,7 @@ def test_records_equal_the_python_api_image_by_image(images, run, method):
 @pytest.mark.parametrize("mode", ["value", "percentile"])
 @pytest.mark.parametrize("masking", ["binary", "soft"])
 def test_the_full_mask_is_rebuilt_exactly(images, tmp_path, mode, masking):
-    settings = TftSettings(masking=masking, mode=mode)
+    settings = Search(masking=masking, mode=mode)
     generate(images, tmp_path, ("layercam",), settings)
     f = small_float()
     with MaskStore(tmp_path / "masks/small-layercam.h5") as store:

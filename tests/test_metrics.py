@@ -7,12 +7,11 @@ import torch
 from scipy import stats
 from torch import nn
 
-from aftcli import metrics, metrics_intervals
 from aftcli.errors import AftError
-from aftcli.measures import EXTRAS, MEASURES, PAPER, extras_of, measures
-from aftcli.metrics import Average
-from aftcli.metrics_intervals import estimate
-from aftcli.metrics_road import impute, road
+from aftcli.evaluation import metrics
+from aftcli.evaluation import metrics as metrics_intervals
+from aftcli.evaluation.measures import EXTRAS, MEASURES, PAPER, extras_of, measures
+from aftcli.evaluation.metrics import Average, estimate, impute, road
 
 SEEDS = (0, 1, 2)
 

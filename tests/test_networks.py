@@ -12,20 +12,21 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from trained import SETTINGS, make_colours
 
+from aftcli.aft.jobs import mask_job
+from aftcli.aft.recipes import in_situation
+from aftcli.aft.run import Options, Tuned, fine_tune
 from aftcli.core.cam import attribution_map
 from aftcli.core.classifier import Classes, Preprocessing, cut_classifier
+from aftcli.core.methods import METHODS
 from aftcli.core.models import load_classifier
-from aftcli.core.registry import METHODS
-from aftcli.datasets import open_data_set
-from aftcli.engine import accelerated
+from aftcli.data.sets import open_data_set
+from aftcli.engine.accelerate import accelerated
 from aftcli.errors import AftError
-from aftcli.explanation import TftSettings, explain
-from aftcli.finetune import Options, Tuned, fine_tune
-from aftcli.finetune_defaults import in_situation
-from aftcli.finetune_jobs import mask_job
-from aftcli.generate import generate_masks
-from aftcli.masks import MaskStore
-from aftcli.tft import fine_tune_threshold
+from aftcli.settings import Search
+from aftcli.tft.explain import explain
+from aftcli.tft.generate import generate_masks
+from aftcli.tft.masks import MaskStore
+from aftcli.tft.search import fine_tune_threshold
 
 PREPROCESSING = Preprocessing(size=(32, 32), resize=36)
 
@@ -190,7 +191,7 @@ def test_maps_in_inference_mode_are_those_outside(method):
 
 def test_a_network_made_and_explained_in_inference_mode_gives_the_map_it_gives_outside():
     x, c = inputs()
-    settings = TftSettings((0.2, 0.5, 0.8))
+    settings = Search((0.2, 0.5, 0.8))
 
     def results():
         f = cut_classifier(Plain(), preprocessing=PREPROCESSING)
@@ -218,7 +219,7 @@ def test_a_whole_run_in_inference_mode_gives_what_it_gives_outside(tmp_path):
     def run(folder):
         f = small_float()
         data = open_data_set(root, None, f.classes)
-        list(generate_masks(f, data, ["gradcam"], folder, TftSettings((0.3,)), workers=0))
+        list(generate_masks(f, data, ["gradcam"], folder, Search((0.3,)), workers=0))
         job = mask_job(MaskStore(folder / "masks/small-gradcam.h5"), f)
         options = Options(workers=0, save_every=0)
         settings = in_situation(**{**SETTINGS, "epochs": 1})

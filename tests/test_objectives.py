@@ -13,16 +13,17 @@ from stored import small_float
 from test_aft import assert_equal, assert_goes_on_from_any_step, finish, settings, weights
 from trained import Direct, make_colours, masks_of, tune, tuned
 
-from aftcli import AftError, finetune_defaults
-from aftcli.aft import AftSettings, Batch, Outputs, aft_loss
-from aftcli.aft_tail import Tail
-from aftcli.aft_training import Training
+from aftcli import AftError
+from aftcli.aft import recipes as finetune_defaults
+from aftcli.aft.jobs import kept_image, mask_job
+from aftcli.aft.loss import Batch, Outputs, Recipe, aft_loss
+from aftcli.aft.recipes import in_situation, situation_of
+from aftcli.aft.tail import Tail, earlier_layers
+from aftcli.aft.training import Training
 from aftcli.core.cam import scaled_map, upsample
-from aftcli.core.earlier import earlier_layers
-from aftcli.core.registry import METHODS
-from aftcli.finetune_defaults import in_situation, situation_of
-from aftcli.finetune_jobs import kept_image, mask_job
-from aftcli.tft import FILLS, fine_tune_threshold, masked_image
+from aftcli.core.methods import METHODS
+from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.threshold import FILLS, masked_image
 
 TRAINABLE = [name for name, entry in METHODS.items() if entry.trainable]
 
@@ -60,7 +61,7 @@ def test_the_terms_are_literal_loops(seed, teacher):
     )
     masks = tuple(torch.tensor(m) for m in mask)
     batch = Batch((), torch.tensor(labels), masks, torch.tensor(explained))
-    found = aft_loss(out, batch, AftSettings(lam=0.3, consistency=0.7))
+    found = aft_loss(out, batch, Recipe(lam=0.3, consistency=0.7))
     clean = consistency = 0.0
     for n in range(6):
         own, target = log_softmax(logits[n]), (explained if teacher else labels)[n]
@@ -360,7 +361,7 @@ def copy_of(run, folder):
 
 @pytest.mark.parametrize("cache", ["memory", "disk", "off"])
 def test_masked_images_are_cached_like_whole_ones(colours, tmp_path, cache):
-    from aftcli.finetune import Options
+    from aftcli.aft.run import Options
 
     torch.set_num_threads(1)
     root, run = colours
@@ -387,7 +388,7 @@ def test_a_card_says_what_was_minimised(colours, tmp_path):
 def test_a_relu_tuner_comes_back_from_its_file(colours, tmp_path):
     from safetensors.torch import load_file
 
-    from aftcli.core.checkpoint import restore
+    from aftcli.core.weights import restore
 
     root, run = colours
     events = tune(root, copy_of(run, tmp_path / "run"), settings={"tuner": "relu"})

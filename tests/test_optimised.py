@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from small import SIZE, small
 from torch.testing import assert_close
 
-from aftcli.attributions import optimised
-from aftcli.attributions.optimised import Masking, blurred, om_cam, optimise, sig_cam
+from aftcli.attributions import activation as optimised
+from aftcli.attributions.activation import Masking, blurred, om_cam, optimise, sig_cam
 from aftcli.core.cam import normalise
 
 KINDS = ("linear", "mlp", "conv")

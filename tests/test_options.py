@@ -12,10 +12,10 @@ from command import aft, leftovers
 from PIL import Image
 from stored import NAMES, small_float
 
-from aftcli.cli import app
-from aftcli.data import read_image, to_input
-from aftcli.report_grids import Tables
-from aftcli.report_study import Found
+from aftcli.cli.app import app
+from aftcli.cli.study import Found
+from aftcli.data.images import read_image, to_input
+from aftcli.report.grids import Tables
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -48,11 +48,11 @@ def objects(*arguments):
 def idle_commands(monkeypatch):
     """Commands that take their options and have nothing to do."""
     found = Found(Tables(), [], ("binary",))
-    monkeypatch.setattr("aftcli.report_study.evaluate", lambda *_: found)
-    monkeypatch.setattr("aftcli.report_study.write_figures", lambda *_: None)
-    monkeypatch.setattr("aftcli.finetune_jobs.control_jobs", lambda *_: [])
-    monkeypatch.setattr("aftcli.finetune_jobs.mask_jobs", lambda *_: [])
-    monkeypatch.setattr("aftcli.report_masks.show_store", lambda *_: None)
+    monkeypatch.setattr("aftcli.cli.study.evaluate", lambda *_: found)
+    monkeypatch.setattr("aftcli.cli.study.write_figures", lambda *_: None)
+    monkeypatch.setattr("aftcli.aft.jobs.control_jobs", lambda *_: [])
+    monkeypatch.setattr("aftcli.aft.jobs.mask_jobs", lambda *_: [])
+    monkeypatch.setattr("aftcli.report.masks.show_store", lambda *_: None)
     np.save("m.npy", np.random.default_rng(1).random((32, 32)))
 
 
@@ -167,7 +167,7 @@ def test_an_error_is_told_alone_and_notes_beside_images_that_failed():
 
 
 def test_the_table_of_dependent_options_knows_the_commands():
-    from aftcli.cli_idle import IDLE
+    from aftcli.cli.idle import IDLE
 
     assert set(IDLE) <= set(COMMANDS)
     for name, rules in IDLE.items():

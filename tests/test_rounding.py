@@ -8,13 +8,13 @@ import reference
 import torch
 from command import aft
 
-from aftcli import metrics
 from aftcli.core.cam import stretch
-from aftcli.core.rounding import LOG_ODDS, SCORE, rises
-from aftcli.evaluate_tables import Difference
-from aftcli.tft import (
+from aftcli.evaluation import metrics
+from aftcli.evaluation.tables import Difference
+from aftcli.settings import THRESHOLDS
+from aftcli.tft.rounding import LOG_ODDS, SCORE, rises
+from aftcli.tft.threshold import (
     MODES,
-    THRESHOLDS,
     cut_off,
     first_maximum,
     mask_of,

@@ -13,7 +13,7 @@ from conftest import ROOT
 from small import KINDS, small
 
 from aftcli import AftError, attribution_map, load_classifier, read_image, to_input
-from aftcli.serving import TRACED, traced
+from aftcli.engine.export import TRACED, traced
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -22,7 +22,7 @@ PHOTOS = [ROOT / f"docs/images/{name}.jpg" for name in ("chelsea", "coffee", "ro
 
 @pytest.fixture(scope="module")
 def exported(tuned):
-    from aftcli.report_tuned import export
+    from aftcli.report.tuned import export
 
     return export(tuned)
 
@@ -129,7 +129,7 @@ def test_a_method_without_a_fixed_graph_is_an_error():
 
 
 def test_what_is_missing_is_named(tuned, monkeypatch):
-    from aftcli.report_tuned import export
+    from aftcli.report.tuned import export
 
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(

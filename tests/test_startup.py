@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from aftcli import options_values, report, tft
+from aftcli.cli import values as options_values
+from aftcli.cli.memory import kept_from_collector
 from aftcli.core.models import find_device, imagenet_classes
 from aftcli.errors import AftError
-from aftcli.memory import kept_from_collector
-from aftcli.report_evaluate import FORMATS
+from aftcli.report import explain as report
+from aftcli.report.formats import FORMATS
+from aftcli.tft import search
+from aftcli.tft import threshold as tft
 
 PHOTO = str(Path(__file__).parent.parent / "docs/images/chelsea.jpg")
 # What other commands are for: masks, training, tables, export.
@@ -22,7 +25,7 @@ OTHERS = ("h5py", "accelerate", "torchmetrics", "scipy", "onnx", "sklearn", "pan
 # Runs a command, then says on stderr's last line which packages it has imported.
 COMMAND = """
 import json, sys
-from aftcli.cli import main
+from aftcli.cli.app import main
 try:
     main()
 finally:
@@ -102,7 +105,7 @@ def test_names_known_without_torch_are_those_of_the_registries():
     assert options_values.MASKINGS == tuple(tft.MASKINGS)
     assert options_values.FILLS == tuple(tft.FILLS)
     assert options_values.MODES == tft.MODES
-    assert options_values.SEARCHES == tuple(tft.SEARCHES)
+    assert options_values.SEARCHES == tuple(search.SEARCHES)
     assert options_values.FORMATS == tuple(FORMATS)
     assert options_values.SAVE == tuple(report.OUTPUTS)
     with pytest.raises(AftError, match="unknown device 'meta'"):

@@ -7,7 +7,7 @@ import torch
 from small import MEAN, STD, small
 from torch.testing import assert_close
 
-from aftcli.attributions import superpixels as methods
+from aftcli.attributions import perturbation as methods
 from aftcli.errors import AftError
 
 pytest.importorskip("skimage")

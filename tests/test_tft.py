@@ -13,13 +13,13 @@ from small import MEAN, SIZE, STD, small
 from aftcli.core.cam import attribution_map
 from aftcli.core.classifier import Classes
 from aftcli.errors import AftError
-from aftcli.tft import (
+from aftcli.settings import THRESHOLDS
+from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.threshold import (
     FILLS,
     MASKINGS,
     MODES,
-    THRESHOLDS,
     cut_off,
-    fine_tune_threshold,
     mask_of,
     masked_image,
     relative_probability_increase,
@@ -556,7 +556,7 @@ def test_by_rank_a_threshold_mutes_its_share_of_the_map(seed):
 @pytest.fixture(scope="module")
 def real(shared, lite0):
     """Twenty validation images, their predicted classes and Grad-CAM maps."""
-    from aftcli.data import read_image, to_input
+    from aftcli.data.images import read_image, to_input
 
     paths = sorted((shared / "data/imagenet/val").rglob("*.JPEG"))[::22]
     assert len(paths) == 20

@@ -21,14 +21,13 @@ from stored import generate, make_images, small_float
 from trained import make_colours, masks_of
 
 from aftcli import AftError, MaskStore, load_classifier
-from aftcli.core.models import read_state_dict
-from aftcli.data_files import find_images
-from aftcli.datasets import open_data_set
+from aftcli.aft.jobs import mask_job
+from aftcli.core.weights import read_state_dict
+from aftcli.data.objects import Objects
+from aftcli.data.sets import open_data_set
+from aftcli.data.text import find_images
 from aftcli.files import durable, inside, locked
-from aftcli.finetune_jobs import mask_job
-from aftcli.masks import Rows, fold_rows
-from aftcli.masks_form import SEAL, read_settings, seal_of
-from aftcli.objects import Objects
+from aftcli.tft.hdf5 import SEAL, Rows, fold_rows, read_settings, seal_of
 
 
 class Evil:

@@ -9,9 +9,9 @@ from stored import small_float
 from voc import annotation, make_voc
 
 from aftcli.core.classifier import Classes, Preprocessing
-from aftcli.datasets import VOC_CLASSES, open_data_set
+from aftcli.data.objects import Objects
+from aftcli.data.sets import VOC_CLASSES, open_data_set
 from aftcli.errors import AftError
-from aftcli.objects import Objects
 
 PREP = Preprocessing((32, 32), 36)
 CAT = VOC_CLASSES.index("cat")

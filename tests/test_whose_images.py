@@ -9,20 +9,21 @@ import pytest
 from stored import generate, small_float
 from trained import SETTINGS, make_colours
 
-from aftcli import evaluate_jobs
-from aftcli.aft_training import choose_held_out
-from aftcli.contents import content_of, pack, unpack
-from aftcli.core.checkpoint import read_card
+from aftcli.aft.jobs import control_job, control_jobs, mask_job
+from aftcli.aft.recipes import in_situation
+from aftcli.aft.run import Options, Tuned, fine_tune
+from aftcli.aft.training import choose_held_out
+from aftcli.cli.study import How, Wanted, evaluate
+from aftcli.core.weights import read_card
+from aftcli.data.blocks import Processes
+from aftcli.data.contents import content_of, pack, unpack
 from aftcli.errors import AftError
-from aftcli.evaluate_jobs import Asked, find_studies
-from aftcli.finetune import Options, Tuned, fine_tune
-from aftcli.finetune_defaults import in_situation
-from aftcli.finetune_jobs import Source, control_job, control_jobs, mask_job
-from aftcli.generate import Processes
-from aftcli.masks import MaskStore
-from aftcli.report_evaluate import as_csv, as_dict, as_text
-from aftcli.report_grids import Shown
-from aftcli.report_study import How, Wanted, evaluate
+from aftcli.evaluation import study as evaluate_jobs
+from aftcli.evaluation.study import Asked, find_studies
+from aftcli.report.formats import as_csv, as_dict, as_text
+from aftcli.report.grids import Shown
+from aftcli.tft.masks import MaskStore
+from aftcli.tft.stores import Source
 
 
 @pytest.fixture(autouse=True)

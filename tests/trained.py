@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from stored import NAMES, generate, small_float
 
-from aftcli.aft import Batch
-from aftcli.aft_training import Epoch
-from aftcli.finetune import Options, Tuned, fine_tune
-from aftcli.finetune_defaults import in_situation
-from aftcli.finetune_jobs import control_job, mask_job
-from aftcli.masks import MaskStore
+from aftcli.aft.jobs import control_job, mask_job
+from aftcli.aft.loss import Batch
+from aftcli.aft.recipes import in_situation
+from aftcli.aft.run import Options, Tuned, fine_tune
+from aftcli.aft.training import Epoch
+from aftcli.tft.masks import MaskStore
 
 
 class Direct:

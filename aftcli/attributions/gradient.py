@@ -23,9 +23,13 @@ from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
 
 BATCH = 16  # images in one pass with gradients
+
 STEPS = 64  # of the path integral; what completeness lacks is in docs/attributions.md
+
 NOISY = 48  # images of SmoothGrad (its paper: 50) and of GradientSHAP
+
 NOISE = 0.15  # standard deviation as a share of the input's range: 10 to 20 % in SmoothGrad's paper
+
 SEED = 0
 
 # What DeepLIFT's rescale rule knows in captum.

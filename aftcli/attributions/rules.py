@@ -8,19 +8,22 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from aftcli.attributions.canonical import INSTEAD
-from aftcli.attributions.layers import Product, Sum
+from aftcli.attributions.canonical import INSTEAD, Product, Sum
 from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
 
 if TYPE_CHECKING:
     from zennit.core import Composite, Hook
 
+
 Named = Literal["composite", "epsilon", "gamma", "alpha-beta", "z-plus", "z-plus-box"]
+
 Start = Callable[[Tensor, Tensor], Tensor]
 
 BATCH = 4  # images at a time: every rule keeps a layer's input beside what autograd keeps
+
 EPSILON = 1e-6
+
 GAMMA = 0.25
 
 # Functions that only move relevance, as their gradient does; what is added to an activation is a

@@ -1,1 +1,1 @@
-"""Models, attribution maps and the tuner: everything that the commands share."""
+"""The shared core: classifiers, how they are cut, CAMs and the tuner (§2.4, §3.1)."""

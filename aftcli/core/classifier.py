@@ -22,6 +22,7 @@ from aftcli.core.networks import copied, outside_inference_mode, unwrapped
 from aftcli.errors import AftError, nearest
 
 LARGEST = 4096  # pixels of a side that a file may ask for
+
 MOST_NAMED = 8  # classes in a message
 
 
@@ -214,10 +215,10 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Engine(Protocol):
-    """Another way to run a classifier's passes without gradients (aftcli/engine.py)."""
+    """Another way to run a classifier's passes without gradients (aftcli/engine/accelerate.py)."""
 
     name: str
-    precision: str  # a key of aftcli.engine.TOLERANCES
+    precision: str  # a key of aftcli.engine.accelerate.TOLERANCES
 
     def takes(self, x: Tensor) -> bool:
         """Whether it can run inputs of this shape and type."""
@@ -385,3 +386,6 @@ def cut_classifier(
         classes=classes,
         activation_shape=(shape[0], shape[1], shape[2]),
     ).eval()
+
+
+Method = Callable[[Classifier, Tensor, Tensor, Tensor], Tensor]

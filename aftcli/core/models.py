@@ -6,7 +6,6 @@ import os
 import sys
 import textwrap
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from importlib import resources
@@ -16,21 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aftcli.core.checkpoint import card_classes, read_card, restore
 from aftcli.core.classifier import Classes, Classifier, Preprocessing, cut_classifier
+from aftcli.core.methods import check_device
 from aftcli.core.networks import outside_inference_mode
-from aftcli.core.registry import check_device
+from aftcli.core.weights import _own_names, card_classes, read_card, read_state_dict, restore
 from aftcli.errors import AftError, first_line, nearest
-from aftcli.files import check_checkpoint
 
 DEFAULT_MODEL = "efficientnet_lite0"
+
 OFFLINE = (
     f"works offline: --model {DEFAULT_MODEL} (weights installed with the package), or "
     "--checkpoint FILE with a state dict of the model that you have"
 )
 
-# What training frameworks write before a network's own names, one or several.
-PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
 # Heads of torchvision's GoogLeNet and Inception that only its training looks at.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 
@@ -178,81 +175,6 @@ def _timm_names(name: str) -> str:
     import timm
 
     return nearest(f"timm:{name}", [f"timm:{known}" for known in timm.list_models()], n=3)
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict; no code in the file is run.
-
-    Args:
-        path: `.safetensors`, or a file of torch.save (read with weights_only=True); a wrapper
-            `{"state_dict": …}` is taken off.
-
-    Raises:
-        AftError: there is no such file, it is damaged, or it holds no state dict.
-    """
-    check_checkpoint(path)
-    try:
-        _check_archive(path)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            saved: object = load_file(path)
-        else:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Not the library's words: they tell how to run the file's code, or nothing at all.
-        reason = getattr(error, "strerror", None) or "it is damaged, or holds more than tensors"
-        raise AftError(
-            f"{path}: can't be read as a checkpoint ({reason}); give a .safetensors file, or a "
-            ".pth or .pt file of torch.save(model.state_dict(), FILE)"
-        ) from error
-    for wrapper in ("state_dict", "model", "model_state_dict"):
-        if isinstance(saved, Mapping) and isinstance(saved.get(wrapper), Mapping):
-            saved = saved[wrapper]
-    if not isinstance(saved, Mapping) or not saved:
-        raise AftError(f"{path}: holds no state dict; save model.state_dict()")
-    if not all(isinstance(v, Tensor) and _is_dense(v) for v in saved.values()):
-        raise AftError(f"{path}: holds other things than dense tensors; save model.state_dict()")
-    return {str(key): value for key, value in saved.items()}
-
-
-def _own_names(
-    saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
-) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict under the model's own names, and the prefixes that were taken off.
-
-    Raises:
-        AftError: the file holds weights twice, under different prefixes.
-    """
-    origin: dict[str, str] = {}
-    for key in saved:
-        own = key
-        while own not in expected and own.startswith(PREFIXES):
-            own = own.partition(".")[2]
-        if own in origin:
-            raise AftError(
-                f"{path}: holds {own} twice, as {origin[own]} and as {key}; save the one network "
-                "that is meant"
-            )
-        origin[own] = key
-    prefixes = dict.fromkeys(key.removesuffix(own) for own, key in origin.items())
-    return {own: saved[key] for own, key in origin.items()}, [p for p in prefixes if p]
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse a zip file that is not as torch.save writes it: it may unpack to any size."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("its entries are compressed, or share their bytes")
-
-
-def _is_dense(value: Tensor) -> bool:
-    """Whether a tensor's numbers are all there, one by one: others may claim any size."""
-    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _sketch(

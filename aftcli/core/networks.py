@@ -18,7 +18,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from aftcli.errors import AftError, first_line
 
 P = ParamSpec("P")
+
 R = TypeVar("R")
+
 Copied = TypeVar("Copied")
 
 

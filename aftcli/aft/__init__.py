@@ -1,0 +1,1 @@
+"""Activation fine-tuning (§4.2): loss, tuner, training."""

@@ -1,0 +1,386 @@
+"""What is to be fine-tuned: classifiers with the masks, or the data set, to tune them with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aftcli.aft.features import Masks
+from aftcli.aft.tail import Earlier, earlier_layers
+from aftcli.core.cam import upsample
+from aftcli.core.classifier import Classifier
+from aftcli.core.models import with_new_head
+from aftcli.core.networks import outside_inference_mode
+from aftcli.data.sets import DataSet, Sample, not_its_classes, open_data_set, spread
+from aftcli.errors import AftError
+from aftcli.files import file_stem
+from aftcli.tft.hdf5 import Rows, join_float
+from aftcli.tft.masks import MaskStore
+from aftcli.tft.stores import Source, advice, check_made_for, chunks_of, find_stores, open_stores
+from aftcli.tft.threshold import FILLS, cut_off, masked_image, threshold_map
+
+
+@dataclass(frozen=True)
+class Job:
+    """A classifier and what it is to be tuned with.
+
+    Attributes:
+        f: the classifier.
+        data_set: the training images; labels are f's classes.
+        masks: of these images; None for a control.
+        cam: the method that they were made with; None for a control.
+        made: what the masks were made with, plain values.
+        new_head: f's last layer was made anew for the classes of the data set.
+        earlier: layers before f's that are tuned with it.
+        contents: of the images' files (`contents.content_of`) where a mask store says them:
+            all of them must be readable; None where they are as found.
+    """
+
+    f: Classifier
+    data_set: DataSet
+    masks: Masks | None = None
+    cam: str | None = None
+    made: dict[str, Any] | None = None
+    new_head: bool = False
+    earlier: Earlier | None = None
+    contents: Sequence[int] | None = None
+
+    @property
+    def stem(self) -> nn.Module:
+        """w0: what is before the first layer that is tuned."""
+        return self.earlier.stem if self.earlier else self.f.stem
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint."""
+        return file_stem(self.f.name, self.cam or "control")
+
+
+def mask_jobs(
+    run: Path,
+    source: Source,
+    cams: Sequence[str],
+    data: Path | None = None,
+    limit: int | None = None,
+) -> list[Job]:
+    """Make jobs of a run's mask stores, each with the classifier that it was made with.
+
+    Args:
+        run: where the study lives.
+        source: of the classifiers.
+        cams: only these methods; empty for all.
+        data: where the data set is now; default where it was.
+        limit: take so many images, spread over the store.
+
+    Raises:
+        AftError: see `find_stores` and `mask_job`.
+    """
+    loaded: dict[Source, Classifier] = {}
+    jobs = []
+    for store in find_stores(run, source.model, cams):
+        own = source.of_masks(store.settings)
+        if own not in loaded:
+            loaded[own] = own.load()
+        jobs.append(mask_job(store, loaded[own], data, limit, source.earlier))
+    return jobs
+
+
+def control_jobs(
+    run: Path,
+    source: Source,
+    data: Path | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Job]:
+    """Make jobs without masks: of the images of a run's masks, or of another data set.
+
+    Args:
+        run: where the study lives.
+        source: of the classifiers.
+        data: the data set; default those of the masks, with their classifiers.
+        split: part of it; default that of the masks, without masks train.
+        limit: take so many images, spread over the masks' or over the classes.
+        seed: of a new head.
+
+    Raises:
+        AftError: there is no such data set, nor masks that name one; or there are masks, and
+            the images are not theirs.
+    """
+    models: dict[str, list[MaskStore]] = {}
+    stores = (find_stores if data is None else open_stores)(run, source.model, [])
+    for store in stores:
+        models.setdefault(store.settings["model"], []).append(store)
+    jobs = []
+    for own in models.values():
+        made = own[0].settings
+        f = source.of_masks(made).load()
+        masked = [s for s in own if _has_control(s, f)]
+        if masked and (data is None or _holds(data, masked[0], f)):
+            jobs.append(_control_of_masks(masked, f, data, split, limit, source.earlier))
+        elif data is None:
+            root, part = Path(made["data_set"]), split or made["split"]
+            above = root.parent if made["data_kind"] == "folders" and part else root
+            jobs.append(control_job(f, above, part or None, limit, seed, source.earlier))
+    if data is None or jobs:
+        return jobs
+    job = control_job(source.load(), data, split, limit, seed, source.earlier)
+    for store in stores:
+        if not job.new_head and _has_control(store, job.f):
+            raise AftError(
+                f"{data}: has not the images of {store.path}, so a network tuned on it is no "
+                "control of one tuned with these masks; leave DATASET out to take theirs, or give "
+                "another --run"
+            )
+    return [job]
+
+
+def _has_control(store: MaskStore, f: Classifier) -> bool:
+    """Tell if a classifier tuned without masks is the control of one tuned with these."""
+    made = store.settings
+    known = made["labels"] == "model" or None not in f.classes.match(made["classes"])
+    return known and made["weights"] == f.weights_hash()
+
+
+def _holds(data: Path, store: MaskStore, f: Classifier) -> bool:
+    """Whether a data set is that of a mask store, wherever it is now."""
+    try:
+        given = open_data_set(data, store.settings["split"] or None, f.classes)
+    except AftError:
+        return False
+    names = {sample.name for sample in given.samples}
+    return all(
+        os.fsdecode(bytes(path)) in names for chunk in chunks_of(store) for path in chunk.path
+    )
+
+
+def _control_of_masks(
+    stores: Sequence[MaskStore],
+    f: Classifier,
+    data: Path | None,
+    split: str | None,
+    limit: int | None,
+    earlier: Sequence[str],
+) -> Job:
+    """Make the control's job of the images that masks were made of; they must all have the same."""
+    first = stores[0]
+    if split not in (None, first.settings["split"]):
+        raise AftError(
+            f"{first.path}: the masks are of {first.settings['split'] or 'no split'}, so a network "
+            f"tuned on {split} is no control; leave --split out, or give another --run"
+        )
+    for store in stores[1:]:
+        if _images_of(store) != _images_of(first):
+            both = " and ".join(
+                f"{s.path.name} {s.settings['images']} of {s.settings['data_set']}"
+                for s in (first, store)
+            )
+            raise AftError(
+                f"{first.path.parent}: the masks are of different images ({both}), so there is no "
+                "control of both; make them of the same ones, or move one to another --run"
+            )
+    found = _stored_images(first, f, data, limit)
+    before = earlier_layers(f, earlier) if earlier else None
+    return Job(f, found.data_set, earlier=before, contents=found.contents)
+
+
+@outside_inference_mode
+def mask_job(
+    store: MaskStore,
+    f: Classifier,
+    data: Path | None = None,
+    limit: int | None = None,
+    earlier: Sequence[str] = (),
+) -> Job:
+    """Make a job of a mask store.
+
+    Args:
+        store: of `aft gen-masks`.
+        f: the classifier.
+        data: where the data set is now; default where it was.
+        limit: take so many images, spread over the store.
+        earlier: layers before f's that are tuned with it.
+
+    Raises:
+        AftError: the store is damaged, was made for another classifier, has labels of other
+            classes, or its data set is gone.
+    """
+    made = store.settings
+    check_made_for(store, f)
+    found = _stored_images(store, f, data, limit)
+    picked, chunks = found.picked, found.chunks
+    rows = torch.tensor(picked)
+    columns = [torch.from_numpy(np.concatenate(c)) for c in zip(*map(_kept, chunks), strict=True)]
+    low, class_index, attribution, tau = (column[rows] for column in columns)
+
+    def hide(x: Tensor, indices: Sequence[int]) -> Tensor:
+        i = torch.tensor(indices)
+        return kept_image(f, x, attribution[i], tau[i], made["fill"], made["threshold_mode"])
+
+    masks = Masks(
+        low, lambda i: store.full_mask(picked[i]), class_index.long(), hide, made["digest"]
+    )
+    searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
+    before = earlier_layers(f, earlier) if earlier else None
+    return Job(
+        f,
+        found.data_set,
+        masks,
+        made["cam"],
+        searched,
+        earlier=before,
+        contents=found.contents,
+    )
+
+
+class _StoredImages(NamedTuple):
+    """The images of a mask store, or some of them.
+
+    Attributes:
+        data_set: the images.
+        picked: their places in the store.
+        chunks: the whole store.
+    """
+
+    data_set: DataSet
+    picked: list[int]
+    chunks: list[Rows]
+
+    @property
+    def contents(self) -> list[int]:
+        """Of the images' files (`contents.content_of`)."""
+        found: list[int] = np.concatenate([c.content for c in self.chunks])[self.picked].tolist()
+        return found
+
+
+def _images_of(store: MaskStore) -> list[tuple[Any, ...]]:
+    """Name, label and content of each image."""
+    columns = [(c.path, c.label, c.content) for c in chunks_of(store)]
+    return [row for each in columns for row in zip(*(c.tolist() for c in each), strict=True)]
+
+
+def _stored_images(
+    store: MaskStore, f: Classifier, data: Path | None, limit: int | None
+) -> _StoredImages:
+    """Find the images of a store as they are now; arguments and errors as of `mask_job`."""
+    made = store.settings
+    index = _labels(store, f)
+    store.verify()
+    if not len(store):
+        raise AftError(f"{store.path}: holds no image that could be read")
+    chunks = chunks_of(store)
+    paths = np.concatenate([c.path for c in chunks])
+    labels = np.concatenate([c.label for c in chunks])
+    picked = spread(len(store), limit)
+    if index is not None and len(labels):
+        if labels.max() >= len(index):
+            raise AftError(f"{store.path}: has labels beyond its {len(index)} classes")
+        labels = index[labels]
+    samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
+    used = [*(sample.label for sample in samples), *(c.class_index.max() for c in chunks)]
+    if max(used) >= len(f.classes):
+        raise AftError(f"{store.path}: has labels beyond the {len(f.classes)} classes of {f.name}")
+    root, named = Path(made["data_set"]), None
+    notes: tuple[str, ...] = ()
+    if data is not None:
+        given = open_data_set(data, made["split"] or None, f.classes)
+        root, named, notes = given.root, given.named, given.notes
+    if not root.is_dir():
+        raise AftError(
+            f"{root}: the data set of {store.path} is no longer there; say where it is: "
+            "aft finetune DATASET"
+        )
+    kind, split = made["data_kind"], made["split"]
+    data_set = DataSet(kind, root, split, f.classes.names, True, samples, named, notes)
+    different = store.changed(data_set, picked)
+    if different:
+        raise AftError(
+            f"{store.path}: {len(different)} images have changed since the masks were made (first: "
+            f"{different[0]}); make them again with aft gen-masks --overwrite"
+        )
+    return _StoredImages(data_set, picked, chunks)
+
+
+def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
+    """Find the classifier's class of each label of a store; None where labels are its classes.
+
+    Raises:
+        AftError: they are other classes.
+    """
+    made = store.settings
+    if made["labels"] == "model":
+        return None
+    # Masks may have been made before anyone named the network's classes.
+    found = f.classes.match(made["classes"])
+    if None in found:
+        raise AftError(
+            f"{store.path}: the labels of these images are no classes of {f.name}{advice(f)}"
+        )
+    return np.array(found)
+
+
+def _kept(rows: Rows) -> tuple[np.ndarray, ...]:
+    exact = join_float(rows.attribution, rows.correction)
+    return rows.mask, rows.class_index, exact, rows.tau
+
+
+def kept_image(
+    f: Classifier, x: Tensor, attribution: Tensor, tau: Tensor, fill: str, mode: str
+) -> Tensor:
+    """x_hat_tau* = I_tau* * x, shape (N, 3, H, W): what the best map keeps, as far as it does.
+
+    Args:
+        f: the classifier.
+        x: inputs, shape (N, 3, H, W).
+        attribution: I at the activation's size, shape (N, h, w).
+        tau: tau*, shape (N,).
+        fill: what muted pixels show.
+        mode: what thresholds cut.
+    """
+    full = upsample(attribution.to(x), x)
+    muted = threshold_map(full, cut_off(full, tau[:, None], mode)[:, 0])
+    return masked_image(x, muted, FILLS[fill](f, x))
+
+
+@outside_inference_mode
+def control_job(
+    f: Classifier,
+    data: Path,
+    split: str | None,
+    limit: int | None,
+    seed: int = 0,
+    earlier: Sequence[str] = (),
+) -> Job:
+    """Make a job without masks; a data set of other classes than f's gets a new head.
+
+    Args:
+        f: the classifier.
+        data: the data set.
+        split: part of it; default train.
+        limit: take so many images, spread over the classes.
+        seed: of a new head.
+        earlier: layers before f's that are tuned with it.
+
+    Raises:
+        AftError: there is no such data set or split.
+    """
+    data_set = open_data_set(data, split, f.classes).limited(limit)
+    before = earlier_layers(f, earlier) if earlier else None
+    if data_set.mapped:
+        return Job(f, data_set, earlier=before)
+    # The data set's classes are the new head's, in their order.
+    new = with_new_head(f, data_set.classes, seed)
+    notes = data_set.notes
+    if f.checkpoint:
+        notes += (f"{not_its_classes(data_set, f.classes, f.name)}; its last layer is made anew",)
+        if not f.classes.own and not f.classes.wnids:
+            notes += (f"to keep the last layer{advice(f)}",)
+    data_set = replace(data_set, mapped=True, notes=notes)
+    return Job(new, data_set, new_head=True, earlier=before)

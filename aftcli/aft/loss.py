@@ -1,0 +1,210 @@
+"""Activation fine-tuning: what is minimised (§4.2, equation 8), and what goes beyond the paper.
+
+w0 stays as it is, so training sees its outputs only; `aft_training` is the training itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aftcli.core.cam import TUNERS
+from aftcli.errors import AftError, nearest
+
+Features = tuple[Tensor, ...]  # what w0 hands to w1: one tensor for most networks
+
+
+def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """KL(f_0(x) || f(x)), mean over the images: how far probabilities are from the teacher's.
+
+    Args:
+        logits: f(x), shape (N, C).
+        teacher: logits of f_0, the network before fine-tuning, shape (N, C).
+    """
+    return F.kl_div(
+        logits.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True
+    )
+
+
+# What teaches the classes of whole images: their labels (eq. 8), or the network as it was.
+CLASSIFICATIONS = ("labels", "distillation")
+
+# What is held against M_tau*: f_tuner(A) (eq. 8), or the CAM itself.
+OBJECTIVES = ("tuner", "cam")
+
+# What is trained, behind the frozen w0.
+TRAINED = ("w1+w2", "w1")
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": lambda parameters, **own: torch.optim.SGD(parameters, momentum=0.9, **own),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is fine-tuned; the defaults are equation 8 as it is printed.
+
+    Attributes:
+        lam: lambda of eq. 8; None for the classification term alone, without masks.
+        learning_rate: of the optimizer.
+        epochs: at the most.
+        batch: images a step.
+        patience: epochs without a better held-out loss after which training stops.
+        held_out: share of the training images that choose the epoch and are not trained on.
+        seed: of the tuner, the order of the images and the choice of the held-out ones.
+        objective: of OBJECTIVES.
+        consistency: weight of the classification loss on x_hat_tau*.
+        classification: of CLASSIFICATIONS.
+        tuner: a key of TUNERS: what is between the tuner's convolutions.
+        optimizer: a key of OPTIMIZERS.
+        trained: of TRAINED.
+        blend: the result is start + blend * (trained - start), for w1 and w2: 1 takes the
+            trained weights, less goes back towards those before (Wortsman et al., CVPR 2022).
+    """
+
+    lam: float | None = 1.0
+    learning_rate: float = 1e-4
+    epochs: int = 10
+    batch: int = 32
+    patience: int = 3
+    held_out: float = 0.1
+    seed: int = 0
+    objective: str = "tuner"
+    consistency: float = 0.0
+    classification: str = "labels"
+    tuner: str = "linear"
+    optimizer: str = "adam"
+    trained: str = "w1+w2"
+    blend: float = 1.0
+
+
+def check_settings(settings: Recipe) -> None:
+    """Check the settings before anything is computed.
+
+    Raises:
+        AftError: a value is out of range, or a name is unknown.
+    """
+    lam, rate, share = settings.lam or 0.0, settings.learning_rate, settings.held_out
+    weight = settings.consistency
+    for fine, what in (
+        (lam >= 0 and math.isfinite(lam), f"lambda must be 0 or more, got {lam:g}"),
+        (weight >= 0 and math.isfinite(weight), f"consistency must be 0 or more, got {weight:g}"),
+        (rate > 0 and math.isfinite(rate), f"the learning rate must be above 0, got {rate:g}"),
+        (0 <= share < 1, f"the held-out share must lie in [0, 1), got {share:g}"),
+        (0 < settings.blend <= 1, f"the blend must lie in (0, 1], got {settings.blend:g}"),
+        (settings.epochs >= 1, f"the number of epochs must be 1 or more, got {settings.epochs}"),
+        (settings.batch >= 1, f"the batch size must be 1 or more, got {settings.batch}"),
+    ):
+        if not fine:
+            raise AftError(what)
+    for what, name, known in (
+        ("objective", settings.objective, OBJECTIVES),
+        ("classification term", settings.classification, CLASSIFICATIONS),
+        ("tuner", settings.tuner, TUNERS),
+        ("optimizer", settings.optimizer, OPTIMIZERS),
+        ("choice of what is trained", settings.trained, TRAINED),
+    ):
+        if name not in known:
+            raise AftError(f"unknown {what} {name!r}; nearest: {nearest(name, known)}")
+
+
+class Batch(NamedTuple):
+    """Training pairs: what w0 makes of the images, labels, and what belongs to the masks.
+
+    Attributes:
+        features: w0's outputs for the images x.
+        labels: y, shape (N,).
+        masks: M_tau* at the size of each tuned layer, each (N, h, w), in [0, 1]; empty without.
+        class_index: c, the class that the masks explain, shape (N,); None without masks.
+        masked: w0's outputs for x_hat_tau*; None without mask consistency.
+    """
+
+    features: Features
+    labels: Tensor
+    masks: tuple[Tensor, ...] = ()
+    class_index: Tensor | None = None
+    masked: Features | None = None
+
+
+class Outputs(NamedTuple):
+    """What the network makes of a batch.
+
+    Attributes:
+        logits: f(x), shape (N, C).
+        tuned: f_tuner(A), or the CAM, of each tuned layer, each (N, h, w); empty without masks.
+        masked: f(x_hat_tau*), shape (N, C); None without mask consistency.
+        teacher: f_0(x), of the network before fine-tuning; None where labels teach.
+    """
+
+    logits: Tensor
+    tuned: tuple[Tensor, ...] = ()
+    masked: Tensor | None = None
+    teacher: Tensor | None = None
+
+
+class AftLoss(NamedTuple):
+    """What is minimised, for a batch; each term is its mean over the images.
+
+    Attributes:
+        total: of the weighted terms.
+        cross_entropy: CE(f(x), y); with distillation it is measured, not minimised.
+        mask: ||f_tuner(A) - M_tau*||_2^2, summed over the cells and the layers.
+        consistency: CE(f(x_hat_tau*), y); with distillation c is the label.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    mask: Tensor
+    consistency: Tensor
+
+
+def mask_distance(tuned: Tensor, mask: Tensor) -> Tensor:
+    """||f_tuner(A) - M_tau*||_2^2 of each image, shape (N,) (eq. 8).
+
+    Args:
+        tuned: f_tuner(A), shape (N, h, w).
+        mask: M_tau*, shape (N, h, w), in [0, 1].
+    """
+    return (tuned - mask).square().sum((1, 2))
+
+
+def aft_loss(out: Outputs, batch: Batch, settings: Recipe) -> AftLoss:
+    """CE(f(x), y) + lambda ||f_tuner(A) - M_tau*||_2^2 (eq. 8), mean over the batch.
+
+    Beyond the paper, KL(f_0(x) || f(x)) may take the place of the first term, and
+    consistency * CE(f(x_hat_tau*), y) may join.
+
+    Args:
+        out: of the network.
+        batch: that it was given.
+        settings: lambda, consistency and the classification term.
+    """
+    logits = _wide(out.logits)
+    cross_entropy = F.cross_entropy(logits, batch.labels)
+    total = cross_entropy if out.teacher is None else divergence(logits, _wide(out.teacher))
+    mask = consistency = torch.zeros_like(cross_entropy)
+    if batch.masks and settings.lam is not None:
+        distances = [
+            mask_distance(_wide(t), m.to(_wide(t))).mean()
+            for t, m in zip(out.tuned, batch.masks, strict=True)
+        ]
+        mask = torch.stack(distances).sum()
+        total = total + settings.lam * mask
+    if out.masked is not None:
+        target = batch.labels if out.teacher is None else batch.class_index
+        assert target is not None
+        consistency = F.cross_entropy(_wide(out.masked), target)
+        total = total + settings.consistency * consistency
+    return AftLoss(total, cross_entropy, mask, consistency)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.float() if values.itemsize < 4 else values

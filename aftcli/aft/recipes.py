@@ -1,0 +1,99 @@
+"""What fine-tuning does where nothing is asked for: one recipe a situation (docs/aft-study.md)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from aftcli.aft.jobs import Job
+from aftcli.aft.loss import Recipe, check_settings
+
+# So many training images a class teach what the class looks like; fewer are learnt by heart.
+MANY = 50
+
+STEPS = 420
+
+
+class Situation(NamedTuple):
+    """When a recipe applies, in words, and its settings, fields of `Recipe`.
+
+    A small data set gets more epochs than these, for so many `steps`.
+    """
+
+    title: str
+    settings: dict[str, Any]
+    steps: int = 0
+
+
+SITUATIONS = {
+    "new": Situation("a new last layer", {"learning_rate": 3e-4, "epochs": 30}),
+    "many": Situation(
+        f"{MANY} or more images a class",
+        {
+            "lam": 0.1,
+            "learning_rate": 3e-4,
+            "epochs": 10,
+            "consistency": 4.0,
+            "classification": "labels",
+        },
+        STEPS,
+    ),
+    "few": Situation(
+        f"fewer than {MANY} images a class",
+        {
+            "lam": 0.1,
+            "learning_rate": 3e-4,
+            "epochs": 8,
+            "consistency": 1.0,
+            "classification": "distillation",
+            "blend": 0.7,
+        },
+        STEPS,
+    ),
+}
+
+
+def situation_of(job: Job) -> Situation:
+    """The situation that a job is in."""
+    if job.new_head:
+        return SITUATIONS["new"]
+    labels = [sample.label for sample in job.data_set.samples]
+    return SITUATIONS["many" if len(labels) >= MANY * len(set(labels)) else "few"]
+
+
+def in_situation(**asked: Any) -> Callable[[Job], Recipe]:  # noqa: ANN401
+    """Settings of each job: what is asked for, else what its situation says.
+
+    A job without masks has the learning rate and the epochs of one with masks, and plain
+    cross-entropy.
+
+    Args:
+        asked: fields of `Recipe`; None leaves one to the situation.
+
+    Raises:
+        AftError: a value is out of range.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+
+    def settings(job: Job) -> Recipe:
+        situation = situation_of(job)
+        found = Recipe(**{**situation.settings, **given})
+        if "epochs" not in given:
+            an_epoch = math.ceil(len(job.data_set.samples) * (1 - found.held_out) / found.batch)
+            enough = math.ceil(situation.steps / max(an_epoch, 1))
+            found = replace(found, epochs=max(found.epochs, enough))
+        if job.masks is None:
+            return replace(
+                found,
+                lam=None,
+                consistency=0.0,
+                classification="labels",
+                objective="tuner",
+                blend=given.get("blend", 1.0),
+            )
+        return found
+
+    check_settings(Recipe(**given))
+    return settings

@@ -1,0 +1,187 @@
+"""What is trained: w1, w2 and w' (§4.2), with the layers between them and w0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aftcli.aft.loss import Features, Outputs, Recipe
+from aftcli.core.cam import Tuner, normalise
+from aftcli.core.classifier import Classifier
+from aftcli.core.cut import cut, cut_modules
+from aftcli.core.methods import METHODS, method
+from aftcli.core.networks import copied
+from aftcli.errors import AftError, nearest
+
+
+class Tail(nn.Module):
+    """What is trained: w1, w2 and w', and layers between w0 and w1 that are tuned with them.
+
+    Batch norms keep their statistics and dropout is off: what is tuned is the very function
+    that is explained, and a batch's images do not depend on each other.
+
+    Args:
+        f: the classifier; it is copied.
+        settings: of the training.
+        cam: the method of the masks; None without masks.
+        earlier: further layers to tune.
+    """
+
+    def __init__(
+        self, f: Classifier, settings: Recipe, cam: str | None, earlier: Earlier | None
+    ) -> None:
+        super().__init__()
+        # Together: parameters that parts share stay shared.
+        self.layer, self.head, between = copied((f.layer, f.head, earlier.parts if earlier else ()))
+        self.between = nn.ModuleList(between)
+        self.taken = earlier.taken if earlier else ()
+        shapes = [*(earlier.shapes if earlier else ()), f.activation_shape]
+        self.tuner, self.earlier_tuners = None, nn.ModuleList()
+        self.method = method(cam).load() if cam and settings.objective == "cam" else None
+        if cam and settings.objective == "tuner":
+            *others, self.tuner = (
+                Tuner(k, kind=settings.tuner, seed=settings.seed).to(next(f.parameters()))
+                for k, _, _ in shapes
+            )
+            self.earlier_tuners = nn.ModuleList(others)
+        self.eval()
+        frozen = {id(p) for p in self.head.parameters()} if settings.trained == "w1" else set()
+        for parameter in self.parameters():
+            parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in frozen)
+        # In a list, so that it is no part of this module.
+        self.explained = [_classifiers(f, self, shapes)]
+
+    def activations(self, features: Features) -> list[Tensor]:
+        """A of each tuned layer, l's last."""
+        x: Any = features[0] if len(features) == 1 else features
+        found = []
+        for i, part in enumerate(self.between):
+            x = part(x)
+            if i in self.taken:
+                found.append(x)
+        return [*found, self.layer(x)]
+
+    def forward(
+        self, features: Features, class_index: Tensor | None = None, masked: Features | None = None
+    ) -> Outputs:
+        """Logits, and what is held against the masks; see `Outputs`.
+
+        Args:
+            features: w0's outputs for x.
+            class_index: c of the masks, shape (N,); None without masks.
+            masked: w0's outputs for x_hat_tau*.
+        """
+        activations = self.activations(features)
+        tuned: tuple[Tensor, ...] = ()
+        if class_index is not None and self.method:
+            tuned = tuple(
+                normalise(self.method(f, a, class_index, a))
+                for f, a in zip(self.explained[0], activations, strict=True)
+            )
+        elif class_index is not None and self.tuner:
+            tuners = [*self.earlier_tuners, self.tuner]
+            tuned = tuple(tuner(a) for tuner, a in zip(tuners, activations, strict=True))
+        logits = self.head(activations[-1])
+        return Outputs(
+            logits, tuned, None if masked is None else self.head(self.activations(masked)[-1])
+        )
+
+
+def _classifiers(
+    f: Classifier, tail: Tail, shapes: Sequence[tuple[int, int, int]]
+) -> list[Classifier]:
+    """A tail's own modules as classifiers cut at each tuned layer, for maps that are trained."""
+    parts = [*tail.between, tail.layer]
+    found = []
+    for i, shape in zip((*tail.taken, len(parts) - 1), shapes, strict=True):
+        after = [*parts[i + 1 :], tail.head]
+        head = after[0] if len(after) == 1 else nn.Sequential(*after)
+        found.append(with_parts(f, nn.Identity(), parts[i], head, shape))
+    return found
+
+
+def with_parts(
+    f: Classifier,
+    stem: nn.Module,
+    layer: nn.Module,
+    head: nn.Module,
+    shape: tuple[int, int, int],
+) -> Classifier:
+    """A classifier of other parts; arguments as of `Classifier`, names and classes as f's."""
+    return Classifier(
+        stem,
+        layer,
+        head,
+        name=f.name,
+        layer_name=f.layer_name,
+        preprocessing=f.preprocessing,
+        classes=f.classes,
+        activation_shape=shape,
+    )
+
+
+def check_trainable(settings: Recipe, cam: str | None) -> None:
+    """Check that a method's map can be trained, where that is asked for.
+
+    Raises:
+        AftError: it can't.
+    """
+    if cam and settings.objective == "cam" and not method(cam).trainable:
+        able = ", ".join(name for name, entry in METHODS.items() if entry.trainable)
+        raise AftError(
+            f"the map of {cam} can't be trained itself; use --objective tuner, or one of {able}"
+        )
+
+
+class Earlier(NamedTuple):
+    """A classifier's stem, cut at layers before l: parts[-1](... parts[0](stem(x))).
+
+    Attributes:
+        names: of the layers, in the order in which they run.
+        stem: w0: what is before the first of them.
+        parts: from there to what layer l takes, one after the other.
+        taken: the parts whose outputs are the layers' activations.
+        shapes: (K, h, w) of these.
+    """
+
+    names: tuple[str, ...]
+    stem: nn.Module
+    parts: tuple[nn.Module, ...]
+    taken: tuple[int, ...]
+    shapes: tuple[tuple[int, int, int], ...]
+
+
+def earlier_layers(f: Classifier, names: Sequence[str]) -> Earlier:
+    """Cut a classifier's stem at further layers.
+
+    Args:
+        f: the classifier; it is not changed.
+        names: of layers before l, in any order, as `cut` takes them.
+
+    Raises:
+        AftError: one is not before l, or can't be cut at.
+    """
+    ordered = [name for name, _ in cut_modules(f.stem)]
+    for name in names:
+        if name.split("+")[-1] not in ordered:
+            raise AftError(
+                f"layer {name!r} can't be tuned together with {f.layer_name}, which the masks are "
+                f"of: it is not before it; nearest that is: {nearest(name, ordered)}"
+            )
+    in_order = sorted(names, key=lambda name: ordered.index(name.split("+")[-1]))
+    parts: list[nn.Module] = [f.stem]
+    for name in in_order:
+        parts += cut(parts.pop(), name)
+    stem, *parts = parts
+    taken = range(0, len(parts), 2)
+    shapes = []
+    with torch.no_grad():
+        x = stem(torch.zeros(1, 3, *f.preprocessing.size).to(next(f.parameters())))
+        for i, part in enumerate(parts):
+            x = part(x)
+            if i in taken:
+                shapes.append((x.shape[1], x.shape[2], x.shape[3]))
+    return Earlier(tuple(in_order), stem, tuple(parts), tuple(taken), tuple(shapes))

@@ -1,0 +1,407 @@
+"""The training of w1, w2 and w' (§4.2), from w0's outputs to the tuned classifier."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from aftcli.aft.loss import (
+    OPTIMIZERS,
+    AftLoss,
+    Batch,
+    Features,
+    Outputs,
+    Recipe,
+    aft_loss,
+    check_settings,
+)
+from aftcli.aft.tail import Earlier, Tail, check_trainable, with_parts
+from aftcli.core.classifier import Classifier
+from aftcli.core.networks import copied
+from aftcli.errors import AftError
+
+
+class Examples(Protocol):
+    """The training data, as w0 hands it on.
+
+    Attributes:
+        labels: of all images, shape (N,).
+    """
+
+    labels: Tensor
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all images."""
+
+    @property
+    def usable(self) -> Sequence[int]:
+        """Indices of the images that could be read."""
+
+    def batches(self, wanted: Sequence[Sequence[int]], epoch: int | None) -> Iterator[Batch]:
+        """The wanted batches, in their order; epoch None asks for images as they are."""
+
+
+class Measured(NamedTuple):
+    """Means over some images.
+
+    Attributes:
+        total: what is minimised.
+        cross_entropy: of the labels.
+        mask: distance from the masks, without lambda; 0 without masks.
+        accuracy: share of images whose largest logit is the label's.
+        images: how many.
+        consistency: cross-entropy on x_hat_tau*, without its weight; 0 without.
+    """
+
+    total: float
+    cross_entropy: float
+    mask: float
+    accuracy: float
+    images: int
+    consistency: float = 0.0
+
+    @classmethod
+    def of(cls, sums: Tensor) -> Measured:
+        """Means of sums over images, the last of which is their number."""
+        *means, count = sums.tolist()
+        n = max(count, 1)
+        total, cross_entropy, mask, consistency, accuracy = (mean / n for mean in means)
+        return cls(total, cross_entropy, mask, accuracy, int(count), consistency)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """How an epoch went; epoch 0 is before training.
+
+    Attributes:
+        number: of the epoch.
+        train: means over its batches, each before its step; None for epoch 0.
+        held_out: of the model after it, on held-out training images; None where there are none.
+    """
+
+    number: int
+    train: Measured | None
+    held_out: Measured | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "number": self.number,
+            "train": self.train._asdict() if self.train else None,
+            "held_out": self.held_out._asdict() if self.held_out else None,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Epoch:
+        """The inverse of `as_dict`."""
+        train, held_out = (
+            Measured(**values[key]) if values[key] else None for key in ("train", "held_out")
+        )
+        return cls(values["number"], train, held_out)
+
+
+class Step(NamedTuple):
+    """Where training is: `step` of `steps` of an epoch done, the epoch's means so far."""
+
+    epoch: int
+    step: int
+    steps: int
+    train: Measured
+
+
+class State(NamedTuple):
+    """All that decides how training goes on."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def choose_held_out(
+    names: Sequence[str], labels: Sequence[int], share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Divide training images into those trained on and those that choose the epoch.
+
+    Every n-th image in the order of the classes, within a class in an order that depends on
+    the name and the seed only: the held-out images are spread over the classes.
+
+    Args:
+        names: of the images.
+        labels: of the images.
+        share: to hold out, in [0, 1).
+        seed: another one gives others.
+
+    Returns:
+        Positions of those to train on and of those held out, each ascending.
+    """
+
+    def rank(i: int) -> tuple[int, bytes]:
+        name = f"{seed}\0{names[i]}".encode("utf-8", "surrogateescape")
+        return labels[i], hashlib.sha256(name).digest()
+
+    order = sorted(range(len(names)), key=rank)
+    count = int(len(order) * share)
+    picked = {order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)}
+    return [i for i in range(len(names)) if i not in picked], sorted(picked)
+
+
+def shuffled(indices: Sequence[int], seed: int, epoch: int) -> list[int]:
+    """The order of an epoch; it depends on seed and epoch only, so a run can go on anywhere."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
+
+
+class Training:
+    """Fine-tuning of a classifier's w1 and w2 (§4.2); `run` goes on where `state` was taken.
+
+    Args:
+        f: the classifier; it is not changed.
+        examples: training data behind w0.
+        settings: of the training.
+        accelerator: device, precision and processes; default one process on f's device.
+        cam: the method that made the masks; None without masks.
+        earlier: layers before l to tune with it; the examples are then of its stem.
+
+    Raises:
+        AftError: settings are out of range, no image can be read, w0 shares weights with what
+            is trained, or the method's map can't be trained.
+
+    Attributes:
+        history: the epochs done, epoch 0 first.
+    """
+
+    def __init__(
+        self,
+        f: Classifier,
+        examples: Examples,
+        settings: Recipe,
+        accelerator: Accelerator | None = None,
+        cam: str | None = None,
+        earlier: Earlier | None = None,
+    ) -> None:
+        cam = None if settings.lam is None else cam
+        check_settings(settings)
+        check_trainable(settings, cam)
+        frozen = {id(p) for p in (earlier or f).stem.parameters()}
+        trained = (*(earlier.parts if earlier else ()), f.layer, f.head)
+        if any(id(p) in frozen for part in trained for p in part.parameters()):
+            raise AftError(
+                f"{f.layer_name}: layers before it use the same weights as layers from it on, so "
+                "these can't be trained alone; choose another --layer"
+            )
+        usable = list(examples.usable)
+        if not usable:
+            raise AftError("there is no readable image to train on")
+        self.f, self.examples, self.settings, self.earlier = f, examples, settings, earlier
+        names = [examples.names[i] for i in usable]
+        labels = [int(examples.labels[i]) for i in usable]
+        train, held_out = choose_held_out(names, labels, settings.held_out, settings.seed)
+        self.train, self.held_out = [usable[i] for i in train], [usable[i] for i in held_out]
+        self.accelerator = accelerator or Accelerator(cpu=f.device.type == "cpu")
+        self.tail = Tail(f, settings, cam, earlier).to(self.accelerator.device)
+        fused = self.accelerator.device.type in ("cpu", "cuda")
+        optimizer = OPTIMIZERS[settings.optimizer](
+            [p for p in self.tail.parameters() if p.requires_grad],
+            lr=settings.learning_rate,
+            fused=fused,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(self.tail, optimizer)
+        self.best = self._weights()
+        self.best_epoch, self.epoch, self.step = 0, 1, 0
+        self.sums = self._zeros()
+        self.history: list[Epoch] = []
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.tail.state_dict().items()}
+
+    @cached_property
+    def start(self) -> Tail:
+        """w1 and w2 as they were: the teacher of distillation, and where a blend begins."""
+        start = Tail(self.f, self.settings, None, self.earlier)
+        return start.to(self.accelerator.device).requires_grad_(False)
+
+    def state(self) -> State:
+        """All that decides how training goes on; equal on all processes."""
+        tensors = {f"tail.{name}": value for name, value in self.tail.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        for index, kept in self.optimizer.state_dict()["state"].items():
+            tensors |= {
+                f"optimizer.{index}.{name}": value
+                for name, value in kept.items()
+                if value is not None
+            }
+        scaler = self.accelerator.scaler
+        values = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums.tolist(),
+            "best_epoch": self.best_epoch,
+            "history": [epoch.as_dict() for epoch in self.history],
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        return State(tensors, values)
+
+    def restore(self, state: State) -> None:
+        """Go back to a state that `state` gave."""
+        tensors, values = state
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            found = ((k.partition(".")[2], v) for k, v in tensors.items() if k.startswith(prefix))
+            return {k: v.to(self.accelerator.device) for k, v in found}
+
+        self.tail.load_state_dict(part("tail."))
+        self.best = part("best.")
+        kept: dict[int, dict[str, Tensor]] = {}
+        for name, value in part("optimizer.").items():
+            index, _, what = name.partition(".")
+            kept.setdefault(int(index), {})[what] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
+        if self.accelerator.scaler and values["scaler"]:
+            self.accelerator.scaler.load_state_dict(values["scaler"])
+        self.epoch, self.step = values["epoch"], values["step"]
+        self.sums = self._zeros().new_tensor(values["sums"])
+        self.best_epoch = values["best_epoch"]
+        self.history = [Epoch.from_dict(e) for e in values["history"]]
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are done, or none of the last ones was better."""
+        return self.epoch > self.settings.epochs or (
+            bool(self.held_out) and self.epoch - 1 - self.best_epoch >= self.settings.patience > 0
+        )
+
+    def run(self) -> Iterator[Step | Epoch]:
+        """Train to the end; between what is yielded, `state` may be taken."""
+        if not self.history:
+            self.history.append(Epoch(0, None, self._held_out()))
+            yield self.history[0]
+        while not self.done:
+            yield from self._run_epoch()
+            train, self.sums = Measured.of(self.sums), self._zeros()
+            epoch = Epoch(self.epoch, train, self._held_out())
+            self.history.append(epoch)
+            if self._is_best():
+                self.best, self.best_epoch = self._weights(), self.epoch
+            self.epoch, self.step = self.epoch + 1, 0
+            yield epoch
+
+    def _run_epoch(self) -> Iterator[Step]:
+        order = shuffled(self.train, self.settings.seed, self.epoch)
+        size, rank, count = self.settings.batch, *self._place()
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        # A process without a share takes one image along, with weight 0.
+        shares = [batch[rank::count] or batch[:1] for batch in batches]
+        for batch in self.examples.batches(shares[self.step :], self.epoch):
+            whole = len(batches[self.step])
+            own = len(batches[self.step][rank::count])
+            self._step(batch, own, whole, count)
+            self.step += 1
+            yield Step(self.epoch, self.step, len(batches), Measured.of(self.sums))
+
+    def _place(self) -> tuple[int, int]:
+        return self.accelerator.process_index, self.accelerator.num_processes
+
+    def _step(self, batch: Batch, own: int, whole: int, processes: int) -> None:
+        """One step on the loss of a batch, of which this process has `own` of `whole`."""
+        out = self._with_teacher(batch, self.model(*self._inputs(batch)))
+        loss = aft_loss(out, batch, self.settings)
+        if not loss.total.isfinite():
+            raise AftError(
+                f"the loss is no longer finite in epoch {self.epoch}; lower the learning rate "
+                f"(--lr, now {self.settings.learning_rate:g}) or lambda"
+            )
+        self.optimizer.zero_grad()
+        # Processes' gradients are averaged: weighted so, that is the mean over the whole batch.
+        weight = own * processes / whole
+        self.accelerator.backward(loss.total if weight == 1 else loss.total * weight)
+        self.optimizer.step()
+        self.sums += self._reduced(self._sums(loss, out.logits, batch.labels, own))
+
+    def _inputs(self, batch: Batch) -> tuple[Features, Tensor | None, Features | None]:
+        return batch.features, batch.class_index, batch.masked
+
+    @torch.no_grad()
+    def _with_teacher(self, batch: Batch, out: Outputs) -> Outputs:
+        if self.settings.classification == "labels":
+            return out
+        return out._replace(teacher=self.start(batch.features).logits)
+
+    def _zeros(self) -> Tensor:
+        # Apple's devices have no float64.
+        device = self.accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return torch.zeros(len(Measured._fields), dtype=dtype, device=device)
+
+    def _sums(self, loss: AftLoss, logits: Tensor, labels: Tensor, count: int) -> Tensor:
+        """What a batch adds to the sums that `Measured.of` divides."""
+        right = (logits.argmax(1) == labels).float().mean()
+        means = torch.stack([value.detach().to(self._zeros()) for value in (*loss, right)])
+        return torch.cat([means, means.new_ones(1)]) * count
+
+    def _reduced(self, sums: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return sums
+        return self.accelerator.reduce(sums, "sum")  # type: ignore[no-any-return]
+
+    def _held_out(self) -> Measured | None:
+        return self.measure(self.examples, self.held_out) if self.held_out else None
+
+    def _is_best(self) -> bool:
+        """Whether the last epoch has the lowest held-out loss so far; without images, it has."""
+        *before, last = self.history[1:]
+        if last.held_out is None:
+            return True
+        return all(e.held_out and last.held_out.total < e.held_out.total for e in before)
+
+    @torch.no_grad()
+    def measure(self, examples: Examples, indices: Sequence[int]) -> Measured:
+        """Means over images, by the weights as they are now; all processes share the work."""
+        size, rank, count = self.settings.batch, *self._place()
+        batches = [indices[i : i + size] for i in range(0, len(indices), size)][rank::count]
+        sums = self._zeros()
+        for batch in examples.batches(batches, None):
+            out = self._with_teacher(batch, self.tail(*self._inputs(batch)))
+            loss = aft_loss(out, batch, self.settings)
+            sums += self._sums(loss, out.logits, batch.labels, len(batch.labels))
+        return Measured.of(self._reduced(sums))
+
+    def use_best(self) -> None:
+        """Take the weights of the best epoch, blended with those before."""
+        self.tail.load_state_dict(self.best)
+        blend = self.settings.blend
+        if blend < 1:
+            tuned = dict(self.tail.named_parameters())
+            with torch.no_grad():
+                for name, before in self.start.named_parameters():
+                    tuned[name].copy_(torch.lerp(before, tuned[name], blend))
+
+    def classifier(self, cam: str | None = None) -> Classifier:
+        """The classifier with the weights as they are now; w0 is the same object as before.
+
+        Args:
+            cam: the method whose masks it was tuned with.
+        """
+        layer, head = copied((self.tail.layer, self.tail.head))
+        layer, head = layer.to(self.f.device), head.to(self.f.device)
+        f = with_parts(self.f, self._stem(), layer, head, self.f.activation_shape)
+        f.cam = cam
+        return f.eval().requires_grad_(False)
+
+    def _stem(self) -> nn.Module:
+        """What is before l; where earlier layers are tuned, with their weights."""
+        if not len(self.tail.between):
+            return self.f.stem
+        stem = copied(self.f.stem)
+        weights = stem.state_dict()
+        for part in self.tail.between:
+            weights |= part.state_dict()  # under the names of the uncut model
+        stem.load_state_dict(weights)
+        return stem

@@ -1,0 +1,197 @@
+"""From options to what the commands work with: classifiers, devices, processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aftcli.cli import values as v
+from aftcli.cli.memory import kept_from_collector
+from aftcli.core.methods import METHODS, check_device
+from aftcli.errors import AftError
+from aftcli.files import check_checkpoint, check_folder
+from aftcli.report.terminal import complain
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from aftcli.core.classifier import Classifier
+    from aftcli.data.blocks import Processes
+    from aftcli.data.images import Turn
+    from aftcli.engine.accelerate import Accelerate
+    from aftcli.report.pictures import Subject
+    from aftcli.settings import Search
+
+
+def check(
+    device: str, checkpoint: Path | None, classes: Path | None, dataset: Path | None = None
+) -> None:
+    """Check at once what can be told without torch."""
+    check_device(device)
+    if checkpoint:
+        check_checkpoint(checkpoint)
+    if dataset:
+        check_folder(dataset)
+    names(classes)
+
+
+def device(name: str) -> torch.device:
+    """The device of a name; see `find_device`."""
+    from aftcli.core.models import find_device
+
+    return find_device(name)
+
+
+def workers(wanted: int | None) -> int:
+    """How many processes decode images: half the cores, at most 8."""
+    return min(max((os.cpu_count() or 2) // 2, 1), 8) if wanted is None else wanted
+
+
+def processes(device: str) -> tuple[Processes, str]:
+    """The processes that torchrun or accelerate launch started, and this one's device."""
+    from aftcli.data.blocks import Processes
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(), device
+
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    own = str(state.device) if device == "auto" else device
+    return Processes(state.process_index, state.num_processes, state.wait_for_everyone), own
+
+
+def accelerator(device: str, precision: str) -> Accelerator:
+    """Accelerate's view of this process: its device, the precision, the other processes."""
+    from aftcli.core.models import find_device
+
+    where = find_device(device)
+    if precision == "fp16" and where.type == "cpu":
+        # There it would run without scaling the loss, and small gradients would become 0.
+        raise AftError("--precision fp16 can't be used on a CPU; use bf16 or no")
+
+    from accelerate import Accelerator
+
+    if device not in ("auto", "cpu"):
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", device)
+    try:
+        return Accelerator(
+            cpu=where.type == "cpu", mixed_precision=None if precision == "auto" else precision
+        )
+    except ValueError as error:
+        raise AftError(f"--precision {precision} can't be used here ({error})") from error
+
+
+@kept_from_collector()
+def settings(thresholds: str, masking: str, fill: str, mode: str, search: str = "exact") -> Search:
+    """The settings of a search, checked before anything is computed."""
+    values = v.thresholds(thresholds)
+    v.search(masking, fill, mode, search)
+
+    from aftcli.settings import Search
+
+    return Search(values, masking, fill, mode, search)
+
+
+def at_fixed(settings: Search, cut: tuple[float, str] | None) -> Search:
+    """Put a fixed threshold, (tau, mode), in place of those searched."""
+    return replace(settings, thresholds=cut[:1], mode=cut[1], search="exact") if cut else settings
+
+
+@kept_from_collector()
+def classifier(
+    model: str | None,
+    checkpoint: Path | None,
+    classes: Path | None,
+    layer: str | None,
+    device: str,
+    quiet: bool,
+) -> Classifier:
+    """The classifier that was asked for, on its device."""
+    from aftcli.core.models import find_device, load_classifier
+
+    where = find_device(device)
+    named, note = names(classes), noting(quiet)
+    return load_classifier(model, checkpoint, layer, classes=named, device=where, note=note)
+
+
+def engine(name: str, precision: str, quiet: bool) -> Accelerate:
+    """What makes classifiers fast, its names checked before one is loaded."""
+    from aftcli.engine.accelerate import accelerated, check_engine
+
+    check_engine(name, precision)
+
+    def accelerate(f: Classifier, passes: int | None) -> Classifier:
+        from aftcli.report.terminal import PASSED
+
+        fast = accelerated(f, name, passes, noting(quiet), precision)
+        fast.watch = PASSED.add
+        return fast
+
+    return accelerate
+
+
+def noting(quiet: bool) -> Callable[[str], None]:
+    """What tells the user what is not an error, on stderr."""
+    return lambda text: None if quiet else complain(text)
+
+
+def names(classes: Path | None) -> tuple[str, ...] | None:
+    """Class names of a file; None without one."""
+    from aftcli.data.text import read_classes
+
+    return read_classes(classes) if classes else None
+
+
+def methods(f: Classifier, asked: list[str] | None, default: str) -> list[str]:
+    """`--cam all` is all that fit the model; a method asked for by name must fit."""
+    from aftcli.tft.explain import fits
+
+    methods = v.methods(asked or [f.cam or default])
+    return [m for m in methods if fits(f, m)] if "all" in (asked or []) else methods
+
+
+def advise(methods: list[str], mode: str, cells: bool, quiet: bool) -> None:
+    """Say what a threshold leaves of maps of pixels, before it is searched."""
+    of_pixels = [name for name, entry in METHODS.items() if name in methods and entry.of_pixels]
+    if of_pixels and mode == "value" and not cells:
+        noting(quiet)(
+            f"{', '.join(of_pixels)}: a threshold of values leaves single pixels of such a map, "
+            "which networks hardly recognise; --threshold-mode percentile cuts by rank, --cells "
+            "averages the map over the layer's cells first"
+        )
+
+
+def targets(f: Classifier, names: list[str] | None, top_k: int) -> list[int]:
+    """The classes to explain; empty for the predicted ones."""
+    if top_k > len(f.classes):
+        raise AftError(f"--top-k {top_k}: {f.name} has {len(f.classes)} classes")
+    return list(dict.fromkeys(f.classes.index(name) for name in names or []))
+
+
+def input_of(f: Classifier, subject: Subject) -> Tensor:
+    """What the model gets of a picture, shape (1, 3, H, W)."""
+    from aftcli.data.images import to_input
+
+    return to_input(subject.picture, f.preprocessing).to(f.device)
+
+
+def tell_place(
+    values: Tensor, map_: Path | None, f: Classifier, image: Path, turn: Turn, quiet: bool
+) -> None:
+    """Say what a map is taken to cover, and that its scores are kept, where this is assumed."""
+    from aftcli.data.maps import already_scaled, assumed, place_of
+
+    size, (high, wide) = (values.shape[1], values.shape[0]), f.preprocessing.size
+    place = place_of(size, (wide, high), turn)
+    said = [assumed(size, place, turn)]
+    if place.frame == "view" and size == (wide, high) and already_scaled(values):
+        said.append("its scores are scaled already, as --save map writes them, and are kept")
+    if any(said):
+        noting(quiet)(f"{map_}: for {image}, {'; '.join(filter(None, said))}")

@@ -1,0 +1,250 @@
+"""Weights from files: state dicts, and checkpoints of `aft finetune`, read safely."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from aftcli.core.cam import TUNERS, Tuner
+from aftcli.core.classifier import Classes, Classifier, Preprocessing, tensors_hash
+from aftcli.core.methods import METHODS
+from aftcli.errors import AftError, check_name, first_line
+from aftcli.files import check_checkpoint
+
+FORMAT_VERSION = 1
+
+CARD = "aft"
+
+TUNER = "aft_tuner."
+
+
+def checkpoint_of(
+    f: Classifier, tuner: Tuner | None, card: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A classifier and its card as the tensors and the metadata of a safetensors file.
+
+    Args:
+        f: the classifier.
+        tuner: f_tuner; None for a control.
+        card: further entries, of plain values.
+    """
+    tensors = f.weights()
+    if tuner is not None:
+        tensors |= {f"{TUNER}{name}": value for name, value in tuner.state_dict().items()}
+    own = {
+        "format_version": FORMAT_VERSION,
+        "model": f.name,
+        "layer": f.layer_name,
+        "cam": f.cam,
+        "classes": {"names": f.classes.names, "wnids": f.classes.wnids},
+        "preprocessing": f.preprocessing.as_dict(),
+        "digest": tensors_hash(tensors),
+    }
+    return tensors, {CARD: _sealed({**card, **own})}
+
+
+def _sealed(card: Mapping[str, Any]) -> str:
+    """JSON with a hash of itself: one flipped bit would be other settings."""
+    text = json.dumps(card, sort_keys=True)
+    return json.dumps({"card": json.loads(text), "sha256": _hash(text)}, sort_keys=True)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_card(path: Path) -> dict[str, Any] | None:
+    """Read what a file of `aft finetune` says of itself, without its tensors.
+
+    Args:
+        path: of any checkpoint.
+
+    Returns:
+        The card; None for another kind of file, or one whose header can't be read.
+
+    Raises:
+        AftError: the card is damaged or of a format that this version can't read.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(CARD)
+    except (SafetensorError, OSError):
+        return None
+    if text is None:
+        return None
+    try:
+        read = json.loads(text)
+        card: dict[str, Any] = read["card"]
+        whole = _hash(json.dumps(card, sort_keys=True)) == read["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path) from error
+    if not whole:
+        raise _damaged(path)
+    if card.get("format_version") != FORMAT_VERSION:
+        raise AftError(
+            f"{path}: is a checkpoint of format {card.get('format_version')}, this aft reads "
+            f"format {FORMAT_VERSION}; upgrade aft, or tune again"
+        )
+    _check_form(path, card)
+    return card
+
+
+def _check_form(path: Path, card: Any) -> None:  # noqa: ANN401 - what JSON gives
+    """Refuse a card that says nothing that a classifier can be made of; a seal is easily made."""
+    try:
+        Preprocessing.from_dict(card["preprocessing"])
+        names = [*card["classes"]["names"], *card["classes"]["wnids"]]
+        plain = [card["model"], card["layer"], card["digest"], card["cam"] or "", *names]
+        if not card["classes"]["names"] or not all(isinstance(value, str) for value in plain):
+            raise ValueError("names are no text")
+        check_name("CAM method", card["cam"] or "gradcam", METHODS)
+        check_name("tuner", card.get("tuner", "linear"), TUNERS)
+    except (AftError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AftError(
+            f"{path}: does not say what it is a checkpoint of ({first_line(error)}); write it "
+            "again with aft finetune"
+        ) from error
+
+
+def _damaged(path: Path) -> AftError:
+    return AftError(f"{path}: is damaged or cut short; write it again with aft finetune")
+
+
+def card_classes(card: Mapping[str, Any]) -> Classes:
+    """The classes that a card names."""
+    return Classes(tuple(card["classes"]["names"]), tuple(card["classes"]["wnids"]))
+
+
+def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
+    """Put a checkpoint's weights into a classifier of the same architecture.
+
+    Args:
+        f: the classifier; its weights are replaced.
+        path: of the checkpoint.
+        card: its card.
+
+    Returns:
+        The tuner; None where the file is a control's.
+
+    Raises:
+        AftError: the file is damaged, or does not fit the classifier, or has weights that are
+            no numbers.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path) from error
+    if tensors_hash(tensors) != card["digest"]:
+        raise _damaged(path)
+    own = {k.removeprefix(TUNER): v for k, v in tensors.items() if k.startswith(TUNER)}
+    weights = {k: v for k, v in tensors.items() if not k.startswith(TUNER)}
+    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in f.weights().items()}:
+        raise AftError(
+            f"{path}: its weights do not fit {f.name} as it is installed here; install the "
+            f"versions it was tuned with: {card.get('versions', 'unknown')}"
+        )
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
+            raise AftError(f"{path}: {name} holds NaN or infinite weights; tune again")
+    for part in (f.stem, f.layer, f.head):
+        part.load_state_dict({name: weights[name] for name in part.state_dict()})
+    f.cam = card["cam"]
+    if not own:
+        return None
+    try:
+        hidden, channels = own["reduce.weight"].shape[:2]
+        tuner = Tuner(channels, hidden, card.get("tuner", "linear")).to(next(iter(own.values())))
+        tuner.load_state_dict(own)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise _damaged(path) from error
+    return tuner.eval().requires_grad_(False)
+
+
+# What training frameworks write before a network's own names, one or several.
+PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict; no code in the file is run.
+
+    Args:
+        path: `.safetensors`, or a file of torch.save (read with weights_only=True); a wrapper
+            `{"state_dict": …}` is taken off.
+
+    Raises:
+        AftError: there is no such file, it is damaged, or it holds no state dict.
+    """
+    check_checkpoint(path)
+    try:
+        _check_archive(path)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            saved: object = load_file(path)
+        else:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Not the library's words: they tell how to run the file's code, or nothing at all.
+        reason = getattr(error, "strerror", None) or "it is damaged, or holds more than tensors"
+        raise AftError(
+            f"{path}: can't be read as a checkpoint ({reason}); give a .safetensors file, or a "
+            ".pth or .pt file of torch.save(model.state_dict(), FILE)"
+        ) from error
+    for wrapper in ("state_dict", "model", "model_state_dict"):
+        if isinstance(saved, Mapping) and isinstance(saved.get(wrapper), Mapping):
+            saved = saved[wrapper]
+    if not isinstance(saved, Mapping) or not saved:
+        raise AftError(f"{path}: holds no state dict; save model.state_dict()")
+    if not all(isinstance(v, Tensor) and _is_dense(v) for v in saved.values()):
+        raise AftError(f"{path}: holds other things than dense tensors; save model.state_dict()")
+    return {str(key): value for key, value in saved.items()}
+
+
+def _own_names(
+    saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A state dict under the model's own names, and the prefixes that were taken off.
+
+    Raises:
+        AftError: the file holds weights twice, under different prefixes.
+    """
+    origin: dict[str, str] = {}
+    for key in saved:
+        own = key
+        while own not in expected and own.startswith(PREFIXES):
+            own = own.partition(".")[2]
+        if own in origin:
+            raise AftError(
+                f"{path}: holds {own} twice, as {origin[own]} and as {key}; save the one network "
+                "that is meant"
+            )
+        origin[own] = key
+    prefixes = dict.fromkeys(key.removesuffix(own) for own, key in origin.items())
+    return {own: saved[key] for own, key in origin.items()}, [p for p in prefixes if p]
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip file that is not as torch.save writes it: it may unpack to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its entries are compressed, or share their bytes")
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether a tensor's numbers are all there, one by one: others may claim any size."""
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()

@@ -1,0 +1,1 @@
+"""Pictures, maps, data sets, and how they are read."""

@@ -1,0 +1,182 @@
+"""Engines: what runs a classifier's passes without gradients (Algorithm 1's masked images).
+
+An engine changes the time, not the results: the classifier it is given stays as it is, and what
+an engine computes is compared with it before it is used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from aftcli.errors import AftError, Unfit, check_name, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from aftcli.core.classifier import Classifier, Engine
+
+
+# A classifier, and how many images will pass it (None for many), to a faster one.
+Accelerate = Callable[["Classifier", int | None], "Classifier"]
+
+# Where each is made; importing one must not import the other's library.
+ENGINES = {
+    "torch": "aftcli.engine.folded:FoldedTorch",
+    "compile": "aftcli.engine.folded:CompiledTorch",
+    "onnxruntime": "aftcli.engine.onnx:OnnxRuntime",
+}
+
+CHOICES = ("auto", *ENGINES)
+
+ENOUGH = 500  # passes of the network, from which on exporting it pays (docs/decisions.md)
+
+TOLERANCES = {"no": 1e-4, "bf16": 0.1, "fp16": 0.1}  # of the largest value, by precision
+
+CHECKED = 3  # random inputs
+
+
+def as_it_is(f: Classifier, passes: int | None) -> Classifier:
+    """No engine: the classifier runs as it is written."""
+    return f
+
+
+def accelerated(
+    f: Classifier,
+    engine: str = "auto",
+    passes: int | None = None,
+    note: Callable[[str], None] = warnings.warn,
+    precision: str = "no",
+) -> Classifier:
+    """Run a classifier's passes without gradients faster.
+
+    Args:
+        f: the classifier, on its device; its weights must not change afterwards.
+        engine: "torch" (batch norms folded into convolutions, channels last), "compile"
+            (torch.compile), "onnxruntime" (on a CPU), or "auto": onnxruntime on a CPU for many
+            passes, f as it is for few, torch on a GPU.
+        passes: images that will pass the network, None for many; only "auto" looks.
+        note: is told what a user should know: an export that takes time, an engine that can't
+            be used and what is used instead.
+        precision: "bf16" or "fp16" runs the passes by autocast, for GPUs; results then differ
+            by more than rounding. "no" does not.
+
+    Returns:
+        A classifier that shares f's modules. Its results are f's up to rounding.
+
+    Raises:
+        AftError: there is no such engine, or it can't be used on this device at all.
+    """
+    check_engine(engine, precision)
+    name = choose(f, passes, precision) if engine == "auto" else engine
+    if name is None:
+        return f
+    module, _, kind = ENGINES[name].partition(":")
+    try:
+        made = getattr(import_module(module), kind)(f, note, precision)
+        return checked(f, made, TOLERANCES[precision])
+    except Unfit as unfit:
+        note(f"{f.name} can't run by {name} ({unfit}); it runs by torch as it is")
+        return f
+
+
+def check_engine(engine: str, precision: str = "no") -> None:
+    """Check the names of an engine and a precision, before a network is loaded.
+
+    Raises:
+        AftError: there is none of that name, or they don't go together.
+    """
+    check_name("engine", engine, CHOICES)
+    if precision not in TOLERANCES:
+        raise AftError(f"unknown precision {precision!r}; there are {', '.join(TOLERANCES)}")
+    if engine == "onnxruntime" and precision != "no":
+        raise AftError(f"--engine onnxruntime has no --precision {precision}; use --engine torch")
+
+
+def choose(f: Classifier, passes: int | None, precision: str) -> str | None:
+    """The engine of "auto"; None for none."""
+    if precision != "no" or f.device.type != "cpu":
+        return "torch"
+    return "onnxruntime" if passes is None or passes >= ENOUGH else None
+
+
+def checked(f: Classifier, engine: Engine, tolerance: float) -> Classifier:
+    """F with an engine that has shown that it gives f's results.
+
+    Raises:
+        Unfit: it gives others, or fails.
+    """
+    import torch
+
+    x = _random_inputs(f)
+    fast = f.with_engine(engine)
+    with torch.no_grad():
+        expected = f.activation(x), f(x)
+        try:
+            given = fast.activation(x), fast(x)
+        except Exception as error:
+            # A compiler that is not there, an operator that is not known.
+            raise Unfit(first_line(error)[:120]) from error
+    for what, a, b in zip(("activations", "scores"), given, expected, strict=True):
+        _compare(what, a, b, tolerance)
+    return fast
+
+
+def _random_inputs(f: Classifier) -> Tensor:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(CHECKED, 3, *f.preprocessing.size, generator=generator)
+    return x.to(next(f.parameters()))
+
+
+def _compare(what: str, given: Tensor, expected: Tensor, tolerance: float) -> None:
+    error = float((given - expected).abs().max() / expected.abs().max())
+    if not error <= tolerance:
+        raise Unfit(f"its {what} differ by {error:.1e} of the largest")
+
+
+def fast_stem(
+    f: Classifier,
+    stem: nn.Module,
+    engine: str = "auto",
+    passes: int | None = None,
+    note: Callable[[str], None] = warnings.warn,
+) -> Callable[[Tensor], Tensor | tuple[Tensor, ...]]:
+    """What runs the frozen layers w0 of a classifier that is fine-tuned.
+
+    Args:
+        f: the classifier.
+        stem: w0, f's own or one that ends earlier.
+        engine: see `accelerated`; by torch the stem runs as it is.
+        passes: images that will pass it; None for many.
+        note: see `accelerated`.
+
+    Returns:
+        A function from x, shape (N, 3, H, W), to what the stem gives of it.
+    """
+    check_engine(engine)
+    name = choose(f, passes, "no") if engine == "auto" else engine
+    if name != "onnxruntime":
+        return stem
+
+    import torch
+
+    from aftcli.engine.onnx import Graph, check_device
+
+    check_device(f)
+    x = _random_inputs(f)
+    with torch.no_grad():
+        expected = stem(x)
+    several = isinstance(expected, tuple)
+    outputs = tuple(f"stem_{i}" for i in range(len(expected) if several else 1))
+    try:
+        graph = Graph(stem, f.preprocessing.size, outputs, f"the frozen layers of {f.name}", note)
+        for given, wanted in zip(graph.run(x), expected if several else [expected], strict=True):
+            _compare("features", given, wanted, TOLERANCES["no"])
+    except Unfit as unfit:
+        note(f"the frozen layers of {f.name} can't run by onnxruntime ({unfit}); torch runs them")
+        return stem
+    return lambda x: graph.run(x) if graph.takes(x) else stem(x)

@@ -1,0 +1,1 @@
+"""Evaluation (§5): measures, tables, sanity, timing."""

@@ -1,0 +1,142 @@
+"""The measures of a map by their command-line names (§5.2 and beyond); formulas: metrics.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from aftcli.errors import AftError, nearest
+
+
+class Measure(NamedTuple):
+    """A measure of tables.
+
+    Attributes:
+        title: its name in tables.
+        better: 1 where higher is better, -1 where lower is, 0 where neither is.
+        extra: what must be asked for to have it; "" where it costs nothing. "boxes" and
+            "segmentation" are there where the data set has them.
+        source: its paper.
+    """
+
+    title: str
+    better: int
+    extra: str
+    source: str
+
+
+MEASURES: dict[str, Measure] = {
+    "average_increase": Measure("Average Increase", 1, "", "the paper, §5.2"),
+    "average_drop": Measure("Average Drop", -1, "", "the paper, §5.2"),
+    "average_gain": Measure("Average Gain", 1, "", "Zhang et al., CVIU 2024 (Opti-CAM)"),
+    "area": Measure("Kept area", 0, "", "share of pixels with I != 0"),
+    "complexity": Measure("Complexity", -1, "", "Poppi et al., CVPRW 2021"),
+    "coherency": Measure("Coherency", 1, "adcc", "Poppi et al., CVPRW 2021"),
+    "adcc": Measure("ADCC", 1, "adcc", "Poppi et al., CVPRW 2021"),
+    "insertion": Measure("Insertion", 1, "insertion", "Petsiuk et al., BMVC 2018 (RISE)"),
+    "deletion": Measure("Deletion", -1, "insertion", "Petsiuk et al., BMVC 2018 (RISE)"),
+    "road": Measure("ROAD", -1, "road", "Rong et al., ICML 2022"),
+    "energy": Measure("Energy in boxes", 1, "boxes", "Wang et al., CVPRW 2020 (Score-CAM)"),
+    "pointing": Measure("Pointing game", 1, "boxes", "Zhang et al., ECCV 2016"),
+    "iou": Measure("IoU with boxes", 1, "boxes", "Jaccard index of M_tau and the boxes"),
+    "energy_segmentation": Measure(
+        "Energy in segmentation", 1, "segmentation", "Wang et al., CVPRW 2020 (Score-CAM)"
+    ),
+    "iou_segmentation": Measure(
+        "IoU with segmentation", 1, "segmentation", "Jaccard index of M_tau and the segmentation"
+    ),
+}
+
+PAPER = ("average_increase", "average_drop")  # Table 3's
+
+EXTRAS = ("adcc", "insertion", "road")  # what costs passes of the network
+
+BASELINES = "baselines"  # an extra too: the view of fixed cut-offs, by all measures
+
+# The columns of Table 3 and Table 4, beyond them the fixed shares of Table 1 and the control.
+VARIANTS = {
+    "original": "Original",
+    "fixed": "Fixed",
+    "tft": "TFT",
+    "aft": "AFT",
+    "control": "Control",
+}
+
+
+def measures(text: str | None) -> tuple[str, ...]:
+    """Read names of measures, separated by commas; None is the paper's two, "all" is all.
+
+    Raises:
+        AftError: a name is unknown.
+
+    >>> measures("average_drop,adcc")
+    ('average_drop', 'adcc')
+    """
+    if text is None:
+        return PAPER
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if "all" in names:
+        return tuple(MEASURES)
+    for name in names or [text]:
+        if name not in MEASURES:
+            raise AftError(
+                f"unknown measure {name!r} in --metrics; nearest: {nearest(name, MEASURES)}; all: "
+                f"{', '.join(MEASURES)}, or `all`"
+            )
+    return names
+
+
+def extras_of(names: Iterable[str], baselines: bool) -> frozenset[str]:
+    """What must be computed for measures beyond what is always there."""
+    needed = {MEASURES[name].extra for name in names} & set(EXTRAS)
+    return frozenset(needed | ({BASELINES} if baselines else set()))
+
+
+MODELS = ("ResNet-50", "VGG-16")
+
+PAPER_VARIANTS = ("original", "tft", "aft")
+
+# Of each model: Original, TFT, AFT.
+TABLE3: dict[tuple[str, str, str], tuple[tuple[float, ...], tuple[float, ...]]] = {
+    ("ImageNet", "gradcam", "average_increase"): ((0.334, 0.439, 0.449), (0.294, 0.385, 0.561)),
+    ("ImageNet", "gradcam", "average_drop"): ((0.130, 0.117, 0.116), (0.159, 0.144, 0.124)),
+    ("ImageNet", "gradcam++", "average_increase"): ((0.342, 0.454, 0.507), (0.228, 0.322, 0.505)),
+    ("ImageNet", "gradcam++", "average_drop"): ((0.136, 0.123, 0.105), (0.188, 0.174, 0.153)),
+    ("ImageNet", "ablationcam", "average_increase"): ((0.342, 0.456, 0.514), (0.261, 0.352, 0.496)),
+    ("ImageNet", "ablationcam", "average_drop"): ((0.137, 0.123, 0.109), (0.173, 0.159, 0.136)),
+    ("ImageNet", "layercam", "average_increase"): ((0.340, 0.452, 0.512), (0.230, 0.325, 0.492)),
+    ("ImageNet", "layercam", "average_drop"): ((0.128, 0.124, 0.104), (0.187, 0.172, 0.150)),
+    ("VOC", "gradcam", "average_increase"): ((0.546, 0.679, 0.659), (0.569, 0.670, 0.698)),
+    ("VOC", "gradcam", "average_drop"): ((0.055, 0.045, 0.037), (0.054, 0.045, 0.053)),
+    ("VOC", "gradcam++", "average_increase"): ((0.522, 0.674, 0.618), (0.445, 0.583, 0.618)),
+    ("VOC", "gradcam++", "average_drop"): ((0.059, 0.046, 0.041), (0.067, 0.056, 0.062)),
+    ("VOC", "ablationcam", "average_increase"): ((0.523, 0.682, 0.666), (0.519, 0.638, 0.674)),
+    ("VOC", "ablationcam", "average_drop"): ((0.049, 0.036, 0.033), (0.052, 0.044, 0.050)),
+    ("VOC", "layercam", "average_increase"): ((0.486, 0.645, 0.620), (0.420, 0.538, 0.562)),
+    ("VOC", "layercam", "average_drop"): ((0.063, 0.051, 0.042), (0.069, 0.058, 0.059)),
+}
+
+# Of each model: the original's accuracy, and that of the one tuned for the method.
+TABLE4: dict[tuple[str, str], tuple[tuple[float, float], tuple[float, float]]] = {
+    ("ImageNet", "gradcam"): ((0.737, 0.736), (0.720, 0.720)),
+    ("ImageNet", "gradcam++"): ((0.737, 0.737), (0.720, 0.718)),
+    ("ImageNet", "ablationcam"): ((0.737, 0.737), (0.720, 0.720)),
+    ("ImageNet", "layercam"): ((0.737, 0.736), (0.720, 0.719)),
+    ("VOC", "gradcam"): ((0.922, 0.922), (0.905, 0.904)),
+    ("VOC", "gradcam++"): ((0.922, 0.923), (0.905, 0.903)),
+    ("VOC", "ablationcam"): ((0.922, 0.922), (0.905, 0.903)),
+    ("VOC", "layercam"): ((0.922, 0.922), (0.905, 0.904)),
+}
+
+# Seconds a map without and with TFT, VGG-16 on an RTX 2080 Ti.
+TABLE5: dict[str, tuple[float, float]] = {
+    "gradcam": (0.017, 0.045),
+    "gradcam++": (0.017, 0.046),
+    "ablationcam": (1.691, 1.719),
+    "layercam": (0.018, 0.047),
+}
+
+
+def published(kind: str) -> str:
+    """The paper's data set that is like one of a kind, "voc" or "folders"."""
+    return "VOC" if kind == "voc" else "ImageNet"

@@ -1,0 +1,184 @@
+"""Results on disk: found again by what they were computed from, safe against interruptions.
+
+A result file holds one value an image of each measure (docs/formats.md). Its name has a hash of
+all that decides the values: weights, images, annotations, settings. So a changed input is
+another file, and a second call finds the first one's.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor
+
+from aftcli.core.classifier import tensors_hash
+from aftcli.data.blocks import Broken
+from aftcli.evaluation.measures import BASELINES
+from aftcli.files import write_tensors
+
+FORMAT_VERSION = 1
+
+
+class Result(NamedTuple):
+    """What was measured of some images.
+
+    Attributes:
+        columns: see `aftcli.evaluation.batch.measure_batch`.
+        broken: images that could not be read.
+        identity: what it was computed from.
+    """
+
+    columns: dict[str, Tensor]
+    broken: list[Broken]
+    identity: dict[str, Any]
+
+
+class _Stored(NamedTuple):
+    """A file's result and which of the measures that cost much it has."""
+
+    result: Result
+    extras: frozenset[str]
+
+
+class ResultFile:
+    """One result, and on the way there its parts.
+
+    Args:
+        folder: of the results.
+        stem: of the file's name.
+        identity: plain values; all that decides what the columns hold.
+        extras: which of the measures that cost much there are (`extras_of` of measures); a file
+            that has more will do.
+    """
+
+    def __init__(
+        self, folder: Path, stem: str, identity: Mapping[str, Any], extras: frozenset[str]
+    ) -> None:
+        text = json.dumps({"format_version": FORMAT_VERSION, **identity}, sort_keys=True)
+        self.identity: dict[str, Any] = json.loads(text)
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        self.folder, self.stem, self.extras = folder, stem, extras
+        self.path = folder / f"{stem}-{self.key}.safetensors"
+        self.parts = folder / f".{'-'.join([stem, self.key, *sorted(extras)])}.parts"
+
+    def read(self) -> Result | None:
+        """The result; None if it is missing, damaged or lacks what is wanted."""
+        return self._read(self.path)
+
+    def lacking(self) -> ResultFile | None:
+        """The file of what is still to be measured, to be joined to what is there; None if done."""
+        there = self._stored(self.path)
+        if there is None:
+            return self
+        if self.extras <= there.extras:
+            return None
+        new = self.extras - there.extras
+        # Fixed cut-offs are another view, which has all measures that the others have.
+        if BASELINES in there.extras:
+            new |= {BASELINES}
+        elif BASELINES in new:
+            new |= there.extras
+        return ResultFile(self.folder, self.stem, self.identity, new)
+
+    def has(self, span: range) -> bool:
+        """Whether a block of images is done."""
+        return self._read(self._part(span)) is not None
+
+    def write(self, columns: Mapping[str, Tensor]) -> None:
+        """Store a result that has no parts."""
+        self._write(self.path, columns, [], self.extras)
+
+    def write_part(
+        self, span: range, columns: Mapping[str, Tensor], broken: Sequence[Broken]
+    ) -> None:
+        """Store a block of images."""
+        self.parts.mkdir(parents=True, exist_ok=True)
+        self._write(self._part(span), columns, broken, self.extras)
+
+    def join(self, spans: Iterable[range]) -> bool:
+        """Make one file of all blocks and of the measures there; False if a block is damaged."""
+        read = [self._read(self._part(span)) for span in spans]
+        whole = [part for part in read if part is not None]
+        if len(whole) < len(read):
+            return False
+        # A block of broken images has no columns.
+        names = next((part.columns for part in whole if part.columns), {})
+        columns = {n: torch.cat([p.columns[n] for p in whole if p.columns]) for n in names}
+        broken, extras = [b for part in whole for b in part.broken], self.extras
+        there = self._stored(self.path)
+        # Only images that did not fit into memory can be readable once and not again.
+        if there and [b.path for b in there.result.broken] == [b.path for b in broken]:
+            columns, extras = columns | there.result.columns, extras | there.extras
+        self._write(self.path, columns, broken, extras)
+        self._clear_parts(extras)
+        return True
+
+    def clear(self) -> None:
+        """Delete what is there."""
+        self.path.unlink(missing_ok=True)
+        self._clear_parts(None)
+
+    def clear_parts(self) -> None:
+        """Delete the blocks on the way there."""
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _clear_parts(self, extras: frozenset[str] | None) -> None:
+        """Delete the blocks of a file of no more than these extras; None is any."""
+        start = f".{self.stem}-{self.key}"
+        for parts in self.folder.glob(f"{glob.escape(start)}*.parts"):
+            own = parts.name.removeprefix(start).removesuffix(".parts").split("-")[1:]
+            if extras is None or extras >= set(own):
+                shutil.rmtree(parts, ignore_errors=True)
+
+    def _part(self, span: range) -> Path:
+        return self.parts / f"{span.start:09d}-{span.stop:09d}"
+
+    def _write(
+        self,
+        path: Path,
+        columns: Mapping[str, Tensor],
+        broken: Sequence[Broken],
+        extras: frozenset[str],
+    ) -> None:
+        head = {"identity": self.identity, "broken": broken, "extras": sorted(extras)}
+        text = json.dumps(head)
+        # One entry: safetensors writes several in an order that changes from run to run.
+        sealed = {"head": text, "sha256": _seal(text, columns)}
+        write_tensors(path, columns, {"aft_result": json.dumps(sealed)})
+
+    def _read(self, path: Path) -> Result | None:
+        stored = self._stored(path)
+        return stored.result if stored and self.extras <= stored.extras else None
+
+    def _stored(self, path: Path) -> _Stored | None:
+        """What a file holds, whatever is wanted; None if it is missing or damaged."""
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            # Not load_file: its tensors are the file itself, which may change.
+            columns = dict(sorted(load(path.read_bytes()).items()))
+            sealed = json.loads(metadata["aft_result"])
+            text, seal = sealed["head"], sealed["sha256"]
+            head = json.loads(text)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            return None
+        if seal != _seal(text, columns) or head["identity"] != self.identity:
+            return None
+        result = Result(columns, [Broken(*b) for b in head["broken"]], head["identity"])
+        return _Stored(result, frozenset(head["extras"]))
+
+
+def _seal(head: str, columns: Mapping[str, Tensor]) -> str:
+    """One hash over both: a flipped bit in either is found."""
+    return hashlib.sha256((head + tensors_hash(columns)).encode()).hexdigest()

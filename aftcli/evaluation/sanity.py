@@ -1,0 +1,248 @@
+"""Whether maps depend on what the network has learned (Adebayo et al., NeurIPS 2018).
+
+Cascading randomisation: weights are replaced by random ones from the output towards the input;
+maps of a network that knows nothing must not look like those of the trained one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.regression import spearman_corrcoef
+
+from aftcli.core.cam import scaled_map, upsample
+from aftcli.core.classifier import Classifier
+from aftcli.core.networks import copied
+from aftcli.data.blocks import Processes
+from aftcli.data.contents import content_hash
+from aftcli.evaluation.metrics import estimate
+from aftcli.evaluation.results import ResultFile
+from aftcli.evaluation.study import Study, Variant, some_inputs
+from aftcli.files import file_stem, make_folder
+from aftcli.settings import Search
+from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.threshold import cut_off, threshold_map
+
+IMAGES = 32  # spread over the data set
+
+SEED = 0
+
+STEM_PARTS = 4  # in which w0 is randomised
+
+SIMILARITIES = ("spearman", "ssim")
+
+
+@dataclass(frozen=True)
+class SanityRow:
+    """How like the trained network's maps are those of one whose weights are random down to w.
+
+    Attributes:
+        variant: original, tft or aft.
+        stage: what is random: w2; w1 and w2; these and a part of w0; all.
+        measure: spearman, the rank correlation of the maps' cells, or ssim, the structural
+            similarity of the maps at the input's size; 1 is equal, near 0 is as it should be.
+    """
+
+    dataset: str
+    model: str
+    cam: str
+    variant: str
+    stage: str
+    measure: str
+    value: float
+    ci: tuple[float, float] | None
+    n: int
+
+
+class Stage(NamedTuple):
+    """A network of which a part is random."""
+
+    name: str
+    f: Classifier
+
+
+@torch.no_grad()
+def randomised(f: Classifier, seed: int = SEED) -> Iterator[Stage]:
+    """Networks whose weights are random from the output down to a stage.
+
+    Random weights are drawn from a normal distribution with the mean and the standard deviation
+    of the tensor that they replace; a batch norm's statistics stay, so that signals keep their
+    scale.
+
+    Args:
+        f: the classifier; it is copied, not changed.
+        seed: of the weights.
+
+    Yields:
+        The stages; the same network, more of it random each time.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    f = copied(f)
+    stem = list(f.stem.parameters())[::-1]
+    size = -(-len(stem) // STEM_PARTS) or 1
+    parts = [stem[i : i + size] for i in range(0, len(stem), size)]
+    names = [f"w1, w2 and {i}/{len(parts)} of w0" for i in range(1, len(parts))] + ["all"]
+    # A layer without weights, a ReLU say, is no stage of its own.
+    layer = list(f.layer.parameters())
+    stages = [
+        ("w2", list(f.head.parameters())),
+        ("w1 and w2", layer),
+        *zip(names, parts, strict=True),
+    ]
+    for name, parameters in stages:
+        for p in parameters:
+            spread = float(p.std()) if p.numel() > 1 else 0.0
+            drawn = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.copy_(float(p.mean()) + spread * drawn)
+        if parameters:
+            yield Stage(name, f)
+
+
+def similarity(one: Tensor, two: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Compare maps at the size that their method gives, shape (N, h, w) each, in [0, 1].
+
+    Args:
+        one: maps.
+        two: other maps of the same images.
+        x: inputs, for their size.
+
+    Returns:
+        Spearman's rank correlation and SSIM, shape (N,) each; of a constant map, which has no
+        ranks, correlation 0.
+    """
+    cells = [m.flatten(1).double().T for m in (one, two)]
+    ranks = torch.atleast_1d(spearman_corrcoef(*cells)).nan_to_num()
+    first, second = (upsample(m, x)[:, None] for m in (one, two))
+    ssim = structural_similarity_index_measure(first, second, data_range=1.0, reduction="none")
+    assert isinstance(ssim, Tensor)
+    return {"spearman": ranks.float(), "ssim": torch.atleast_1d(ssim).float()}
+
+
+def _maps(
+    f: Classifier,
+    x: Tensor,
+    class_index: Tensor,
+    cam: str,
+    search: Search | None,
+    cells: bool,
+) -> Tensor:
+    """Plain maps, or those of TFT, at the size that the method gives."""
+    with torch.no_grad():
+        low = scaled_map(f, f.activation(x), class_index, x, cam, cells)
+    if search is None:
+        return low
+    high = upsample(low, x)
+    where = (search.thresholds, search.masking, search.fill, search.mode)
+    tau = fine_tune_threshold(f, x, high, class_index, *where).tau
+    return threshold_map(low, cut_off(high, tau[:, None], search.mode)[:, 0])
+
+
+def sanity(
+    f: Classifier,
+    x: Tensor,
+    cam: str,
+    search: Search | None,
+    seed: int = SEED,
+    cells: bool = False,
+) -> dict[str, Tensor]:
+    """Compare the maps of a classifier with those of its random copies, for the same classes.
+
+    Args:
+        f: the classifier.
+        x: inputs, shape (N, 3, H, W).
+        cam: a key of METHODS.
+        search: of TFT, made anew on each network; None for plain maps.
+        seed: of the random weights.
+        cells: average maps of pixels over the activation's cells.
+
+    Returns:
+        `STAGE/MEASURE`, shape (N,) each, in the order of the stages.
+    """
+    with torch.no_grad():
+        class_index = f(x).argmax(1)
+    trained = _maps(f, x, class_index, cam, search, cells)
+    found = {}
+    for stage in randomised(f, seed):
+        other = _maps(stage.f, x, class_index, cam, search, cells)
+        for name, values in similarity(trained, other, x).items():
+            found[f"{stage.name}/{name}"] = values
+    return found
+
+
+def sanity_rows(
+    study: Study, run: Path, masking: str, overwrite: bool, processes: Processes
+) -> Iterator[SanityRow]:
+    """Test the maps of a study, or find the results of an earlier call.
+
+    Args:
+        study: of `find_studies`.
+        run: where it lives; results are kept in `<run>/results`.
+        masking: of TFT.
+        overwrite: compute anew.
+        processes: of which the first does it.
+
+    Yields:
+        Rows of plain maps, of TFT and of AFT.
+
+    Raises:
+        AftError: no image can be read, or a file can't be written.
+    """
+    if processes.index:
+        return
+    few = study.data_set.limited(IMAGES)
+    folder = make_folder(run / "results")
+    images = content_hash(few.files(), folder / ".contents-0.json")
+    search = Search(study.search.thresholds, masking, study.search.fill, study.search.mode)
+    x: Tensor | None = None
+    for variant in study.variants:
+        kinds = (("original", None), ("tft", search)) if variant.name == "original" else ()
+        for name, own in kinds or ((variant.name, None),):
+            for cam in variant.cams if variant.name != "control" else ():
+                file = _file(study, variant, name, cam, own, folder, images)
+                if overwrite:
+                    file.clear()
+                if file.read() is None:
+                    x = some_inputs(study, IMAGES) if x is None else x
+                    found = sanity(variant.load(), x, cam, own, cells=study.cells)
+                    # A file's tensors come back in another order than the stages'.
+                    numbered = {f"{i:03d}/{key}": v for i, (key, v) in enumerate(found.items())}
+                    file.write(numbered)
+                result = file.read()
+                assert result
+                for key, values in sorted(result.columns.items()):
+                    stage, measure = key.split("/", 1)[1].rsplit("/", 1)
+                    e = estimate(values)
+                    where = (study.data_name, study.f.name, cam, name, stage, measure)
+                    yield SanityRow(*where, e.value, e.interval, e.n)
+
+
+def _file(
+    study: Study,
+    variant: Variant,
+    name: str,
+    cam: str,
+    search: Search | None,
+    folder: Path,
+    images: str,
+) -> ResultFile:
+    identity = {
+        "sanity": 2,
+        "weights": variant.weights,
+        "layer": study.f.layer_name,
+        "cam": cam,
+        "search": [list(search.thresholds), search.masking, search.fill, search.mode]
+        if search
+        else None,
+        "preprocessing": study.f.preprocessing.as_dict(),
+        "images": images,
+        "seed": SEED,
+        **({"cells": True} if study.cells else {}),
+    }
+    stem = f"{file_stem(study.f.name, cam)}-{name}-sanity"
+    return ResultFile(folder, stem, identity, frozenset())

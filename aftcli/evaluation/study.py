@@ -1,0 +1,436 @@
+"""What a run has to evaluate: classifiers with masks or tuned, and the images to do it on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aftcli.core.classifier import Classifier
+from aftcli.core.methods import METHODS
+from aftcli.core.models import load_classifier
+from aftcli.core.weights import card_classes, read_card
+from aftcli.data.contents import pack, unpack
+from aftcli.data.images import read_image, to_input
+from aftcli.data.sets import DataSet, not_its_classes, open_data_set
+from aftcli.errors import AftError
+from aftcli.settings import Search
+from aftcli.tft.masks import MaskStore
+from aftcli.tft.stores import Source, advice, check_made_for, open_stores, stored_contents
+
+
+class Variant(NamedTuple):
+    """A classifier of a study.
+
+    Attributes:
+        name: a key of `aftcli.evaluation.measures.VARIANTS`: original, aft or control.
+        weights: a hash of them.
+        cams: methods to measure it with.
+        load: gives the classifier.
+        path: of the checkpoint; None for the one that the masks were made with.
+        trained: contents of the files that it has learned from (`contents.content_of`); None
+            where its checkpoint does not say.
+    """
+
+    name: str
+    weights: str
+    cams: tuple[str, ...]
+    load: Callable[[], Classifier]
+    path: Path | None = None
+    trained: frozenset[int] | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """One model, the data set that it is evaluated on, and what was made of it.
+
+    Attributes:
+        f: the classifier that masks were made with.
+        data_set: the images, labelled by f's classes.
+        cams: methods with masks or a tuned classifier, in the registry's order.
+        variants: f itself, its control and those tuned for a method.
+        search: settings of TFT, but for the masking.
+        train: the data set that it was tuned on, by name, split and size; None if unknown.
+        cells: maps of pixels are averaged over the activation's cells.
+    """
+
+    f: Classifier
+    data_set: DataSet
+    cams: tuple[str, ...]
+    variants: tuple[Variant, ...]
+    search: Search
+    train: tuple[str, str, int] | None
+    cells: bool = False
+
+    @cached_property
+    def data_name(self) -> str:
+        """Of the data set, for tables."""
+        return data_name(self.data_set.root, self.data_set.kind, self.data_set.split)
+
+
+def data_name(root: Path, kind: str, split: str) -> str:
+    """Name a data set after its folder.
+
+    >>> data_name(Path("/data/imagenet/val"), "folders", "val")
+    'imagenet'
+    """
+    return (root.parent if kind == "folders" and split else root).name or str(root)
+
+
+class Asked(NamedTuple):
+    """What a user asks for; None, or nothing, is what the run says.
+
+    Attributes:
+        source: of the classifiers.
+        cams: methods.
+        data: the data set.
+        split: part of it.
+        limit: take so many images, spread over the classes.
+        thresholds: T.
+        fill: what muted pixels show.
+        mode: what thresholds cut.
+        cells: average maps of pixels over the activation's cells.
+    """
+
+    source: Source = Source()
+    cams: Sequence[str] = ()
+    data: Path | None = None
+    split: str | None = None
+    limit: int | None = None
+    thresholds: tuple[float, ...] | None = None
+    fill: str | None = None
+    mode: str | None = None
+    cells: bool = False
+
+
+class _Made(NamedTuple):
+    """A tuned checkpoint of a run."""
+
+    path: Path
+    card: dict[str, Any]
+
+
+def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
+    """Find what a run has to evaluate.
+
+    Args:
+        run: where it lives.
+        asked: what to take of it; default all.
+
+    Raises:
+        AftError: there are neither masks nor tuned classifiers, they do not belong together, or
+            there are no images with labels among the classes.
+    """
+    asked = asked or Asked()
+    stores, tuned = open_stores(run, asked.source.model, asked.cams), _tuned(run, asked)
+    if _is_empty(run) and asked.data is not None and asked.cams:
+        return [_study_of_a_network(run, asked)]
+    if not stores and not tuned:
+        whose = f" of {asked.source.model}" if asked.source.model else ""
+        which = f" by {', '.join(asked.cams)}" if asked.cams else ""
+        raise AftError(
+            f"{run}: there is nothing to evaluate: neither masks nor tuned classifiers{whose}"
+            f"{which}; make masks with aft gen-masks DATASET, pass the --run that has them, or "
+            "name a DATASET, a --cam and a new --run to measure without them"
+        )
+    models = dict.fromkeys([s.settings["model"] for s in stores] + [m.card["model"] for m in tuned])
+    return [
+        _study(
+            run,
+            [s for s in stores if s.settings["model"] == model],
+            [m for m in tuned if m.card["model"] == model],
+            asked,
+        )
+        for model in models
+    ]
+
+
+def _is_empty(run: Path) -> bool:
+    """Whether nothing was made in a run that another network than its own would contradict."""
+    return not any((run / "masks").glob("*.h5")) and not any((run / "tuned").glob("*.safetensors"))
+
+
+def _study_of_a_network(run: Path, asked: Asked) -> Study:
+    """Plain maps and TFT of a network that nothing was made of: they need no masks."""
+    f = asked.source.load()
+    cams = tuple(cam for cam in METHODS if cam in asked.cams)
+    variants = tuple(_variants(f, cams, [], asked))
+    search = _search(run, [], [], asked)
+    return Study(f, _data_set(f, {}, asked), cams, variants, search, None, asked.cells)
+
+
+def _tuned(run: Path, asked: Asked) -> list[_Made]:
+    found = []
+    for path in sorted((run / "tuned").glob("*.safetensors")):
+        if path.name.startswith("."):
+            continue
+        card = read_card(path)
+        if card is None:
+            raise AftError(
+                f"{path}: is damaged, or was not written by aft finetune; move it away or tune "
+                "again"
+            )
+        if asked.source.model not in (None, card["model"]):
+            continue
+        if card["cam"] is None or not asked.cams or card["cam"] in asked.cams:
+            found.append(_Made(path, card))
+    return found
+
+
+def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Study:
+    by_cam = {m.card["cam"]: m for m in tuned if m.card["cam"]}
+    known = {s.settings["cam"] for s in stores} | set(by_cam)
+    missing = [cam for cam in asked.cams if cam not in known]
+    if missing or not known:
+        raise AftError(
+            f"{run}: there are no masks and no tuned classifier for "
+            f"{', '.join(missing) or 'any CAM'}; make masks with aft gen-masks DATASET --cam METHOD"
+        )
+    f = _start(stores, tuned, asked)
+    _check_pairs(f, tuned)
+    made = _made_of(run, stores, tuned, asked)
+    cams = tuple(cam for cam in METHODS if cam in known)
+    return Study(
+        f,
+        _data_set(f, made, asked),
+        cams,
+        tuple(_variants(f, cams, tuned, asked)),
+        _search(run, stores, tuned, asked),
+        _trained_on(made),
+        asked.cells,
+    )
+
+
+def _start(stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Classifier:
+    """The classifier that masks were made with, or that was tuned."""
+    names = next((own for _, card in tuned if (own := card_classes(card).own)), ())
+    if stores:
+        source = asked.source.of_masks(stores[0].settings)
+        f = source._replace(known=source.known or names).load()
+        for store in stores:
+            check_made_for(store, f)
+    else:
+        card = tuned[0].card
+        f = asked.source._replace(model=card["model"], layer=card["layer"], known=names).load()
+    weights = f.weights_hash()
+    for path, card in tuned:
+        if card["start"] != weights and not _is_start(path, f) and card["cam"]:
+            raise AftError(
+                f"{path}: was tuned from other weights than those of the masks or of "
+                "--checkpoint; tune it again with aft finetune --overwrite, or pass the "
+                "--checkpoint that it was tuned from"
+            )
+    return f
+
+
+def _is_start(path: Path, f: Classifier) -> bool:
+    return bool(f.checkpoint) and Path(f.checkpoint) == path.resolve()
+
+
+# What a tuned classifier and its control must have in common: entries of their cards. A list
+# that differs says nothing more where the one before it does.
+IMAGES = {
+    "images": "images",
+    "images_hash": "names or labels of images",
+    "trained_contents": "contents of images",
+}
+
+RECIPE = {
+    "split": "split",
+    "held_out": "held-out share",
+    "seed": "seed",
+    "augment": "augmentation",
+    "layer": "layer",
+    "earlier_layers": "earlier layers",
+    "trained": "trained weights",
+    "learning_rate": "learning rate",
+    "epochs": "epochs",
+    "batch": "batch size",
+    "patience": "patience",
+    "optimizer": "optimizer",
+    "precision": "precision",
+}
+
+
+def _check_pairs(f: Classifier, tuned: list[_Made]) -> None:
+    """Check that the control has seen what the classifiers tuned with masks have.
+
+    Raises:
+        AftError: it has not; the message names where they differ.
+    """
+    for control in (m for m in tuned if _is_control(m, f)):
+        for one in (m for m in tuned if m.card["cam"]):
+            other = _trained_otherwise(control.card, one.card)
+            if other:
+                raise AftError(
+                    f"{control.path}: is no control of {one.path.name}, which was trained "
+                    f"otherwise: {'; '.join(other)}; train it again with aft finetune --no-masks "
+                    "--overwrite and the other's options, or move it away"
+                )
+
+
+def _trained_otherwise(control: dict[str, Any], card: dict[str, Any]) -> list[str]:
+    def differing(keys: dict[str, str]) -> list[str]:
+        both = control.keys() & card.keys()
+        return [key for key in keys if key in both and control[key] != card[key]]
+
+    values = {key: f" {control[key]} and {card[key]}" for key in differing({"images": ""})}
+    named = [f"{IMAGES[key]}{values.get(key, '')}" for key in differing(IMAGES)[:1]]
+    return named + [f"{RECIPE[key]} {control[key]} and {card[key]}" for key in differing(RECIPE)]
+
+
+def _is_control(made: _Made, f: Classifier) -> bool:
+    """Whether a card is of a control; one of other weights is what this run began with."""
+    cam, start = made.card["cam"], made.card["start"]
+    return cam is None and start == f.weights_hash() and not _is_start(made.path, f)
+
+
+class _Data(NamedTuple):
+    """A data set that something was made of, and from what: a mask store or a tuned classifier."""
+
+    path: Path
+    made: dict[str, Any]
+    contents: str | None
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        return tuple(str(self.made[key]) for key in ("data_set", "data_kind", "split"))
+
+    def equals(self, other: _Data) -> bool:
+        """Whether both are of one data set, which may have been moved."""
+        if self.place == other.place:
+            return True
+        same = self.made["images_hash"] == other.made["images_hash"]
+        return same and (None in (self.contents, other.contents) or self.contents == other.contents)
+
+
+def _made_of(
+    run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked
+) -> dict[str, Any]:
+    """The attributes of the masks, or of a tuned classifier what those of its masks would be.
+
+    Raises:
+        AftError: they are of several data sets, and none is asked for.
+    """
+    found = [_Data(s.path, s.settings, pack(stored_contents(s))) for s in stores]
+    digests = {s.settings["digest"] for s in stores}
+    # One that was tuned with masks that are there has their images, wherever these are now.
+    found += [
+        _Data(path, {**card, "labels": "model"}, card.get("trained_contents"))
+        for path, card in tuned
+        if card["cam"] and card["masks"]["digest"] not in digests
+    ]
+    first = found[0]
+    for other in found[1:]:
+        if asked.data is None and not first.equals(other):
+            named = [
+                f"{d.path.name} of {data_name(Path(d.place[0]), *d.place[1:])}"
+                + (f", {d.place[2]}" if d.place[2] else "")
+                for d in (first, other)
+            ]
+            raise AftError(
+                f"{run}: what it holds was made of different data sets ({'; '.join(named)}); name "
+                "the one to evaluate on: aft evaluate DATASET, or choose with --cam"
+            )
+    return first.made
+
+
+def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
+    split = asked.split
+    if asked.data is not None:
+        path = asked.data
+    else:
+        root = Path(made["data_set"])
+        path = root.parent if made["data_kind"] == "folders" and made["split"] else root
+        if not path.is_dir():
+            raise AftError(
+                f"{path}: the data set of the masks is no longer there; say where it is: aft "
+                "evaluate DATASET"
+            )
+        if not made["split"] and split is None:
+            raise AftError(
+                f"{path}: the data set of the masks has no split to evaluate on; name one that "
+                "was not trained on: aft evaluate DATASET"
+            )
+    data_set = open_data_set(path, split, f.classes, default="val")
+    if not data_set.mapped:
+        raise AftError(f"{not_its_classes(data_set, f.classes, f.name)}{advice(f)}")
+    return data_set.limited(asked.limit)
+
+
+def _variants(
+    f: Classifier, cams: tuple[str, ...], tuned: list[_Made], asked: Asked
+) -> list[Variant]:
+    device = asked.source.device
+    start = read_card(Path(f.checkpoint)) if f.checkpoint else None
+    own = _trained(start) if start else None
+    found = [Variant("original", f.weights_hash(), cams, lambda: f, None, own)]
+    for path, card in tuned:
+        cam = card["cam"]
+        if cam is None and not _is_control(_Made(path, card), f):
+            continue
+        found.append(
+            Variant(
+                "aft" if cam else "control",
+                card["digest"],
+                (cam,) if cam else cams,
+                lambda path=path: load_classifier(checkpoint=path, device=device),  # type: ignore[misc]
+                path,
+                _trained(card),
+            )
+        )
+    return found
+
+
+def _trained(card: dict[str, Any]) -> frozenset[int] | None:
+    return unpack(card["trained_contents"]) if "trained_contents" in card else None
+
+
+def _search(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Search:
+    """The settings that masks were made with, else the defaults, but for what is asked for."""
+    keys = ("thresholds", "fill", "threshold_mode")
+    wanted = (asked.thresholds, asked.fill, asked.mode)
+    made = [s.settings for s in stores] or [m.card["masks"] for m in tuned if m.card["cam"]]
+    if not made:
+        default = Search()
+        made = [dict(zip(keys, (default.thresholds, default.fill, default.mode), strict=True))]
+    values: list[Any] = []
+    for key, value in zip(keys, wanted, strict=True):
+        different = {str(each[key]) for each in made}
+        if value is None and len(different) > 1:
+            option = "--" + key.replace("_", "-")
+            raise AftError(
+                f"{run}: the masks were made with different {key.replace('_', ' ')} "
+                f"({'; '.join(sorted(different))}); choose one with {option}"
+            )
+        values.append(made[0][key] if value is None else value)
+    return Search(tuple(values[0]), "binary", values[1], values[2])
+
+
+def _trained_on(made: dict[str, Any]) -> tuple[str, str, int] | None:
+    with contextlib.suppress(KeyError):
+        root, kind, split = Path(made["data_set"]), made["data_kind"], made["split"]
+        return data_name(root, kind, split), split, int(made["images"])
+    return None
+
+
+def some_inputs(study: Study, count: int) -> Tensor:
+    """Inputs of so many images, spread over a study's data set, shape (N, 3, H, W).
+
+    Raises:
+        AftError: none of them can be read.
+    """
+    few = study.data_set.limited(count)
+    inputs = []
+    for i in range(len(few.samples)):
+        with contextlib.suppress(AftError):
+            inputs.append(to_input(read_image(few.path(i)), study.f.preprocessing))
+    if not inputs:
+        raise AftError(f"{few.root}: holds no image that could be read")
+    return torch.cat(inputs).to(study.f.device)

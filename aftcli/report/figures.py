@@ -1,0 +1,195 @@
+"""The pictures of an evaluation: Figure 3, the distribution of tau*, RPI curves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from aftcli.core.classifier import Classifier
+from aftcli.data.images import read_image, to_input, view_of
+from aftcli.data.sets import spread
+from aftcli.errors import AftError, nearest
+from aftcli.evaluation.batch import Unit
+from aftcli.evaluation.run import Measured
+from aftcli.evaluation.study import Study
+from aftcli.files import durable, file_stem, make_folder
+from aftcli.report.names import stems
+from aftcli.report.pictures import Subject, cam_title, draw_rpi, overlay, seen_part
+from aftcli.settings import Search
+from aftcli.tft.explain import Explanation, explain
+from aftcli.tft.threshold import relative_probability_increase
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+CHOSEN = 3  # images of Figure 3 that are taken where none is named
+
+
+class Picture(NamedTuple):
+    """A picture and what it shows."""
+
+    path: Path
+    caption: str
+
+
+def draw_all(
+    measured: Sequence[Measured], folder: Path, images: list[str], maskings: Sequence[str]
+) -> list[Picture]:
+    """Draw all figures of the studies that were evaluated.
+
+    Args:
+        measured: results of the studies.
+        folder: where the files go.
+        images: of Figure 3, by a part of their names.
+        maskings: readings of the paper; Figure 3 shows the first.
+
+    Raises:
+        AftError: there is no such image, or a file can't be written.
+    """
+    make_folder(folder)
+    made = []
+    for each in measured:
+        study = each.study
+        chosen = _chosen(study, images)
+        made += list(_figure3(study, chosen, folder, maskings[0]))
+        for what, draw, caption in (
+            ("tau", _draw_taus, "How often each threshold is tau*"),
+            ("rpi", _draw_curves, "RPI over tau: mean over images, with its standard error"),
+        ):
+            path = folder / f"{file_stem(study.f.name, study.data_name)}-{what}.png"
+            figure = _new_figure(len(maskings), 1)
+            axes = figure.subplots(1, len(maskings), squeeze=False)[0]
+            for ax, masking in zip(axes, maskings, strict=True):
+                draw(ax, each, masking)
+            _save(figure, path)
+            made.append(Picture(path, f"{caption} ({study.f.name}, {study.data_name})"))
+    return made
+
+
+def _chosen(study: Study, names: list[str]) -> list[int]:
+    samples = study.data_set.samples
+    if not names:
+        return spread(len(samples), CHOSEN)
+    found = []
+    for name in names:
+        fitting = [i for i, sample in enumerate(samples) if name in sample.name]
+        if not fitting:
+            known = nearest(name, [Path(sample.name).name for sample in samples])
+            raise AftError(
+                f"--image {name}: no image of {study.data_set.root} is named so; {known}"
+            )
+        found.append(fitting[0])
+    return found
+
+
+def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Iterator[Picture]:
+    """One picture an image: a row a method."""
+    paths = [study.data_set.path(i) for i in chosen]
+    names = stems(paths)
+    tuned = {v.cams[0]: v.load() for v in study.variants if v.name == "aft"}
+    search = Search(study.search.thresholds, masking, study.search.fill, study.search.mode)
+    for path in paths:
+        picture = read_image(path)
+        view = view_of(picture.size, study.f.preprocessing)
+        subject = Subject(path, names[path], picture, view)
+        across = 5 if tuned else 4
+        figure = _new_figure(across, len(study.cams))
+        grid = figure.subplots(len(study.cams), across, squeeze=False)
+        x = to_input(picture, study.f.preprocessing).to(study.f.device)
+        for row, cam in zip(grid, study.cams, strict=True):
+            (found,) = explain(study.f, x, [cam], settings=search, cells=study.cells)
+            own = None
+            if cam in tuned:
+                (own,) = explain(tuned[cam], x, [cam], cells=study.cells)
+            _draw_row(row, subject, study.f, found, own)
+        target = folder / f"{file_stem(study.f.name, study.data_name)}-{subject.stem}.png"
+        _save(figure, target)
+        label = study.f.classes.name(study.data_set.samples[chosen[paths.index(path)]].label)
+        caption = f"Figure 3: {path.name}, labelled {label} ({study.f.name}, {masking} masks)"
+        yield Picture(target, caption)
+
+
+def _draw_row(
+    row: Sequence[Axes],
+    subject: Subject,
+    f: Classifier,
+    found: Explanation,
+    own: Explanation | None,
+) -> None:
+    """The image, its plain map, TFT's, the tuned network's plain map, the RPI curve."""
+    assert found.tft
+    attribution = found.attribution.cpu()
+    seen, view = seen_part(subject, attribution.shape)
+    best = float(found.tft.probabilities[0, found.tft.best])
+    name = f.classes.name(found.class_index)
+    shown = [
+        (f"{name} {found.probability:.3f}", attribution, torch.zeros_like(attribution)),
+        (cam_title(found.cam), attribution, attribution != 0),
+        (f"TFT: tau* = {float(found.tft.tau):g}, p = {best:.3f}", attribution, found.tft.mask[0]),
+    ]
+    if own:
+        title = f"AFT: {f.classes.name(own.class_index)} {own.probability:.3f}"
+        shown.append((title, own.attribution.cpu(), own.attribution.cpu() != 0))
+    for ax, (title, values, kept) in zip(row, shown, strict=False):
+        ax.imshow(np.asarray(overlay(seen, view, values, kept.cpu())))
+        ax.set_title(title, fontsize=9, parse_math=False)
+        ax.axis("off")
+    for ax in row[len(shown) : -1]:
+        ax.axis("off")
+    draw_rpi(row[-1], found)
+
+
+def _new_figure(across: int, down: int) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * across, 3.4 * down), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with durable(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _draw_taus(ax: Axes, measured: Measured, masking: str) -> None:
+    thresholds = measured.study.search.thresholds
+    width = 0.8 / len(measured.study.cams)
+    for i, cam in enumerate(measured.study.cams):
+        columns = measured.results["original", Unit(cam, masking)].columns
+        taus = torch.tensor(thresholds)
+        nearest_one = (columns["tau"][:, None] - taus).abs().argmin(1).tolist()
+        count = Counter(nearest_one)
+        shares = [count[t] / max(len(nearest_one), 1) for t in range(len(thresholds))]
+        places = np.arange(len(thresholds)) + (i - (len(measured.study.cams) - 1) / 2) * width
+        ax.bar(places, shares, width, label=cam_title(cam))
+    ax.set_xticks(range(len(thresholds)), [f"{t:g}" for t in thresholds], fontsize=7)
+    ax.set_xlabel("tau*")
+    ax.set_ylabel("share of images")
+    ax.set_title(f"{masking} masks", fontsize=10)
+    ax.legend(fontsize=7)
+
+
+def _draw_curves(ax: Axes, measured: Measured, masking: str) -> None:
+    thresholds = np.array(measured.study.search.thresholds)
+    for cam in measured.study.cams:
+        columns = measured.results["original", Unit(cam, masking)].columns
+        y = columns["probability"][:, None]
+        # A handful of images with a tiny y^c would set the scale.
+        rpi = relative_probability_increase(columns["curve"], y).clamp(max=1).numpy()
+        mean, error = rpi.mean(0), rpi.std(0) / max(len(rpi), 1) ** 0.5
+        (line,) = ax.plot(thresholds, mean, "o-", markersize=3, label=cam_title(cam))
+        ax.fill_between(thresholds, mean - error, mean + error, alpha=0.2, color=line.get_color())
+    ax.set_xlabel("tau")
+    ax.set_ylabel("mean RPI (single ones cut at 1)")
+    ax.set_ylim(bottom=0)
+    ax.set_title(f"{masking} masks", fontsize=10)
+    ax.legend(fontsize=7)

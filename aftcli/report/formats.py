@@ -1,0 +1,329 @@
+"""What people see of an evaluation: progress, and tables as text, JSON, CSV, Markdown, LaTeX."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
+
+from aftcli.evaluation.measures import MODELS, PAPER_VARIANTS, TABLE3, TABLE4, TABLE5
+from aftcli.evaluation.run import Measured, Step
+from aftcli.files import durable
+from aftcli.report.figures import Picture
+from aftcli.report.grids import Grid, Shown, Tables, grids
+from aftcli.report.terminal import PassesColumn, PlainColumn, cell, csv_cell, html, latex, markdown
+
+
+def watch(steps: Iterator[Step | Measured], quiet: bool) -> Measured:
+    """Run to the end, showing progress on stderr."""
+    console = Console(stderr=True)
+    bar = Progress(
+        PlainColumn(),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        PassesColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    )
+    tasks: dict[str, Any] = {}
+    with bar:
+        for step in steps:
+            if isinstance(step, Measured):
+                return step
+            if step.what not in tasks:
+                tasks[step.what] = bar.add_task(step.what, total=step.total)
+            bar.advance(tasks[step.what], step.images)
+    raise AssertionError("the evaluation ended without its results")
+
+
+def as_text(tables: Tables, shown: Shown) -> None:
+    """Print the tables for the terminal."""
+    console = Console(emoji=False, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 400
+    for grid in grids(tables, shown):
+        console.print(cell(grid.title, "bold"), soft_wrap=True)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for i, name in enumerate(grid.header):
+            table.add_column(
+                cell(name), justify="left" if i < grid.left else "right", overflow="fold"
+            )
+        for row in grid.rows:
+            table.add_row(*(cell(c.text, "bold" if c.bold else "") for c in row))
+        console.print(table)
+        if grid.note:
+            console.print(cell(grid.note), soft_wrap=True)
+        console.print()
+    print(end="", flush=True)
+
+
+def as_dict(tables: Tables, shown: Shown) -> dict[str, Any]:
+    """The tables as plain values, long form: one object a number (docs/formats.md)."""
+    found: dict[str, Any] = {}
+    for name in ("table1", "table2", "table3", "table4", "differences", "sanity", "seen"):
+        rows = getattr(tables, name)
+        if rows is not None:
+            found[name] = [asdict(row) for row in rows]
+    if tables.table5 is not None:
+        found["table5"] = [
+            {
+                "model": r.model,
+                "cam": r.cam,
+                "without": r.without,
+                "with": r.with_tft,
+                "delta": r.delta,
+                "device": r.device,
+                "masking": r.masking,
+                "runs": r.runs,
+            }
+            for r in tables.table5
+        ]
+    if shown.paper:
+        found["paper"] = _paper()
+    found["settings"] = tables.settings
+    return found
+
+
+def _paper() -> dict[str, Any]:
+    return {
+        "table3": [
+            {
+                "dataset": data,
+                "model": model,
+                "cam": cam,
+                "variant": variant,
+                "measure": measure,
+                "value": value,
+            }
+            for (data, cam, measure), models in TABLE3.items()
+            for model, own in zip(MODELS, models, strict=True)
+            for variant, value in zip(PAPER_VARIANTS, own, strict=True)
+        ],
+        "table4": [
+            {
+                "dataset": data,
+                "model": model,
+                "cam": cam if variant == "aft" else None,
+                "variant": variant,
+                "accuracy": value,
+            }
+            for (data, cam), models in TABLE4.items()
+            for model, own in zip(MODELS, models, strict=True)
+            for variant, value in zip(("original", "aft"), own, strict=True)
+        ],
+        "table5": [
+            {
+                "model": "VGG-16",
+                "cam": cam,
+                "without": without,
+                "with": with_tft,
+                "delta": round(with_tft - without, 3),
+                "device": "RTX 2080 Ti",
+            }
+            for cam, (without, with_tft) in TABLE5.items()
+        ],
+    }
+
+
+def as_json(tables: Tables, shown: Shown) -> None:
+    """Print the tables as JSON."""
+    print(json.dumps(as_dict(tables, shown), indent=2, allow_nan=False), flush=True)
+
+
+def as_csv(tables: Tables, shown: Shown) -> None:
+    """Print the tables as CSV, long form: one line a number, the same columns for all tables."""
+    columns = ("table", "dataset", "model", "cam", "masking", "variant", "against", "measure")
+    writer = csv.DictWriter(sys.stdout, [*columns, "value", "ci_low", "ci_high", "n"], restval="")
+    writer.writeheader()
+    document = as_dict(tables, shown)
+    names = ("table1", "table2", "table3", "differences", "table4", "table5", "sanity", "seen")
+    for table in names:
+        for record in document.get(table, []):
+            for line in _long(table, record):
+                writer.writerow({"table": table, **_cells(line)})
+    for table, records in document.get("paper", {}).items():
+        for record in records:
+            for line in _long(table, record):
+                writer.writerow({"table": f"paper {table}", **_cells(line)})
+    sys.stdout.flush()
+
+
+def _cells(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: csv_cell(value) for name, value in line.items()}
+
+
+def _long(table: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One line for each number of a record."""
+    low, high = record.get("ci") or ("", "")
+    same: dict[str, Any] = {
+        k: record[k] for k in ("dataset", "model", "masking", "variant") if k in record
+    }
+    same |= {"cam": record.get("cam") or "", "ci_low": low, "ci_high": high}
+    same |= {"n": record.get("n", record.get("runs", ""))}
+    if table == "table1":
+        yield {"cam": record["cam"], "measure": "muted", "value": record["muted"]}
+    elif table == "table2":
+        for name in ("classes", "train", "test"):
+            yield {"dataset": record["dataset"], "measure": name, "value": record[name]}
+    elif table == "table5":
+        for name in ("without", "with", "delta"):
+            yield {**same, "variant": name, "measure": "seconds", "value": record[name]}
+    elif table == "differences":
+        own = {"against": record["against"], "measure": record["measure"]}
+        yield {**same, **own, "value": record["difference"]}
+    elif table == "seen":
+        # CSV has no notes: only what a table would note has a line.
+        if record["seen"]:
+            yield {**same, "measure": "images trained on", "value": record["seen"]}
+    elif table == "table4":
+        yield {**same, "measure": "accuracy", "value": record["accuracy"]}
+    else:
+        stage = f" {record['stage']}" if "stage" in record else ""
+        yield {**same, "measure": record["measure"] + stage, "value": record["value"]}
+
+
+def as_markdown(tables: Tables, shown: Shown) -> None:
+    """Print the tables as Markdown."""
+    print("\n".join(markdown_lines(grids(tables, shown))), flush=True)
+
+
+def markdown_lines(made: Sequence[Grid]) -> Iterator[str]:
+    """Tables as lines of Markdown."""
+    for grid in made:
+        yield f"**{markdown(grid.title)}**"
+        yield ""
+        yield f"| {' | '.join(map(markdown, grid.header))} |"
+        yield f"|{'|'.join('---' if i < grid.left else '--:' for i in range(len(grid.header)))}|"
+        for row in grid.rows:
+            cells = (f"**{markdown(c.text)}**" if c.bold else markdown(c.text) for c in row)
+            yield f"| {' | '.join(cells)} |"
+        if grid.note:
+            yield ""
+            yield markdown(grid.note)
+        yield ""
+
+
+TIMES = re.compile(r"\(x(?=\d|\\textgreater)")  # before a factor
+
+
+def _latex(text: str) -> str:
+    return TIMES.sub(r"($\\times$", latex(text))
+
+
+def as_latex(tables: Tables, shown: Shown) -> None:
+    """Print the tables as LaTeX, for the package booktabs."""
+    print("\n".join(latex_lines(grids(tables, shown))), flush=True)
+
+
+def latex_lines(made: Sequence[Grid]) -> Iterator[str]:
+    """Tables as lines of LaTeX."""
+    yield r"% \usepackage{booktabs}"
+    for grid in made:
+        columns = "l" * grid.left + "r" * (len(grid.header) - grid.left)
+        yield r"\begin{table}"
+        yield rf"\caption{{{_latex(grid.title)}. {_latex(grid.note)}}}"
+        yield rf"\begin{{tabular}}{{{columns}}}"
+        yield r"\toprule"
+        yield " & ".join(map(_latex, grid.header)) + r" \\"
+        yield r"\midrule"
+        for row in grid.rows:
+            cells = (rf"\textbf{{{_latex(c.text)}}}" if c.bold else _latex(c.text) for c in row)
+            yield " & ".join(cells) + r" \\"
+        yield r"\bottomrule"
+        yield r"\end{tabular}"
+        yield r"\end{table}"
+
+
+FORMATS: dict[str, Callable[[Tables, Shown], None]] = {
+    "table": as_text,
+    "json": as_json,
+    "csv": as_csv,
+    "markdown": as_markdown,
+    "latex": as_latex,
+}
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 96rem; padding: 0 1rem;
+  color: #1b1b1b; background: #fff; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
+th, td { padding: 0.25rem 0.7rem; text-align: right; white-space: nowrap; }
+th { border-bottom: 2px solid #444; } td { border-bottom: 1px solid #ddd; }
+.text { text-align: left; } p.note { color: #555; font-size: 0.85rem; }
+figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; border: 1px solid #ddd; }
+figcaption { color: #555; font-size: 0.85rem; }
+pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
+"""
+
+
+def write_page(path: Path, tables: Tables, shown: Shown, pictures: Sequence[Picture]) -> Path:
+    """Write the page; it needs no other file and no network.
+
+    Args:
+        path: of the HTML file.
+        tables: what was evaluated.
+        shown: how tables are shown.
+        pictures: PNG files that it shows.
+
+    Raises:
+        AftError: it can't be written.
+    """
+    with durable(path) as temporary:
+        temporary.write_text("\n".join(_page(tables, shown, pictures)), encoding="utf-8")
+    return path
+
+
+def _page(tables: Tables, shown: Shown, pictures: Sequence[Picture]) -> Iterator[str]:
+    studies = tables.settings.get("studies", [])
+    title = "aft: " + ", ".join(f"{s['model']} on {s['dataset']}" for s in studies)
+    yield '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+    yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    yield f"<title>{html(title)}</title><style>{STYLE}</style></head><body>"
+    yield f"<h1>{html(title)}</h1>"
+    yield f"<p>Made by <code>{html(tables.settings.get('command', 'aft evaluate'))}</code></p>"
+    for grid in grids(tables, shown):
+        yield from _table(grid)
+    if pictures:
+        yield "<h2>Figures</h2>"
+    for picture in pictures:
+        data = base64.b64encode(picture.path.read_bytes()).decode()
+        caption = html(picture.caption)
+        yield f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        yield f"<figcaption>{caption}</figcaption></figure>"
+    yield "<h2>Settings</h2>"
+    # JSON has no line breaks but its own.
+    settings = "\n".join(map(html, json.dumps(tables.settings, indent=2).splitlines()))
+    yield f"<pre>{settings}</pre>"
+    yield "</body></html>"
+
+
+def _table(grid: Grid) -> Iterator[str]:
+    def tag(i: int, name: str, text: str) -> str:
+        kind = ' class="text"' if i < grid.left else ""
+        return f"<{name}{kind}>{text}</{name}>"
+
+    yield f'<h2>{html(grid.title)}</h2><div class="wide"><table>'
+    heads = (tag(i, "th", html(name)) for i, name in enumerate(grid.header))
+    yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
+    for row in grid.rows:
+        cells = (
+            tag(i, "td", f"<b>{html(c.text)}</b>" if c.bold else html(c.text))
+            for i, c in enumerate(row)
+        )
+        yield f"<tr>{''.join(cells)}</tr>"
+    yield "</tbody></table></div>"
+    if grid.note:
+        yield f'<p class="note">{html(grid.note)}</p>'

@@ -1,0 +1,295 @@
+"""The rows of an evaluation as tables in the paper's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from aftcli.core.methods import METHODS
+from aftcli.evaluation.measures import (
+    MEASURES,
+    MODELS,
+    PAPER_VARIANTS,
+    TABLE3,
+    TABLE4,
+    TABLE5,
+    VARIANTS,
+    published,
+)
+from aftcli.evaluation.sanity import SanityRow
+from aftcli.evaluation.tables import Difference, SeenRow, Table1Row, Table2Row, Table3Row, Table4Row
+from aftcli.evaluation.timing import Table5Row
+
+READINGS = {
+    "binary": "binary masks, the paper's text",
+    "soft": "soft masks, the authors' code",
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """All that was asked for, as rows; None was not."""
+
+    table1: list[Table1Row] | None = None
+    table2: list[Table2Row] | None = None
+    table3: list[Table3Row] | None = None
+    table4: list[Table4Row] | None = None
+    table5: list[Table5Row] | None = None
+    differences: list[Difference] | None = None
+    sanity: list[SanityRow] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+    seen: list[SeenRow] | None = None
+
+
+class Shown(NamedTuple):
+    """How tables are shown: intervals, and the published numbers beside ours."""
+
+    ci: bool = False
+    paper: bool = False
+
+
+class Cell(NamedTuple):
+    """A cell of a table."""
+
+    text: str
+    bold: bool = False
+
+
+class Grid(NamedTuple):
+    """A table for the eye; the first `left` columns are text."""
+
+    title: str
+    header: list[str]
+    rows: list[list[Cell]]
+    left: int
+    note: str = ""
+
+
+def grids(tables: Tables, shown: Shown) -> list[Grid]:
+    """The tables in the paper's shape."""
+    made: list[Grid] = []
+    if tables.table1 is not None:
+        made.append(_grid1(tables.table1))
+    if tables.table2 is not None:
+        made.append(_grid2(tables.table2))
+    if tables.table3 is not None:
+        maskings = dict.fromkeys(row.masking for row in tables.table3)
+        made += [_grid3(tables, masking, shown) for masking in maskings]
+    if tables.differences is not None and shown.ci:
+        maskings = dict.fromkeys(row.masking for row in tables.differences)
+        made += [_grid_differences(tables, masking) for masking in maskings]
+    if tables.table4 is not None:
+        made.append(_grid4(tables, shown))
+    if tables.table5 is not None:
+        made.append(_grid5(tables.table5, shown))
+    if tables.sanity is not None:
+        made.append(_grid_sanity(tables.sanity, shown))
+    return made
+
+
+def _grid1(rows: list[Table1Row]) -> Grid:
+    cells = [
+        [Cell(METHODS[r.cam].title), Cell("-" if r.muted is None else f"{r.muted:.0%}")]
+        for r in rows
+    ]
+    return Grid(
+        "Table 1: share of the map that published defaults mute", ["CAM", "muted"], cells, 1
+    )
+
+
+def _grid2(rows: list[Table2Row]) -> Grid:
+    cells = [
+        [
+            Cell(r.dataset),
+            Cell(str(r.classes)),
+            Cell("-" if r.train is None else str(r.train)),
+            Cell(f"{r.test} ({r.split or 'all'})"),
+        ]
+        for r in rows
+    ]
+    header = ["data set", "classes", "training images", "evaluated on"]
+    return Grid("Table 2: data sets", header, cells, 1)
+
+
+def _interval(ci: tuple[float, float] | None, digits: int = 3) -> str:
+    return f" [{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]" if ci else ""
+
+
+def _grid3(tables: Tables, masking: str, shown: Shown) -> Grid:
+    own = [row for row in tables.table3 or [] if row.masking == masking]
+    models = list(dict.fromkeys(row.model for row in own))
+    variants = [v for v in VARIANTS if any(row.variant == v for row in own)]
+    by_place = {(r.dataset, r.cam, r.measure, r.model, r.variant): r for r in own}
+    several = len(models) > 1
+    header = ["data set", "CAM", "measure"]
+    header += [f"{m} {VARIANTS[v]}" if several else VARIANTS[v] for m in models for v in variants]
+    if shown.paper:
+        header += [f"paper {m} {VARIANTS[v]}" for m in MODELS for v in PAPER_VARIANTS]
+    lines = []
+    for dataset, cam, measure in dict.fromkeys((r.dataset, r.cam, r.measure) for r in own):
+        line = [Cell(dataset), Cell(METHODS[cam].title), Cell(MEASURES[measure].title)]
+        for model in models:
+            place = dataset, cam, measure, model
+            original = by_place.get((*place, "original"))
+            for variant in variants:
+                line.append(_cell3(by_place.get((*place, variant)), original, shown))
+        if shown.paper:
+            kind = published(tables.kinds.get(dataset, "folders"))
+            line += _published(TABLE3.get((kind, cam, measure)), MEASURES[measure].better)
+        lines.append(line)
+    counts = sorted({row.n for row in own})
+    images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+    name = f" ({models[0]})" if len(models) == 1 else ""
+    note = "In brackets: factor against Original; bold: better than Original"
+    note += f"; {images} images." + _seen(tables)
+    return Grid(f"Table 3{name}: {READINGS[masking]}", header, lines, 3, note)
+
+
+def _seen(tables: Tables) -> str:
+    """Say which columns are of images that their network has learned from; "" if none is."""
+    rows = [row for row in tables.seen or [] if row.seen]
+    several = len({(row.dataset, row.model) for row in tables.seen or []}) > 1
+    named = [
+        (f"{row.dataset}, {row.model}, " if several else "")
+        + VARIANTS[row.variant]
+        + (f" ({METHODS[row.cam].title})" if row.cam else "")
+        + f" {row.seen} of {row.n}"
+        for row in rows
+    ]
+    if not named:
+        return ""
+    return f" Trained on images that it is evaluated on: {'; '.join(named)}."
+
+
+def _cell3(row: Table3Row | None, original: Table3Row | None, shown: Shown) -> Cell:
+    if row is None:
+        return Cell("-")
+    text = f"{row.value:.3f}" + (_interval(row.ci) if shown.ci else "")
+    if original is None or row.variant == "original":
+        return Cell(text)
+    text += _factor(row.value, original.value)
+    return Cell(text, (row.value - original.value) * MEASURES[row.measure].better > 0)
+
+
+def _factor(value: float, original: float) -> str:
+    if not original:
+        return ""
+    factor = value / original
+    return f" (x{factor:.2f})" if factor < 100 else " (x>100)"
+
+
+def _published(found: tuple[tuple[float, ...], ...] | None, better: int) -> list[Cell]:
+    if found is None:
+        return [Cell("-")] * (len(MODELS) * len(PAPER_VARIANTS))
+    return [
+        Cell(f"{value:.3f}" + (_factor(value, own[0]) if i else ""), (value - own[0]) * better > 0)
+        for own in found
+        for i, value in enumerate(own)
+    ]
+
+
+def _grid_differences(tables: Tables, masking: str) -> Grid:
+    own = [row for row in tables.differences or [] if row.masking == masking]
+    pairs = list(dict.fromkeys((r.variant, r.against) for r in own))
+    by_place = {(r.dataset, r.model, r.cam, r.measure, r.variant, r.against): r for r in own}
+    lines = []
+    for place in dict.fromkeys((r.dataset, r.model, r.cam, r.measure) for r in own):
+        dataset, model, cam, measure = place
+        line = [Cell(dataset), Cell(model), Cell(METHODS[cam].title), Cell(MEASURES[measure].title)]
+        for pair in pairs:
+            row = by_place.get((*place, *pair))
+            if row is None:
+                line.append(Cell("-"))
+            else:
+                better = row.difference * MEASURES[measure].better > 0
+                text = f"{row.difference:+.3f}{_interval(row.ci)}"
+                line.append(Cell(text + (" *" if row.is_clear else ""), better and row.is_clear))
+        lines.append(line)
+    header = ["data set", "model", "CAM", "measure"]
+    header += [f"{VARIANTS[a]} - {VARIANTS[b]}" for a, b in pairs]
+    note = "95 % intervals; *: the interval excludes 0; bold: and the first is the better one."
+    note += _seen(tables)
+    return Grid(f"Paired differences: {READINGS[masking]}", header, lines, 4, note)
+
+
+def _grid4(tables: Tables, shown: Shown) -> Grid:
+    rows = tables.table4 or []
+    with_control = any(row.variant == "control" for row in rows)
+    places = dict.fromkeys((row.dataset, row.model) for row in rows)
+    lines = []
+    for dataset, model in places:
+        own = [row for row in rows if (row.dataset, row.model) == (dataset, model)]
+        first = {row.variant: row for row in own if row.cam is None}
+        tuned: list[Table4Row | None] = [row for row in own if row.cam] or [None]
+        for row in tuned:
+            cam = row.cam if row else None
+            line = [Cell(dataset), Cell(model), Cell(METHODS[cam].title if cam else "-")]
+            line.append(_accuracy(first.get("original"), shown))
+            line.append(_accuracy(row, shown))
+            if with_control:
+                line.append(_accuracy(first.get("control"), shown))
+            if shown.paper:
+                found = TABLE4.get((published(tables.kinds.get(dataset, "folders")), cam or ""))
+                pairs = found or ((None, None), (None, None))
+                line += [Cell("-" if v is None else f"{v:.3f}") for pair in pairs for v in pair]
+            lines.append(line)
+    header = ["data set", "model", "CAM", "Original", "AFT"] + ["Control"] * with_control
+    if shown.paper:
+        header += [f"paper {m} {v}" for m in MODELS for v in ("Original", "AFT")]
+    return Grid("Table 4: accuracy", header, lines, 3, _seen(tables).strip())
+
+
+def _accuracy(row: Table4Row | None, shown: Shown) -> Cell:
+    if row is None:
+        return Cell("-")
+    return Cell(f"{row.accuracy:.3f}" + (_interval(row.ci) if shown.ci else ""))
+
+
+def _grid5(rows: list[Table5Row], shown: Shown) -> Grid:
+    header = ["model", "CAM", "without TFT", "with TFT", "difference", "runs"]
+    if shown.paper:
+        header += ["paper VGG-16 without", "with", "difference"]
+    lines = []
+    for r in rows:
+        line = [Cell(r.model), Cell(METHODS[r.cam].title)]
+        line += [Cell(f"{s:.3f}") for s in (r.without, r.with_tft, r.delta)] + [Cell(str(r.runs))]
+        if shown.paper:
+            found = TABLE5.get(r.cam)
+            values = (*found, found[1] - found[0]) if found else (None,) * 3
+            line += [Cell("-" if v is None else f"{v:.3f}") for v in values]
+        lines.append(line)
+    where = ", ".join(dict.fromkeys(r.device for r in rows))
+    how = ", ".join(dict.fromkeys(r.masking for r in rows))
+    note = f"Medians for one image, the network's pass included, {how} masks; {where}."
+    if shown.paper:
+        note += " The paper's: RTX 2080 Ti."
+    return Grid("Table 5: seconds a map", header, lines, 2, note)
+
+
+def _grid_sanity(rows: list[SanityRow], shown: Shown) -> Grid:
+    stages = list(dict.fromkeys(row.stage for row in rows))
+    by_place = {(r.model, r.cam, r.variant, r.measure, r.stage): r for r in rows}
+    titles = {"spearman": "rank correlation", "ssim": "SSIM"}
+    lines = []
+    for place in dict.fromkeys((r.model, r.cam, r.variant, r.measure) for r in rows):
+        model, cam, variant, measure = place
+        line = [Cell(model), Cell(METHODS[cam].title), Cell(VARIANTS[variant])]
+        line.append(Cell(titles[measure]))
+        for stage in stages:
+            row = by_place.get((*place, stage))
+            ci = _interval(row.ci, 2) if row and shown.ci else ""
+            line.append(Cell(f"{row.value:.2f}{ci}" if row else "-"))
+        lines.append(line)
+    header = ["model", "CAM", "maps", "similarity", *(f"random: {stage}" for stage in stages)]
+    note = (
+        f"Maps of the trained network against those of one whose weights are random down to the "
+        f"layer named; 1 is equal. {rows[0].n if rows else 0} images."
+    )
+    return Grid(
+        "Sanity: are maps of a random network like those of the trained one?",
+        header,
+        lines,
+        4,
+        note,
+    )

@@ -1,0 +1,252 @@
+"""What people see of mask stores: progress, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from aftcli.core.classifier import Classes
+from aftcli.data.blocks import Broken, Processes
+from aftcli.errors import AftError
+from aftcli.report.terminal import PassesColumn, PlainColumn, cell, complain, say
+from aftcli.tft.generate import Done
+from aftcli.tft.masks import MaskStore
+from aftcli.tft.threshold import first_maximum, raised
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """What a store holds, in figures.
+
+    Attributes:
+        path: of the file.
+        cam: the method.
+        images: how many.
+        broken: those that could not be read.
+        tau: mean tau*.
+        raised: share of images with a threshold whose RPI > 0.
+        rpi: mean RPI at tau*.
+        probability: mean y^c.
+        bytes_per_image: of the file.
+        labels: how many images have each label, by name.
+        synonyms: names are ImageNet's, several a class.
+    """
+
+    path: Path
+    cam: str
+    images: int
+    broken: list[Broken]
+    tau: float
+    raised: float
+    rpi: float
+    probability: float
+    bytes_per_image: float
+    labels: dict[str, int]
+    synonyms: bool
+
+
+def summarise(store: MaskStore) -> StoreSummary:
+    """Sum up a store, a piece at a time.
+
+    Args:
+        store: of `aft gen-masks`.
+
+    Raises:
+        AftError: it has labels without a name.
+    """
+    classes = _classes_of(store)
+    names = classes.names
+    totals = np.zeros(4)
+    labels = np.zeros(max(len(names), 1), dtype=np.int64)
+    for start in range(0, len(store), 4096):
+        rows = store.rows(start, start + 4096)
+        rpi, y = torch.from_numpy(rows.rpi), torch.from_numpy(rows.probability)
+        best = rpi.gather(1, first_maximum(rpi, y)[:, None]) if len(rpi) else rpi.new_zeros(0)
+        helped = raised(rpi, y).any(1)
+        totals += [rows.tau.sum(), int(helped.sum()), float(best.sum()), rows.probability.sum()]
+        counted = np.bincount(rows.label, minlength=len(labels))
+        if len(counted) > len(labels):
+            raise _damaged(store.path, f"it has labels beyond its {len(names)} classes")
+        labels += counted
+    count = max(len(store), 1)
+    tau, share, rpi, probability = (totals / count).tolist()
+    return StoreSummary(
+        store.path,
+        store.settings["cam"],
+        len(store),
+        store.broken,
+        tau,
+        share,
+        rpi,
+        probability,
+        store.path.stat().st_size / count,
+        {
+            # Two of ImageNet's classes share a name with another (crane, maillot).
+            name if names.count(name) == 1 else f"{name} ({i})": int(n)
+            for i, (name, n) in enumerate(zip(names, labels, strict=False))
+            if n
+        },
+        bool(classes.wnids),
+    )
+
+
+class Watched(NamedTuple):
+    """How a run went: images done now, seconds, images done before."""
+
+    images: int
+    seconds: float
+    before: int
+
+
+def watch(steps: Iterator[Done], total: int, processes: Processes, quiet: bool) -> Watched:
+    """Run to the end, showing images/s, the time left, mean tau* and the share of RPI > 0."""
+    console = Console(stderr=True)
+    share = -(-total // processes.count)
+    bar = Progress(
+        PlainColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[means]}"),
+        PassesColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or processes.index > 0 or not console.is_terminal,
+    )
+    before = next(steps, None)
+    known = before.images if before else 0
+    start, images, tau, raised, maps = time.monotonic(), 0, 0.0, 0, 0
+    with bar:
+        task = bar.add_task("masks", total=share, completed=known, speed="", means="")
+        for done in steps:
+            images, tau = images + done.images, tau + done.tau
+            raised, maps = raised + done.raised, maps + done.maps
+            speed = f"{images / max(time.monotonic() - start, 1e-9):.1f} images/s"
+            means = f"tau* {tau / maps:.2f}, RPI > 0 in {raised / maps:.0%}" if maps else ""
+            bar.update(task, completed=known + images, speed=speed, means=means)
+    return Watched(images, time.monotonic() - start, known)
+
+
+def print_stores(paths: list[Path], watched: Watched, json_: bool) -> None:
+    """Print what a run of gen-masks has made: a table, the class counts, the broken images."""
+    summaries = []
+    for path in paths:
+        with MaskStore(path) as store:
+            summaries.append(summarise(store))
+    speed = watched.images / watched.seconds if watched.images else None
+    if json_:
+        stores = [_summary_dict(s) for s in summaries]
+        result = {"stores": stores, "seconds": watched.seconds, "images_per_second": speed}
+        print(json.dumps(result, indent=2))
+    else:
+        _print_summaries(summaries)
+        if speed:
+            say(f"{watched.images} images in {watched.seconds:.0f} s, {speed:.2f} images/s")
+    for broken in summaries[0].broken[:20]:
+        complain(f"left out {broken.path}: {broken.reason}")
+    if len(summaries[0].broken) > 20:
+        complain(f"left out {len(summaries[0].broken) - 20} more")
+
+
+def show_store(path: Path, json_: bool) -> None:
+    """Print what a mask store holds, after checking its content against its digest."""
+    with MaskStore(path) as store:
+        store.verify()
+        settings = store.settings
+        missing = {"classes", "cam"} - set(settings)
+        if missing or not isinstance(settings["classes"], list):
+            raise _damaged(path, f"its settings have no {min(missing, default='classes')}")
+        summary = summarise(store)
+    if json_:
+        result = {"settings": settings, **_summary_dict(summary)}
+        try:
+            print(json.dumps(result, indent=2, allow_nan=False))
+        except ValueError as error:
+            raise _damaged(path, "its settings or figures hold NaN") from error
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for key, value in settings.items():
+        table.add_row(cell(key), cell(_shown(value)))
+    _console().print(table)
+    _print_summaries([summary])
+    for broken in summary.broken:
+        say(f"left out {broken.path}: {broken.reason}")
+
+
+def _damaged(path: Path, what: str) -> AftError:
+    return AftError(f"{path}: {what}; make it again with aft gen-masks --overwrite")
+
+
+def _classes_of(store: MaskStore) -> Classes:
+    """Name the classes of a store's labels as it does, or else after their folders."""
+    from aftcli.core.models import imagenet_classes
+
+    settings = store.settings
+    names = settings["classes"] or settings.get("class_names")
+    if names:
+        return Classes(tuple(names))
+    folders: dict[int, str] = {}
+    for start in range(0, len(store), 4096):
+        rows = store.rows(start, start + 4096)
+        labels, places = np.unique(rows.label, return_index=True)
+        for label, place in zip(labels.tolist(), places.tolist(), strict=True):
+            folders[label] = os.fsdecode(bytes(rows.path[place])).partition("/")[0]
+    known = imagenet_classes()
+    # Labels are ImageNet's classes by wnid only.
+    if all(known.wnids[i : i + 1] == (name,) for i, name in folders.items()):
+        return known
+    if settings["data_kind"] != "folders":
+        folders = {}
+    count = max(folders, default=0) + 1
+    return Classes(tuple(folders.get(i, f"class {i}") for i in range(count)))
+
+
+def _shown(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _summary_dict(summary: StoreSummary) -> dict[str, Any]:
+    broken = [b._asdict() for b in summary.broken]
+    values = {key: value for key, value in asdict(summary).items() if key != "synonyms"}
+    return {**values, "path": str(summary.path), "broken": broken}
+
+
+def _print_summaries(summaries: list[StoreSummary]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("cam")
+    for name in ("images", "broken", "tau*", "RPI > 0", "RPI", "prob.", "bytes/image"):
+        table.add_column(name, justify="right")
+    table.add_column("file", overflow="fold")
+    for s in summaries:
+        figures = (f"{s.tau:.3f}", f"{s.raised:.1%}", f"{s.rpi:.4f}", f"{s.probability:.4f}")
+        counts = (str(s.images), str(len(s.broken)))
+        row = (s.cam, *counts, *figures, f"{s.bytes_per_image:.0f}", s.path)
+        table.add_row(*map(cell, row))
+    _console().print(table)
+    labels = summaries[0].labels
+    if len(labels) <= 30:
+        synonyms = summaries[0].synonyms
+        counted = ", ".join(
+            f"{name.split(',')[0] if synonyms else name} {n}" for name, n in labels.items()
+        )
+    else:
+        counted = f"{len(labels)} with {min(labels.values())} to {max(labels.values())} images each"
+    say(f"classes: {counted}")
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=200)

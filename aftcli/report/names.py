@@ -1,0 +1,162 @@
+"""Names of output files: unlike for unlike pictures and settings."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+from aftcli.core.models import DEFAULT_MODEL
+from aftcli.settings import Search
+
+LONGEST = 40  # characters of settings in a name; systems allow 255 bytes of it in all
+
+LONGEST_FILE = 24  # of a file's name
+
+UNSAFE = re.compile(r"[^A-Za-z0-9_.+]+")
+
+
+class Setting(NamedTuple):
+    """A setting that differs from the default.
+
+    Attributes:
+        shown: what names say of it.
+        value: what it is; where that is more than is shown, names end in a digest of it.
+    """
+
+    shown: str
+    value: str
+
+
+class Suffixes(NamedTuple):
+    """What names say between method and kind: nothing, or settings with a hyphen before.
+
+    Attributes:
+        uncut: in the name of the map, which no threshold changes.
+        cut: in the names of the other outputs.
+    """
+
+    uncut: str = ""
+    cut: str = ""
+
+
+PLAIN = Suffixes()
+
+
+def suffixes(maps: Iterable[Setting], cut: Iterable[Setting] = ()) -> Suffixes:
+    """Say which settings the files of one command were made with.
+
+    Args:
+        maps: settings that decide the plain map.
+        cut: settings that decide where it is cut.
+
+    >>> suffixes([Setting("vgg16", "vgg16")], [Setting("t0.4", "t0.4")])
+    Suffixes(uncut='-vgg16', cut='-vgg16-t0.4')
+    >>> suffixes([Setting("layer_a_b", "layer_a/b")]).uncut
+    '-layer_a_b-455cc1'
+    """
+    maps = list(maps)
+    return Suffixes(_suffix(maps), _suffix([*maps, *cut]))
+
+
+def _suffix(settings: list[Setting]) -> str:
+    if not settings:
+        return ""
+    shown = "-".join(each.shown for each in settings)
+    value = "-".join(each.value for each in settings)
+    if shown != value or len(shown) > LONGEST:
+        digest = hashlib.sha256(value.encode(errors="surrogateescape")).hexdigest()[:6]
+        shown = f"{shown[:LONGEST].rstrip('-')}-{digest}"
+    return f"-{shown}"
+
+
+def of_network(
+    model: str | None,
+    checkpoint: Path | None,
+    classes: Path | None,
+    layer: str | None,
+    precision: str,
+) -> list[Setting]:
+    """List settings of the network and its layer, as the options give them."""
+    found = []
+    if model not in (None, DEFAULT_MODEL):
+        # As run folders name it: no other model is called so.
+        name = model.replace(":", "_").replace("/", "_")
+        found.append(Setting(UNSAFE.sub("_", name), name))
+    found += [_file(path) for path in (checkpoint, classes) if path]
+    if layer:
+        found.append(Setting(f"layer_{UNSAFE.sub('_', layer)}", f"layer_{layer}"))
+    return found + _word(precision, "no")
+
+
+def of_map(file: Path | None = None, absolute: bool = False, cells: bool = False) -> list[Setting]:
+    """List settings of the map: the file of another tool's, its magnitudes, maps of cells."""
+    flags = {"absolute": absolute and file is not None, "cells": cells and file is None}
+    named = [_file(file)] if file else []
+    return named + [Setting(word, word) for word, is_on in flags.items() if is_on]
+
+
+def of_threshold(threshold: float | None, mute: float | None) -> list[Setting]:
+    """List a fixed threshold, of scores or of percent of the map."""
+    given = {"t": threshold, "mute": mute}
+    return [_number(word, value) for word, value in given.items() if value is not None]
+
+
+def of_search(settings: Search, thresholds: str) -> list[Setting]:
+    """List a search of thresholds, and where it differs from the default.
+
+    Args:
+        settings: of the search.
+        thresholds: as the option gives them.
+    """
+    default = Search()
+    found = [Setting("tft", "tft")]
+    if settings.thresholds != default.thresholds:
+        said = thresholds.replace(" ", "").replace(":", "..").replace(",", "_")
+        found.append(Setting(f"T{UNSAFE.sub('_', said)}", f"T{said}"))
+    for name in ("masking", "fill", "mode", "search"):
+        found += _word(getattr(settings, name), getattr(default, name))
+    return found
+
+
+def _word(word: str, default: str) -> list[Setting]:
+    return [] if word == default else [Setting(word, word)]
+
+
+def _number(word: str, value: float) -> Setting:
+    short = f"{value:g}"
+    return Setting(word + short, word + (short if float(short) == value else repr(value)))
+
+
+def _file(path: Path) -> Setting:
+    """Show a file by its name and tell it apart by where it is."""
+    return Setting(UNSAFE.sub("_", path.stem)[:LONGEST_FILE], str(path.resolve()))
+
+
+LONGEST_NAME = 120  # bytes of an image's name in the names of its outputs; systems allow 255 in all
+
+
+def stems(paths: Iterable[Path]) -> dict[Path, str]:
+    """Name outputs after their images; images of one name by their folders or formats too."""
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        names[path] = next(c for c in _candidates(path) if c.lower() not in taken)
+        taken.add(names[path].lower())
+    return names
+
+
+def _candidates(path: Path) -> Iterator[str]:
+    parts = path.with_suffix("").parts
+    long = "-".join(p for p in path.parts if p not in ("/", "..", ".")).replace(".", "-")
+    yield from map(_short, (path.stem, "-".join(parts[-2:]).replace(os.sep, ""), long))
+    yield from (f"{_short(long)}-{i}" for i in count(2))
+
+
+def _short(name: str) -> str:
+    encoded = os.fsencode(name)
+    return name if len(encoded) <= LONGEST_NAME else encoded[:LONGEST_NAME].decode(errors="ignore")

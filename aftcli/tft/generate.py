@@ -1,0 +1,332 @@
+"""The auxiliary data of AFT: TFT's masks M_tau* for a whole data set (§4.1, §4.2).
+
+Images are worked on in blocks of a fixed composition, so that results depend neither on
+interruptions nor on the number of processes; each block is stored whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aftcli.core.cam import scaled_map, upsample
+from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.networks import outside_inference_mode
+from aftcli.data.blocks import Loaded, Processes, batches, load_blocks, spans_of
+from aftcli.data.sets import DataSet
+from aftcli.errors import AftError
+from aftcli.files import file_stem, locked, make_folder
+from aftcli.settings import Search
+from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
+from aftcli.tft.masks import FORMAT_VERSION, MaskStore, changed_images, refuse_other_settings
+from aftcli.tft.search import TftResult, fine_tune_threshold
+from aftcli.tft.threshold import cut_off, mask_of, threshold_map
+from aftcli.version import __version__
+
+BATCH = 16  # images in one pass of the stem
+
+
+class Tuned(NamedTuple):
+    """TFT of one batch by one method, at both sizes.
+
+    Attributes:
+        class_index: the predicted class c, shape (N,).
+        tft: tau*, RPI and probabilities.
+        attribution: I at the activation's size, shape (N, h, w).
+        mask: M_tau* at the activation's size, shape (N, h, w), bool.
+    """
+
+    class_index: Tensor
+    tft: TftResult
+    attribution: Tensor
+    mask: Tensor
+
+
+class Done(NamedTuple):
+    """Some images of a run are done.
+
+    Attributes:
+        images: how many.
+        tau: the sum of their tau*, over methods.
+        raised: how many maps have a threshold with RPI > 0, over methods.
+        maps: how many maps.
+        broken: how many of the images could not be read.
+    """
+
+    images: int
+    tau: float = 0.0
+    raised: int = 0
+    maps: int = 0
+    broken: int = 0
+
+
+@torch.no_grad()
+def tune_batch(f: Classifier, x: Tensor, methods: Sequence[str], settings: Search) -> list[Tuned]:
+    """TFT of a batch by several methods, for the predicted classes, with one stem pass.
+
+    Args:
+        f: the classifier.
+        x: inputs, shape (N, 3, H, W).
+        methods: keys of METHODS.
+        settings: of the search.
+
+    Returns:
+        One result a method. Where methods give equal masks these are scored once.
+    """
+    count = len(x)
+    activation = f.activation(x)
+    y, class_index = probabilities(f.head(activation).float()).max(1)
+    # What is kept is searched: I by cells, also of a method whose map has pixels.
+    maps = [scaled_map(f, activation, class_index, x, method, cells=True) for method in methods]
+    low = torch.cat(maps)
+    high = upsample(low, x)
+    result = fine_tune_threshold(
+        f,
+        x,
+        high,
+        class_index.repeat(len(methods)),
+        settings.thresholds,
+        settings.masking,
+        settings.fill,
+        settings.mode,
+        probability=y.repeat(len(methods)),
+        owner=torch.arange(count, device=x.device).repeat(len(methods)),
+        search=settings.search,
+    )
+    cut = cut_off(high, result.tau[:, None], settings.mode)[:, 0]
+    mask = mask_of(threshold_map(low, cut))
+    return [
+        Tuned(class_index, TftResult(*(field[part] for field in result)), low[part], mask[part])
+        for part in (slice(i, i + count) for i in range(0, len(low), count))
+    ]
+
+
+def store_path(run: Path, model: str, cam: str) -> Path:
+    """Where the masks of a model and a CAM method are kept in a run."""
+    return run / "masks" / f"{file_stem(model, cam)}.h5"
+
+
+def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[str, Any]:
+    """What masks are made with, but for the CAM: attributes of a store (docs/masks-format.md)."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "aft_version": __version__,
+        "model": f.name,
+        "weights": f.weights_hash(),
+        "checkpoint": f.checkpoint,
+        "layer": f.layer_name,
+        "activation_shape": list(f.activation_shape),
+        "thresholds": list(settings.thresholds),
+        "masking": settings.masking,
+        "fill": settings.fill,
+        "threshold_mode": settings.mode,
+        # Named where they are not what stores without them were made with.
+        **({"search": settings.search} if settings.search != "exact" else {}),
+        **({"precision": f.precision} if f.precision != "no" else {}),
+        **({"class_names": list(f.classes.own)} if f.classes.own else {}),
+        "preprocessing": f.preprocessing.as_dict(),
+        "data_set": str(data_set.root.resolve()),
+        "data_kind": data_set.kind,
+        "split": data_set.split,
+        "labels": "model" if data_set.mapped else "data set",
+        "classes": [] if data_set.mapped else list(data_set.classes),
+        "images": len(data_set.samples),
+        "images_hash": data_set.fingerprint(),
+    }
+
+
+class _Store:
+    """One store in the making: its finished file, its parts, its lock."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.parts = path.with_name(f".{path.stem}.parts")
+
+    def part(self, span: range) -> Path:
+        return self.parts / f"{span.start:09d}-{span.stop:09d}"
+
+    def finished(self) -> bool:
+        """Whether the finished file is there; refuse one made with other settings."""
+        if not self.path.exists():
+            return False
+        with MaskStore(self.path) as store:
+            refuse_other_settings(self.path, store.settings, self.settings)
+        return True
+
+    def check_unchanged(self, data_set: DataSet) -> None:
+        """Refuse a finished file that was changed, or whose images are no longer what they were."""
+        with MaskStore(self.path) as store:
+            store.verify()
+            different = store.changed(data_set, range(len(store)))
+        if different:
+            raise AftError(
+                f"{self.path}: {len(different)} images have changed since it was made (first: "
+                f"{different[0]}); --overwrite makes it anew"
+            )
+
+    def has(self, span: range, data_set: DataSet) -> bool:
+        """Whether a block is stored, of the images as they are now.
+
+        A damaged one is not; one of other settings is refused.
+        """
+        read = read_part(self.part(span))
+        if read is None:
+            return False
+        rows, broken, settings = read
+        refuse_other_settings(self.path, settings, self.settings)
+        return not changed_images(data_set, rows, broken)
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+        shutil.rmtree(self.parts, ignore_errors=True)
+
+
+class _Columns(NamedTuple):
+    """What the columns of a store measure, also where a block has no readable image."""
+
+    path: int
+    steps: int
+    cells: tuple[int, int]
+    areas: int
+
+    @classmethod
+    def of(cls, f: Classifier, data_set: DataSet, settings: Search) -> _Columns:
+        longest = max(len(os.fsencode(sample.name)) for sample in data_set.samples)
+        _, h, w = f.activation_shape
+        return cls(longest, len(settings.thresholds), (h, w), len(data_set.areas(0)))
+
+
+def _rows(data_set: DataSet, loaded: Loaded, tuned: list[Tuned], size: _Columns) -> Rows:
+    """The results of one block by one method, as the store's columns."""
+
+    def column(values: list[Tensor], *shape: int) -> np.ndarray:
+        return torch.cat([torch.empty(0, *shape), *(v.cpu() for v in values)]).numpy()
+
+    indices = loaded.indices
+    half, correction = split_float(column([t.attribution for t in tuned], *size.cells))
+    areas = np.array([data_set.areas(i) for i in indices], dtype=np.float32)
+    return Rows(
+        np.array([os.fsencode(data_set.samples[i].name) for i in indices], f"S{size.path}"),
+        np.array([data_set.samples[i].label for i in indices], np.int32),
+        column([t.class_index for t in tuned]).astype(np.int32),
+        column([t.tft.probability for t in tuned]),
+        column([t.tft.probabilities for t in tuned], size.steps),
+        column([t.tft.rpi for t in tuned], size.steps),
+        column([t.tft.tau for t in tuned]),
+        half,
+        correction,
+        column([t.mask for t in tuned], *size.cells).astype(bool),
+        areas.reshape(len(indices), size.areas),
+        loaded.contents,
+        loaded.stamps,
+    )
+
+
+@outside_inference_mode
+def generate_masks(
+    f: Classifier,
+    data_set: DataSet,
+    methods: Sequence[str],
+    run: Path,
+    settings: Search,
+    *,
+    workers: int = 1,
+    batch: int = BATCH,
+    strict: bool = False,
+    overwrite: bool = False,
+    processes: Processes | None = None,
+    block: int | None = None,
+) -> Iterator[Done]:
+    """Fine-tune the thresholds of a data set and store the masks, going on where a run stopped.
+
+    Args:
+        f: the classifier.
+        data_set: the images.
+        methods: keys of METHODS; their stem passes and equal masks are shared.
+        run: where the study lives; stores are `<run>/masks/<model>-<cam>.h5`.
+        settings: of the search.
+        workers: processes that decode images; 0 decodes in this one.
+        batch: images in one pass of the stem.
+        strict: stop at the first image that can't be read, instead of recording it.
+        overwrite: begin anew, whatever is there.
+        processes: the processes that share the run; default this one alone.
+        block: images stored at a time; default by the number of images.
+
+    Yields:
+        Progress, batch by batch; first what was done before.
+
+    Raises:
+        AftError: the stores are of other settings or in use, an image is broken and strict is
+            set, or a file can't be written.
+    """
+    processes = processes or Processes()
+    common = store_settings(f, data_set, settings)
+    stores = {
+        method: _Store(store_path(run, f.name, method), {**common, "cam": method})
+        for method in methods
+    }
+    columns = _Columns.of(f, data_set, settings)
+    with ExitStack() as held:
+        if processes.index == 0:
+            _take(stores, data_set, held, overwrite)
+        processes.wait()
+        open_stores = {m: s for m, s in stores.items() if not s.finished()}
+        if not open_stores:
+            yield Done(len(data_set.samples))
+            return
+        spans = spans_of(len(data_set.samples), block)
+        missing = {
+            i: [m for m, s in open_stores.items() if not s.has(span, data_set)]
+            for i, span in enumerate(spans)
+            if i % processes.count == processes.index
+        }
+        todo = [i for i, lacking in missing.items() if lacking]
+        yield Done(sum(len(spans[i]) for i in missing if not missing[i]))
+        for loaded in load_blocks(f.preprocessing, data_set, spans, todo, workers):
+            if strict and loaded.broken:
+                first = loaded.broken[0]
+                raise AftError(f"{data_set.root / first.path}: {first.reason} (--strict)")
+            lacking = missing[loaded.block]
+            results: list[list[Tuned]] = []
+            for x in batches(loaded, batch, f.device):
+                results.append(tune_batch(f, x, lacking, settings))
+                yield _progress(results[-1])
+            for i, method in enumerate(lacking):
+                store = open_stores[method]
+                rows = _rows(data_set, loaded, [tuned[i] for tuned in results], columns)
+                write_part(store.part(spans[loaded.block]), rows, loaded.broken, store.settings)
+            yield Done(len(loaded.broken), broken=len(loaded.broken))
+        processes.wait()
+        if processes.index == 0:
+            for store in open_stores.values():
+                join_parts(store.path, map(store.part, spans), store.settings)
+                shutil.rmtree(store.parts, ignore_errors=True)
+        processes.wait()
+
+
+def _take(stores: dict[str, _Store], data_set: DataSet, held: ExitStack, overwrite: bool) -> None:
+    for store in stores.values():
+        make_folder(store.path.parent)
+        held.enter_context(locked(store.path))
+        if overwrite:
+            store.clear()
+        if store.finished():
+            store.check_unchanged(data_set)
+            # A kill may come between joining and clearing away.
+            shutil.rmtree(store.parts, ignore_errors=True)
+        else:
+            store.parts.mkdir(exist_ok=True)
+
+
+def _progress(tuned: list[Tuned]) -> Done:
+    tau = torch.cat([t.tft.tau for t in tuned])
+    raised = torch.cat([t.tft.helps for t in tuned])
+    return Done(len(tuned[0].class_index), float(tau.sum()), int(raised.sum()), len(tau))

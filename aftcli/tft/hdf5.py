@@ -1,0 +1,368 @@
+"""The form of a mask store's HDF5 file, and the parts that it is joined from."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import h5py
+import numpy as np
+
+from aftcli.core.classifier import Preprocessing
+from aftcli.data.blocks import Broken
+from aftcli.errors import AftError
+from aftcli.files import durable
+from aftcli.tft.search import check_settings
+
+# The type of each column and its axes after the first, which is the image. Equal letters are
+# equal lengths.
+COLUMNS: dict[str, tuple[str, tuple[str | int, ...]]] = {
+    "path": ("S", ()),
+    "label": ("int32", ()),
+    "class_index": ("int32", ()),
+    "probability": ("float32", ()),
+    "probabilities": ("float32", ("T",)),
+    "rpi": ("float32", ("T",)),
+    "tau": ("float32", ()),
+    "attribution": ("float16", ("h", "w")),
+    "correction": ("int32", ("h", "w")),
+    "mask": ("bool", ("h", "w")),
+    "areas": ("float32", ("classes",)),
+    "content": ("int64", ()),
+    "stamp": ("int64", (2,)),
+}
+
+BROKEN = ("broken_path", "broken_reason", "broken_content")
+
+SETTINGS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("model", "weights", "checkpoint", "layer", "cam"), str),
+    **dict.fromkeys(("masking", "fill", "threshold_mode"), str),
+    **dict.fromkeys(("data_set", "data_kind", "split", "labels", "digest"), str),
+    **dict.fromkeys(("activation_shape", "thresholds", "classes"), list),
+    "preprocessing": dict,
+}
+
+FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+
+LAYOUTS = {h5py.h5d.COMPACT, h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED}
+
+DEFLATED = 1040  # times its size is the most that deflate makes of data
+
+FEATURES = ("v110", "v110")  # of HDF5: compact, and readable since 1.10 (2016)
+
+LONGEST = 2**20  # bytes of an attribute: the names of a thousand classes take 30,000
+
+MOST_CLASSES = 2**20
+
+SEAL = "seal"
+
+
+def open_file(path: Path, mode: Literal["r", "w"]) -> h5py.File:
+    """Open a store without HDF5's locks, which fail where the file system has none.
+
+    They are not needed: a store is written under another name and renamed, and never changed.
+
+    Args:
+        path: of the file.
+        mode: read or write.
+    """
+    return h5py.File(path, mode, libver=FEATURES if mode == "w" else None, locking=False)
+
+
+def check_form(file: h5py.File) -> None:
+    """Check that a file, whole or of one block, has a store's datasets and nothing more.
+
+    Raises:
+        ValueError: it has not; the message names what is wrong.
+    """
+    strange = sorted({*file} - {*COLUMNS, *BROKEN})
+    missing = sorted({*COLUMNS, *BROKEN} - {*file})
+    if strange or missing:
+        raise ValueError(f"it has {', '.join(strange) or 'no'} {', '.join(missing)}"[:120])
+    lengths: dict[str | int, int] = {}
+    for name, (kind, axes) in COLUMNS.items():
+        column = _dataset(file, name)
+        if column.dtype.kind != "S" if kind == "S" else column.dtype != np.dtype(kind):
+            raise ValueError(f"{name} holds {column.dtype}")
+        if len(column.shape) != 1 + len(axes):
+            raise ValueError(f"{name} has shape {column.shape}")
+        for axis, length in zip(("N", *axes), column.shape, strict=True):
+            wanted = axis if isinstance(axis, int) else lengths.setdefault(axis, length)
+            if length != wanted:
+                raise ValueError(f"{name} has shape {column.shape}")
+    columns = [_dataset(file, name) for name in BROKEN]
+    text = [h5py.check_string_dtype(c.dtype) is not None for c in columns]
+    if text != [True, True, False] or len({c.shape for c in columns}) != 1:
+        raise ValueError("its broken images are no list")
+
+
+def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """A dataset whose numbers are in this very file, all of them."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name} is a link")
+    found = file[name]
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"{name} is no dataset")
+    made = found.id.get_create_plist()
+    filters = {made.get_filter(i)[0] for i in range(made.get_nfilters())}
+    elsewhere = made.get_layout() not in LAYOUTS or made.get_external_count()
+    if elsewhere or not filters <= FILTERS:
+        raise ValueError(f"{name} is kept elsewhere, or packed in a way that stores are not")
+    if found.nbytes > DEFLATED * found.id.get_storage_size():
+        raise ValueError(f"{name} claims more than the file holds")
+    return found
+
+
+def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
+    """Check that a finished store's settings are there and fit its columns.
+
+    Raises:
+        ValueError: they are not; the message names what is wrong.
+    """
+    if settings.get(SEAL) != seal_of(settings):
+        raise ValueError("its attributes are not what was written")
+    for key, kind in SETTINGS.items():
+        if not isinstance(settings.get(key), kind):
+            raise ValueError(f"its attribute {key} is missing or of another type")
+    thresholds, shape = settings["thresholds"], settings["activation_shape"]
+    if not all(isinstance(tau, float | int) for tau in thresholds):
+        raise ValueError("its thresholds are no numbers")
+    names = settings.get("class_names", [])  # only where the network's user gave them
+    if not isinstance(names, list):
+        raise ValueError("its class_names are no list")
+    if not all(isinstance(name, str) for name in (*settings["classes"], *names)):
+        raise ValueError("its classes are no names")
+    try:
+        Preprocessing.from_dict(settings["preprocessing"])
+        check_settings(thresholds, *(settings[k] for k in ("masking", "fill", "threshold_mode")))
+    except AftError as error:
+        raise ValueError(str(error)) from error
+    if file["rpi"].shape[1] != len(thresholds) or list(file["mask"].shape[1:]) != shape[1:]:
+        raise ValueError("its columns do not fit its thresholds or its activations")
+
+
+def check_values(rows: Mapping[str, np.ndarray]) -> None:
+    """Check that columns hold what they can: indices of classes, shares, finite maps.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name in ("label", "class_index"):
+        if len(rows[name]) and not 0 <= rows[name].min() <= rows[name].max() < MOST_CLASSES:
+            raise ValueError(f"{name} has values that are no class")
+    for name in ("tau", "probability", "attribution"):
+        if not ((rows[name] >= 0) & (rows[name] <= 1)).all():
+            raise ValueError(f"{name} has values outside [0, 1]")
+
+
+def seal_of(settings: Mapping[str, Any]) -> str:
+    """A hash of a store's settings, which HDF5 keeps without a checksum."""
+    text = json.dumps({k: v for k, v in settings.items() if k != SEAL}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_settings(group: h5py.Group) -> dict[str, Any]:
+    """The attributes of a store, lists and dictionaries as such.
+
+    Raises:
+        ValueError: one is no single value, or too long; the message names it.
+    """
+    settings: dict[str, Any] = {}
+    for key in group.attrs:
+        found = group.attrs.get_id(key)
+        if found.shape != () or found.get_storage_size() > LONGEST:
+            raise ValueError(f"its attribute {key} is no single value")
+        value = group.attrs[key]
+        plain = value.item() if isinstance(value, np.generic) else value
+        if isinstance(plain, str) and plain.startswith(("[", "{")):
+            plain = json.loads(plain)
+        settings[key] = plain
+    return settings
+
+
+ROWS = 1024  # images a chunk
+
+
+class Rows(NamedTuple):
+    """Results for n images; the fields are the store's datasets.
+
+    Attributes:
+        path: relative to the data set's root, bytes.
+        label: index into the data set's classes, int32.
+        class_index: c, the class explained, int32.
+        probability: y^c, float32.
+        probabilities: y_hat^c of each threshold, (n, |T|) float32.
+        rpi: RPI of each threshold, (n, |T|) float32.
+        tau: tau*, float32.
+        attribution: I at the activation's size, (n, h, w) float16.
+        correction: what turns it into the exact float32, (n, h, w) int32: the difference of
+            the bits of both.
+        mask: M_tau* at the activation's size, (n, h, w) bool.
+        areas: share of the picture that each class covers, (n, classes) float32; (n, 0) where
+            pictures show one class.
+        content: of the image's file (`contents.content_of`), int64.
+        stamp: of the image's file (`contents.stamp_of`), (n, 2) int64.
+    """
+
+    path: np.ndarray
+    label: np.ndarray
+    class_index: np.ndarray
+    probability: np.ndarray
+    probabilities: np.ndarray
+    rpi: np.ndarray
+    tau: np.ndarray
+    attribution: np.ndarray
+    correction: np.ndarray
+    mask: np.ndarray
+    areas: np.ndarray
+    content: np.ndarray
+    stamp: np.ndarray
+
+
+def split_float(exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split float32 into float16 and the correction that gives it back bit for bit.
+
+    >>> join_float(*split_float(np.float32([0.1, 1e-7, 0.0]))).tolist()[2]
+    0.0
+    """
+    exact = np.ascontiguousarray(exact, dtype=np.float32)
+    half = exact.astype(np.float16)
+    return half, exact.view(np.int32) - half.astype(np.float32).view(np.int32)
+
+
+def join_float(half: np.ndarray, correction: np.ndarray) -> np.ndarray:
+    """The float32 that `split_float` was given."""
+    bits: np.ndarray = half.astype(np.float32).view(np.int32) + correction
+    return bits.view(np.float32)
+
+
+def read_broken(group: h5py.Group) -> list[Broken]:
+    """The images that could not be read."""
+    paths, reasons = (group[f"broken_{name}"].asstr()[:] for name in ("path", "reason"))
+    contents = group["broken_content"][:].tolist()
+    return [Broken(*each) for each in zip(paths, reasons, contents, strict=True)]
+
+
+def fold_rows(running: Any, rows: Rows) -> None:  # noqa: ANN401 - hashlib's objects have no name
+    """Fold rows into a digest, row by row: the same whatever the blocks were.
+
+    Without the stamps: a data set may be copied.
+    """
+    columns = [values for name, values in rows._asdict().items() if name != "stamp"]
+    count = len(rows.path)
+    # A column without width, as areas may be, has no bytes to view.
+    flat = [np.ascontiguousarray(c).reshape(count, -1) for c in columns if c.size]
+    if flat:
+        running.update(np.concatenate([c.view(np.uint8) for c in flat], axis=1).tobytes())
+
+
+def _write_columns(group: h5py.Group, rows: Rows) -> None:
+    for name, values in rows._asdict().items():
+        chunks = (ROWS, *(max(n, 1) for n in values.shape[1:]))
+        group.create_dataset(
+            name,
+            data=values,
+            maxshape=(None, *(n or None for n in values.shape[1:])),
+            chunks=chunks,
+            compression="gzip",
+            compression_opts=6,
+            shuffle=True,
+            fletcher32=True,
+        )
+
+
+def _write_broken(group: h5py.Group, broken: list[Broken]) -> None:
+    text = h5py.string_dtype()
+    for name, values in (
+        ("path", [b.path for b in broken]),
+        ("reason", [b.reason for b in broken]),
+    ):
+        clean = [v.encode("utf-8", "replace") for v in values]
+        group.create_dataset(f"broken_{name}", data=clean, dtype=text)
+    group.create_dataset("broken_content", data=np.array([b.content for b in broken], np.int64))
+
+
+def _write_settings(group: h5py.Group, settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        group.attrs[key] = json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def write_part(path: Path, rows: Rows, broken: list[Broken], settings: Mapping[str, Any]) -> None:
+    """Write the results of one block of images.
+
+    HDF5 builds the file in memory: a full disk then meets an ordinary write, which fails
+    cleanly.
+    """
+    # The image that HDF5 1.14.4 gives of an open file has a checksum of its flags while open.
+    image = io.BytesIO()
+    with h5py.File(image, "w", libver=FEATURES) as file:
+        _write_columns(file, rows)
+        _write_broken(file, broken)
+        _write_settings(file, settings)
+    content = image.getvalue()
+    # A torn write leaves a file that HDF5 might still open; its own digest tells.
+    digest = hashlib.sha256(content).digest()
+    with durable(path) as temporary:
+        temporary.write_bytes(content + digest)
+
+
+def read_part(path: Path) -> tuple[Rows, list[Broken], dict[str, Any]] | None:
+    """Read the results of one block; None if the file is missing or damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    content, digest = data[:-32], data[-32:]
+    if hashlib.sha256(content).digest() != digest:
+        return None
+    try:
+        with h5py.File(io.BytesIO(content), "r") as file:
+            check_form(file)
+            rows = Rows(*(file[name][:] for name in Rows._fields))
+            return rows, read_broken(file), read_settings(file)
+    except (OSError, ValueError, KeyError):  # written by another version of aft
+        return None
+
+
+def join_parts(path: Path, parts: Iterable[Path], settings: Mapping[str, Any]) -> None:
+    """Join the blocks of a store, in their order, into one file; memory stays flat."""
+    parts = list(parts)
+    with durable(path) as temporary:
+        # HDF5 crashes where the disk is full; parts together are larger than the whole.
+        _require_space(temporary, 2**16 + sum(p.stat().st_size for p in parts if p.exists()))
+        broken: list[Broken] = []
+        running = hashlib.sha256()
+        with open_file(temporary, "w") as file:
+            for part in parts:
+                read = read_part(part)
+                if read is None:
+                    raise AftError(f"{part}: is damaged; run the same command again")
+                rows, more, _ = read
+                broken += more
+                _append(file, rows)
+                fold_rows(running, rows)
+            _write_broken(file, broken)
+            whole = {**settings, "digest": running.hexdigest(), "complete": True}
+            _write_settings(file, {**whole, SEAL: seal_of(whole)})
+
+
+def _require_space(path: Path, size: int) -> None:
+    """Fail cleanly, with OSError, if a file of that size can't be written."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _append(file: h5py.File, rows: Rows) -> None:
+    if "path" not in file:
+        _write_columns(file, rows)
+        return
+    for name, values in rows._asdict().items():
+        column = file[name]
+        start = len(column)
+        column.resize(start + len(values), axis=0)
+        column[start:] = values

@@ -1,0 +1,280 @@
+"""The mask store: TFT's results for a data set, in HDF5 (docs/masks-format.md).
+
+A store grows as a folder of small files, each written whole or not at all, and is joined into
+one file at the end; so whatever stops a run, what is there is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from aftcli.core.cam import stretch
+from aftcli.data.blocks import Broken
+from aftcli.data.contents import changed
+from aftcli.data.sets import DataSet
+from aftcli.errors import AftError, first_line
+from aftcli.tft.hdf5 import (
+    ROWS,
+    Rows,
+    check_form,
+    check_store,
+    check_values,
+    fold_rows,
+    join_float,
+    open_file,
+    read_broken,
+    read_settings,
+)
+from aftcli.tft.threshold import cut_off, mask_of, threshold_map
+
+FORMAT_VERSION = 2
+
+# Recorded, but a store may be continued by another version of aft or from a moved data set.
+# So are names, without which stores were made before; they change no number.
+INFORMATION = frozenset(
+    {"aft_version", "checkpoint", "class_names", "data_set", "complete", "digest", "seal"}
+)
+
+
+class MaskRecord(NamedTuple):
+    """One image of a store; see `Rows`. `attribution` is exact float32, (h, w)."""
+
+    path: str
+    label: int
+    class_index: int
+    probability: float
+    probabilities: Tensor
+    rpi: Tensor
+    tau: float
+    attribution: Tensor
+    mask: Tensor
+    areas: Tensor
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Name the settings in which a store differs from what is asked for."""
+    named = []
+    for key in sorted({*found, *wanted} - INFORMATION):
+        if found.get(key) != wanted.get(key):
+            named.append(f"{key} is {_short(found.get(key))}, asked for {_short(wanted.get(key))}")
+    return named
+
+
+def refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse to go on with a file that was begun with other settings.
+
+    Raises:
+        AftError: they differ; the message names where.
+    """
+    other = differences(found, wanted)
+    if other:
+        raise AftError(
+            f"{path}: was begun with other settings: {'; '.join(other)}; use the same ones, "
+            "another --run, or --overwrite"
+        )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _unreadable(path: Path, what: str, error: Exception) -> AftError:
+    """Say why a store can't be read; one that the system refuses may be whole."""
+    if isinstance(error, OSError) and error.errno:
+        locks = "unset HDF5_USE_FILE_LOCKING" if "lock file" in str(error) else "look at its disk"
+        return AftError(
+            f"{path}: can't be read ({os.strerror(error.errno)}), though it may be whole; make it "
+            f"readable or {locks}, then try again"
+        )
+    return AftError(
+        f"{path}: {what} ({first_line(error)[:120]}); make it again with aft gen-masks --overwrite"
+    )
+
+
+def changed_images(data_set: DataSet, rows: Rows | None, broken: Sequence[Broken]) -> list[str]:
+    """Name the images of a data set that are no longer what results were computed of.
+
+    Args:
+        data_set: the images.
+        rows: results; None for none.
+        broken: images that could not be read.
+    """
+    contents = np.array([b.content for b in broken], np.int64)
+    names, stamps = [b.path for b in broken], np.full((len(broken), 2), -1)
+    if rows is not None:
+        names += [os.fsdecode(bytes(path)) for path in rows.path]
+        contents = np.concatenate([contents, rows.content])
+        stamps = np.concatenate([stamps, rows.stamp])
+
+    def path(name: str) -> Path:
+        try:
+            return data_set.beside(name)
+        except AftError:  # said by who reads it
+            return data_set.root
+
+    return [names[i] for i in changed(map(path, names), contents, stamps)]
+
+
+class MaskStore(torch.utils.data.Dataset[MaskRecord]):
+    """TFT's masks of a data set: a sequence of records, and a torch Dataset.
+
+    Opens at once and reads what is asked for: memory does not grow with the number of images.
+    Safe in DataLoader workers.
+
+    Args:
+        path: an `.h5` file of `aft gen-masks`.
+
+    Raises:
+        AftError: the file is missing, damaged, unfinished, or no mask store.
+
+    Attributes:
+        path: of the file.
+        settings: what the masks were made with (docs/masks-format.md).
+        broken: images that could not be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._files: dict[int, h5py.File] = {}
+        self._columns: dict[str, h5py.Dataset] = {}
+        try:
+            self.settings = read_settings(self._file)
+            if self.settings.get("format_version") != FORMAT_VERSION:
+                raise AftError(
+                    f"{self.path}: is no mask store of format {FORMAT_VERSION}; make it again "
+                    "with aft gen-masks"
+                )
+            if not self.settings.get("complete"):
+                raise AftError(f"{self.path}: is not complete; run aft gen-masks again")
+            check_form(self._file)
+            check_store(self._file, self.settings)
+            self._length = len(self._file["path"])
+            self.broken = read_broken(self._file)
+        except AftError:
+            self.close()
+            raise
+        except Exception as error:
+            self.close()
+            raise _unreadable(self.path, "can't be read as a mask store", error) from error
+
+    @property
+    def _file(self) -> h5py.File:
+        # One handle a process: HDF5 handles do not survive a fork.
+        if os.getpid() not in self._files:
+            if not self.path.is_file():
+                raise AftError(f"{self.path}: there is no such mask file; run aft gen-masks")
+            self._files[os.getpid()] = open_file(self.path, "r")
+            self._columns = {}
+        return self._files[os.getpid()]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Results of the images start..stop, as stored.
+
+        Raises:
+            AftError: the file is damaged there.
+        """
+        try:
+            file = self._file
+            # Kept open: HDF5 caches the chunks of open datasets.
+            self._columns = self._columns or {name: file[name] for name in Rows._fields}
+            rows = Rows(*(self._columns[name][start:stop] for name in Rows._fields))
+            check_values(rows._asdict())
+            return rows
+        except (OSError, KeyError, ValueError) as error:
+            raise _unreadable(self.path, "is damaged", error) from error
+
+    def __getitem__(self, index: int) -> MaskRecord:
+        """The record of one image."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.path} has {len(self)} images, asked for {index}")
+        index %= len(self)
+        row = Rows(*(column[0] for column in self.rows(index, index + 1)))
+        return MaskRecord(
+            os.fsdecode(bytes(row.path)),
+            int(row.label),
+            int(row.class_index),
+            float(row.probability),
+            torch.from_numpy(row.probabilities),
+            torch.from_numpy(row.rpi),
+            float(row.tau),
+            torch.from_numpy(join_float(row.attribution, row.correction)),
+            torch.from_numpy(row.mask),
+            torch.from_numpy(row.areas),
+        )
+
+    def __iter__(self) -> Iterator[MaskRecord]:
+        return (self[index] for index in range(len(self)))
+
+    def full_attribution(self, index: int) -> Tensor:
+        """I of one image at the model's input size, shape (H, W), exactly as it was searched."""
+        size = tuple(self.settings["preprocessing"]["size"])
+        return stretch(self[index].attribution[None], size)[0]
+
+    def full_mask(self, index: int) -> Tensor:
+        """M_tau* of one image at the model's input size, shape (H, W), bool, rebuilt exactly."""
+        attribution = self.full_attribution(index)[None]
+        tau = attribution.new_tensor([self[index].tau])
+        cut = cut_off(attribution, tau, self.settings["threshold_mode"])
+        return mask_of(threshold_map(attribution, cut[:, 0]))[0]
+
+    def changed(self, data_set: DataSet, indices: Sequence[int]) -> list[str]:
+        """Name the images of a data set that are no longer what their masks were made of.
+
+        Args:
+            data_set: the store's.
+            indices: images of the store to look at.
+
+        Raises:
+            AftError: the store is damaged.
+        """
+        named, places = [], np.array(indices, np.int64)
+        for start in range(0, len(self), ROWS):
+            own = places[(places >= start) & (places < start + ROWS)] - start
+            rows = self.rows(start, min(start + ROWS, len(self)))
+            named += changed_images(data_set, Rows(*(column[own] for column in rows)), [])
+        return named + changed_images(data_set, None, self.broken)
+
+    def verify(self) -> None:
+        """Read everything and compare with the digest that was stored with it.
+
+        Raises:
+            AftError: the content is not what was written.
+        """
+        running = hashlib.sha256()
+        for start in range(0, len(self), ROWS):
+            fold_rows(running, self.rows(start, min(start + ROWS, len(self))))
+        if running.hexdigest() != self.settings["digest"]:
+            raise AftError(
+                f"{self.path}: the content is not what was written; make it again with "
+                "aft gen-masks --overwrite"
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        for process, file in self._files.items():
+            if process == os.getpid():
+                file.close()
+        self._files.clear()
+        self._columns = {}
+
+    def __enter__(self) -> MaskStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}, "_columns": {}}

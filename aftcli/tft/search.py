@@ -1,0 +1,316 @@
+"""Threshold fine-tuning: the search for tau* (§4.1, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.inputs import check_shape, class_indices
+from aftcli.core.networks import outside_inference_mode
+from aftcli.errors import AftError, check_name
+from aftcli.settings import THRESHOLDS
+from aftcli.tft.threshold import (
+    FILLS,
+    MASKINGS,
+    MODES,
+    cut_off,
+    first_maximum,
+    mask_of,
+    masked_image,
+    raised,
+    relative_probability_increase,
+    threshold_map,
+)
+
+BATCH = 16  # masked images in one pass of the network
+
+
+class TftResult(NamedTuple):
+    """What Algorithm 1 finds for N images.
+
+    Attributes:
+        tau: tau*, the first threshold with the largest RPI (`first_maximum`), shape (N,).
+        rpi: RPI of each threshold, shape (N, |T|).
+        probabilities: y_hat^c of each threshold, shape (N, |T|).
+        probability: y^c of the whole image, shape (N,).
+        attribution: I_tau*, shape (N, H, W), in [0, 1].
+        mask: M_tau*, shape (N, H, W), bool.
+
+    `rpi` and `probabilities` are NaN at thresholds that a fast search left out.
+    """
+
+    tau: Tensor
+    rpi: Tensor
+    probabilities: Tensor
+    probability: Tensor
+    attribution: Tensor
+    mask: Tensor
+
+    @property
+    def best(self) -> Tensor:
+        """Which threshold tau* is, shape (N,)."""
+        return first_maximum(self.rpi, self.probability)
+
+    @property
+    def helps(self) -> Tensor:
+        """Where a threshold raises the probability by more than rounding, shape (N,), bool."""
+        return raised(self.rpi, self.probability).any(1)
+
+
+def check_settings(
+    thresholds: Sequence[float], masking: str, fill: str, mode: str, search: str = "exact"
+) -> None:
+    """Check the settings of a search before anything is computed.
+
+    Raises:
+        AftError: thresholds are out of range or order, or a name is unknown.
+    """
+    if not thresholds or not all(0 <= tau <= 1 for tau in thresholds):
+        raise AftError(f"thresholds must lie in [0, 1], got {_listed(thresholds)}")
+    if any(b <= a for a, b in zip(thresholds, thresholds[1:], strict=False)):
+        raise AftError(f"thresholds must increase, got {_listed(thresholds)}")
+    for what, name, known in (
+        ("masking", masking, MASKINGS),
+        ("fill", fill, FILLS),
+        ("threshold mode", mode, MODES),
+        ("search", search, SEARCHES),
+    ):
+        check_name(what, name, known)
+
+
+def _listed(thresholds: Sequence[float]) -> str:
+    return ", ".join(f"{tau:g}" for tau in thresholds) or "none"
+
+
+def areas(attribution: Tensor, cut: Tensor) -> Tensor:
+    """How many pixels each threshold keeps, shape (N, |T|).
+
+    Args:
+        attribution: I, shape (N, H, W).
+        cut: from `cut_off`, shape (N, |T|).
+    """
+    counts = []
+    for maps, at in zip(attribution.split(BATCH), cut.split(BATCH), strict=True):
+        flat = maps.flatten(1)[:, None]
+        # As mask_of(threshold_map(...)), of all thresholds at once and without the map between.
+        counts.append(((flat >= at[..., None]) & (flat != 0)).sum(2))
+    return torch.cat(counts)
+
+
+class Distinct(NamedTuple):
+    """Which masked images must be run.
+
+    Attributes:
+        pairs: (map, threshold) of each distinct masked image.
+        source: for each map and threshold its place in `pairs`, shape (N, |T|); WHOLE where
+            the mask keeps everything.
+    """
+
+    pairs: list[tuple[int, int]]
+    source: Tensor
+
+
+WHOLE = -1
+
+
+def distinct_masks(
+    attribution: Tensor, cut: Tensor, owner: list[int], masking: str, share_empty: bool
+) -> Distinct:
+    """Find equal masks, so that each distinct masked image is run once.
+
+    Masks shrink as tau grows, so two of one map are equal if they keep as many pixels; those
+    of different maps of one image are compared.
+
+    Args:
+        attribution: I, shape (N, H, W).
+        cut: from `cut_off`, shape (N, |T|).
+        owner: which image each map is of.
+        masking: a key of MASKINGS.
+        share_empty: empty masks of all images give the same masked image.
+    """
+    steps = range(cut.shape[1])
+    # The one copy from the device: which masked images there are decides how they are packed.
+    kept = areas(attribution, cut).tolist()
+    whole = attribution[0].numel() if masking == "binary" else -1
+    pairs: list[tuple[int, int]] = []
+    known: dict[tuple[int, int], list[int]] = {}
+    source = torch.full(cut.shape, WHOLE, dtype=torch.long)
+    for n, image in enumerate(owner):
+        for t in steps:
+            area = kept[n][t]
+            if area == whole:
+                continue
+            alike = known.setdefault((WHOLE if share_empty and not area else image, area), [])
+            for place in alike:
+                other, step = pairs[place]
+                if (
+                    other == n
+                    or not area
+                    or _same(attribution, cut, (n, t), (other, step), masking)
+                ):
+                    source[n, t] = place
+                    break
+            else:
+                source[n, t] = len(pairs)
+                alike.append(len(pairs))
+                pairs.append((n, t))
+    return Distinct(pairs, source)
+
+
+def _same(
+    attribution: Tensor, cut: Tensor, one: tuple[int, int], two: tuple[int, int], masking: str
+) -> bool:
+    weights = [MASKINGS[masking](threshold_map(attribution[n], cut[n, t])) for n, t in (one, two)]
+    return torch.equal(*weights)
+
+
+@torch.no_grad()
+def masked_probabilities(
+    f: Classifier,
+    x: Tensor,
+    attribution: Tensor,
+    cut: Tensor,
+    class_index: Tensor,
+    y: Tensor,
+    owner: Tensor,
+    masking: str,
+    fill: str,
+) -> Tensor:
+    """y_hat^c of each threshold of each map, shape (N, |T|); equal masks are scored once.
+
+    Args:
+        f: the classifier.
+        x: inputs, shape (M, 3, H, W).
+        attribution: I, shape (N, H, W).
+        cut: thresholds, from `cut_off`, shape (N, |T|), in any order.
+        class_index: c, shape (N,).
+        y: y^c of the whole image, shape (N,).
+        owner: which input each map is of, shape (N,).
+        masking: a key of MASKINGS.
+        fill: a key of FILLS.
+    """
+    pairs, source = distinct_masks(attribution, cut, owner.tolist(), masking, fill != "blur")
+    filled = FILLS[fill](f, x)
+    rows = []
+    places = torch.tensor(pairs, dtype=torch.long).view(-1, 2).to(x.device)
+    for n, t in (part.unbind(1) for part in places.split(BATCH) if len(part)):
+        weight = MASKINGS[masking](threshold_map(attribution[n], cut[n, t]))
+        image = owner[n]
+        rows.append(probabilities(f(masked_image(x[image], weight, filled[image])).float()))
+    if not rows:
+        return y[:, None].repeat(1, cut.shape[1])
+    source = source.to(x.device)
+    y_hat = torch.cat(rows)[source.clamp(min=0), class_index[:, None]]
+    # A mask that keeps everything changes nothing: exactly y, not y up to rounding.
+    return torch.where(source == WHOLE, y[:, None], y_hat)
+
+
+Score = Callable[[Tensor], Tensor]  # steps of T, shape (N, k), to their y_hat^c
+
+
+def every_threshold(score: Score, y: Tensor, count: int) -> Tensor:
+    """y_hat^c of all of T, shape (N, |T|): Algorithm 1."""
+    return score(torch.arange(count, device=y.device).repeat(len(y), 1))
+
+
+def coarse_to_fine(score: Score, y: Tensor, count: int) -> Tensor:
+    """y_hat^c of some of T, shape (N, |T|), NaN elsewhere.
+
+    A coarse part of T first; then, the stride halved each time, what is on both sides of the
+    best so far. Finds tau* where RPI has one prominent peak.
+    """
+    y_hat = y.new_full((len(y), count), torch.nan)
+    stride = 1 << max((count - 1) // 4, 1).bit_length() - 1
+    coarse = sorted({*range(0, count, stride), count - 1})
+    steps = torch.tensor(coarse, device=y.device).repeat(len(y), 1)
+    while True:
+        y_hat.scatter_(1, steps, score(steps))
+        if stride == 1:
+            return y_hat
+        stride //= 2
+        best = first_maximum(relative_probability_increase(y_hat, y[:, None]), y)
+        # At an end of T there is one side only; it is scored once.
+        low = torch.where(best < stride, best + stride, best - stride)
+        high = torch.where(best + stride >= count, best - stride, best + stride)
+        steps = torch.stack([low, high], 1).clamp(0, count - 1)
+
+
+SEARCHES: dict[str, Callable[[Score, Tensor, int], Tensor]] = {
+    "exact": every_threshold,
+    "fast": coarse_to_fine,
+}
+
+
+@outside_inference_mode
+def fine_tune_threshold(
+    classifier: Classifier,
+    x: Tensor,
+    attribution: Tensor,
+    class_index: Tensor | int,
+    thresholds: Sequence[float] = THRESHOLDS,
+    masking: str = "binary",
+    fill: str = "mean",
+    mode: str = "value",
+    *,
+    probability: Tensor | None = None,
+    owner: Tensor | None = None,
+    search: str = "exact",
+) -> TftResult:
+    """Find each image's threshold tau* = argmax RPI (Algorithm 1).
+
+    All thresholds of all images share passes of the network; equal masks are scored once.
+
+    Args:
+        classifier: f.
+        x: inputs, shape (N, 3, H, W), normalised.
+        attribution: I, shape (N, H, W), in [0, 1].
+        class_index: c, shape (N,), of each map; a number for one map.
+        thresholds: T, increasing, in [0, 1].
+        masking: "binary", x_hat = M_tau * x (the text), or "soft", x_hat = I_tau * x (the
+            authors' code).
+        fill: what muted pixels show: "mean", "black" or "blur".
+        mode: "value", tau cuts scores; "percentile", tau cuts ranks.
+        probability: y^c, shape (N,), of each map, where it is known already: saves a pass.
+        owner: which input each map is of, shape (N,), where several maps (of other methods or
+            classes) share inputs: equal masks of one input are scored once. Default one each.
+        search: "exact", all of T, or "fast", some of T, coarse to fine.
+
+    Returns:
+        tau*, RPI and probabilities of all thresholds, I_tau* and M_tau*. Of maxima that are
+        equal up to rounding the first counts, so where no threshold helps tau* is the first of T.
+
+    Raises:
+        AftError: thresholds are out of range or order, a name is unknown, shapes disagree, a
+            class is out of range, or the network has one output only.
+    """
+    check_settings(thresholds, masking, fill, mode, search)
+    check_shape(x)
+    owner = torch.arange(len(x), device=x.device) if owner is None else owner
+    count = len(owner)
+    if attribution.shape != (count, *x.shape[2:]):
+        raise AftError(
+            f"attribution must have shape {(count, *x.shape[2:])}, got {tuple(attribution.shape)}"
+        )
+    classes = class_indices(classifier, class_index, count, attribution.device)
+    cut = cut_off(attribution, attribution.new_tensor(thresholds), mode)
+    if probability is None:
+        with torch.no_grad():
+            y = probabilities(classifier(x).float())
+        probability = y[owner, classes]
+
+    def score(steps: Tensor) -> Tensor:
+        some = cut.gather(1, steps)
+        return masked_probabilities(
+            classifier, x, attribution, some, classes, probability, owner, masking, fill
+        )
+
+    y_hat = SEARCHES[search](score, probability, len(thresholds))
+    rpi = relative_probability_increase(y_hat, probability[:, None])
+    best = first_maximum(rpi, probability)
+    chosen = threshold_map(attribution, cut.gather(1, best[:, None]).squeeze(1))
+    tau = attribution.new_tensor(thresholds)[best]
+    return TftResult(tau, rpi, y_hat, probability, chosen, mask_of(chosen))

@@ -1,0 +1,138 @@
+"""Thresholds of a map (§4.1, equations 4 to 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from aftcli.core.classifier import Classifier
+from aftcli.tft import rounding
+
+BLUR_SIGMA = 10.0  # pixels
+
+
+def first_maximum(rpi: Tensor, y: Tensor) -> Tensor:
+    """Return the argmax over T, shape (N,): of those equal up to rounding the first.
+
+    Args:
+        rpi: RPI of each threshold, shape (N, |T|); NaN, not tried, does not count.
+        y: y^c of the whole image, shape (N,).
+    """
+    tried = torch.where(rpi.isnan(), -1, rpi)
+    largest = tried.amax(1, keepdim=True)
+    y_hat = (1 + largest) * y[:, None]
+    # An RPI is infinite where y underflows.
+    equal = tried >= largest - (1 + largest) * rounding.slack(y_hat)
+    return ((tried == largest) | equal).int().argmax(1)
+
+
+def raised(rpi: Tensor, y: Tensor) -> Tensor:
+    """Return which thresholds raise the probability by more than rounding, (N, |T|), bool.
+
+    Args:
+        rpi: RPI of each threshold, shape (N, |T|); NaN, not tried, does not count.
+        y: y^c of the whole image, shape (N,).
+    """
+    return rpi > rounding.slack(y)[:, None]
+
+
+def relative_probability_increase(y_hat: Tensor, y: Tensor) -> Tensor:
+    """RPI(x_hat, x) = max(y_hat^c - y^c, 0) / y^c (eq. 7).
+
+    Args:
+        y_hat: probability of class c for the masked image, in [0, 1].
+        y: the same for the whole image.
+
+    >>> relative_probability_increase(torch.tensor([0.75, 0.2]), torch.tensor([0.5, 0.5]))
+    tensor([0.5000, 0.0000])
+    """
+    rise = (y_hat - y).clamp(min=0)
+    # y = 0 happens only where a probability underflows; 0 / 0 is no increase.
+    return torch.where(rise == 0, 0, rise / y)
+
+
+def cut_off(attribution: Tensor, tau: Tensor, mode: str = "value") -> Tensor:
+    """Return the scores below which thresholds mute, shape (N, |T|).
+
+    They lie a rounding's width below tau, or below the score of its rank, so that a pixel that
+    scores just that is kept whatever computed the map.
+
+    Args:
+        attribution: I, shape (N, H, W), in [0, 1].
+        tau: thresholds, shape (|T|,) for all images or (N, |T|), in [0, 1].
+        mode: "value", tau itself (§4.1); "percentile", the score below which the share tau of
+            the map's cells lies (the authors' code).
+    """
+    tau = tau.expand(len(attribution), -1)
+    if mode == "value":
+        return tau.to(attribution) - rounding.SCORE
+    flat = attribution.flatten(1).double()
+    # In float32 a tenth is above .1, and its rank would be above a whole one.
+    ranks = tau.double().mul(1e6).round() / 1e6 * (flat.shape[1] - 1)
+    ordered = flat.sort(1).values
+    low, high = ordered.gather(1, ranks.floor().long()), ordered.gather(1, ranks.ceil().long())
+    return (low + (high - low) * ranks.frac()).to(attribution) - rounding.SCORE
+
+
+def threshold_map(attribution: Tensor, cut: Tensor) -> Tensor:
+    """I_tau = I where I >= tau, else 0 (eq. 4).
+
+    Args:
+        attribution: I, shape (..., H, W).
+        cut: from `cut_off`, shape (...).
+
+    Returns:
+        I_tau, shape (..., H, W).
+    """
+    return torch.where(attribution >= cut[..., None, None], attribution, 0)
+
+
+def mask_of(thresholded: Tensor) -> Tensor:
+    """M_tau = 1 where I_tau != 0, else 0 (eq. 5; the paper prints I), bool."""
+    return thresholded != 0
+
+
+def _mean_fill(f: Classifier, x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def _black_fill(f: Classifier, x: Tensor) -> Tensor:
+    mean, std = f.preprocessing.channels(x)
+    return (-mean / std).expand_as(x)
+
+
+def _blur_fill(f: Classifier, x: Tensor) -> Tensor:
+    from torchvision.transforms.functional import gaussian_blur
+
+    # The kernel reaches three sigma, or as far as reflection at the border of a small x allows.
+    half = min(int(3 * BLUR_SIGMA), x.shape[-1] - 1, x.shape[-2] - 1)
+    return gaussian_blur(x, [2 * half + 1] * 2, [BLUR_SIGMA] * 2)  # type: ignore[no-any-return]
+
+
+# What stands in place of muted pixels, after normalisation.
+FILLS: dict[str, Callable[[Classifier, Tensor], Tensor]] = {
+    "mean": _mean_fill,
+    "black": _black_fill,
+    "blur": _blur_fill,
+}
+
+# What multiplies the image: the mask (the paper's text) or the muted map (the authors' code).
+MASKINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "binary": lambda thresholded: mask_of(thresholded).to(thresholded),
+    "soft": lambda thresholded: thresholded,
+}
+
+MODES = ("value", "percentile")
+
+
+def masked_image(x: Tensor, weight: Tensor, fill: Tensor) -> Tensor:
+    """x_hat = M_tau * x, elementwise (eq. 6), muted pixels showing the fill.
+
+    Args:
+        x: inputs, shape (N, 3, H, W).
+        weight: M_tau or I_tau, shape (N, H, W), in [0, 1].
+        fill: what muted pixels show, shape (N, 3, H, W); zeros are the mean colour.
+    """
+    return torch.lerp(fill, x, weight[:, None].to(x))
