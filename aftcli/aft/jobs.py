@@ -18,7 +18,7 @@ from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.models import with_new_head
 from aftcli.core.networks import outside_inference_mode
-from aftcli.data.sets import DataSet, Sample, not_its_classes, open_data_set, spread
+from aftcli.data.sets import DataSet, Sample, format_of, not_its_classes, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.files import file_stem
 from aftcli.tft.hdf5 import Rows, join_float
@@ -127,7 +127,7 @@ def control_jobs(
             jobs.append(_control_of_masks(masked, f, data, split, limit, source.earlier))
         elif data is None:
             root, part = Path(made["data_set"]), split or made["split"]
-            above = root.parent if made["data_kind"] == "folders" and part else root
+            above = format_of(made["data_kind"]).above(root, part)
             jobs.append(control_job(f, above, part or None, limit, seed, source.earlier))
     if data is None or jobs:
         return jobs

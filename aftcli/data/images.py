@@ -245,6 +245,20 @@ def _check_size(image: Image.Image, path: Path) -> None:
             raise _TooLargeError(f"{image.width} x {image.height} pixels in {scans} scans")
 
 
+def image_labels(segmentation: Image.Image, path: Path) -> Image.Image:
+    """Return a segmentation after checking that its pixels are classes.
+
+    Raises:
+        AftError: its pixels are colours or larger numbers.
+    """
+    if segmentation.mode not in ("L", "P"):
+        raise AftError(
+            f"{path}: a segmentation has a class a pixel, this is {segmentation.mode}; save it "
+            "with a palette"
+        )
+    return segmentation
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Read a picture as people see it: upright, 8 bits, RGB, transparency over white.
 

@@ -18,7 +18,7 @@ from aftcli.core.models import load_classifier
 from aftcli.core.weights import card_classes, read_card
 from aftcli.data.contents import pack, unpack
 from aftcli.data.images import read_image, to_input
-from aftcli.data.sets import DataSet, not_its_classes, open_data_set
+from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set
 from aftcli.errors import AftError
 from aftcli.settings import Search
 from aftcli.tft.masks import MaskStore
@@ -80,7 +80,7 @@ def data_name(root: Path, kind: str, split: str) -> str:
     >>> data_name(Path("/data/imagenet/val"), "folders", "val")
     'imagenet'
     """
-    return (root.parent if kind == "folders" and split else root).name or str(root)
+    return format_of(kind).above(root, split).name or str(root)
 
 
 class Asked(NamedTuple):
@@ -347,7 +347,7 @@ def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
         path = asked.data
     else:
         root = Path(made["data_set"])
-        path = root.parent if made["data_kind"] == "folders" and made["split"] else root
+        path = format_of(made["data_kind"]).above(root, made["split"])
         if not path.is_dir():
             raise AftError(
                 f"{path}: the data set of the masks is no longer there; say where it is: aft "
