@@ -39,7 +39,7 @@ class Job:
         made: what the masks were made with, plain values.
         new_head: f's last layer was made anew for the classes of the data set.
         earlier: layers before f's that are tuned with it.
-        contents: of the images' files (`contents.content_of`) where a mask store says them:
+        contents: of the images' files (`content_of`) where a mask store says them:
             all of them must be readable; None where they are as found.
     """
 
@@ -255,7 +255,7 @@ class _StoredImages(NamedTuple):
 
     @property
     def contents(self) -> list[int]:
-        """Of the images' files (`contents.content_of`)."""
+        """Of the images' files (`content_of`)."""
         found: list[int] = np.concatenate([c.content for c in self.chunks])[self.picked].tolist()
         return found
 

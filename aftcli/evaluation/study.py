@@ -16,7 +16,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.models import load_classifier
 from aftcli.core.weights import card_classes, read_card
-from aftcli.data.contents import pack, unpack
+from aftcli.data.blocks import pack, unpack
 from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set
 from aftcli.errors import AftError
@@ -34,7 +34,7 @@ class Variant(NamedTuple):
         cams: methods to measure it with.
         load: gives the classifier.
         path: of the checkpoint; None for the one that the masks were made with.
-        trained: contents of the files that it has learned from (`contents.content_of`); None
+        trained: contents of the files that it has learned from (`content_of`); None
             where its checkpoint does not say.
     """
 
