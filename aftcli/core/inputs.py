@@ -1,4 +1,4 @@
-"""Inputs x and classes c that callers of the public API give, checked once."""
+"""Checks of the inputs x and classes c that callers of the public API give."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ def first_activation(f: Classifier, x: Tensor, count: int | None = None) -> Tens
         f: the classifier.
         x: inputs, shape (N, 3, H, W), normalised.
         count: N that is needed; None for any.
-
-    Raises:
-        AftError: x is no such tensor, or of another type or device than the weights.
     """
     check_shape(x, count)
     try:
@@ -48,9 +45,6 @@ def check_shape(x: Tensor, count: int | None = None) -> None:
     Args:
         x: what was given for inputs, shape (N, 3, H, W).
         count: N that is needed; None for any.
-
-    Raises:
-        AftError: it has another form.
     """
     if not isinstance(x, Tensor):
         raise AftError(
@@ -74,9 +68,6 @@ def class_indices(
         given: c of each image; a plain number where there is one image.
         count: N.
         device: where the tensor is needed.
-
-    Raises:
-        AftError: there are more or fewer than images, or they are no classes of f's.
     """
     try:
         classes = torch.as_tensor(given, device=device)

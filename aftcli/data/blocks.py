@@ -144,9 +144,6 @@ def load_blocks(
 
     Yields:
         Each block of `todo`, in its order.
-
-    Raises:
-        AftError: a worker died.
     """
     if not todo:
         return

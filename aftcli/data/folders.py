@@ -1,4 +1,4 @@
-"""Class folders as a format of data sets: which folder is a class, which a split, which neither."""
+"""Class folders as a format of data sets: tells classes, splits and other folders apart."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _refuse_strange(path: Path, folders: list[str], classes: Classes) -> None:
 
 
 class Pictures(NamedTuple):
-    """Pictures below folders.
+    """The pictures below class folders.
 
     Attributes:
         found: paths below each class folder, by its name, sorted.
@@ -178,7 +178,7 @@ class Split(NamedTuple):
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder is none of the data set's: hidden, or left by a system."""
+    """Tell if a file or folder is none of the data set's: hidden, or left by a system."""
     return name.startswith(".") or name in CLUTTER
 
 
@@ -202,13 +202,13 @@ def pictures_of(path: Path) -> Pictures:
 
 
 def _folders(path: Path) -> tuple[list[str], list[str]]:
-    """Folders in a folder, sorted: those of the data set, hidden ones."""
+    """List the folders in a folder, sorted: those of the data set, and hidden ones."""
     names = sorted(p.name for p in path.iterdir() if p.is_dir())
     return [n for n in names if not is_hidden(n)], [n for n in names if is_hidden(n)]
 
 
 def _pictures_below(folder: Path) -> tuple[list[str], int]:
-    """Pictures in a folder and its subfolders, relative to it, sorted; how many are hidden.
+    """List the pictures below a folder, relative to it, sorted; count the hidden ones.
 
     Links to folders are not followed.
     """
@@ -222,7 +222,7 @@ def _pictures_below(folder: Path) -> tuple[list[str], int]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The pictures in a folder and each of its subfolders, by their path from it."""
+    """Yield the pictures in a folder and each of its subfolders, by their path from it."""
     for where, _, files in os.walk(folder):
         names = [name for name in files if _is_picture(name)]
         yield Path(where).relative_to(folder), names
@@ -254,9 +254,6 @@ def find_split(path: Path, split: str | None, classes: Classes, default: str) ->
         split: its name, or a usual one of its kind; default `default`, where there are splits.
         classes: the model's.
         default: the kind that is taken where none is asked for.
-
-    Raises:
-        AftError: the folders look like splits under unknown names, or have not this one.
     """
     folders, _ = _folders(path)
     known = [name for name in folders if split_kind(name)]

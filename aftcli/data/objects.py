@@ -57,7 +57,7 @@ class Objects:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """What is known of the objects: "boxes", "segmentation", both or neither."""
+        """The kinds that are known: "boxes", "segmentation", both or neither."""
         return self._annotations.kinds
 
     def files(self) -> Iterator[Path]:
@@ -70,9 +70,6 @@ class Objects:
         Args:
             index: of the image.
             class_index: c.
-
-        Raises:
-            AftError: a file can't be read.
         """
         boxes, seen, counted = None, None, None
         try:

@@ -34,7 +34,7 @@ SPLITS = {
 
 
 class Sample(NamedTuple):
-    """One image of a data set.
+    """An image of a data set.
 
     Attributes:
         name: path below the data set's root, with forward slashes.
@@ -172,7 +172,7 @@ class Marks(NamedTuple):
 
 
 class Annotations:
-    """Where the objects of a data set are, as its files say: nowhere, unless a format says more.
+    """The objects of a data set, as its files have them: none, unless a format says more.
 
     Args:
         data_set: the images.
@@ -183,7 +183,7 @@ class Annotations:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """What is known of the objects: "boxes", "segmentation", both or neither."""
+        """The kinds that are known: "boxes", "segmentation", both or neither."""
         return frozenset()
 
     def files(self) -> Iterator[Path]:
@@ -255,11 +255,7 @@ class Format(ABC):
 
 
 def format_of(kind: str) -> Format:
-    """Load a format by its name, a key of FORMATS.
-
-    Raises:
-        AftError: there is no such format.
-    """
+    """Load a format by its name, a key of FORMATS."""
     if kind not in FORMATS:
         raise AftError(f"unknown format of data sets {kind!r}; there are {', '.join(FORMATS)}")
     module, _, name = FORMATS[kind].partition(":")

@@ -39,7 +39,7 @@ class Voc(Format):
     paper = "VOC"
 
     def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet | None:
-        """Open the data set at, above or below a folder; see `Format.open`."""
+        """Open the data set at or below a folder; see `Format.open`."""
         root = _root_of(path)
         return _open(root, split or default, classes, path) if root else None
 
@@ -93,11 +93,7 @@ def _boxes(root: ElementTree.Element, wanted: int) -> Iterator[Listed]:
 
 
 def _root_of(path: Path) -> Path | None:
-    """Find the folder of Pascal VOC at or below the named one; None where there is none.
-
-    Raises:
-        AftError: there are several, or one without lists of segmentations.
-    """
+    """Find the folder of Pascal VOC at or below the named one; None where there is none."""
     for below in ("", "VOC2012", "VOCdevkit/VOC2012"):
         if _has_lists(path / below):
             return path / below
@@ -173,11 +169,7 @@ def _notes(
 
 
 def _largest(areas: list[float], others: set[str], stem: str) -> int:
-    """Find the class that covers most of a picture.
-
-    Raises:
-        AftError: none covers any of it.
-    """
+    """Find the class that covers most of a picture."""
     if not any(areas):
         shown = f", only {_listed(others)}; give it one of them, or make class folders"
         raise AftError(f"{stem} shows none of VOC's 20 classes{shown if others else ''}")
