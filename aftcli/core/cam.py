@@ -32,11 +32,6 @@ def score_gradient(f: Classifier, activation: Tensor, class_index: Tensor) -> Te
     """Compute dy^c / dA, shape (N, K, h, w): autograd through the head only.
 
     Where A depends on weights that are being trained, so does the gradient.
-
-    Args:
-        f: the classifier.
-        activation: A, shape (N, K, h, w).
-        class_index: c, shape (N,).
     """
     trained = torch.is_grad_enabled() and activation.requires_grad
     with torch.enable_grad():

@@ -233,10 +233,6 @@ def cut_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def cut_points(model: nn.Module, size: tuple[int, int] = (224, 224)) -> list[CutPoint]:
     """List the modules at whose output the model can be cut, in the order in which they run.
 
-    Args:
-        model: the network; it is not run, only a copy without numbers is.
-        size: height and width of the input, pixels.
-
     Returns:
         Cut points, the modules inside a container before the container.
     """
@@ -275,10 +271,6 @@ def _is_pointwise(module: nn.Module) -> bool:
 
 def last_layer(model: nn.Module, size: tuple[int, int] = (224, 224)) -> str:
     """Find the last convolutional layer with spatial extent, its norm and activation included.
-
-    Args:
-        model: the network.
-        size: height and width of the input, pixels.
 
     Returns:
         A name that `cut` takes.

@@ -12,13 +12,7 @@ from aftcli.errors import AftError
 
 
 def first_activation(f: Classifier, x: Tensor, count: int | None = None) -> Tensor:
-    """Compute A of inputs that a caller gave, shape (N, K, h, w), without gradients.
-
-    Args:
-        f: the classifier.
-        x: inputs, shape (N, 3, H, W), normalised.
-        count: N that is needed; None for any.
-    """
+    """Compute A of inputs that a caller gave, shape (N, K, h, w), without gradients."""
     check_shape(x, count)
     try:
         with torch.no_grad():
@@ -40,12 +34,7 @@ def first_activation(f: Classifier, x: Tensor, count: int | None = None) -> Tens
 
 
 def check_shape(x: Tensor, count: int | None = None) -> None:
-    """Check that x is a batch of images.
-
-    Args:
-        x: what was given for inputs, shape (N, 3, H, W).
-        count: N that is needed; None for any.
-    """
+    """Check that x is a batch of images."""
     if not isinstance(x, Tensor):
         raise AftError(
             f"x must be a tensor of shape (N, 3, H, W), got {type(x).__name__}; to_input makes one "

@@ -252,11 +252,7 @@ def named(words: Iterable[str]) -> list[str]:
 
 
 def method(name: str) -> Entry:
-    """Find a method by its command-line name.
-
-    Args:
-        name: a key of METHODS.
-    """
+    """Find a method by its command-line name."""
     try:
         return METHODS[name]
     except KeyError:

@@ -348,11 +348,6 @@ def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Cla
     """Give a classifier an output for each of other classes; all other weights stay.
 
     The new weights are small: all classes begin about equally likely (docs/decisions.md).
-
-    Args:
-        f: a classifier of `load_classifier`.
-        classes: their names.
-        seed: of the new weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -373,11 +368,7 @@ def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Cla
 
 
 def find_device(name: str) -> torch.device:
-    """Find a device by its command-line name.
-
-    Args:
-        name: auto, cpu, cuda, cuda:N or mps.
-    """
+    """Find a device by its command-line name."""
     check_device(name)
     if name == "auto":
         if torch.cuda.is_available():

@@ -69,10 +69,6 @@ def copied(what: Copied, memo: dict[int, Any] | None = None) -> Copied:
 
     Weight norm, spectral norm and pruning keep their weights so, networks their activations. The
     copies are values without a history.
-
-    Args:
-        what: a module, or tuples of them.
-        memo: what stands for objects, by their id, as deepcopy takes it.
     """
     computed = {id(tensor): tensor.detach().clone() for tensor in with_history(what)}
     try:

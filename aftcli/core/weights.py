@@ -30,13 +30,7 @@ TUNER = "aft_tuner."
 def checkpoint_of(
     f: Classifier, tuner: Tuner | None, card: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a classifier and its card as tensors and metadata of a safetensors file.
-
-    Args:
-        f: the classifier.
-        tuner: f_tuner; None for a control.
-        card: further entries, of plain values.
-    """
+    """Return a classifier and its card as tensors and metadata of a safetensors file."""
     tensors = f.weights()
     if tuner is not None:
         tensors |= {f"{TUNER}{name}": value for name, value in tuner.state_dict().items()}
@@ -128,11 +122,6 @@ def card_classes(card: Mapping[str, Any]) -> Classes:
 
 def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
     """Put a checkpoint's weights into a classifier of the same architecture.
-
-    Args:
-        f: the classifier; its weights are replaced.
-        path: of the checkpoint.
-        card: its card.
 
     Returns:
         The tuner; None where the file is a control's.

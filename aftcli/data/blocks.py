@@ -135,13 +135,6 @@ def load_blocks(
 ) -> Iterator[Loaded]:
     """Decode blocks of images, in worker processes.
 
-    Args:
-        preprocessing: of the model.
-        data_set: the images.
-        spans: which images each block holds.
-        todo: which blocks to decode, in this order.
-        workers: how many processes; 0 decodes in this one.
-
     Yields:
         Each block of `todo`, in its order.
     """

@@ -92,9 +92,6 @@ class _Boxes(Annotations):
     The csv has the columns `file,x1,y1,x2,y2`: the image below the split's folder, and a box of
     an object of its label in the picture's pixels, both ends included. Columns `width,height` say
     which picture these are pixels of, where EXIF turns it: the stored or the shown one.
-
-    Raises:
-        AftError: the csv can't be read.
     """
 
     def __init__(self, data_set: DataSet) -> None:
@@ -247,14 +244,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def find_split(path: Path, split: str | None, classes: Classes, default: str) -> Split:
-    """Find the split that is asked for, or that the folders are classes.
-
-    Args:
-        path: of the data set.
-        split: its name, or a usual one of its kind; default `default`, where there are splits.
-        classes: the model's.
-        default: the kind that is taken where none is asked for.
-    """
+    """Find the split that is asked for, or that the folders are classes."""
     folders, _ = _folders(path)
     known = [name for name in folders if split_kind(name)]
     others = [name for name in folders if name not in known and _has_pictures(path / name)]

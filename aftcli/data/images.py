@@ -185,11 +185,7 @@ class _TooLargeError(Exception):
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """Open a picture without reading its pixels.
-
-    Args:
-        path: of the file.
-    """
+    """Open a picture; what is wrong is an AftError, also while its pixels are read later."""
     try:
         if path.stat().st_size == 0:
             raise AftError(f"{path}: the file is empty")

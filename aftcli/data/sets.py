@@ -53,7 +53,7 @@ class DataSet:
         kind: the name of its format, a key of FORMATS.
         root: the folder that names are relative to.
         split: "train", "val", …; "" for a data set without splits.
-        classes: names of the labels: the model's where they could be mapped to it, else the
+        classes: names of the labels: the model's where they could be mapped to it, otherwise the
             data set's own.
         mapped: the labels are the model's classes.
         samples: the images.
@@ -222,11 +222,7 @@ class Format(ABC):
     def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet | None:
         """Open the data set at a folder; None where it has another format.
 
-        Args:
-            path: the folder that the user names.
-            split: which part; None for `default`, where there are parts.
-            classes: the model's.
-            default: the part that is taken where none is asked for.
+        Arguments are those of `open_data_set`.
 
         Raises:
             AftError: the data set has this format, but can't be used.
@@ -310,12 +306,7 @@ class Validation(NamedTuple):
 
 
 def validation_of(data_set: DataSet, classes: Classes) -> Validation:
-    """Open the val split beside a train split.
-
-    Args:
-        data_set: opened by `open_data_set`, or made of a mask store.
-        classes: the model's.
-    """
+    """Open the val split beside a train split."""
     root = data_set.format.above(data_set.root, data_set.split)
     if split_kind(data_set.split) != "train" or not data_set.format.has_split(root, "val"):
         return Validation()
