@@ -8,8 +8,9 @@ from stored import make_images, small_float
 
 from aftcli.core.classifier import Preprocessing
 from aftcli.data.objects import Objects
-from aftcli.data.sets import VOC_CLASSES, open_data_set
+from aftcli.data.sets import open_data_set
 from aftcli.data.text import read_xml
+from aftcli.data.voc import VOC_CLASSES
 from aftcli.errors import AftError
 
 LAUGHS = (

@@ -14,7 +14,7 @@ from trained import make_colours, masks_of, tune
 
 from aftcli import AftError, MaskStore
 from aftcli.aft.jobs import mask_job
-from aftcli.data.contents import GONE, changed, content_of, stamp_of
+from aftcli.data.blocks import GONE, changed, content_of, stamp_of
 from aftcli.evaluation.run import evaluate_study
 
 

@@ -15,7 +15,20 @@ from trained import make_colours
 from aftcli import AftError, MaskStore
 from aftcli.core.classifier import Classes
 from aftcli.core.models import imagenet_classes
-from aftcli.data.sets import open_data_set, validation_of
+from aftcli.data.objects import Objects
+from aftcli.data.sets import (
+    FORMATS,
+    Annotations,
+    DataSet,
+    Format,
+    Listed,
+    Marks,
+    Sample,
+    format_of,
+    open_data_set,
+    validation_of,
+)
+from aftcli.evaluation.study import data_name
 from aftcli.settings import Search
 from aftcli.tft.generate import store_settings
 
@@ -282,3 +295,107 @@ def test_settings_of_a_store_may_name_classes_only_by_text(tmp_path):
     sealed_again(path)
     with pytest.raises(AftError, match="its classes are no names"):
         MaskStore(path)
+
+
+class Lines(Format):
+    """A format from outside: SPLIT.tsv with a picture, its class and a box on each line."""
+
+    paper = "VOC"
+
+    def open(self, path, split, classes, default):
+        split = split or default
+        lists = path / f"{split}.tsv"
+        if not lists.is_file():
+            return None
+        samples = [Sample(name, classes.index(label)) for name, label, *_ in self.rows(lists)]
+        return DataSet("lines", path, split, classes.names, True, samples)
+
+    def has_split(self, root, split):
+        return (root / f"{split}.tsv").is_file()
+
+    def areas(self, data_set, index):
+        return [0.25 if c == data_set.samples[index].label else 0.0 for c in range(3)]
+
+    def annotations(self, data_set):
+        return Boxes(data_set)
+
+    @staticmethod
+    def rows(path):
+        return [line.split("\t") for line in path.read_text().splitlines()]
+
+
+class Boxes(Annotations):
+    """The boxes of the lines."""
+
+    kinds = frozenset({"boxes"})
+
+    def files(self):
+        yield self.data_set.beside(f"{self.data_set.split}.tsv")
+
+    def marks(self, index, class_index):
+        (path,) = self.files()
+        _, label, *edges = Lines.rows(path)[index]
+        if NAMES[class_index] != label:
+            return None
+        return Marks([Listed.read(edges, (None, None), first=0)], path)
+
+
+@pytest.fixture
+def lines(tmp_path, monkeypatch):
+    """A data set of a format that a line of FORMATS adds."""
+    monkeypatch.setitem(FORMATS, "lines", f"{__name__}:Lines")
+    root = tmp_path / "lines"
+    root.mkdir()
+    for split in ("train", "val"):
+        for name in NAMES:
+            Image.new("RGB", (64, 64), "grey").save(root / f"{split}-{name}.png")
+        rows = (f"{split}-{name}.png\t{name}\t0\t0\t31\t31\n" for name in NAMES)
+        (root / f"{split}.tsv").write_text("".join(rows))
+    return root
+
+
+def test_a_format_is_one_file_and_one_line(lines, tmp_path):
+    data = open_data_set(lines, None, FRUIT)
+    assert (data.kind, data.split, data.named) == ("lines", "train", lines)
+    assert [(s.name, s.label) for s in data.samples] == [
+        (f"train-{name}.png", i) for i, name in enumerate(NAMES)
+    ]
+    assert data_name(lines, "lines", "train") == "lines" and format_of("lines").paper == "VOC"
+    found = validation_of(data, FRUIT)
+    assert found.data_set.split == "val" and not found.reason
+    # Other folders are still what they were.
+    assert open_data_set(layout(tmp_path / "data", "train"), None, FRUIT).kind == "folders"
+
+
+def test_a_format_from_outside_has_regions(lines):
+    data, prep = open_data_set(lines, "val", FRUIT), small_float().preprocessing
+    objects = Objects(data, prep)
+    assert objects.kinds == {"boxes"} and list(objects.files()) == [lines / "val.tsv"]
+    regions = objects.regions(1, 1)
+    assert regions.segmentation is None and objects.regions(1, 0).boxes is None
+    high, wide = regions.boxes.shape
+    rows, columns = torch.where(regions.boxes)
+    # The left upper quarter of the picture, which the model sees whole.
+    assert (rows.max() + 1, columns.max() + 1) == (high // 2, wide // 2)
+    assert len(rows) == high * wide // 4
+
+
+def test_a_run_has_the_images_of_a_format_from_outside(lines, tmp_path):
+    generate(lines, tmp_path / "run", ("gradcam",), Search((0.5,)))
+    with MaskStore(tmp_path / "run/masks/small-gradcam.h5") as store:
+        assert store.settings["data_kind"] == "lines"
+        rows = store.rows(0, 3)
+        assert rows.label.tolist() == [0, 1, 2]
+        assert rows.areas.tolist() == (torch.eye(3) / 4).tolist()
+    shown = aft("gen-masks", "--show", tmp_path / "run/masks/small-gradcam.h5")
+    assert "classes: apple 1, pear 1, plum 1" in shown.out
+
+
+def test_an_unknown_format_is_refused_by_name(lines, tmp_path, monkeypatch):
+    data = open_data_set(lines, None, FRUIT)
+    monkeypatch.delitem(FORMATS, "lines")
+    for refused in (lambda: data.areas(0), lambda: data_name(lines, "lines", "train")):
+        with pytest.raises(
+            AftError, match="unknown format of data sets 'lines'; there are folders"
+        ):
+            refused()

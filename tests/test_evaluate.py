@@ -14,8 +14,7 @@ from PIL import Image
 from stored import NAMES, make_images, small_float
 
 from aftcli.core.methods import METHODS
-from aftcli.data.blocks import Processes
-from aftcli.data.contents import content_hash
+from aftcli.data.blocks import Processes, content_hash
 from aftcli.data.objects import Regions
 from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError

@@ -10,7 +10,8 @@ from voc import annotation, make_voc
 from aftcli.core.classifier import Preprocessing
 from aftcli.data.images import read_image, to_input
 from aftcli.data.objects import Objects
-from aftcli.data.sets import VOC_CLASSES, open_data_set
+from aftcli.data.sets import open_data_set
+from aftcli.data.voc import VOC_CLASSES
 from aftcli.errors import AftError
 
 # Resized to the shorter side of the pictures below: what the network sees are their own pixels.

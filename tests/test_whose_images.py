@@ -15,8 +15,7 @@ from aftcli.aft.run import Options, Tuned, fine_tune
 from aftcli.aft.training import choose_held_out
 from aftcli.cli.study import How, Wanted, evaluate
 from aftcli.core.weights import read_card
-from aftcli.data.blocks import Processes
-from aftcli.data.contents import content_of, pack, unpack
+from aftcli.data.blocks import Processes, content_of, pack, unpack
 from aftcli.errors import AftError
 from aftcli.evaluation import study as evaluate_jobs
 from aftcli.evaluation.study import Asked, find_studies

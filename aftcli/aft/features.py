@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from aftcli.aft.crop import Crop, crop, random_crop
 from aftcli.aft.loss import Batch, Features
 from aftcli.core.classifier import Classifier, tensors_hash
-from aftcli.data.blocks import Broken, Loaded, load_blocks
-from aftcli.data.contents import stamp_of
+from aftcli.data.blocks import Broken, Loaded, load_blocks, stamp_of
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, nearest
 from aftcli.files import make_folder, write_tensors

@@ -18,7 +18,7 @@ from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.models import with_new_head
 from aftcli.core.networks import outside_inference_mode
-from aftcli.data.sets import DataSet, Sample, not_its_classes, open_data_set, spread
+from aftcli.data.sets import DataSet, Sample, format_of, not_its_classes, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.files import file_stem
 from aftcli.tft.hdf5 import Rows, join_float
@@ -39,7 +39,7 @@ class Job:
         made: what the masks were made with, plain values.
         new_head: f's last layer was made anew for the classes of the data set.
         earlier: layers before f's that are tuned with it.
-        contents: of the images' files (`contents.content_of`) where a mask store says them:
+        contents: of the images' files (`content_of`) where a mask store says them:
             all of them must be readable; None where they are as found.
     """
 
@@ -127,7 +127,7 @@ def control_jobs(
             jobs.append(_control_of_masks(masked, f, data, split, limit, source.earlier))
         elif data is None:
             root, part = Path(made["data_set"]), split or made["split"]
-            above = root.parent if made["data_kind"] == "folders" and part else root
+            above = format_of(made["data_kind"]).above(root, part)
             jobs.append(control_job(f, above, part or None, limit, seed, source.earlier))
     if data is None or jobs:
         return jobs
@@ -255,7 +255,7 @@ class _StoredImages(NamedTuple):
 
     @property
     def contents(self) -> list[int]:
-        """Of the images' files (`contents.content_of`)."""
+        """Of the images' files (`content_of`)."""
         found: list[int] = np.concatenate([c.content for c in self.chunks])[self.picked].tolist()
         return found
 

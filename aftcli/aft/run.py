@@ -32,8 +32,7 @@ from aftcli.aft.training import Epoch, Measured, State, Step, Training
 from aftcli.core.classifier import Classifier, check_several, tensors_hash
 from aftcli.core.networks import outside_inference_mode
 from aftcli.core.weights import card_classes, checkpoint_of, read_card
-from aftcli.data.blocks import Broken
-from aftcli.data.contents import content_hash, contents_of, pack, stamp_of, unpack
+from aftcli.data.blocks import Broken, content_hash, contents_of, pack, stamp_of, unpack
 from aftcli.data.sets import DataSet, validation_of
 from aftcli.errors import AftError
 from aftcli.files import durable, locked, make_folder, sweep, write_tensors

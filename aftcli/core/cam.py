@@ -24,19 +24,14 @@ BATCH = 64  # head or network passes at a time
 
 
 def class_score(logits: Tensor, class_index: Tensor) -> Tensor:
-    """Pre-softmax score y^c, shape (N,), of classes, shape (N,), from logits, shape (N, C)."""
+    """Pick the pre-softmax score y^c, shape (N,), of classes, shape (N,), from logits (N, C)."""
     return logits.gather(1, class_index[:, None]).squeeze(1)
 
 
 def score_gradient(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
-    """dy^c / dA, shape (N, K, h, w): autograd through the head only.
+    """Compute dy^c / dA, shape (N, K, h, w): autograd through the head only.
 
     Where A depends on weights that are being trained, so does the gradient.
-
-    Args:
-        f: the classifier.
-        activation: A, shape (N, K, h, w).
-        class_index: c, shape (N,).
     """
     trained = torch.is_grad_enabled() and activation.requires_grad
     with torch.enable_grad():
@@ -46,26 +41,22 @@ def score_gradient(f: Classifier, activation: Tensor, class_index: Tensor) -> Te
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """A / b, and 0 where b is 0, in the gradient too."""
+    """Compute A / b, and 0 where b is 0, in the gradient too."""
     return torch.where(b != 0, a / torch.where(b != 0, b, 1), 0)
 
 
 def wide(values: Tensor) -> Tensor:
-    """Values in float32 where they are in half precision: for long sums and decompositions."""
+    """Return values of half precision in float32, for long sums and decompositions."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def weighted_sum(alpha: Tensor, activation: Tensor) -> Tensor:
-    """I_pre = ReLU(sum_k alpha_k A^k), shape (N, h, w) (§2.4)."""
+    """Compute I_pre = ReLU(sum_k alpha_k A^k), shape (N, h, w) (§2.4)."""
     return torch.einsum("nk,nkhw->nhw", alpha, activation).relu()
 
 
 def cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """CAM: alpha = the class's weights of the last linear layer.
-
-    Raises:
-        AftError: the head is not global average pooling and one linear layer.
-    """
+    """CAM: alpha = the class's weights of the last linear layer."""
     head = f.linear_head
     if head is None or not (head.is_last and head.is_mean):
         raise AftError(
@@ -136,7 +127,7 @@ def score_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
 
 
 def masked_scores(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """Scores y^c, shape (N, K), of x masked by each channel of A, scaled and upsampled."""
+    """Score x masked by each channel of A, scaled and upsampled: y^c, shape (N, K)."""
     channels = normalise(activation.flatten(0, 1)).view_as(activation)
     scores = []
     for a, c, x_n in zip(channels, class_index, x, strict=True):
@@ -161,7 +152,7 @@ def ablation_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tens
 
 
 def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
-    """Scores y_k^c, shape (N, K), with each channel of A set to zero; the stem never runs.
+    """Score A with each channel set to zero: y_k^c, shape (N, K); the stem never runs.
 
     Args:
         f: the classifier.
@@ -176,7 +167,7 @@ def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Te
 
 
 def _channel_features(head: LinearHead, activation: Tensor) -> Tensor:
-    """What zeroing each channel takes from the linear layer's input, shape (N, K, m)."""
+    """Compute what zeroing each channel takes from the linear layer's input, shape (N, K, m)."""
     taken = head.pool(activation) - head.pool(torch.zeros_like(activation[:1]))
     # Not len(): a tracer (serving.py) would take it for a fixed number.
     return taken.view(*activation.shape[:2], -1)  # type: ignore[no-any-return]
@@ -207,7 +198,7 @@ def ablated_before_mlp(head: LinearHead, activation: Tensor, class_index: Tensor
 
 
 def _contributions(weight: Tensor, taken: Tensor, alive: Tensor) -> Tensor:
-    """W_k pool(A^k) for the channels that are not empty, shape (len(alive), D)."""
+    """Compute W_k pool(A^k) for the channels that are not empty, shape (len(alive), D)."""
     by_channel = weight.view(len(weight), *taken.shape)
     # Row by row of W: the product of all at once would be as large as W itself.
     rows = (torch.einsum("dkm,km->dk", w, taken) for w in by_channel.split(256))
@@ -229,7 +220,7 @@ def ablated_by_batches(f: Classifier, activation: Tensor, class_index: Tensor) -
 
 
 def normalise(attribution: Tensor) -> Tensor:
-    """S: scale each map, shape (N, h, w), to [0, 1]; a constant one becomes zero (§3.1)."""
+    """Apply S: scale each map, shape (N, h, w), to [0, 1]; a constant one becomes zero (§3.1)."""
     low = attribution.amin((1, 2), keepdim=True)
     span = attribution.amax((1, 2), keepdim=True) - low
     return _ratio(attribution - low, span)
@@ -267,7 +258,7 @@ def stretch(attribution: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def to_cells(attribution: Tensor, activation: Tensor) -> Tensor:
-    """Maps at the activation's size, shape (N, h, w), in [0, 1].
+    """Average maps to the activation's size, shape (N, h, w), in [0, 1].
 
     One of the input's size is averaged over what each cell covers, and scaled again.
 
@@ -289,7 +280,7 @@ def scaled_map(
     method: str,
     cells: bool = False,
 ) -> Tensor:
-    """S(I_pre), in [0, 1]: of a CAM, shape (N, h, w), of other methods (N, H, W) (§3.1).
+    """Compute S(I_pre), in [0, 1]: of a CAM, shape (N, h, w), of other methods (N, H, W) (§3.1).
 
     Args:
         f: the classifier.
@@ -298,10 +289,6 @@ def scaled_map(
         x: inputs, shape (N, 3, H, W), normalised; CAMs but Score-CAM do not look.
         method: a key of METHODS.
         cells: average a map of pixels over the activation's cells, see `to_cells`.
-
-    Raises:
-        AftError: there is no such method, it needs what is not installed, it does not fit the
-            network, or its map is not finite.
     """
     with torch.no_grad():
         attribution = find_method(method).load()(f, activation, class_index, x)
@@ -321,7 +308,7 @@ def map_of(
     method: str,
     cells: bool = False,
 ) -> Tensor:
-    """I of inputs whose activation is known, shape (N, H, W); arguments as `attribution_map`."""
+    """Compute I of inputs whose activation is known, shape (N, H, W), as `attribution_map`."""
     return upsample(scaled_map(f, activation, class_index, x, method, cells), x)
 
 
@@ -329,7 +316,7 @@ def map_of(
 def attribution_map(
     f: Classifier, x: Tensor, class_index: Tensor | int, method: str, cells: bool = False
 ) -> Tensor:
-    """The attribution map I of a method, at the input's size (§2.4, §3.1).
+    """Compute the attribution map I of a method, at the input's size (§2.4, §3.1).
 
     Args:
         f: the classifier.
@@ -377,5 +364,5 @@ class Tuner(nn.Module):
         self.between = TUNERS[kind]()
 
     def forward(self, activation: Tensor) -> Tensor:
-        """f_tuner(A), shape (N, h, w), of activations A, shape (N, K, h, w)."""
+        """Compute f_tuner(A), shape (N, h, w), of activations A, shape (N, K, h, w)."""
         return self.combine(self.between(self.reduce(activation))).squeeze(1)  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ MOST_NAMED = 8  # classes in a message
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the input x of a model.
+    """The steps from an image to the input x of a model.
 
     Attributes:
         size: height and width of x, pixels.
@@ -46,17 +46,17 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and std, shape (3, 1, 1) each, of the type and device of another tensor."""
+        """Return mean and std, shape (3, 1, 1), of the type and device of another tensor."""
         mean, std = (like.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return mean, std
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as JSON gives them back."""
+        """Return plain values, as JSON gives them back."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The inverse of `as_dict`.
+        """Build it from the values of `as_dict`.
 
         Raises:
             AftError: the values, of a file, are none that an image can be prepared by.
@@ -96,7 +96,7 @@ class Classes:
 
     @classmethod
     def numbered(cls, count: int) -> Classes:
-        """Classes that nobody has named."""
+        """Make classes that nobody has named."""
         return cls(tuple(f"class {i}" for i in range(count)))
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class Classes:
         return self.synonyms(index)[0]
 
     def synonyms(self, index: int) -> list[str]:
-        """All names of a class."""
+        """Return all names of a class."""
         name = self.names[index]
         return [part.strip() for part in name.split(",")] if self.wnids else [name]
 
@@ -170,33 +170,25 @@ class Classes:
 
 
 def _plain(name: str) -> str:
-    """A name whatever its case, its underscores, its spaces and how accents are encoded."""
+    """Strip a name of its case, underscores, spaces and the encoding of its accents."""
     return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
 
 
 def _once(names: Iterable[str]) -> dict[str, int]:
-    """Places of the names that occur once."""
+    """Find the places of the names that occur once."""
     names = list(names)
     counts = Counter(names)
     return {name: index for index, name in enumerate(names) if counts[name] == 1}
 
 
 def probabilities(logits: Tensor) -> Tensor:
-    """Probabilities of classes, shape (N, C), from logits: their softmax (§2.1).
-
-    Raises:
-        AftError: see `check_several`.
-    """
+    """Compute probabilities of classes, shape (N, C), from logits: their softmax (§2.1)."""
     check_several(logits.shape[1])
     return logits.softmax(1)
 
 
 def check_several(classes: int) -> None:
-    """Check that there are classes enough for softmax to say something.
-
-    Raises:
-        AftError: there is one class, which would be certain whatever the network sees.
-    """
+    """Check that there are classes enough for softmax to say something."""
     if classes == 1:
         raise AftError(
             "the network has one output, so its class has probability 1 for every image; softmax "
@@ -206,7 +198,7 @@ def check_several(classes: int) -> None:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors, their names, shapes and types."""
+    """Compute the SHA-256 of tensors, their names, shapes and types."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -221,13 +213,13 @@ class Engine(Protocol):
     precision: str  # a key of aftcli.engine.accelerate.TOLERANCES
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it can run inputs of this shape and type."""
+        """Tell if it can run inputs of this shape and type."""
 
     def activation(self, x: Tensor) -> Tensor:
-        """A of inputs x, as `Classifier.activation`."""
+        """Compute A of inputs x, as `Classifier.activation`."""
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of inputs x, as the classifier itself."""
+        """Compute logits of inputs x, as the classifier itself."""
 
 
 class Classifier(nn.Module):
@@ -271,26 +263,26 @@ class Classifier(nn.Module):
         self.watch: Callable[[int], None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, shape (N, C), of inputs x, shape (N, 3, H, W)."""
+        """Compute logits, shape (N, C), of inputs x, shape (N, 3, H, W)."""
         if self.watch:
             self.watch(len(x))
         engine = self._engine_for(x)
         return engine.logits(x) if engine else self.head(self.activation(x))
 
     def activation(self, x: Tensor) -> Tensor:
-        """Activations A of layer l, shape (N, K, h, w), of inputs x, shape (N, 3, H, W)."""
+        """Compute activations A of layer l, shape (N, K, h, w), of x, shape (N, 3, H, W)."""
         engine = self._engine_for(x)
         return engine.activation(x) if engine else self.layer(self.stem(x))
 
     def with_engine(self, engine: Engine | None) -> Classifier:
-        """The same classifier, the modules shared, its passes without gradients on an engine."""
+        """Return a classifier of the same modules whose inference passes run on an engine."""
         fast = copy.copy(self)
         fast.engine = engine
         return fast
 
     @property
     def precision(self) -> str:
-        """Of passes without gradients: "no" is that of the weights."""
+        """Precision of inference passes; "no" means the weights' own dtype."""
         return self.engine.precision if self.engine else "no"
 
     def _engine_for(self, x: Tensor) -> Engine | None:
@@ -313,7 +305,7 @@ class Classifier(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
 

@@ -38,7 +38,7 @@ class CutPoint(NamedTuple):
 
 
 class _Tracer(fx.Tracer):
-    """Trace through the named modules only; all others are leaves."""
+    """A tracer of the named modules only; all others are leaves."""
 
     def __init__(self, opened: set[str]) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def _ancestors(name: str) -> set[str]:
 
 
 def _upstream(nodes: list[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    """All that the nodes depend on, themselves included, not looking behind `stop`."""
+    """Find all that the nodes depend on, themselves included, without looking behind `stop`."""
     seen: set[fx.Node] = set()
     todo = [node for node in nodes if node not in stop]
     while todo:
@@ -93,7 +93,7 @@ def _without_in_place(node: fx.Node) -> None:
 def _part(
     model: nn.Module, graph: fx.Graph, nodes: set[fx.Node], inputs: list[fx.Node], outputs: Argument
 ) -> fx.GraphModule:
-    """The part of a graph that computes `outputs` from `inputs`, as a module of its own."""
+    """Make a module of the part of a graph that computes `outputs` from `inputs`."""
     part = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     if len(inputs) == 1:
@@ -126,9 +126,6 @@ def cut(model: nn.Module, layer: str) -> Parts:
 
     Returns:
         Parts with head(layer(stem(x))) == model(x), bit for bit.
-
-    Raises:
-        AftError: there is no such module, or its output is not the only path to the logits.
     """
     names = layer.split("+")
     modules = dict(model.named_modules())
@@ -177,7 +174,7 @@ def cut(model: nn.Module, layer: str) -> Parts:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy of the model without its numbers: shapes for free."""
+    """Copy the model without its numbers: shapes for free."""
     memo: dict[int, Tensor] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -189,7 +186,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 
 class _Recorder(fx.Interpreter):
-    """Run a graph and keep the tensor that goes into and out of each module."""
+    """A run of a graph that keeps the tensors that go into and out of each module."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -236,10 +233,6 @@ def cut_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def cut_points(model: nn.Module, size: tuple[int, int] = (224, 224)) -> list[CutPoint]:
     """List the modules at whose output the model can be cut, in the order in which they run.
 
-    Args:
-        model: the network; it is not run, only a copy without numbers is.
-        size: height and width of the input, pixels.
-
     Returns:
         Cut points, the modules inside a container before the container.
     """
@@ -267,7 +260,7 @@ def _has_convolution(module: nn.Module) -> bool:
 
 
 def _is_pointwise(module: nn.Module) -> bool:
-    """A normalisation or activation: it belongs to the layer before it."""
+    """Tell if a module is a normalisation or activation, which belongs to the layer before it."""
     # torchvision's Conv2dNormActivation has a norm in its name, and a convolution in it.
     if _has_convolution(module):
         return False
@@ -279,15 +272,8 @@ def _is_pointwise(module: nn.Module) -> bool:
 def last_layer(model: nn.Module, size: tuple[int, int] = (224, 224)) -> str:
     """Find the last convolutional layer with spatial extent, its norm and activation included.
 
-    Args:
-        model: the network.
-        size: height and width of the input, pixels.
-
     Returns:
         A name that `cut` takes.
-
-    Raises:
-        AftError: no layer with spatial extent is on the only path to the logits.
     """
     try:
         points = cut_points(model, size)

@@ -36,10 +36,6 @@ class LinearHead(NamedTuple):
 def linear_head(head: nn.Module, shape: tuple[int, int, int]) -> LinearHead | None:
     """Split a head at its first linear layer, if what is before it mixes no channels.
 
-    Args:
-        head: from A to logits.
-        shape: (K, h, w) of A.
-
     Returns:
         The split, or None where the head has no such form (a convolutional head, say).
     """

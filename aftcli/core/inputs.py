@@ -1,4 +1,4 @@
-"""Inputs x and classes c that callers of the public API give, checked once."""
+"""Checks of the inputs x and classes c that callers of the public API give."""
 
 from __future__ import annotations
 
@@ -12,16 +12,7 @@ from aftcli.errors import AftError
 
 
 def first_activation(f: Classifier, x: Tensor, count: int | None = None) -> Tensor:
-    """Compute A of inputs that a caller gave, shape (N, K, h, w), without gradients.
-
-    Args:
-        f: the classifier.
-        x: inputs, shape (N, 3, H, W), normalised.
-        count: N that is needed; None for any.
-
-    Raises:
-        AftError: x is no such tensor, or of another type or device than the weights.
-    """
+    """Compute A of inputs that a caller gave, shape (N, K, h, w), without gradients."""
     check_shape(x, count)
     try:
         with torch.no_grad():
@@ -43,15 +34,7 @@ def first_activation(f: Classifier, x: Tensor, count: int | None = None) -> Tens
 
 
 def check_shape(x: Tensor, count: int | None = None) -> None:
-    """Check that x is a batch of images.
-
-    Args:
-        x: what was given for inputs, shape (N, 3, H, W).
-        count: N that is needed; None for any.
-
-    Raises:
-        AftError: it has another form.
-    """
+    """Check that x is a batch of images."""
     if not isinstance(x, Tensor):
         raise AftError(
             f"x must be a tensor of shape (N, 3, H, W), got {type(x).__name__}; to_input makes one "
@@ -74,9 +57,6 @@ def class_indices(
         given: c of each image; a plain number where there is one image.
         count: N.
         device: where the tensor is needed.
-
-    Raises:
-        AftError: there are more or fewer than images, or they are no classes of f's.
     """
     try:
         classes = torch.as_tensor(given, device=device)

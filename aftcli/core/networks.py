@@ -1,4 +1,4 @@
-"""Networks as users bring them: wrapped, made in inference mode, or not made to be copied."""
+"""Users' networks: wrapped, made in inference mode, or hard to copy."""
 
 from __future__ import annotations
 
@@ -48,11 +48,7 @@ def _usual(value: object) -> object:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Take off what runs a network elsewhere: DataParallel, torch.compile.
-
-    Raises:
-        AftError: it is a ScriptModule, whose forward torch.fx can't read.
-    """
+    """Take off what runs a network elsewhere: DataParallel, torch.compile."""
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -73,13 +69,6 @@ def copied(what: Copied, memo: dict[int, Any] | None = None) -> Copied:
 
     Weight norm, spectral norm and pruning keep their weights so, networks their activations. The
     copies are values without a history.
-
-    Args:
-        what: a module, or tuples of them.
-        memo: what stands for objects, by their id, as deepcopy takes it.
-
-    Raises:
-        AftError: the network holds something else that can't be copied, a lock say.
     """
     computed = {id(tensor): tensor.detach().clone() for tensor in with_history(what)}
     try:
@@ -113,7 +102,7 @@ def with_history(what: object) -> Iterator[Tensor]:
 
 
 def computes_weights(module: nn.Module) -> bool:
-    """Whether weights are made of others at each pass: by parametrizations, norms or pruning."""
+    """Tell if weights are computed at each pass: by parametrizations, norms or pruning."""
     return is_parametrized(module) or any(map(_remaking, module.modules()))
 
 

@@ -30,13 +30,7 @@ TUNER = "aft_tuner."
 def checkpoint_of(
     f: Classifier, tuner: Tuner | None, card: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A classifier and its card as the tensors and the metadata of a safetensors file.
-
-    Args:
-        f: the classifier.
-        tuner: f_tuner; None for a control.
-        card: further entries, of plain values.
-    """
+    """Return a classifier and its card as tensors and metadata of a safetensors file."""
     tensors = f.weights()
     if tuner is not None:
         tensors |= {f"{TUNER}{name}": value for name, value in tuner.state_dict().items()}
@@ -53,7 +47,7 @@ def checkpoint_of(
 
 
 def _sealed(card: Mapping[str, Any]) -> str:
-    """JSON with a hash of itself: one flipped bit would be other settings."""
+    """Write JSON with a hash of itself: one flipped bit would be other settings."""
     text = json.dumps(card, sort_keys=True)
     return json.dumps({"card": json.loads(text), "sha256": _hash(text)}, sort_keys=True)
 
@@ -101,7 +95,7 @@ def read_card(path: Path) -> dict[str, Any] | None:
 
 
 def _check_form(path: Path, card: Any) -> None:  # noqa: ANN401 - what JSON gives
-    """Refuse a card that says nothing that a classifier can be made of; a seal is easily made."""
+    """Refuse a card that no classifier can be made of; a seal is easily made."""
     try:
         Preprocessing.from_dict(card["preprocessing"])
         names = [*card["classes"]["names"], *card["classes"]["wnids"]]
@@ -122,24 +116,15 @@ def _damaged(path: Path) -> AftError:
 
 
 def card_classes(card: Mapping[str, Any]) -> Classes:
-    """The classes that a card names."""
+    """Return the classes that a card names."""
     return Classes(tuple(card["classes"]["names"]), tuple(card["classes"]["wnids"]))
 
 
 def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
     """Put a checkpoint's weights into a classifier of the same architecture.
 
-    Args:
-        f: the classifier; its weights are replaced.
-        path: of the checkpoint.
-        card: its card.
-
     Returns:
         The tuner; None where the file is a control's.
-
-    Raises:
-        AftError: the file is damaged, or does not fit the classifier, or has weights that are
-            no numbers.
     """
     try:
         tensors = load_file(path)
@@ -181,9 +166,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Args:
         path: `.safetensors`, or a file of torch.save (read with weights_only=True); a wrapper
             `{"state_dict": …}` is taken off.
-
-    Raises:
-        AftError: there is no such file, it is damaged, or it holds no state dict.
     """
     check_checkpoint(path)
     try:
@@ -214,11 +196,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def _own_names(
     saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """A state dict under the model's own names, and the prefixes that were taken off.
-
-    Raises:
-        AftError: the file holds weights twice, under different prefixes.
-    """
+    """Rename a state dict to the model's own names; return the prefixes that were taken off too."""
     origin: dict[str, str] = {}
     for key in saved:
         own = key
@@ -245,6 +223,6 @@ def _check_archive(path: Path) -> None:
 
 
 def _is_dense(value: Tensor) -> bool:
-    """Whether a tensor's numbers are all there, one by one: others may claim any size."""
+    """Tell if a tensor's numbers are all there, one by one: others may claim any size."""
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()

@@ -1,7 +1,10 @@
-"""Decode the images of a data set, block by block, in worker processes."""
+"""Images of a data set, decoded block by block in worker processes, and hashes of their files."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -10,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,14 +22,19 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from aftcli.core.classifier import Preprocessing
-from aftcli.data.contents import GONE, content_of, stamp_of
 from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError
+from aftcli.files import durable
+
+T = TypeVar("T")
+
+
+GONE = 0  # the content of what can't be read
 
 
 class Broken(NamedTuple):
-    """An image that could not be read; `content` is that of its file (`contents.content_of`)."""
+    """An image that can't be read, and the content of its file (`content_of`)."""
 
     path: str
     reason: str
@@ -33,7 +42,7 @@ class Broken(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A block of images, decoded.
+    """A decoded block of images.
 
     An array, not a tensor: workers would hand tensors over in shared memory, which containers
     keep small.
@@ -43,8 +52,8 @@ class Loaded(NamedTuple):
         x: inputs of the images that could be read, shape (n, 3, H, W).
         indices: which these are.
         broken: the others.
-        contents: of the files of the inputs, shape (n,) int64 (`contents.content_of`).
-        stamps: of these files, shape (n, 2) int64 (`contents.stamp_of`).
+        contents: of the files of the inputs, shape (n,) int64 (`content_of`).
+        stamps: of these files, shape (n, 2) int64 (`stamp_of`).
     """
 
     block: int
@@ -56,7 +65,7 @@ class Loaded(NamedTuple):
 
 
 class _Blocks(Dataset[Loaded]):
-    """Decodes the images of a block; runs in the worker processes."""
+    """Blocks of images, decoded in the worker processes."""
 
     def __init__(
         self,
@@ -92,7 +101,7 @@ class _Blocks(Dataset[Loaded]):
 
 
 def batches(loaded: Loaded, size: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Inputs of a block on a device, batch by batch, the next one already on its way there.
+    """Move the inputs of a block to a device, batch by batch, one batch ahead.
 
     Args:
         loaded: the block.
@@ -126,18 +135,8 @@ def load_blocks(
 ) -> Iterator[Loaded]:
     """Decode blocks of images, in worker processes.
 
-    Args:
-        preprocessing: of the model.
-        data_set: the images.
-        spans: which images each block holds.
-        todo: which blocks to decode, in this order.
-        workers: how many processes; 0 decodes in this one.
-
     Yields:
         Each block of `todo`, in its order.
-
-    Raises:
-        AftError: a worker died.
     """
     if not todo:
         return
@@ -161,11 +160,8 @@ def load_blocks(
         ) from error
 
 
-T = TypeVar("T")
-
-
 def begin_worker(_: int) -> None:
-    """Set up a worker process: Ctrl-C is its parent's matter, and it does not outlive that."""
+    """Set up a worker process that leaves Ctrl-C to its parent and ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
@@ -184,7 +180,7 @@ def _end_with(parent: int | None) -> None:
 
 
 class _Deaths:
-    """Holds back what torch raises when a worker dies until a block is awaited.
+    """A guard that holds back what torch raises when a worker dies until a block is awaited.
 
     torch raises it from a signal's handler, wherever the process is: amid a pass or a write,
     whose error it then seems to be.
@@ -244,7 +240,7 @@ _deaths = _Deaths()
 
 
 def awaited(loader: Iterable[T]) -> Iterator[T]:
-    """What a loader loads; that one of its workers died is raised only while that is awaited."""
+    """Iterate over a loader; raise the death of a worker only while a block is awaited."""
     blocks = iter(loader)
     with _deaths.held():
         try:
@@ -269,7 +265,7 @@ PARTS = 4000  # blocks, at the most
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that share a run, as torchrun and accelerate launch start them.
+    """A process and how many share its run, as torchrun and accelerate launch start them.
 
     Attributes:
         index: of this one.
@@ -286,3 +282,108 @@ def spans_of(count: int, block: int | None = None) -> list[range]:
     """Divide images into blocks: small enough to lose little, few enough for any file system."""
     size = block or max(BLOCK, -(-count // PARTS))
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Return a file's size in bytes and time of the last change in ns; zeros if it is missing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return (0, 0)
+    return found.st_size, found.st_mtime_ns
+
+
+def content_of(path: Path) -> int:
+    """Hash a file: the first 64 bits of its SHA-256, signed; GONE if it can't be read."""
+    try:
+        return _short(_file_hash(path))
+    except OSError:
+        return GONE
+
+
+def _short(sha256: str) -> int:
+    return int.from_bytes(bytes.fromhex(sha256)[:8], "little", signed=True)
+
+
+def changed(paths: Iterable[Path], contents: np.ndarray, stamps: np.ndarray) -> Iterator[int]:
+    """Find the files whose content has changed; those of the same stamp are not read.
+
+    Args:
+        paths: n files.
+        contents: of each when it was used, shape (n,) int64.
+        stamps: likewise, shape (n, 2) int64.
+
+    Yields:
+        Their places; not those of files that can't be read, which their reader reports.
+    """
+    for i, (path, content, stamp) in enumerate(zip(paths, contents, stamps, strict=True)):
+        if stamp_of(path) != (stamp[0], stamp[1]) and content_of(path) not in (content, GONE):
+            yield i
+
+
+def content_hash(files: Iterable[Path], known_in: Path) -> str:
+    """Hash files' names and contents; a content is read again only if it changed.
+
+    Args:
+        files: in their order.
+        known_in: a JSON file that remembers size, time and hash of each.
+
+    """
+    digest = hashlib.sha256()
+    for path, found in _hashes(files, known_in):
+        digest.update(os.fsencode(f"{path.parent.name}/{path.name} {found or 'unreadable'}\n"))
+    return digest.hexdigest()
+
+
+def contents_of(files: Iterable[Path], known_in: Path) -> list[int]:
+    """Return the content of each file (`content_of`); arguments as for `content_hash`."""
+    return [_short(found) if found else GONE for _, found in _hashes(files, known_in)]
+
+
+def pack(contents: Iterable[int]) -> str:
+    """Turn contents into text, each once.
+
+    >>> sorted(unpack(pack([3, -1, 3])))
+    [-1, 3]
+    """
+    return base64.b64encode(np.unique(np.array([*contents], "<i8")).tobytes()).decode()
+
+
+def unpack(text: str) -> frozenset[int]:
+    """Turn the text of `pack` back into contents."""
+    return frozenset(np.frombuffer(base64.b64decode(text), "<i8").tolist())
+
+
+def _hashes(files: Iterable[Path], known_in: Path) -> list[tuple[Path, str]]:
+    """Hash files by SHA-256, "" for those that can't be read; remember them in `known_in`."""
+    known = _known(known_in)
+    seen: dict[str, list[Any]] = {}
+    found = []
+    for path in files:
+        name = str(path.absolute())
+        try:
+            stat = path.stat()
+            at = [stat.st_size, stat.st_mtime_ns]
+            old = known.get(name)
+            new = old if old and old[:2] == at else [*at, _file_hash(path)]
+        except OSError:
+            new = [0, 0, "unreadable"]
+        seen[name] = new
+        found.append((path, "" if new[2] == "unreadable" else str(new[2])))
+    if any(known.get(name) != value for name, value in seen.items()):
+        with durable(known_in) as temporary:
+            temporary.write_text(json.dumps({**known, **seen}), encoding="utf-8")
+    return found
+
+
+def _known(path: Path) -> dict[str, list[Any]]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

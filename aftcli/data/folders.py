@@ -1,23 +1,30 @@
-"""Which folders of a data set are its classes, which its splits, and which neither."""
+"""Class folders as a format of data sets: tells classes, splits and other folders apart."""
 
 from __future__ import annotations
 
+import csv
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.core.classifier import Classes
+from aftcli.data.sets import (
+    Annotations,
+    DataSet,
+    Format,
+    Listed,
+    Marks,
+    Sample,
+    map_to_model,
+    split_kind,
+)
 from aftcli.data.text import SUFFIXES
 from aftcli.errors import AftError
-
-# Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+from aftcli.files import inside
 
 # Names that only splits have, such as `train2017` and `my_test_set`, but that say not which.
 SPLIT_LIKE = re.compile(
@@ -33,9 +40,121 @@ CLUTTER = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"})
 
 MOST_NAMED = 5  # folders in a message
 
+EDGES = ("x1", "y1", "x2", "y2")
+
+
+class ClassFolders(Format):
+    """A folder of class folders, or one of splits of such, as ImageNet's."""
+
+    named_by_folder = True
+
+    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet:
+        """Open any folder, or refuse it; see `Format.open`."""
+        part = find_split(path, split, classes, default)
+        path = path / part.folder
+        below = pictures_of(path)
+        if not below.found and not below.empty:
+            raise AftError(
+                f"{path}: is no data set: it has no class folders, no train/ and val/, and no "
+                "VOC2012/ImageSets/Segmentation"
+            )
+        folders = list(below.found)
+        labels = map_to_model(folders, classes)
+        if labels is None:
+            _refuse_strange(path, folders, classes)
+        samples = [
+            Sample(f"{folder}/{name}", index if labels is None else labels[index])
+            for index, folder in enumerate(folders)
+            for name in below.found[folder]
+        ]
+        names = tuple(folders) if labels is None else classes.names
+        notes = (*part.notes, *below.skipped)
+        return DataSet(
+            "folders", path, part.folder, names, labels is not None, samples, notes=notes
+        )
+
+    def above(self, root: Path, split: str) -> Path:
+        """Return the folder of the splits' folders."""
+        return root.parent if split else root
+
+    def has_split(self, root: Path, split: str) -> bool:
+        """Tell if there is a folder with a usual name of a split."""
+        return root.is_dir() and any(split_kind(name) == split for name in _folders(root)[0])
+
+    def annotations(self, data_set: DataSet) -> Annotations:
+        """Return the boxes of SPLIT_boxes.csv."""
+        return _Boxes(data_set)
+
+
+class _Boxes(Annotations):
+    """Boxes of SPLIT_boxes.csv beside the split's folder.
+
+    The csv has the columns `file,x1,y1,x2,y2`: the image below the split's folder, and a box of
+    an object of its label in the picture's pixels, both ends included. Columns `width,height` say
+    which picture these are pixels of, where EXIF turns it: the stored or the shown one.
+    """
+
+    def __init__(self, data_set: DataSet) -> None:
+        super().__init__(data_set)
+        self.listed = _read_boxes(self.table) if self.table else {}
+
+    @cached_property
+    def table(self) -> Path | None:
+        root, split = self.data_set.root, self.data_set.split
+        if not split:
+            return None
+        path = inside(root.parent, f"{split}_boxes.csv", self.data_set.named)
+        return path if path.is_file() else None
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        return frozenset({"boxes"} if self.listed else ())
+
+    def files(self) -> Iterator[Path]:
+        if self.table:
+            yield self.table
+
+    def marks(self, index: int, class_index: int) -> Marks | None:
+        sample = self.data_set.samples[index]
+        boxes = self.listed.get(sample.name, []) if class_index == sample.label else []
+        return Marks(boxes, self.table) if boxes and self.table else None
+
+
+def _read_boxes(path: Path) -> dict[str, list[Listed]]:
+    boxes: dict[str, list[Listed]] = defaultdict(list)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            missing = {"file", *EDGES} - set(rows.fieldnames or ())
+            if missing:
+                raise KeyError(min(missing))
+            for row in rows:
+                size = (row.get(side) for side in ("width", "height"))
+                boxes[row["file"]].append(Listed.read((row[k] for k in EDGES), size, first=0))
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise AftError(
+            f"{path}: can't be read as boxes ({str(error)[:160]!r}); its columns are "
+            "file,x1,y1,x2,y2"
+        ) from error
+    return boxes
+
+
+def _refuse_strange(path: Path, folders: list[str], classes: Classes) -> None:
+    """Refuse folders of which only some are the model's classes."""
+    found = classes.match(folders)
+    strange = [name for name, index in zip(folders, found, strict=True) if index is None]
+    if strange and len(strange) < len(folders):
+        one = len(strange) == 1
+        raise AftError(
+            f"{path}: {len(strange)} of {len(folders)} class folders "
+            f"{'is no class' if one else 'are no classes'} of the model: {listed(strange)}; to "
+            f"leave {'it' if one else 'them'} out, move {'it' if one else 'them'} elsewhere or "
+            f"put a dot before {'its name' if one else 'their names'}"
+        )
+
 
 class Pictures(NamedTuple):
-    """Pictures below folders.
+    """The pictures below class folders.
 
     Attributes:
         found: paths below each class folder, by its name, sorted.
@@ -56,17 +175,8 @@ class Split(NamedTuple):
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder is none of the data set's: hidden, or left by a system."""
+    """Tell if a file or folder is none of the data set's: hidden, or left by a system."""
     return name.startswith(".") or name in CLUTTER
-
-
-def split_kind(name: str) -> str:
-    """Name the kind of a split: a key of SPLITS, "" for another name.
-
-    >>> split_kind("Validation")
-    'val'
-    """
-    return next((kind for kind, names in SPLITS.items() if name.lower() in names), "")
 
 
 def pictures_of(path: Path) -> Pictures:
@@ -89,13 +199,13 @@ def pictures_of(path: Path) -> Pictures:
 
 
 def _folders(path: Path) -> tuple[list[str], list[str]]:
-    """Folders in a folder, sorted: those of the data set, hidden ones."""
+    """List the folders in a folder, sorted: those of the data set, and hidden ones."""
     names = sorted(p.name for p in path.iterdir() if p.is_dir())
     return [n for n in names if not is_hidden(n)], [n for n in names if is_hidden(n)]
 
 
 def _pictures_below(folder: Path) -> tuple[list[str], int]:
-    """Pictures in a folder and its subfolders, relative to it, sorted; how many are hidden.
+    """List the pictures below a folder, relative to it, sorted; count the hidden ones.
 
     Links to folders are not followed.
     """
@@ -109,7 +219,7 @@ def _pictures_below(folder: Path) -> tuple[list[str], int]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """The pictures in a folder and each of its subfolders, by their path from it."""
+    """Yield the pictures in a folder and each of its subfolders, by their path from it."""
     for where, _, files in os.walk(folder):
         names = [name for name in files if _is_picture(name)]
         yield Path(where).relative_to(folder), names
@@ -134,17 +244,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def find_split(path: Path, split: str | None, classes: Classes, default: str) -> Split:
-    """Find the split that is asked for, or that the folders are classes.
-
-    Args:
-        path: of the data set.
-        split: its name, or a usual one of its kind; default `default`, where there are splits.
-        classes: the model's.
-        default: the kind that is taken where none is asked for.
-
-    Raises:
-        AftError: the folders look like splits under unknown names, or have not this one.
-    """
+    """Find the split that is asked for, or that the folders are classes."""
     folders, _ = _folders(path)
     known = [name for name in folders if split_kind(name)]
     others = [name for name in folders if name not in known and _has_pictures(path / name)]
@@ -165,11 +265,6 @@ def find_split(path: Path, split: str | None, classes: Classes, default: str) ->
             "are"
         )
     return Split("", notes)
-
-
-def has_split(path: Path, kind: str) -> bool:
-    """Tell whether a folder holds a split of a kind, a key of SPLITS."""
-    return any(split_kind(name) == kind for name in _folders(path)[0])
 
 
 def _are_splits(path: Path, known: list[str], others: list[str]) -> bool:

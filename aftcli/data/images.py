@@ -167,13 +167,13 @@ LONGEST = 16
 
 
 class View(NamedTuple):
-    """What of a picture the model sees: scale it to `scaled`, then crop `crop` of that."""
+    """The part of a picture that the model sees: `crop` of the picture scaled to `scaled`."""
 
     scaled: tuple[int, int]
     crop: tuple[int, int, int, int]
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom of the view in pixels of a picture of `size` (w, h)."""
+        """Return left, top, right, bottom of the view in pixels of a picture of `size` (w, h)."""
         across, down = size[0] / self.scaled[0], size[1] / self.scaled[1]
         left, top, right, bottom = self.crop
         return (left * across, top * down, right * across, bottom * down)
@@ -185,15 +185,7 @@ class _TooLargeError(Exception):
 
 @contextmanager
 def open_picture(path: Path) -> Iterator[Image.Image]:
-    """Open a picture; its pixels are read by those who ask for them.
-
-    Args:
-        path: of the file.
-
-    Raises:
-        AftError: the file is missing, damaged, no picture of FORMATS, or too large; also where
-            this is found out by those who read its pixels.
-    """
+    """Open a picture; what is wrong is an AftError, also while its pixels are read later."""
     try:
         if path.stat().st_size == 0:
             raise AftError(f"{path}: the file is empty")
@@ -215,7 +207,7 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 
 @contextmanager
 def _quiet(path: Path) -> Iterator[None]:
-    """Keep stderr from libtiff and its reader: what is wrong they say there and as an error too."""
+    """Keep stderr from libtiff and its reader, which report as an error too."""
     with path.open("rb") as file:
         start = file.read(4)
     if start not in TIFF or sys.stderr is None:
@@ -245,6 +237,16 @@ def _check_size(image: Image.Image, path: Path) -> None:
             raise _TooLargeError(f"{image.width} x {image.height} pixels in {scans} scans")
 
 
+def image_labels(segmentation: Image.Image, path: Path) -> Image.Image:
+    """Return a segmentation after checking that its pixels are classes."""
+    if segmentation.mode not in ("L", "P"):
+        raise AftError(
+            f"{path}: a segmentation has a class a pixel, this is {segmentation.mode}; save it "
+            "with a palette"
+        )
+    return segmentation
+
+
 def read_image(path: str | Path) -> Image.Image:
     """Read a picture as people see it: upright, 8 bits, RGB, transparency over white.
 
@@ -261,11 +263,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def read_turn(path: Path) -> Turn:
-    """Read how a picture is turned upright.
-
-    Raises:
-        AftError: as `read_image`.
-    """
+    """Read how a picture is turned upright."""
     with open_picture(path) as image:
         return turn_of(image)
 
@@ -282,7 +280,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
-    """The left upper corners and the pixels of a picture's tiles."""
+    """Yield the left upper corner and the pixels of each tile of a picture."""
     width, height = image.size
     for top in range(0, height, TILE):
         for left in range(0, width, TILE):
@@ -291,7 +289,7 @@ def _tiles(image: Image.Image) -> Iterator[tuple[tuple[int, int], Image.Image]]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of larger integers or floats, shape (H, W), as one of 8 bits."""
+    """Turn a picture of larger integers or floats, shape (H, W), into one of 8 bits."""
     top = np.float32(0)
     for _, tile in _tiles(image):
         values = np.asarray(tile, dtype=np.float32)
@@ -317,7 +315,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def view_of(size: tuple[int, int], preprocessing: Preprocessing) -> View:
-    """Find what of a picture of `size` (width, height) the model sees."""
+    """Find the part of a picture of `size` (width, height) that the model sees."""
     high, wide = preprocessing.size
     if preprocessing.resize is None:
         return View((wide, high), (0, 0, wide, high))

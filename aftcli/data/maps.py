@@ -31,7 +31,7 @@ SPAN = 1e-3  # how far from 0 and 1 the smallest and largest cell may be compute
 
 
 class Place(NamedTuple):
-    """What a map is taken to cover.
+    """The part of a picture that a map is taken to cover.
 
     Attributes:
         frame: "view", what the network sees; "shown" or "stored", the whole picture as EXIF turns
@@ -94,7 +94,7 @@ def assumed(size: Size, place: Place, turn: Turn) -> str:
 
 
 def already_scaled(values: Tensor) -> bool:
-    """Find whether a map, shape (h, w), was scaled to [0, 1] by cells and then stretched.
+    """Tell if a map, shape (h, w), was scaled to [0, 1] by cells and then stretched.
 
     So are those that `--save map` writes: their largest value is below 1 where no pixel's centre
     falls on that of the largest cell. Scaled again they would be other maps.
@@ -108,7 +108,7 @@ def already_scaled(values: Tensor) -> bool:
 
 
 def _cells(values: Tensor) -> Tensor | None:
-    """The rows, shape (n, w), that a map's, shape (h, w), are stretched from; None of others."""
+    """Find the rows, shape (n, w), that a map's, shape (h, w), are stretched from, if they are."""
     height, width = values.shape
     some = values[:, :: -(-width // SOME)]
     for count in range(1, min(height, MOST_CELLS + 1)) if height <= TALLEST else ():
@@ -121,7 +121,7 @@ def _cells(values: Tensor) -> Tensor | None:
 
 
 def _lie_in(basis: Tensor, columns: Tensor) -> bool:
-    """Whether columns, shape (h, w), are combinations of an orthonormal basis's, shape (h, n)."""
+    """Tell if columns, shape (h, w), are combinations of an orthonormal basis's, shape (h, n)."""
     return bool((columns - basis @ (basis.T @ columns)).abs().max() < ROUNDING)
 
 
@@ -139,10 +139,6 @@ def read_map(path: Path) -> Tensor:
     Returns:
         The map, shape (h, w), float64, scaled to magnitudes of at most 1; one that is scaled and
         stretched already, as `--save map` writes it, is as it was.
-
-    Raises:
-        AftError: the file is missing, damaged or of another kind, or its array is not a
-            finite, two-dimensional one of numbers.
     """
     if not path.is_file():
         raise AftError(f"{path}: there is no such map file")
@@ -269,7 +265,7 @@ def fit_map(
 
 
 def _seen(values: Tensor, size: tuple[int, int], view: View) -> Tensor:
-    """What the model sees of a map of the whole picture, which is upright."""
+    """Cut what the model sees out of a map of the whole upright picture."""
     high, wide = values.shape
     left, top, right, bottom = view.crop
     if (wide, high) != size and (wide < view.scaled[0] or high < view.scaled[1]):

@@ -1,4 +1,4 @@
-"""Data sets: class folders, the ImageNet layout, Pascal VOC."""
+"""Data sets: labelled images of one of the FORMATS, each of which is one file."""
 
 from __future__ import annotations
 
@@ -6,37 +6,35 @@ import contextlib
 import hashlib
 import math
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
-from textwrap import shorten
-from typing import NamedTuple
-from xml.etree import ElementTree
-
-from PIL import Image
+from typing import NamedTuple, cast
 
 from aftcli.core.classifier import Classes
-from aftcli.data.folders import find_split, has_split, listed, pictures_of, split_kind
-from aftcli.data.images import open_picture
-from aftcli.data.text import read_text, read_xml, reason
+from aftcli.data.images import Box, Size
 from aftcli.errors import AftError
 from aftcli.files import check_folder, inside
 
-VOC_CLASSES = tuple(
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-    "person pottedplant sheep sofa train tvmonitor".split()
-)
+# Where each Format is, by the name that files keep it under. The last is tried first; class
+# folders take what is left.
+FORMATS = {
+    "folders": "aftcli.data.folders:ClassFolders",
+    "voc": "aftcli.data.voc:Voc",
+}
 
-YEAR = re.compile(r"VOC\d{4}", re.IGNORECASE)
-
-MOST_SAID = 20  # images that are left out are named, of more only their number
-
-LONGEST = 200  # bytes of a name in a list of VOC; systems allow 255 with the ending
+# Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 
 
 class Sample(NamedTuple):
-    """One image of a data set.
+    """An image of a data set.
 
     Attributes:
         name: path below the data set's root, with forward slashes.
@@ -52,10 +50,10 @@ class DataSet:
     """Labelled images in a fixed order.
 
     Attributes:
-        kind: "folders" or "voc".
+        kind: the name of its format, a key of FORMATS.
         root: the folder that names are relative to.
         split: "train", "val", …; "" for a data set without splits.
-        classes: names of the labels: the model's where they could be mapped to it, else the
+        classes: names of the labels: the model's where they could be mapped to it, otherwise the
             data set's own.
         mapped: the labels are the model's classes.
         samples: the images.
@@ -72,8 +70,13 @@ class DataSet:
     named: Path | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def format(self) -> Format:
+        """The format that it has."""
+        return format_of(self.kind)
+
     def path(self, index: int) -> Path:
-        """The file of an image.
+        """Return the file of an image.
 
         Raises:
             AftError: it lies outside the data set.
@@ -81,7 +84,7 @@ class DataSet:
         return self.beside(self.samples[index].name)
 
     def beside(self, name: str) -> Path:
-        """A file below the root.
+        """Return a file below the root.
 
         Raises:
             AftError: it lies outside the data set.
@@ -89,16 +92,14 @@ class DataSet:
         return inside(self.root, name, self.named)
 
     def files(self) -> Iterator[Path]:
-        """The files of the images, but for those outside the data set."""
+        """Return the files of the images, but for those outside the data set."""
         for sample in self.samples:
             with contextlib.suppress(AftError):
                 yield self.beside(sample.name)
 
     def areas(self, index: int) -> list[float]:
-        """Share of the picture that each class covers; only VOC pictures show several."""
-        if self.kind == "voc":
-            return _voc_areas(self.root, Path(self.samples[index].name).stem, self.named)[0]
-        return []
+        """Return the share of a picture that each class covers, where its format says so."""
+        return self.format.areas(self, index)
 
     def limited(self, count: int | None) -> DataSet:
         """Keep `count` images, evenly spread over the classes' order; None keeps all."""
@@ -107,11 +108,154 @@ class DataSet:
         return replace(self, samples=[self.samples[i] for i in spread(len(self.samples), count)])
 
     def fingerprint(self) -> str:
-        """A hash of the images' names and labels, in their order."""
+        """Hash the images' names and labels, in their order."""
         digest = hashlib.sha256()
         for sample in self.samples:
             digest.update(os.fsencode(f"{sample.name}\0{sample.label}\n"))
         return digest.hexdigest()[:16]
+
+
+class Listed(NamedTuple):
+    """A box, and the width and height of the picture that it was drawn in; None if not said."""
+
+    box: Box
+    size: Size | None
+
+    @classmethod
+    def read(cls, edges: Iterable[str], size: Iterable[str | None], first: int) -> Listed:
+        """Read a box from texts.
+
+        Args:
+            edges: left, top, right, bottom, both ends in the box.
+            size: width and height, which some tools leave out or write as zeros.
+            first: the number of the first pixel.
+
+        Raises:
+            ValueError: an edge is no finite number.
+        """
+        left, top, right, bottom = _finite(edges)
+        last = 1 - first
+        return cls((left - first, top - first, right + last, bottom + last), _size(size))
+
+
+def _finite(texts: Iterable[str]) -> tuple[float, ...]:
+    edges = tuple(float(text) for text in texts)
+    if not all(map(math.isfinite, edges)):
+        raise ValueError(f"a box is {edges}")
+    return edges
+
+
+def _size(texts: Iterable[str | None]) -> Size | None:
+    try:
+        width, height = _finite(text or "0" for text in texts)
+    except ValueError:
+        return None
+    return (int(width), int(height)) if min(width, height) > 0 else None
+
+
+class Marks(NamedTuple):
+    """Objects of one class in a picture, as the files of a data set have them.
+
+    Attributes:
+        boxes: of the objects.
+        boxes_file: the file that lists them.
+        segmentation: a picture whose pixels are labels; None where there is none.
+        label: the label of the class's pixels.
+        void: the label of pixels that do not count; None where all count.
+    """
+
+    boxes: list[Listed]
+    boxes_file: Path
+    segmentation: Path | None = None
+    label: int = 1
+    void: int | None = None
+
+
+class Annotations:
+    """The objects of a data set, as its files have them: none, unless a format says more.
+
+    Args:
+        data_set: the images.
+    """
+
+    def __init__(self, data_set: DataSet) -> None:
+        self.data_set = data_set
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds that are known: "boxes", "segmentation", both or neither."""
+        return frozenset()
+
+    def files(self) -> Iterator[Path]:
+        """Return the files that say where the objects are."""
+        return iter(())
+
+    def marks(self, index: int, class_index: int) -> Marks | None:
+        """Find the objects of a class in a picture; None where nothing is known of them.
+
+        Args:
+            index: of the image.
+            class_index: c, a class of the data set.
+
+        Raises:
+            OSError: a file can't be read.
+            ValueError: a file is damaged.
+        """
+        return None
+
+
+class Format(ABC):
+    """A format of data sets.
+
+    To add one, put a subclass into a file and a line into FORMATS. Only `open` must be written;
+    the other methods suit a data set without splits, areas and objects.
+
+    Attributes:
+        paper: the paper's data set whose published numbers stand beside those of this format.
+        named_by_folder: names of samples begin with the folder of their class.
+    """
+
+    paper = "ImageNet"
+    named_by_folder = False
+
+    @abstractmethod
+    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet | None:
+        """Open the data set at a folder; None where it has another format.
+
+        Arguments are those of `open_data_set`.
+
+        Raises:
+            AftError: the data set has this format, but can't be used.
+        """
+
+    def above(self, root: Path, split: str) -> Path:
+        """Return the folder that the splits of a data set lie in.
+
+        Args:
+            root: of the data set.
+            split: that it is, or that is wanted; "" for a data set without splits.
+        """
+        return root
+
+    def has_split(self, root: Path, split: str) -> bool:
+        """Tell if a split is there; `split` is a key of SPLITS, `root` the folder above it."""
+        return False
+
+    def areas(self, data_set: DataSet, index: int) -> list[float]:
+        """Return the share of a picture that each class covers; none where nothing says so."""
+        return []
+
+    def annotations(self, data_set: DataSet) -> Annotations:
+        """Return what the data set's files say of its objects."""
+        return Annotations(data_set)
+
+
+def format_of(kind: str) -> Format:
+    """Load a format by its name, a key of FORMATS."""
+    if kind not in FORMATS:
+        raise AftError(f"unknown format of data sets {kind!r}; there are {', '.join(FORMATS)}")
+    module, _, name = FORMATS[kind].partition(":")
+    return cast("Format", getattr(import_module(module), name)())
 
 
 def spread(total: int, count: int | None) -> list[int]:
@@ -142,13 +286,8 @@ def open_data_set(
             some of its class folders are the model's.
     """
     check_folder(path)
-    voc = _voc_root(path)
-    data_set = replace(
-        _open_voc(voc, split or default, classes, path)
-        if voc
-        else _open_folders(path, split, classes, default),
-        named=path,
-    )
+    tried = (format_of(kind).open(path, split, classes, default) for kind in reversed(FORMATS))
+    data_set = replace(next(filter(None, tried)), named=path)
     if not data_set.samples:
         raise AftError(f"{data_set.root}: there is no image in its class folders")
     return data_set
@@ -167,16 +306,9 @@ class Validation(NamedTuple):
 
 
 def validation_of(data_set: DataSet, classes: Classes) -> Validation:
-    """Open the val split beside a train split.
-
-    Args:
-        data_set: opened by `open_data_set`, or made of a mask store.
-        classes: the model's.
-    """
-    if split_kind(data_set.split) != "train":
-        return Validation()
-    root = data_set.root if data_set.kind == "voc" else data_set.root.parent
-    if not _has_split(root, data_set.kind, "val"):
+    """Open the val split beside a train split."""
+    root = data_set.format.above(data_set.root, data_set.split)
+    if split_kind(data_set.split) != "train" or not data_set.format.has_split(root, "val"):
         return Validation()
     try:
         found = open_data_set(root, "val", classes)
@@ -187,10 +319,13 @@ def validation_of(data_set: DataSet, classes: Classes) -> Validation:
     return Validation(replace(found, named=data_set.named or root))
 
 
-def _has_split(root: Path, kind: str, split: str) -> bool:
-    if kind == "voc":
-        return (root / "ImageSets" / "Segmentation" / f"{split}.txt").is_file()
-    return root.is_dir() and has_split(root, split)
+def split_kind(name: str) -> str:
+    """Name the kind of a split: a key of SPLITS, "" for another name.
+
+    >>> split_kind("Validation")
+    'val'
+    """
+    return next((kind for kind, names in SPLITS.items() if name.lower() in names), "")
 
 
 def not_its_classes(data_set: DataSet, classes: Classes, name: str = "the model") -> str:
@@ -201,209 +336,7 @@ def not_its_classes(data_set: DataSet, classes: Classes, name: str = "the model"
     )
 
 
-def _open_folders(path: Path, split: str | None, classes: Classes, default: str) -> DataSet:
-    part = find_split(path, split, classes, default)
-    path = path / part.folder
-    below = pictures_of(path)
-    if not below.found and not below.empty:
-        raise AftError(
-            f"{path}: is no data set: it has no class folders, no train/ and val/, and no "
-            "VOC2012/ImageSets/Segmentation"
-        )
-    folders = list(below.found)
-    labels = _map_to_model(folders, classes)
-    if labels is None:
-        _refuse_strange(path, folders, classes)
-    samples = [
-        Sample(f"{folder}/{name}", index if labels is None else labels[index])
-        for index, folder in enumerate(folders)
-        for name in below.found[folder]
-    ]
-    names = tuple(folders) if labels is None else classes.names
-    notes = (*part.notes, *below.skipped)
-    return DataSet("folders", path, part.folder, names, labels is not None, samples, notes=notes)
-
-
-def _refuse_strange(path: Path, folders: list[str], classes: Classes) -> None:
-    """Refuse folders of which only some are the model's classes."""
-    found = classes.match(folders)
-    strange = [name for name, index in zip(folders, found, strict=True) if index is None]
-    if strange and len(strange) < len(folders):
-        one = len(strange) == 1
-        raise AftError(
-            f"{path}: {len(strange)} of {len(folders)} class folders "
-            f"{'is no class' if one else 'are no classes'} of the model: {listed(strange)}; to "
-            f"leave {'it' if one else 'them'} out, move {'it' if one else 'them'} elsewhere or "
-            f"put a dot before {'its name' if one else 'their names'}"
-        )
-
-
-def _map_to_model(names: Sequence[str], classes: Classes) -> list[int] | None:
-    """The model's class of each name, or None where not all of them are its classes."""
+def map_to_model(names: Sequence[str], classes: Classes) -> list[int] | None:
+    """Find the model's class of each name; None where not all of them are its classes."""
     found = [index for index in classes.match(names) if index is not None]
     return found if len(found) == len(names) else None
-
-
-def _voc_root(path: Path) -> Path | None:
-    """The folder of Pascal VOC, which is, or lies below, the one that was named; None if none is.
-
-    Raises:
-        AftError: there are several, or one without lists of segmentations.
-    """
-    for below in ("", "VOC2012", "VOCdevkit/VOC2012"):
-        if _has_lists(path / below):
-            return path / below
-    above = [folder for folder in (path, path / "VOCdevkit") if folder.is_dir()]
-    years = sorted(p for folder in above for p in folder.iterdir() if YEAR.fullmatch(p.name))
-    found = [p for p in [path, *years] if (p / "JPEGImages").is_dir()]
-    found = [p for p in found if (p / "Annotations").is_dir() or (p / "ImageSets").is_dir()]
-    listed = [p for p in found if _has_lists(p)]
-    if len(listed) > 1:
-        names = ", ".join(p.name for p in listed)
-        raise AftError(f"{path}: holds several data sets of VOC ({names}); name one of them")
-    if found and not listed:
-        raise AftError(
-            f"{found[0]}: is Pascal VOC without ImageSets/Segmentation; put train.txt and val.txt "
-            "there, with the name of a picture without its ending on each line"
-        )
-    return listed[0] if listed else None
-
-
-def _has_lists(root: Path) -> bool:
-    return (root / "ImageSets" / "Segmentation").is_dir()
-
-
-def _open_voc(root: Path, split: str, classes: Classes, named: Path) -> DataSet:
-    lists = root / "ImageSets" / "Segmentation"
-    listed = inside(root, f"ImageSets/Segmentation/{split}.txt", named)
-    if not listed.is_file():
-        known = ", ".join(sorted(p.stem for p in lists.glob("*.txt")))
-        raise AftError(f"{root}: has no segmentation list {split!r}; there are {known}")
-    labels = _map_to_model(list(VOC_CLASSES), classes)
-    samples: list[Sample] = []
-    left_out: dict[str, str] = {}
-    mixed: list[str] = []
-    try:
-        stems = sorted(read_text(listed).split())
-    except (OSError, ValueError) as error:
-        raise AftError(f"{listed}: can't be read as a list ({reason(error)})") from error
-    for stem in dict.fromkeys(stems):
-        if Path(stem).name != stem or len(os.fsencode(stem)) > LONGEST or "\0" in stem:
-            raise AftError(f"{listed}: {stem[:80]!r} is not the name of a picture")
-        name = f"JPEGImages/{stem}.jpg"
-        try:
-            areas, others = _voc_areas(root, stem, named)
-            own = _largest(areas, others, stem)
-        except AftError as error:
-            left_out[name] = str(error).removeprefix(f"{root}: ")
-        else:
-            samples.append(Sample(name, labels[own] if labels else own))
-            mixed += [f"{_listed(others)} in {stem}"] if others else []
-    if left_out and not samples:
-        first = next(iter(left_out.values()))
-        raise AftError(f"{listed}: lists no picture that can be used; {first}")
-    names = classes.names if labels else VOC_CLASSES
-    twice = len(stems) - len(samples) - len(left_out)
-    notes = tuple(_voc_notes(listed, twice, mixed, left_out))
-    return DataSet("voc", root, split, names, labels is not None, samples, notes=notes)
-
-
-def _voc_notes(
-    listed: Path, twice: int, mixed: Sequence[str], left_out: Mapping[str, str]
-) -> Iterator[str]:
-    if twice:
-        yield f"{listed}: {twice} lines repeat a picture; each picture counts once"
-    if mixed:
-        yield (
-            f"{listed}: {len(mixed)} pictures also show classes that are none of VOC's 20 (first: "
-            f"{mixed[0]}), which count for nothing"
-        )
-    for name, why in list(left_out.items())[:MOST_SAID]:
-        yield f"left out {name}: {why}"
-    if len(left_out) > MOST_SAID:
-        yield f"left out {len(left_out) - MOST_SAID} more"
-
-
-def _largest(areas: list[float], others: set[str], stem: str) -> int:
-    """The class of VOC that covers most of a picture.
-
-    Raises:
-        AftError: none covers any of it.
-    """
-    if not any(areas):
-        shown = f", only {_listed(others)}; give it one of them, or make class folders"
-        raise AftError(f"{stem} shows none of VOC's 20 classes{shown if others else ''}")
-    return max(range(len(areas)), key=areas.__getitem__)
-
-
-def _listed(names: set[str]) -> str:
-    return shorten(", ".join(sorted(names)), 80, placeholder=" ...")
-
-
-def _voc_areas(root: Path, stem: str, named: Path | None) -> tuple[list[float], set[str]]:
-    """Share of the picture that each of the 20 classes covers, by segmentation, else by boxes.
-
-    Also the names of other classes that it shows.
-    """
-    segmentation = inside(root, f"SegmentationClass/{stem}.png", named)
-    annotation = inside(root, f"Annotations/{stem}.xml", named)
-    try:
-        if segmentation.is_file():
-            with open_picture(segmentation) as image:
-                counts = image_labels(image, segmentation).histogram()
-            others = {f"class {i}" for i, count in enumerate(counts[21:255], 21) if count}
-            return [count / sum(counts) for count in counts[1:21]], others
-        return _box_areas(read_xml(annotation))
-    except (OSError, ValueError) as error:
-        raise AftError(
-            f"{root}: {stem} has neither a readable segmentation nor readable boxes "
-            f"({reason(error)})"
-        ) from error
-
-
-def voc_class(name: str) -> int | None:
-    """The place of a class in VOC_CLASSES; None of another one.
-
-    >>> voc_class("Dining table")
-    10
-    """
-    plain = re.sub(r"[\s_-]", "", name).lower()
-    return VOC_CLASSES.index(plain) if plain in VOC_CLASSES else None
-
-
-def image_labels(segmentation: Image.Image, path: Path) -> Image.Image:
-    """A segmentation of VOC, whose pixels are classes.
-
-    Raises:
-        AftError: its pixels are colours or larger numbers.
-    """
-    if segmentation.mode not in ("L", "P"):
-        raise AftError(
-            f"{path}: a segmentation has a class a pixel, this is {segmentation.mode}; save it "
-            "with a palette"
-        )
-    return segmentation
-
-
-def _box_areas(root: ElementTree.Element) -> tuple[list[float], set[str]]:
-    def number(node: ElementTree.Element, name: str) -> float:
-        value = float(node.findtext(name, ""))
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {value}")
-        return value
-
-    areas, others = [0.0] * len(VOC_CLASSES), set()
-    size = root.find("size")
-    whole = number(size, "width") * number(size, "height") if size is not None else 0
-    for item in root.iter("object"):
-        name, box = item.findtext("name", ""), item.find("bndbox")
-        place = voc_class(name)
-        if place is None:
-            others.add(repr(name))
-        elif box is not None:
-            wide = number(box, "xmax") - number(box, "xmin")
-            high = number(box, "ymax") - number(box, "ymin")
-            if min(wide, high) < 0:
-                raise ValueError(f"a box of {name} ends before it begins")
-            areas[place] += wide * high / max(whole, 1)
-    return areas, others

@@ -1,4 +1,4 @@
-"""Which files are meant: images by names, folders and globs; class names. Without torch."""
+"""Files that users name: images by names, folders and globs; class names; without torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list
 
 
 def _images_in(folder: Path, out: Path | None) -> list[Path]:
-    """The images below a folder, sorted; none that is hidden or below `out`."""
+    """List the images below a folder, sorted; none that is hidden or below `out`."""
     results = None
     if out and folder.resolve() in out.resolve().parents:
         results = folder / out.resolve().relative_to(folder.resolve())
@@ -66,11 +66,7 @@ def _images_in(folder: Path, out: Path | None) -> list[Path]:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Read class names, one a line.
-
-    Raises:
-        AftError: the file is missing, not text, or empty.
-    """
+    """Read class names, one a line."""
     try:
         lines = read_text(path).splitlines()
     except (OSError, ValueError) as error:
@@ -131,7 +127,7 @@ def _content(path: Path) -> bytes:
 
 
 def reason(error: Exception) -> str:
-    """Why a file can't be read, in one line."""
+    """Say in one line why a file can't be read."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if "pickle" in str(error):  # numpy's message tells how to run the file's code

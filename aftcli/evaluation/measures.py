@@ -135,8 +135,3 @@ TABLE5: dict[str, tuple[float, float]] = {
     "ablationcam": (1.691, 1.719),
     "layercam": (0.018, 0.047),
 }
-
-
-def published(kind: str) -> str:
-    """The paper's data set that is like one of a kind, "voc" or "folders"."""
-    return "VOC" if kind == "voc" else "ImageNet"

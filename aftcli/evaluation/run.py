@@ -14,8 +14,15 @@ import torch
 
 from aftcli.core.methods import METHODS
 from aftcli.core.networks import outside_inference_mode
-from aftcli.data.blocks import Processes, batches, load_blocks, spans_of
-from aftcli.data.contents import GONE, content_hash, contents_of
+from aftcli.data.blocks import (
+    GONE,
+    Processes,
+    batches,
+    content_hash,
+    contents_of,
+    load_blocks,
+    spans_of,
+)
 from aftcli.data.objects import Objects
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError

@@ -19,8 +19,7 @@ from torchmetrics.functional.regression import spearman_corrcoef
 from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.networks import copied
-from aftcli.data.blocks import Processes
-from aftcli.data.contents import content_hash
+from aftcli.data.blocks import Processes, content_hash
 from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.results import ResultFile
 from aftcli.evaluation.study import Study, Variant, some_inputs

@@ -16,9 +16,9 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.models import load_classifier
 from aftcli.core.weights import card_classes, read_card
-from aftcli.data.contents import pack, unpack
+from aftcli.data.blocks import pack, unpack
 from aftcli.data.images import read_image, to_input
-from aftcli.data.sets import DataSet, not_its_classes, open_data_set
+from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set
 from aftcli.errors import AftError
 from aftcli.settings import Search
 from aftcli.tft.masks import MaskStore
@@ -34,7 +34,7 @@ class Variant(NamedTuple):
         cams: methods to measure it with.
         load: gives the classifier.
         path: of the checkpoint; None for the one that the masks were made with.
-        trained: contents of the files that it has learned from (`contents.content_of`); None
+        trained: contents of the files that it has learned from (`content_of`); None
             where its checkpoint does not say.
     """
 
@@ -80,7 +80,7 @@ def data_name(root: Path, kind: str, split: str) -> str:
     >>> data_name(Path("/data/imagenet/val"), "folders", "val")
     'imagenet'
     """
-    return (root.parent if kind == "folders" and split else root).name or str(root)
+    return format_of(kind).above(root, split).name or str(root)
 
 
 class Asked(NamedTuple):
@@ -347,7 +347,7 @@ def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
         path = asked.data
     else:
         root = Path(made["data_set"])
-        path = root.parent if made["data_kind"] == "folders" and made["split"] else root
+        path = format_of(made["data_kind"]).above(root, made["split"])
         if not path.is_dir():
             raise AftError(
                 f"{path}: the data set of the masks is no longer there; say where it is: aft "

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from aftcli.core.methods import METHODS
+from aftcli.data.sets import format_of
 from aftcli.evaluation.measures import (
     MEASURES,
     MODELS,
@@ -14,7 +15,6 @@ from aftcli.evaluation.measures import (
     TABLE4,
     TABLE5,
     VARIANTS,
-    published,
 )
 from aftcli.evaluation.sanity import SanityRow
 from aftcli.evaluation.tables import Difference, SeenRow, Table1Row, Table2Row, Table3Row, Table4Row
@@ -135,8 +135,8 @@ def _grid3(tables: Tables, masking: str, shown: Shown) -> Grid:
             for variant in variants:
                 line.append(_cell3(by_place.get((*place, variant)), original, shown))
         if shown.paper:
-            kind = published(tables.kinds.get(dataset, "folders"))
-            line += _published(TABLE3.get((kind, cam, measure)), MEASURES[measure].better)
+            paper = format_of(tables.kinds.get(dataset, "folders")).paper
+            line += _published(TABLE3.get((paper, cam, measure)), MEASURES[measure].better)
         lines.append(line)
     counts = sorted({row.n for row in own})
     images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
@@ -230,7 +230,9 @@ def _grid4(tables: Tables, shown: Shown) -> Grid:
             if with_control:
                 line.append(_accuracy(first.get("control"), shown))
             if shown.paper:
-                found = TABLE4.get((published(tables.kinds.get(dataset, "folders")), cam or ""))
+                found = TABLE4.get(
+                    (format_of(tables.kinds.get(dataset, "folders")).paper, cam or "")
+                )
                 pairs = found or ((None, None), (None, None))
                 line += [Cell("-" if v is None else f"{v:.3f}") for pair in pairs for v in pair]
             lines.append(line)

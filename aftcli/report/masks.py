@@ -18,6 +18,7 @@ from rich.table import Table
 
 from aftcli.core.classifier import Classes
 from aftcli.data.blocks import Broken, Processes
+from aftcli.data.sets import format_of
 from aftcli.errors import AftError
 from aftcli.report.terminal import PassesColumn, PlainColumn, cell, complain, say
 from aftcli.tft.generate import Done
@@ -207,7 +208,7 @@ def _classes_of(store: MaskStore) -> Classes:
     # Labels are ImageNet's classes by wnid only.
     if all(known.wnids[i : i + 1] == (name,) for i, name in folders.items()):
         return known
-    if settings["data_kind"] != "folders":
+    if not format_of(settings["data_kind"]).named_by_folder:
         folders = {}
     count = max(folders, default=0) + 1
     return Classes(tuple(folders.get(i, f"class {i}") for i in range(count)))

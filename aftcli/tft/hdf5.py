@@ -205,8 +205,8 @@ class Rows(NamedTuple):
         mask: M_tau* at the activation's size, (n, h, w) bool.
         areas: share of the picture that each class covers, (n, classes) float32; (n, 0) where
             pictures show one class.
-        content: of the image's file (`contents.content_of`), int64.
-        stamp: of the image's file (`contents.stamp_of`), (n, 2) int64.
+        content: of the image's file (`content_of`), int64.
+        stamp: of the image's file (`stamp_of`), (n, 2) int64.
     """
 
     path: np.ndarray

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from aftcli.core.cam import stretch
-from aftcli.data.blocks import Broken
-from aftcli.data.contents import changed
+from aftcli.data.blocks import Broken, changed
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
 from aftcli.tft.hdf5 import (

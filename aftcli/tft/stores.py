@@ -123,7 +123,7 @@ def check_made_for(store: MaskStore, f: Classifier) -> None:
 
 
 def stored_contents(store: MaskStore) -> list[int]:
-    """The content of each image of a store (`contents.content_of`)."""
+    """The content of each image of a store (`content_of`)."""
     found: list[int] = np.concatenate([c.content for c in chunks_of(store)]).tolist()
     return found
 
