@@ -89,8 +89,8 @@ def in_situation(**asked: Any) -> Callable[[Job], Recipe]:  # noqa: ANN401
                 found,
                 lam=None,
                 consistency=0.0,
-                classification="labels",
-                objective="tuner",
+                classification=Recipe.classification,
+                objective=Recipe.objective,
                 blend=given.get("blend", 1.0),
             )
         return found

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from aftcli.aft.features import Cache, CachedExamples, Masks, check_cache, choose_cache
 from aftcli.aft.jobs import Job
-from aftcli.aft.loss import Recipe
+from aftcli.aft.loss import Recipe, check_settings
 from aftcli.aft.recipes import situation_of
-from aftcli.aft.tail import check_trainable
 from aftcli.aft.training import Epoch, Measured, State, Step, Training
+from aftcli.core.cam import Tuner
 from aftcli.core.classifier import Classifier, check_several, tensors_hash
 from aftcli.core.networks import outside_inference_mode
 from aftcli.core.weights import card_classes, checkpoint_of, read_card
@@ -286,7 +286,7 @@ def _tune(
     caches: dict[str, Cache],
 ) -> Iterator[Event]:
     check_several(len(job.f.classes))
-    check_trainable(settings, job.cam)
+    check_settings(settings, job.cam)
     files = _Files(run, job, _identity(job, settings, options, accelerator, run))
     first = accelerator.process_index == 0
     with ExitStack() as held:
@@ -318,7 +318,9 @@ def _tune(
             }
             if first:
                 tuned = training.classifier(job.cam)
-                tensors, metadata = checkpoint_of(tuned, training.tail.tuner, card)
+                tuner = training.tail.tuner
+                kept = tuner if isinstance(tuner, Tuner) else None
+                tensors, metadata = checkpoint_of(tuned, kept, card)
                 write_tensors(files.path, tensors, metadata)
             accelerator.free_memory()
             accelerator.wait_for_everyone()

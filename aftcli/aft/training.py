@@ -22,7 +22,7 @@ from aftcli.aft.loss import (
     aft_loss,
     check_settings,
 )
-from aftcli.aft.tail import Earlier, Tail, check_trainable, with_parts
+from aftcli.aft.tail import Earlier, Tail, with_parts
 from aftcli.core.classifier import Classifier
 from aftcli.core.networks import copied
 from aftcli.errors import AftError
@@ -187,8 +187,7 @@ class Training:
         earlier: Earlier | None = None,
     ) -> None:
         cam = None if settings.lam is None else cam
-        check_settings(settings)
-        check_trainable(settings, cam)
+        check_settings(settings, cam)
         frozen = {id(p) for p in (earlier or f).stem.parameters()}
         trained = (*(earlier.parts if earlier else ()), f.layer, f.head)
         if any(id(p) in frozen for part in trained for p in part.parameters()):

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 
+from aftcli.aft.loss import OBJECTIVES
 from aftcli.aft.recipes import situation_of
 from aftcli.aft.run import Begun, Cached, Event, Note, Tuned
 from aftcli.aft.training import Epoch, Measured, Step
@@ -108,7 +109,7 @@ def _recipe(begun: Begun) -> str:
     own = begun.settings
     parts = ["cross-entropy" if own.classification == "labels" else "distillation"]
     if own.lam is not None:
-        what = "tuner" if own.objective == "tuner" else "map"
+        what = OBJECTIVES[own.objective].title
         parts.append(f"{own.lam:g} x distance of the {what} from the masks")
     if own.consistency:
         parts.append(f"{own.consistency:g} x cross-entropy on what the masks keep")
