@@ -90,6 +90,36 @@ class Tail(nn.Module):
             logits, tuned, None if masked is None else self.head(self.activations(masked)[-1])
         )
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of all weights and statistics, by name."""
+        return {name: value.detach().clone() for name, value in self.state_dict().items()}
+
+    @torch.no_grad()
+    def blend(self, start: Tail, share: float) -> None:
+        """Set the weights that `start` has too to start + share * (these - start)."""
+        tuned = dict(self.named_parameters())
+        for name, before in start.named_parameters():
+            tuned[name].copy_(torch.lerp(before, tuned[name], share))
+
+    def classifier(self, f: Classifier, cam: str | None) -> Classifier:
+        """Return f with a copy of these weights; w0 is the same object where none of it is tuned.
+
+        Args:
+            f: the classifier that this is a tail of.
+            cam: the method whose masks it was tuned with.
+        """
+        stem = f.stem
+        if len(self.between):
+            stem = copied(f.stem)
+            weights = stem.state_dict()
+            for part in self.between:
+                weights |= part.state_dict()  # under the names of the uncut model
+            stem.load_state_dict(weights)
+        layer, head = (part.to(f.device) for part in copied((self.layer, self.head)))
+        tuned = with_parts(f, stem, layer, head, f.activation_shape)
+        tuned.cam = cam
+        return tuned.eval().requires_grad_(False)
+
 
 def with_parts(
     f: Classifier,
