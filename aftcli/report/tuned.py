@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 
+from aftcli.aft.examples import Cached, Note
 from aftcli.aft.loss import OBJECTIVES
 from aftcli.aft.recipes import situation_of
-from aftcli.aft.run import Begun, Cached, Event, Note, Tuned
+from aftcli.aft.run import Begun, Event, Tuned
 from aftcli.aft.training import Epoch, Measured, Step
 from aftcli.files import durable
 from aftcli.report.terminal import PlainColumn, cell, say
