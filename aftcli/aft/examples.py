@@ -29,7 +29,7 @@ StemPass = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 
 
 class Crop(NamedTuple):
-    """A square part of an input, in shares of its sides, and whether it is mirrored."""
+    """A square part of an input, in shares of its sides, that may be mirrored."""
 
     top: float
     left: float
@@ -47,13 +47,7 @@ def random_crop(name: str, seed: int, epoch: int) -> Crop:
 
 
 def crop(x: Tensor, views: Sequence[Crop], size: Sequence[int]) -> Tensor:
-    """Take a part of each input and bring it to a size.
-
-    Args:
-        x: shape (N, C, H, W).
-        views: one for each.
-        size: height and width of the result.
-    """
+    """Take a part of each input, shape (N, C, H, W), and bring it to a height and width."""
     high, wide = x.shape[2:]
     out = []
     for one, view in zip(x, views, strict=True):
@@ -158,9 +152,6 @@ class Options:
         overwrite: start again.
         save_every: seconds between stored states, at the least; 0 stores one at each step.
         fast_stem: gives what computes w0 of so many images (`aftcli.engine.accelerate.fast_stem`).
-
-    Raises:
-        AftError: see `check_cache`.
     """
 
     cache: str = "auto"
@@ -192,13 +183,7 @@ class Note(NamedTuple):
 
 @dataclass
 class Gathering:
-    """The training pairs of a run's jobs; jobs of the same w0 and images share its outputs.
-
-    Args:
-        run: where the study lives.
-        options: of the run.
-        accelerator: of the run.
-    """
+    """Training pairs of a run's jobs; jobs of the same w0 and images share its outputs."""
 
     run: Path
     options: Options

@@ -108,10 +108,7 @@ class Cache:
         """Pass all images through the stem, unless that is done at each batch.
 
         Yields:
-            How many images more are done.
-
-        Raises:
-            AftError: an image can't be read, or a block can't be written.
+            The number of images that were passed since.
         """
         if self.how == "off":
             return
@@ -194,12 +191,7 @@ class Cache:
         return tensors
 
     def share_out(self, add: Callable[[Tensor], Tensor], wait: Callable[[], None]) -> None:
-        """Give every process what each has computed.
-
-        Args:
-            add: sums a tensor over the processes.
-            wait: returns when all have called it.
-        """
+        """Give every process what each has computed; `add` sums a tensor over the processes."""
         wait()
         if self.how == "memory":
             if self.share[1] > 1:
@@ -231,9 +223,7 @@ class Cache:
     ) -> Iterator[Features]:
         """Yield features of the wanted batches in order, on the classifier's device.
 
-        Args:
-            wanted: indices of images, batch by batch.
-            change: makes other inputs of inputs (augmentation); only without a cache.
+        `change` makes other inputs of inputs (augmentation); only without a cache.
         """
         if self.how == "off":
             for loaded in self._load(wanted, range(len(wanted))):
@@ -276,11 +266,7 @@ def _key(f: Classifier, stem: nn.Module, data_set: DataSet, masks: Masks | None)
 
 
 def check_cache(how: str, augment: bool) -> None:
-    """Check the name of a cache before anything is computed.
-
-    Raises:
-        AftError: it is unknown, or a cache is asked for images that change.
-    """
+    """Check the name of a cache before anything is computed, and that images do not change."""
     if how not in CACHES:
         raise AftError(f"unknown cache {how!r}; nearest: {nearest(how, CACHES)}")
     if augment and how in ("memory", "disk"):
@@ -302,17 +288,14 @@ def choose_cache(
     """Choose where the stem's outputs are kept.
 
     Args:
-        how: of CACHES; auto takes memory where they fill at most half of what is free, else
-            the disk where they fit, else nothing.
+        how: of CACHES; auto takes memory if they fill at most half of what is free, otherwise
+            the disk if they fit, otherwise nothing.
         f: the classifier.
-        images: how many.
+        images: their number.
         folder: on the disk.
         processes: that share this machine.
         augment: images change from epoch to epoch.
         stem: w0; None for f's own.
-
-    Raises:
-        AftError: see `check_cache`.
     """
     check_cache(how, augment)
     if augment:

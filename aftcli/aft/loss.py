@@ -137,11 +137,7 @@ OBJECTIVES = {"tuner": Objective("tuner", _tuner), "cam": Objective("map", _map,
 
 
 def check_settings(settings: Recipe, cam: str | None = None) -> None:
-    """Check the settings, and that masks of a method can be trained with them.
-
-    Raises:
-        AftError: a value is out of range, a name is unknown, or the method's map can't be trained.
-    """
+    """Check the settings, and that masks of a method can be trained with them."""
     lam, rate, share = settings.lam or 0.0, settings.learning_rate, settings.held_out
     weight = settings.consistency
     for fine, what in (

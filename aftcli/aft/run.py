@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aftcli.aft.examples import Cached, CachedExamples, Gathering, Note
+from aftcli.aft.examples import Cached, Gathering, Note
 from aftcli.aft.examples import Options as Options
 from aftcli.aft.jobs import Job
 from aftcli.aft.loss import Recipe, check_settings
@@ -268,7 +268,9 @@ def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> I
     files.restore(training)
     # All have read the state before the first writes a new one.
     accelerator.wait_for_everyone()
-    yield _begun(job, training, examples)
+    counts = len(training.train), len(training.held_out)
+    done = max(len(training.history) - 1, 0)
+    yield Begun(job, done, settings.epochs, *counts, examples.cache.broken, settings)
     yield from _steps(training, files if first else None, gathering.options)
     training.use_best()
     after = training.measure(val, val.usable) if val else None
@@ -288,13 +290,6 @@ def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> I
     if first and examples.hidden:
         examples.hidden.remove()
     yield Tuned(files.path, files.finished() or card, False)
-
-
-def _begun(job: Job, training: Training, examples: CachedExamples) -> Begun:
-    counts = len(training.train), len(training.held_out)
-    done = max(len(training.history) - 1, 0)
-    own = training.settings
-    return Begun(job, done, own.epochs, *counts, examples.cache.broken, own)
 
 
 def _steps(training: Training, files: _Files | None, options: Options) -> Iterator[Event]:

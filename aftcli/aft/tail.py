@@ -73,13 +73,7 @@ class Tail(nn.Module):
     def forward(
         self, features: Features, class_index: Tensor | None = None, masked: Features | None = None
     ) -> Outputs:
-        """Return logits and the values that are compared with the masks.
-
-        Args:
-            features: w0's outputs for x.
-            class_index: c of the masks, shape (N,); None without masks.
-            masked: w0's outputs for x_hat_tau*.
-        """
+        """Return logits and the values compared with the masks; arguments as of `Batch`."""
         activations = self.activations(features)
         tuned: tuple[Tensor, ...] = ()
         if class_index is not None and self.compared:
@@ -102,12 +96,7 @@ class Tail(nn.Module):
             tuned[name].copy_(torch.lerp(before, tuned[name], share))
 
     def classifier(self, f: Classifier, cam: str | None) -> Classifier:
-        """Return f with a copy of these weights; w0 is the same object where none of it is tuned.
-
-        Args:
-            f: the classifier that this is a tail of.
-            cam: the method whose masks it was tuned with.
-        """
+        """Return f with a copy of these weights; its stem is shared unless part of it is tuned."""
         stem = f.stem
         if len(self.between):
             stem = copied(f.stem)
@@ -160,15 +149,7 @@ class Earlier(NamedTuple):
 
 
 def earlier_layers(f: Classifier, names: Sequence[str]) -> Earlier:
-    """Cut a classifier's stem at further layers.
-
-    Args:
-        f: the classifier; it is not changed.
-        names: of layers before l, in any order, as `cut` takes them.
-
-    Raises:
-        AftError: one is not before l, or can't be cut at.
-    """
+    """Cut a classifier's stem at layers before l, named in any order as `cut` takes them."""
     ordered = [name for name, _ in cut_modules(f.stem)]
     for name in names:
         if name.split("+")[-1] not in ordered:

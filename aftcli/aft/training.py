@@ -174,12 +174,6 @@ def choose_held_out(
     Every n-th image in the order of the classes, within a class in an order that depends on
     the name and the seed only: the held-out images are spread over the classes.
 
-    Args:
-        names: of the images.
-        labels: of the images.
-        share: to hold out, in [0, 1).
-        seed: another one gives others.
-
     Returns:
         Positions of those to train on and of those held out, each ascending.
     """
