@@ -114,13 +114,13 @@ class Objective:
 
 
 def _tuner(f: Classifier, cam: str, settings: Recipe) -> Compared:
-    """f_tuner(A) (eq. 8)."""
+    """Compare f_tuner(A), as eq. 8 does."""
     tuner = Tuner(f.activation_shape[0], kind=settings.tuner, seed=settings.seed)
     return Compared(lambda activation, class_index: tuner(activation), tuner)
 
 
 def _map(f: Classifier, cam: str, settings: Recipe) -> Compared:
-    """The CAM itself, a function of w1 and w2."""
+    """Compare the CAM itself, a function of w1 and w2."""
     function = method(cam).load()
     return Compared(lambda a, class_index: normalise(function(f, a, class_index, a)))
 

@@ -90,7 +90,7 @@ class Tail(nn.Module):
 
     @torch.no_grad()
     def blend(self, start: Tail, share: float) -> None:
-        """Set the weights that `start` has too to start + share * (these - start)."""
+        """Set weights to start + share * (these - start); a tuner, which has no start, stays."""
         tuned = dict(self.named_parameters())
         for name, before in start.named_parameters():
             tuned[name].copy_(torch.lerp(before, tuned[name], share))

@@ -21,7 +21,7 @@ from aftcli.report.terminal import PlainColumn, cell, say
 
 
 class _Watch:
-    """Shows events as they come; without a terminal, a line an epoch."""
+    """A display of events as they come; without a terminal, a line an epoch."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet, self.console = quiet, Console(stderr=True, highlight=False)
