@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(11))
 
+# Choices of `--objective` with the words of its help; `aft.loss.OBJECTIVES` has their functions.
+OBJECTIVES = {"tuner": "the tuner's output (the paper)", "cam": "the CAM itself"}
+
 
 @dataclass(frozen=True)
 class Search:

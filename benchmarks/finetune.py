@@ -32,7 +32,8 @@ def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
     import torch
 
     from aftcli import load_classifier
-    from aftcli.aft.features import Cache, CachedExamples, Masks
+    from aftcli.aft.examples import CachedExamples
+    from aftcli.aft.features import Cache, Masks
     from aftcli.aft.loss import Recipe
     from aftcli.aft.training import Epoch, Training
     from aftcli.cli.memory import keep_freed_memory

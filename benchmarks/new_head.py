@@ -19,7 +19,8 @@ from unittest import mock
 import torch
 
 from aftcli import load_classifier
-from aftcli.aft.features import Cache, CachedExamples
+from aftcli.aft.examples import CachedExamples
+from aftcli.aft.features import Cache
 from aftcli.aft.jobs import control_job
 from aftcli.aft.loss import Recipe
 from aftcli.aft.training import Training

@@ -18,8 +18,8 @@ from trained import PAPER, SETTINGS, epochs, make_colours, masks_of, tune, tune_
 
 from aftcli import AftError, MaskStore
 from aftcli.aft import recipes as finetune_defaults
-from aftcli.aft.crop import Crop, crop, random_crop
-from aftcli.aft.features import Cache, CachedExamples, Masks, choose_cache, stem_output
+from aftcli.aft.examples import CachedExamples, Crop, crop, random_crop
+from aftcli.aft.features import Cache, Masks, choose_cache, stem_output
 from aftcli.aft.jobs import control_job, mask_job
 from aftcli.aft.recipes import in_situation
 from aftcli.aft.run import Begun, Cached, Options, fine_tune

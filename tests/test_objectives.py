@@ -16,12 +16,23 @@ from trained import Direct, make_colours, masks_of, tune, tuned
 from aftcli import AftError
 from aftcli.aft import recipes as finetune_defaults
 from aftcli.aft.jobs import kept_image, mask_job
-from aftcli.aft.loss import Batch, Outputs, Recipe, aft_loss
+from aftcli.aft.loss import (
+    OBJECTIVES,
+    Batch,
+    Compared,
+    Objective,
+    Outputs,
+    Recipe,
+    aft_loss,
+)
 from aftcli.aft.recipes import in_situation, situation_of
+from aftcli.aft.run import Begun
 from aftcli.aft.tail import Tail, earlier_layers
 from aftcli.aft.training import Training
 from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.methods import METHODS
+from aftcli.report.tuned import _recipe
+from aftcli.settings import OBJECTIVES as choices
 from aftcli.tft.search import fine_tune_threshold
 from aftcli.tft.threshold import FILLS, masked_image
 
@@ -240,6 +251,44 @@ def test_a_blend_is_so_far_from_the_start_to_the_best(blend):
     # Twice is once.
     training.use_best()
     assert_equal(weights(training), found)
+
+
+class Scaled(torch.nn.Module):
+    """One number, by which the mean of the channels is multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, activation):
+        return self.scale * activation.mean(1)
+
+
+def test_an_objective_from_outside_is_one_object_in_the_registry(monkeypatch):
+    def build(f, cam, settings):
+        scaled = Scaled()
+        return Compared(lambda activation, class_index: scaled(activation), scaled)
+
+    monkeypatch.setitem(OBJECTIVES, "scaled", Objective("scaled mean", build))
+    f, examples = examples_of()
+    own = settings(objective="scaled", lam=0.3, batch=11, epochs=1, optimizer="sgd")
+    training = Training(f, examples, own, cam="gradcam")
+    activation = f.activation(examples.x).detach()
+    mean, mask = activation.mean(1), examples.masks.double()
+    finish(training)
+    # One step down the gradient of 0.3 ||s mean(A) - M||^2, by hand.
+    gradient = 0.3 * (2 * mean * (mean - mask)).sum((1, 2)).mean()
+    assert_near(training.tail.tuner.scale.detach(), 1 - own.learning_rate * gradient, 1e-12)
+    distance = (mean - mask).square().sum((1, 2)).mean()
+    assert training.history[1].train.mask == pytest.approx(float(distance), rel=1e-12)
+    job = job_with(11, 2)
+    job.f = f
+    begun = Begun(job, 0, 1, 11, 0, [], own)
+    assert "0.3 x distance of the scaled mean from the masks" in _recipe(begun)
+
+
+def test_the_command_line_offers_the_objectives_of_the_registry():
+    assert list(choices) == list(OBJECTIVES)
 
 
 # Several layers

@@ -1,4 +1,4 @@
-"""Training data behind w0 (§4.2): what the frozen stem makes of the images, computed once.
+"""The outputs of w0 (§4.2), the frozen stem, for all images, computed once.
 
 The stem's output is kept in memory, on disk, or not at all. Images pass the stem in blocks of a
 fixed composition, so what is kept depends neither on interruptions nor on the number of
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aftcli.aft.crop import Crop, crop, random_crop
-from aftcli.aft.loss import Batch, Features
+from aftcli.aft.loss import Features
 from aftcli.core.classifier import Classifier, tensors_hash
 from aftcli.data.blocks import Broken, Loaded, load_blocks, stamp_of
 from aftcli.data.sets import DataSet
@@ -55,14 +52,14 @@ class Masks(NamedTuple):
 
 
 def stem_output(stem: Callable[[Tensor], Tensor | Features], x: Tensor) -> Features:
-    """What w0 hands to w1, as a tuple of tensors, each (N, ...)."""
+    """Return the outputs of w0, which w1 takes, as a tuple of tensors, each (N, ...)."""
     with torch.no_grad():
         out = stem(x)
     return out if isinstance(out, tuple) else (out,)
 
 
 class Cache:
-    """What the stem makes of a data set's images, to be had in any order.
+    """The stem's outputs for a data set's images, readable in any order.
 
     Args:
         f: the classifier, on the device where its stem runs.
@@ -110,10 +107,7 @@ class Cache:
         """Pass all images through the stem, unless that is done at each batch.
 
         Yields:
-            How many images more are done.
-
-        Raises:
-            AftError: an image can't be read, or a block can't be written.
+            The number of images that were passed since.
         """
         if self.how == "off":
             return
@@ -180,7 +174,7 @@ class Cache:
         return self.folder / f"{block:06d}.safetensors"
 
     def _block(self, block: int) -> dict[str, Tensor] | None:
-        """A block's tensors, mapped into memory; None if it is not there."""
+        """Return a block's tensors, mapped into memory; None if it is missing or damaged."""
         if block not in self.blocks:
             try:
                 self.blocks[block] = load_file(self._path(block))
@@ -189,19 +183,14 @@ class Cache:
         return self.blocks[block]
 
     def _stored(self, block: int) -> dict[str, Tensor]:
-        """A block's tensors that must be there by now."""
+        """Return a block's tensors, which must be there by now."""
         tensors = self._block(block)
         if tensors is None:
             raise AftError(f"{self._path(block)}: is gone or damaged; run the same command again")
         return tensors
 
     def share_out(self, add: Callable[[Tensor], Tensor], wait: Callable[[], None]) -> None:
-        """Give every process what each has computed.
-
-        Args:
-            add: sums a tensor over the processes.
-            wait: returns when all have called it.
-        """
+        """Give every process what each has computed; `add` sums a tensor over the processes."""
         wait()
         if self.how == "memory":
             if self.share[1] > 1:
@@ -231,11 +220,9 @@ class Cache:
     def batches(
         self, wanted: Sequence[Sequence[int]], change: Callable[[Tensor, Sequence[int]], Tensor]
     ) -> Iterator[Features]:
-        """Features of the wanted batches, in their order, on the classifier's device.
+        """Yield features of the wanted batches in order, on the classifier's device.
 
-        Args:
-            wanted: indices of images, batch by batch.
-            change: makes other inputs of inputs (augmentation); only without a cache.
+        `change` makes other inputs of inputs (augmentation); only without a cache.
         """
         if self.how == "off":
             for loaded in self._load(wanted, range(len(wanted))):
@@ -278,11 +265,7 @@ def _key(f: Classifier, stem: nn.Module, data_set: DataSet, masks: Masks | None)
 
 
 def check_cache(how: str, augment: bool) -> None:
-    """Check the name of a cache before anything is computed.
-
-    Raises:
-        AftError: it is unknown, or a cache is asked for images that change.
-    """
+    """Check the name of a cache before anything is computed, and that images do not change."""
     if how not in CACHES:
         raise AftError(f"unknown cache {how!r}; nearest: {nearest(how, CACHES)}")
     if augment and how in ("memory", "disk"):
@@ -304,17 +287,14 @@ def choose_cache(
     """Choose where the stem's outputs are kept.
 
     Args:
-        how: of CACHES; auto takes memory where they fill at most half of what is free, else
-            the disk where they fit, else nothing.
+        how: of CACHES; auto takes memory if they fill at most half of what is free, otherwise
+            the disk if they fit, otherwise nothing.
         f: the classifier.
-        images: how many.
+        images: their number.
         folder: on the disk.
         processes: that share this machine.
         augment: images change from epoch to epoch.
         stem: w0; None for f's own.
-
-    Raises:
-        AftError: see `check_cache`.
     """
     check_cache(how, augment)
     if augment:
@@ -332,79 +312,3 @@ def choose_cache(
 def _bytes_per_image(f: Classifier, stem: nn.Module) -> int:
     x = next(f.parameters()).new_zeros(1, 3, *f.preprocessing.size)
     return sum(t.numel() * t.element_size() for t in stem_output(stem, x))
-
-
-class CachedExamples:
-    """Training pairs: a data set's images behind w0, with labels and masks.
-
-    Args:
-        cache: filled.
-        masks: of the images; None without.
-        augment: flip and crop images and masks at random, by seed and epoch.
-        seed: of the augmentation.
-        hidden: the same images as x_hat_tau*; None where they are not needed.
-        shapes: (K, h, w) of earlier layers that are tuned.
-    """
-
-    def __init__(
-        self,
-        cache: Cache,
-        masks: Masks | None,
-        augment: bool = False,
-        seed: int = 0,
-        hidden: Cache | None = None,
-        shapes: Sequence[tuple[int, int, int]] = (),
-    ) -> None:
-        self.cache, self.masks, self.augment, self.seed = cache, masks, augment, seed
-        self.hidden = hidden
-        samples = cache.data_set.samples
-        self.low = [masks.low] if masks else []
-        if masks and shapes:
-            sizes = [(h, w) for _, h, w in shapes]
-            self.low = [*_at_sizes(masks, len(samples), sizes), masks.low]
-        self.names = [sample.name for sample in samples]
-        self.labels = torch.tensor([sample.label for sample in samples])
-
-    @property
-    def usable(self) -> Sequence[int]:
-        """Indices of the images that could be read."""
-        return self.cache.usable
-
-    def batches(self, wanted: Sequence[Sequence[int]], epoch: int | None) -> Iterator[Batch]:
-        """The wanted batches, in their order; epoch None asks for images as they are."""
-        changing = self.augment and epoch is not None
-        device = self.cache.f.device
-
-        def views(indices: Sequence[int]) -> list[Crop]:
-            return [random_crop(self.names[i], self.seed, epoch or 0) for i in indices]
-
-        def change(x: Tensor, indices: Sequence[int]) -> Tensor:
-            return crop(x, views(indices), x.shape[2:]) if changing else x
-
-        hidden: Iterator[Features | None] = itertools.repeat(None, len(wanted))
-        if self.hidden is not None:
-            hidden = self.hidden.batches(wanted, change)
-        seen = self.cache.batches(wanted, change)
-        for indices, features, masked in zip(wanted, seen, hidden, strict=True):
-            rows = torch.tensor(indices, dtype=torch.long)
-            batch = Batch(features, self.labels[rows].to(device), masked=masked)
-            if self.masks is not None:
-                low = [mask[rows] for mask in self.low]
-                if changing:
-                    full = torch.stack([self.masks.full(i) for i in indices])[:, None].float()
-                    low = [crop(full, views(indices), mask.shape[1:])[:, 0] >= 0.5 for mask in low]
-                batch = batch._replace(
-                    masks=tuple(mask.to(device) for mask in low),
-                    class_index=self.masks.class_index[rows].to(device),
-                )
-            yield batch
-
-
-def _at_sizes(masks: Masks, count: int, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """M_tau* of all images at other sizes, bool: a cell is kept if half of it is."""
-    found: list[list[Tensor]] = [[] for _ in sizes]
-    for i in range(count):
-        full = masks.full(i)[None].float()
-        for column, size in zip(found, sizes, strict=True):
-            column.append(F.adaptive_avg_pool2d(full, size)[0] >= 0.5)
-    return [torch.stack(column) for column in found]

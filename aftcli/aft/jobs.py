@@ -1,4 +1,4 @@
-"""What is to be fine-tuned: classifiers with the masks, or the data set, to tune them with."""
+"""Jobs of fine-tuning: classifiers with the masks, or the data set, to tune them with."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from aftcli.tft.threshold import FILLS, cut_off, masked_image, threshold_map
 
 @dataclass(frozen=True)
 class Job:
-    """A classifier and what it is to be tuned with.
+    """A classifier, and the images and masks to tune it with.
 
     Attributes:
         f: the classifier.
         data_set: the training images; labels are f's classes.
         masks: of these images; None for a control.
         cam: the method that they were made with; None for a control.
-        made: what the masks were made with, plain values.
-        new_head: f's last layer was made anew for the classes of the data set.
+        made: settings of the masks, plain values.
+        new_head: f has a new last layer for the classes of the data set.
         earlier: layers before f's that are tuned with it.
-        contents: of the images' files (`content_of`) where a mask store says them:
-            all of them must be readable; None where they are as found.
+        contents: of the images' files (`content_of`) where a mask store has them, and
+            all images must be readable; None for a data set as it is found.
     """
 
     f: Classifier
@@ -54,12 +54,12 @@ class Job:
 
     @property
     def stem(self) -> nn.Module:
-        """w0: what is before the first layer that is tuned."""
+        """Return w0, the modules before the first layer that is tuned."""
         return self.earlier.stem if self.earlier else self.f.stem
 
     @property
     def name(self) -> str:
-        """Of the checkpoint."""
+        """Base name of the checkpoint file."""
         return file_stem(self.f.name, self.cam or "control")
 
 
@@ -72,15 +72,7 @@ def mask_jobs(
 ) -> list[Job]:
     """Make jobs of a run's mask stores, each with the classifier that it was made with.
 
-    Args:
-        run: where the study lives.
-        source: of the classifiers.
-        cams: only these methods; empty for all.
-        data: where the data set is now; default where it was.
-        limit: take so many images, spread over the store.
-
-    Raises:
-        AftError: see `find_stores` and `mask_job`.
+    Args as of `find_stores` and `mask_job`; `source` gives the classifiers.
     """
     loaded: dict[Source, Classifier] = {}
     jobs = []
@@ -102,17 +94,10 @@ def control_jobs(
 ) -> list[Job]:
     """Make jobs without masks: of the images of a run's masks, or of another data set.
 
-    Args:
+    Args as of `control_job`, but for:
         run: where the study lives.
         source: of the classifiers.
-        data: the data set; default those of the masks, with their classifiers.
-        split: part of it; default that of the masks, without masks train.
-        limit: take so many images, spread over the masks' or over the classes.
-        seed: of a new head.
-
-    Raises:
-        AftError: there is no such data set, nor masks that name one; or there are masks, and
-            the images are not theirs.
+        data: default the data sets of the masks, with their classifiers.
     """
     models: dict[str, list[MaskStore]] = {}
     stores = (find_stores if data is None else open_stores)(run, source.model, [])
@@ -150,7 +135,7 @@ def _has_control(store: MaskStore, f: Classifier) -> bool:
 
 
 def _holds(data: Path, store: MaskStore, f: Classifier) -> bool:
-    """Whether a data set is that of a mask store, wherever it is now."""
+    """Tell if a data set has the images of a mask store, wherever it is now."""
     try:
         given = open_data_set(data, store.settings["split"] or None, f.classes)
     except AftError:
@@ -187,8 +172,7 @@ def _control_of_masks(
                 "control of both; make them of the same ones, or move one to another --run"
             )
     found = _stored_images(first, f, data, limit)
-    before = earlier_layers(f, earlier) if earlier else None
-    return Job(f, found.data_set, earlier=before, contents=found.contents)
+    return Job(f, found.data_set, earlier=_earlier(f, earlier), contents=found.contents)
 
 
 @outside_inference_mode
@@ -215,29 +199,37 @@ def mask_job(
     made = store.settings
     check_made_for(store, f)
     found = _stored_images(store, f, data, limit)
-    picked, chunks = found.picked, found.chunks
-    rows = torch.tensor(picked)
-    columns = [torch.from_numpy(np.concatenate(c)) for c in zip(*map(_kept, chunks), strict=True)]
-    low, class_index, attribution, tau = (column[rows] for column in columns)
+    searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
+    return Job(
+        f,
+        found.data_set,
+        _masks(store, f, found),
+        made["cam"],
+        searched,
+        earlier=_earlier(f, earlier),
+        contents=found.contents,
+    )
+
+
+def _masks(store: MaskStore, f: Classifier, images: _StoredImages) -> Masks:
+    """Take the masks of some of a store's images."""
+    made, picked = store.settings, images.picked
+    kept = zip(*map(_kept, images.chunks), strict=True)
+    columns = [torch.from_numpy(np.concatenate(column))[picked] for column in kept]
+    low, class_index, attribution, tau = columns
 
     def hide(x: Tensor, indices: Sequence[int]) -> Tensor:
         i = torch.tensor(indices)
         return kept_image(f, x, attribution[i], tau[i], made["fill"], made["threshold_mode"])
 
-    masks = Masks(
-        low, lambda i: store.full_mask(picked[i]), class_index.long(), hide, made["digest"]
-    )
-    searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
-    before = earlier_layers(f, earlier) if earlier else None
-    return Job(
-        f,
-        found.data_set,
-        masks,
-        made["cam"],
-        searched,
-        earlier=before,
-        contents=found.contents,
-    )
+    def full(i: int) -> Tensor:
+        return store.full_mask(picked[i])
+
+    return Masks(low, full, class_index.long(), hide, made["digest"])
+
+
+def _earlier(f: Classifier, names: Sequence[str]) -> Earlier | None:
+    return earlier_layers(f, names) if names else None
 
 
 class _StoredImages(NamedTuple):
@@ -255,13 +247,13 @@ class _StoredImages(NamedTuple):
 
     @property
     def contents(self) -> list[int]:
-        """Of the images' files (`content_of`)."""
+        """Return the contents of the images' files (`content_of`)."""
         found: list[int] = np.concatenate([c.content for c in self.chunks])[self.picked].tolist()
         return found
 
 
 def _images_of(store: MaskStore) -> list[tuple[Any, ...]]:
-    """Name, label and content of each image."""
+    """Return name, label and content of each image."""
     columns = [(c.path, c.label, c.content) for c in chunks_of(store)]
     return [row for each in columns for row in zip(*(c.tolist() for c in each), strict=True)]
 
@@ -269,36 +261,13 @@ def _images_of(store: MaskStore) -> list[tuple[Any, ...]]:
 def _stored_images(
     store: MaskStore, f: Classifier, data: Path | None, limit: int | None
 ) -> _StoredImages:
-    """Find the images of a store as they are now; arguments and errors as of `mask_job`."""
-    made = store.settings
-    index = _labels(store, f)
+    """Find a store's images in their data set; arguments and errors as of `mask_job`."""
+    _labels(store, f)  # known without reading the whole store
     store.verify()
     if not len(store):
         raise AftError(f"{store.path}: holds no image that could be read")
-    chunks = chunks_of(store)
-    paths = np.concatenate([c.path for c in chunks])
-    labels = np.concatenate([c.label for c in chunks])
-    picked = spread(len(store), limit)
-    if index is not None and len(labels):
-        if labels.max() >= len(index):
-            raise AftError(f"{store.path}: has labels beyond its {len(index)} classes")
-        labels = index[labels]
-    samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
-    used = [*(sample.label for sample in samples), *(c.class_index.max() for c in chunks)]
-    if max(used) >= len(f.classes):
-        raise AftError(f"{store.path}: has labels beyond the {len(f.classes)} classes of {f.name}")
-    root, named = Path(made["data_set"]), None
-    notes: tuple[str, ...] = ()
-    if data is not None:
-        given = open_data_set(data, made["split"] or None, f.classes)
-        root, named, notes = given.root, given.named, given.notes
-    if not root.is_dir():
-        raise AftError(
-            f"{root}: the data set of {store.path} is no longer there; say where it is: "
-            "aft finetune DATASET"
-        )
-    kind, split = made["data_kind"], made["split"]
-    data_set = DataSet(kind, root, split, f.classes.names, True, samples, named, notes)
+    chunks, picked = chunks_of(store), spread(len(store), limit)
+    data_set = _data_set(store, f, data, _samples(store, f, chunks, picked))
     different = store.changed(data_set, picked)
     if different:
         raise AftError(
@@ -308,12 +277,43 @@ def _stored_images(
     return _StoredImages(data_set, picked, chunks)
 
 
-def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
-    """Find the classifier's class of each label of a store; None where labels are its classes.
+def _samples(
+    store: MaskStore, f: Classifier, chunks: list[Rows], picked: list[int]
+) -> list[Sample]:
+    """Return some of a store's images with their classes of f; check that f has these."""
+    paths = np.concatenate([c.path for c in chunks])
+    labels = np.concatenate([c.label for c in chunks])
+    index = _labels(store, f)
+    if index is not None:
+        if labels.max() >= len(index):
+            raise AftError(f"{store.path}: has labels beyond its {len(index)} classes")
+        labels = index[labels]
+    samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
+    used = [*(sample.label for sample in samples), *(c.class_index.max() for c in chunks)]
+    if max(used) >= len(f.classes):
+        raise AftError(f"{store.path}: has labels beyond the {len(f.classes)} classes of {f.name}")
+    return samples
 
-    Raises:
-        AftError: they are other classes.
-    """
+
+def _data_set(
+    store: MaskStore, f: Classifier, data: Path | None, samples: Sequence[Sample]
+) -> DataSet:
+    """Return a store's data set with these images, where it is now."""
+    made = store.settings
+    given = None if data is None else open_data_set(data, made["split"] or None, f.classes)
+    root = given.root if given else Path(made["data_set"])
+    if not root.is_dir():
+        raise AftError(
+            f"{root}: the data set of {store.path} is no longer there; say where it is: "
+            "aft finetune DATASET"
+        )
+    named, notes = (given.named, given.notes) if given else (None, ())
+    kind, split = made["data_kind"], made["split"]
+    return DataSet(kind, root, split, f.classes.names, True, samples, named, notes)
+
+
+def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
+    """Find the classifier's class of each label of a store; None where labels are its classes."""
     made = store.settings
     if made["labels"] == "model":
         return None
@@ -334,15 +334,10 @@ def _kept(rows: Rows) -> tuple[np.ndarray, ...]:
 def kept_image(
     f: Classifier, x: Tensor, attribution: Tensor, tau: Tensor, fill: str, mode: str
 ) -> Tensor:
-    """x_hat_tau* = I_tau* * x, shape (N, 3, H, W): what the best map keeps, as far as it does.
+    """Return x_hat_tau* = I_tau* * x, shape (N, 3, H, W), the inputs masked by the best map.
 
-    Args:
-        f: the classifier.
-        x: inputs, shape (N, 3, H, W).
-        attribution: I at the activation's size, shape (N, h, w).
-        tau: tau*, shape (N,).
-        fill: what muted pixels show.
-        mode: what thresholds cut.
+    I is the attribution at the activation's size, shape (N, h, w); tau* has shape (N,); fill and
+    mode are those of the search.
     """
     full = upsample(attribution.to(x), x)
     muted = threshold_map(full, cut_off(full, tau[:, None], mode)[:, 0])
@@ -372,7 +367,7 @@ def control_job(
         AftError: there is no such data set or split.
     """
     data_set = open_data_set(data, split, f.classes).limited(limit)
-    before = earlier_layers(f, earlier) if earlier else None
+    before = _earlier(f, earlier)
     if data_set.mapped:
         return Job(f, data_set, earlier=before)
     # The data set's classes are the new head's, in their order.

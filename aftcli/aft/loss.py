@@ -1,6 +1,6 @@
-"""Activation fine-tuning: what is minimised (§4.2, equation 8), and what goes beyond the paper.
+"""The loss of activation fine-tuning (§4.2, equation 8), and terms beyond the paper.
 
-w0 stays as it is, so training sees its outputs only; `aft_training` is the training itself.
+w0 stays as it is, so training sees its outputs only; `training` is the training itself.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from aftcli.core.cam import TUNERS
+from aftcli.core.cam import TUNERS, Tuner, normalise
+from aftcli.core.classifier import Classifier
+from aftcli.core.methods import METHODS, method
 from aftcli.errors import AftError, nearest
 
 Features = tuple[Tensor, ...]  # what w0 hands to w1: one tensor for most networks
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(f_0(x) || f(x)), mean over the images: how far probabilities are from the teacher's.
+    """Return KL(f_0(x) || f(x)), the distance of the teacher's probabilities, mean over images.
 
     Args:
         logits: f(x), shape (N, C).
@@ -32,13 +34,10 @@ def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
     )
 
 
-# What teaches the classes of whole images: their labels (eq. 8), or the network as it was.
+# Teachers of whole images' classes: their labels (eq. 8), or the network before fine-tuning.
 CLASSIFICATIONS = ("labels", "distillation")
 
-# What is held against M_tau*: f_tuner(A) (eq. 8), or the CAM itself.
-OBJECTIVES = ("tuner", "cam")
-
-# What is trained, behind the frozen w0.
+# Weights trained behind the frozen w0.
 TRAINED = ("w1+w2", "w1")
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -50,7 +49,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a classifier is fine-tuned; the defaults are equation 8 as it is printed.
+    """Settings of fine-tuning; the defaults are equation 8 as it is printed.
 
     Attributes:
         lam: lambda of eq. 8; None for the classification term alone, without masks.
@@ -60,7 +59,7 @@ class Recipe:
         patience: epochs without a better held-out loss after which training stops.
         held_out: share of the training images that choose the epoch and are not trained on.
         seed: of the tuner, the order of the images and the choice of the held-out ones.
-        objective: of OBJECTIVES.
+        objective: a key of OBJECTIVES: what is compared with M_tau*.
         consistency: weight of the classification loss on x_hat_tau*.
         classification: of CLASSIFICATIONS.
         tuner: a key of TUNERS: what is between the tuner's convolutions.
@@ -86,12 +85,59 @@ class Recipe:
     blend: float = 1.0
 
 
-def check_settings(settings: Recipe) -> None:
-    """Check the settings before anything is computed.
+class Compared(NamedTuple):
+    """The function whose values are compared with M_tau* at one layer.
 
-    Raises:
-        AftError: a value is out of range, or a name is unknown.
+    Attributes:
+        values: of A, shape (N, K, h, w), and c, shape (N,); its values have shape (N, h, w).
+        weights: trained with w1 and w2; None where the function has none of its own.
     """
+
+    values: Callable[[Tensor, Tensor], Tensor]
+    weights: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A choice of what is compared with the masks; `settings.OBJECTIVES` has its help text.
+
+    Attributes:
+        title: its name in the line that says what is minimised.
+        build: makes it for one layer, of the classifier cut there, whose weights are those that
+            are trained, and the method of the masks.
+        check: raises AftError where a method can't be trained so.
+    """
+
+    title: str
+    build: Callable[[Classifier, str, Recipe], Compared]
+    check: Callable[[str], None] = lambda cam: None
+
+
+def _tuner(f: Classifier, cam: str, settings: Recipe) -> Compared:
+    """Compare f_tuner(A), as eq. 8 does."""
+    tuner = Tuner(f.activation_shape[0], kind=settings.tuner, seed=settings.seed)
+    return Compared(lambda activation, class_index: tuner(activation), tuner)
+
+
+def _map(f: Classifier, cam: str, settings: Recipe) -> Compared:
+    """Compare the CAM itself, a function of w1 and w2."""
+    function = method(cam).load()
+    return Compared(lambda a, class_index: normalise(function(f, a, class_index, a)))
+
+
+def _check_map(cam: str) -> None:
+    if not method(cam).trainable:
+        able = ", ".join(name for name, entry in METHODS.items() if entry.trainable)
+        raise AftError(
+            f"the map of {cam} can't be trained itself; use --objective tuner, or one of {able}"
+        )
+
+
+OBJECTIVES = {"tuner": Objective("tuner", _tuner), "cam": Objective("map", _map, _check_map)}
+
+
+def check_settings(settings: Recipe, cam: str | None = None) -> None:
+    """Check the settings, and that masks of a method can be trained with them."""
     lam, rate, share = settings.lam or 0.0, settings.learning_rate, settings.held_out
     weight = settings.consistency
     for fine, what in (
@@ -114,10 +160,12 @@ def check_settings(settings: Recipe) -> None:
     ):
         if name not in known:
             raise AftError(f"unknown {what} {name!r}; nearest: {nearest(name, known)}")
+    if cam:
+        OBJECTIVES[settings.objective].check(cam)
 
 
 class Batch(NamedTuple):
-    """Training pairs: what w0 makes of the images, labels, and what belongs to the masks.
+    """Training pairs: w0's outputs, labels and masks.
 
     Attributes:
         features: w0's outputs for the images x.
@@ -135,11 +183,12 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What the network makes of a batch.
+    """The network's outputs for a batch.
 
     Attributes:
         logits: f(x), shape (N, C).
-        tuned: f_tuner(A), or the CAM, of each tuned layer, each (N, h, w); empty without masks.
+        tuned: what the objective compares, of each tuned layer, each (N, h, w), such as
+            f_tuner(A); empty without masks.
         masked: f(x_hat_tau*), shape (N, C); None without mask consistency.
         teacher: f_0(x), of the network before fine-tuning; None where labels teach.
     """
@@ -151,7 +200,7 @@ class Outputs(NamedTuple):
 
 
 class AftLoss(NamedTuple):
-    """What is minimised, for a batch; each term is its mean over the images.
+    """The loss of a batch; each term is its mean over the images.
 
     Attributes:
         total: of the weighted terms.
@@ -167,7 +216,7 @@ class AftLoss(NamedTuple):
 
 
 def mask_distance(tuned: Tensor, mask: Tensor) -> Tensor:
-    """||f_tuner(A) - M_tau*||_2^2 of each image, shape (N,) (eq. 8).
+    """Return ||f_tuner(A) - M_tau*||_2^2 of each image, shape (N,) (eq. 8).
 
     Args:
         tuned: f_tuner(A), shape (N, h, w).
@@ -177,7 +226,7 @@ def mask_distance(tuned: Tensor, mask: Tensor) -> Tensor:
 
 
 def aft_loss(out: Outputs, batch: Batch, settings: Recipe) -> AftLoss:
-    """CE(f(x), y) + lambda ||f_tuner(A) - M_tau*||_2^2 (eq. 8), mean over the batch.
+    """Return CE(f(x), y) + lambda ||f_tuner(A) - M_tau*||_2^2 (eq. 8), mean over the batch.
 
     Beyond the paper, KL(f_0(x) || f(x)) may take the place of the first term, and
     consistency * CE(f(x_hat_tau*), y) may join.
@@ -187,13 +236,13 @@ def aft_loss(out: Outputs, batch: Batch, settings: Recipe) -> AftLoss:
         batch: that it was given.
         settings: lambda, consistency and the classification term.
     """
-    logits = _wide(out.logits)
+    logits = _float32(out.logits)
     cross_entropy = F.cross_entropy(logits, batch.labels)
-    total = cross_entropy if out.teacher is None else divergence(logits, _wide(out.teacher))
+    total = cross_entropy if out.teacher is None else divergence(logits, _float32(out.teacher))
     mask = consistency = torch.zeros_like(cross_entropy)
     if batch.masks and settings.lam is not None:
         distances = [
-            mask_distance(_wide(t), m.to(_wide(t))).mean()
+            mask_distance(_float32(t), m.to(_float32(t))).mean()
             for t, m in zip(out.tuned, batch.masks, strict=True)
         ]
         mask = torch.stack(distances).sum()
@@ -201,10 +250,11 @@ def aft_loss(out: Outputs, batch: Batch, settings: Recipe) -> AftLoss:
     if out.masked is not None:
         target = batch.labels if out.teacher is None else batch.class_index
         assert target is not None
-        consistency = F.cross_entropy(_wide(out.masked), target)
+        consistency = F.cross_entropy(_float32(out.masked), target)
         total = total + settings.consistency * consistency
     return AftLoss(total, cross_entropy, mask, consistency)
 
 
-def _wide(values: Tensor) -> Tensor:
+def _float32(values: Tensor) -> Tensor:
+    """Return half-precision values as float32, others as they are."""
     return values.float() if values.itemsize < 4 else values

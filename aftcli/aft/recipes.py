@@ -1,4 +1,4 @@
-"""What fine-tuning does where nothing is asked for: one recipe a situation (docs/aft-study.md)."""
+"""Default training recipes, chosen by the number of images per class (docs/aft-study.md)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from aftcli.aft.jobs import Job
 from aftcli.aft.loss import Recipe, check_settings
 
-# So many training images a class teach what the class looks like; fewer are learnt by heart.
+# From so many training images a class on, training generalises; it memorises fewer.
 MANY = 50
 
 STEPS = 420
 
 
 class Situation(NamedTuple):
-    """When a recipe applies, in words, and its settings, fields of `Recipe`.
+    """A situation in words, and its settings, fields of `Recipe`.
 
     A small data set gets more epochs than these, for so many `steps`.
     """
@@ -56,7 +56,7 @@ SITUATIONS = {
 
 
 def situation_of(job: Job) -> Situation:
-    """The situation that a job is in."""
+    """Return the situation that a job is in."""
     if job.new_head:
         return SITUATIONS["new"]
     labels = [sample.label for sample in job.data_set.samples]
@@ -64,7 +64,7 @@ def situation_of(job: Job) -> Situation:
 
 
 def in_situation(**asked: Any) -> Callable[[Job], Recipe]:  # noqa: ANN401
-    """Settings of each job: what is asked for, else what its situation says.
+    """Return a function that gives a job's settings: those asked for, and its situation's.
 
     A job without masks has the learning rate and the epochs of one with masks, and plain
     cross-entropy.
@@ -89,8 +89,8 @@ def in_situation(**asked: Any) -> Callable[[Job], Recipe]:  # noqa: ANN401
                 found,
                 lam=None,
                 consistency=0.0,
-                classification="labels",
-                objective="tuner",
+                classification=Recipe.classification,
+                objective=Recipe.objective,
                 blend=given.get("blend", 1.0),
             )
         return found

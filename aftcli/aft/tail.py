@@ -1,24 +1,22 @@
-"""What is trained: w1, w2 and w' (§4.2), with the layers between them and w0."""
+"""The trained part of a network: w1, w2 and w' (§4.2), and layers between them and w0."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from aftcli.aft.loss import Features, Outputs, Recipe
-from aftcli.core.cam import Tuner, normalise
+from aftcli.aft.loss import OBJECTIVES, Compared, Features, Outputs, Recipe
 from aftcli.core.classifier import Classifier
 from aftcli.core.cut import cut, cut_modules
-from aftcli.core.methods import METHODS, method
 from aftcli.core.networks import copied
 from aftcli.errors import AftError, nearest
 
 
 class Tail(nn.Module):
-    """What is trained: w1, w2 and w', and layers between w0 and w1 that are tuned with them.
+    """The trained modules: w1, w2, w', and layers between w0 and w1 that are tuned with them.
 
     Batch norms keep their statistics and dropout is off: what is tuned is the very function
     that is explained, and a batch's images do not depend on each other.
@@ -38,24 +36,32 @@ class Tail(nn.Module):
         self.layer, self.head, between = copied((f.layer, f.head, earlier.parts if earlier else ()))
         self.between = nn.ModuleList(between)
         self.taken = earlier.taken if earlier else ()
-        shapes = [*(earlier.shapes if earlier else ()), f.activation_shape]
         self.tuner, self.earlier_tuners = None, nn.ModuleList()
-        self.method = method(cam).load() if cam and settings.objective == "cam" else None
-        if cam and settings.objective == "tuner":
-            *others, self.tuner = (
-                Tuner(k, kind=settings.tuner, seed=settings.seed).to(next(f.parameters()))
-                for k, _, _ in shapes
-            )
-            self.earlier_tuners = nn.ModuleList(others)
+        self.compared: tuple[Compared, ...] = ()
+        if cam:
+            shapes = [*(earlier.shapes if earlier else ()), f.activation_shape]
+            build = OBJECTIVES[settings.objective].build
+            self.compared = tuple(build(g, cam, settings) for g in self._cut_at_each(f, shapes))
+            *others, own = (c.weights and c.weights.to(next(f.parameters())) for c in self.compared)
+            self.earlier_tuners = nn.ModuleList(w for w in others if w)
+            self.tuner = own
         self.eval()
         frozen = {id(p) for p in self.head.parameters()} if settings.trained == "w1" else set()
         for parameter in self.parameters():
             parameter.requires_grad_(parameter.is_floating_point() and id(parameter) not in frozen)
-        # In a list, so that it is no part of this module.
-        self.explained = [_classifiers(f, self, shapes)]
+
+    def _cut_at_each(
+        self, f: Classifier, shapes: Sequence[tuple[int, int, int]]
+    ) -> Iterator[Classifier]:
+        """Yield these modules as classifiers cut at each tuned layer, l last."""
+        parts = [*self.between, self.layer]
+        for i, shape in zip((*self.taken, len(parts) - 1), shapes, strict=True):
+            after = [*parts[i + 1 :], self.head]
+            head = after[0] if len(after) == 1 else nn.Sequential(*after)
+            yield with_parts(f, nn.Identity(), parts[i], head, shape)
 
     def activations(self, features: Features) -> list[Tensor]:
-        """A of each tuned layer, l's last."""
+        """Return A of each tuned layer, l's last."""
         x: Any = features[0] if len(features) == 1 else features
         found = []
         for i, part in enumerate(self.between):
@@ -67,40 +73,41 @@ class Tail(nn.Module):
     def forward(
         self, features: Features, class_index: Tensor | None = None, masked: Features | None = None
     ) -> Outputs:
-        """Logits, and what is held against the masks; see `Outputs`.
-
-        Args:
-            features: w0's outputs for x.
-            class_index: c of the masks, shape (N,); None without masks.
-            masked: w0's outputs for x_hat_tau*.
-        """
+        """Return logits and the values compared with the masks; arguments as of `Batch`."""
         activations = self.activations(features)
         tuned: tuple[Tensor, ...] = ()
-        if class_index is not None and self.method:
-            tuned = tuple(
-                normalise(self.method(f, a, class_index, a))
-                for f, a in zip(self.explained[0], activations, strict=True)
-            )
-        elif class_index is not None and self.tuner:
-            tuners = [*self.earlier_tuners, self.tuner]
-            tuned = tuple(tuner(a) for tuner, a in zip(tuners, activations, strict=True))
+        if class_index is not None and self.compared:
+            pairs = zip(self.compared, activations, strict=True)
+            tuned = tuple(compared.values(a, class_index) for compared, a in pairs)
         logits = self.head(activations[-1])
         return Outputs(
             logits, tuned, None if masked is None else self.head(self.activations(masked)[-1])
         )
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of all weights and statistics, by name."""
+        return {name: value.detach().clone() for name, value in self.state_dict().items()}
 
-def _classifiers(
-    f: Classifier, tail: Tail, shapes: Sequence[tuple[int, int, int]]
-) -> list[Classifier]:
-    """A tail's own modules as classifiers cut at each tuned layer, for maps that are trained."""
-    parts = [*tail.between, tail.layer]
-    found = []
-    for i, shape in zip((*tail.taken, len(parts) - 1), shapes, strict=True):
-        after = [*parts[i + 1 :], tail.head]
-        head = after[0] if len(after) == 1 else nn.Sequential(*after)
-        found.append(with_parts(f, nn.Identity(), parts[i], head, shape))
-    return found
+    @torch.no_grad()
+    def blend(self, start: Tail, share: float) -> None:
+        """Set weights to start + share * (these - start); a tuner, which has no start, stays."""
+        tuned = dict(self.named_parameters())
+        for name, before in start.named_parameters():
+            tuned[name].copy_(torch.lerp(before, tuned[name], share))
+
+    def classifier(self, f: Classifier, cam: str | None) -> Classifier:
+        """Return f with a copy of these weights; its stem is shared unless part of it is tuned."""
+        stem = f.stem
+        if len(self.between):
+            stem = copied(f.stem)
+            weights = stem.state_dict()
+            for part in self.between:
+                weights |= part.state_dict()  # under the names of the uncut model
+            stem.load_state_dict(weights)
+        layer, head = (part.to(f.device) for part in copied((self.layer, self.head)))
+        tuned = with_parts(f, stem, layer, head, f.activation_shape)
+        tuned.cam = cam
+        return tuned.eval().requires_grad_(False)
 
 
 def with_parts(
@@ -110,7 +117,7 @@ def with_parts(
     head: nn.Module,
     shape: tuple[int, int, int],
 ) -> Classifier:
-    """A classifier of other parts; arguments as of `Classifier`, names and classes as f's."""
+    """Return a classifier of other parts with f's names and classes; see `Classifier`."""
     return Classifier(
         stem,
         layer,
@@ -121,19 +128,6 @@ def with_parts(
         classes=f.classes,
         activation_shape=shape,
     )
-
-
-def check_trainable(settings: Recipe, cam: str | None) -> None:
-    """Check that a method's map can be trained, where that is asked for.
-
-    Raises:
-        AftError: it can't.
-    """
-    if cam and settings.objective == "cam" and not method(cam).trainable:
-        able = ", ".join(name for name, entry in METHODS.items() if entry.trainable)
-        raise AftError(
-            f"the map of {cam} can't be trained itself; use --objective tuner, or one of {able}"
-        )
 
 
 class Earlier(NamedTuple):
@@ -155,15 +149,7 @@ class Earlier(NamedTuple):
 
 
 def earlier_layers(f: Classifier, names: Sequence[str]) -> Earlier:
-    """Cut a classifier's stem at further layers.
-
-    Args:
-        f: the classifier; it is not changed.
-        names: of layers before l, in any order, as `cut` takes them.
-
-    Raises:
-        AftError: one is not before l, or can't be cut at.
-    """
+    """Cut a classifier's stem at layers before l, named in any order as `cut` takes them."""
     ordered = [name for name, _ in cut_modules(f.stem)]
     for name in names:
         if name.split("+")[-1] not in ordered:

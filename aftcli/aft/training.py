@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -16,20 +16,18 @@ from aftcli.aft.loss import (
     OPTIMIZERS,
     AftLoss,
     Batch,
-    Features,
     Outputs,
     Recipe,
     aft_loss,
     check_settings,
 )
-from aftcli.aft.tail import Earlier, Tail, check_trainable, with_parts
+from aftcli.aft.tail import Earlier, Tail
 from aftcli.core.classifier import Classifier
-from aftcli.core.networks import copied
 from aftcli.errors import AftError
 
 
 class Examples(Protocol):
-    """The training data, as w0 hands it on.
+    """Training data behind w0.
 
     Attributes:
         labels: of all images, shape (N,).
@@ -39,14 +37,14 @@ class Examples(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """Of all images."""
+        """The names of all images."""
 
     @property
     def usable(self) -> Sequence[int]:
         """Indices of the images that could be read."""
 
     def batches(self, wanted: Sequence[Sequence[int]], epoch: int | None) -> Iterator[Batch]:
-        """The wanted batches, in their order; epoch None asks for images as they are."""
+        """Yield the wanted batches in order; epoch None asks for images without augmentation."""
 
 
 class Measured(NamedTuple):
@@ -70,7 +68,7 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, sums: Tensor) -> Measured:
-        """Means of sums over images, the last of which is their number."""
+        """Return means of sums over images; the last sum is their number."""
         *means, count = sums.tolist()
         n = max(count, 1)
         total, cross_entropy, mask, consistency, accuracy = (mean / n for mean in means)
@@ -79,7 +77,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Epoch:
-    """How an epoch went; epoch 0 is before training.
+    """The losses of an epoch; epoch 0 is before training.
 
     Attributes:
         number: of the epoch.
@@ -92,7 +90,7 @@ class Epoch:
     held_out: Measured | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return {
             "number": self.number,
             "train": self.train._asdict() if self.train else None,
@@ -101,7 +99,7 @@ class Epoch:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Epoch:
-        """The inverse of `as_dict`."""
+        """Return the epoch of plain values, the inverse of `as_dict`."""
         train, held_out = (
             Measured(**values[key]) if values[key] else None for key in ("train", "held_out")
         )
@@ -109,7 +107,7 @@ class Epoch:
 
 
 class Step(NamedTuple):
-    """Where training is: `step` of `steps` of an epoch done, the epoch's means so far."""
+    """Progress: `step` of `steps` of an epoch are done, with the epoch's means so far."""
 
     epoch: int
     step: int
@@ -118,10 +116,54 @@ class Step(NamedTuple):
 
 
 class State(NamedTuple):
-    """All that decides how training goes on."""
+    """A training's resumable state: equal states train on to equal weights."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
+
+    def part(self, prefix: str, device: torch.device) -> dict[str, Tensor]:
+        """Return the tensors under a prefix, without it."""
+        start = f"{prefix}."
+        found = ((k.removeprefix(start), v) for k, v in self.tensors.items() if k.startswith(start))
+        return {name: value.to(device) for name, value in found}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimizer's state by the parameter's number and the name."""
+    states = optimizer.state_dict()["state"].items()
+    return {f"{i}.{k}": v for i, kept in states for k, v in kept.items() if v is not None}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore the state that `_tensors_of` returned."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        number, _, what = name.partition(".")
+        states.setdefault(int(number), {})[what] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _sums(loss: AftLoss, logits: Tensor, labels: Tensor, count: int, like: Tensor) -> Tensor:
+    """Return a batch's loss sums and image count, for `Measured.of`."""
+    right = (logits.argmax(1) == labels).float().mean()
+    means = torch.stack([value.detach().to(like) for value in (*loss, right)])
+    return torch.cat([means, means.new_ones(1)]) * count
+
+
+def _check_w0_alone(f: Classifier, earlier: Earlier | None) -> None:
+    """Check that w0, which is frozen, shares no weights with what is trained."""
+    frozen = {id(p) for p in (earlier or f).stem.parameters()}
+    trained = (*(earlier.parts if earlier else ()), f.layer, f.head)
+    if any(id(p) in frozen for part in trained for p in part.parameters()):
+        raise AftError(
+            f"{f.layer_name}: layers before it use the same weights as layers from it on, so "
+            "these can't be trained alone; choose another --layer"
+        )
 
 
 def choose_held_out(
@@ -131,12 +173,6 @@ def choose_held_out(
 
     Every n-th image in the order of the classes, within a class in an order that depends on
     the name and the seed only: the held-out images are spread over the classes.
-
-    Args:
-        names: of the images.
-        labels: of the images.
-        share: to hold out, in [0, 1).
-        seed: another one gives others.
 
     Returns:
         Positions of those to train on and of those held out, each ascending.
@@ -153,13 +189,13 @@ def choose_held_out(
 
 
 def shuffled(indices: Sequence[int], seed: int, epoch: int) -> list[int]:
-    """The order of an epoch; it depends on seed and epoch only, so a run can go on anywhere."""
+    """Return the order of an epoch; seed and epoch decide it, so a run can resume anywhere."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
 
 
 class Training:
-    """Fine-tuning of a classifier's w1 and w2 (§4.2); `run` goes on where `state` was taken.
+    """Fine-tuning of a classifier's w1 and w2 (§4.2); `restore` and `run` resume at a `state`.
 
     Args:
         f: the classifier; it is not changed.
@@ -187,15 +223,8 @@ class Training:
         earlier: Earlier | None = None,
     ) -> None:
         cam = None if settings.lam is None else cam
-        check_settings(settings)
-        check_trainable(settings, cam)
-        frozen = {id(p) for p in (earlier or f).stem.parameters()}
-        trained = (*(earlier.parts if earlier else ()), f.layer, f.head)
-        if any(id(p) in frozen for part in trained for p in part.parameters()):
-            raise AftError(
-                f"{f.layer_name}: layers before it use the same weights as layers from it on, so "
-                "these can't be trained alone; choose another --layer"
-            )
+        check_settings(settings, cam)
+        _check_w0_alone(f, earlier)
         usable = list(examples.usable)
         if not usable:
             raise AftError("there is no readable image to train on")
@@ -205,38 +234,32 @@ class Training:
         train, held_out = choose_held_out(names, labels, settings.held_out, settings.seed)
         self.train, self.held_out = [usable[i] for i in train], [usable[i] for i in held_out]
         self.accelerator = accelerator or Accelerator(cpu=f.device.type == "cpu")
-        self.tail = Tail(f, settings, cam, earlier).to(self.accelerator.device)
-        fused = self.accelerator.device.type in ("cpu", "cuda")
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        device = self.accelerator.device
+        self.tail = Tail(f, settings, cam, earlier).to(device)
         optimizer = OPTIMIZERS[settings.optimizer](
             [p for p in self.tail.parameters() if p.requires_grad],
             lr=settings.learning_rate,
-            fused=fused,
+            fused=device.type in ("cpu", "cuda"),
         )
         self.model, self.optimizer = self.accelerator.prepare(self.tail, optimizer)
-        self.best = self._weights()
+        self.best = self.tail.weights()
         self.best_epoch, self.epoch, self.step = 0, 1, 0
-        self.sums = self._zeros()
+        # Apple's devices have no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(Measured._fields), dtype=dtype, device=device)
         self.history: list[Epoch] = []
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: value.detach().clone() for name, value in self.tail.state_dict().items()}
 
     @cached_property
     def start(self) -> Tail:
-        """w1 and w2 as they were: the teacher of distillation, and where a blend begins."""
+        """w1 and w2 before training: the teacher of distillation, and the start of a blend."""
         start = Tail(self.f, self.settings, None, self.earlier)
         return start.to(self.accelerator.device).requires_grad_(False)
 
     def state(self) -> State:
-        """All that decides how training goes on; equal on all processes."""
-        tensors = {f"tail.{name}": value for name, value in self.tail.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        for index, kept in self.optimizer.state_dict()["state"].items():
-            tensors |= {
-                f"optimizer.{index}.{name}": value
-                for name, value in kept.items()
-                if value is not None
-            }
+        """Return all that decides how training continues; equal on all processes."""
+        tensors = _under("tail", self.tail.state_dict()) | _under("best", self.best)
+        tensors |= _under("optimizer", _tensors_of(self.optimizer))
         scaler = self.accelerator.scaler
         values = {
             "epoch": self.epoch,
@@ -249,31 +272,21 @@ class Training:
         return State(tensors, values)
 
     def restore(self, state: State) -> None:
-        """Go back to a state that `state` gave."""
-        tensors, values = state
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            found = ((k.partition(".")[2], v) for k, v in tensors.items() if k.startswith(prefix))
-            return {k: v.to(self.accelerator.device) for k, v in found}
-
-        self.tail.load_state_dict(part("tail."))
-        self.best = part("best.")
-        kept: dict[int, dict[str, Tensor]] = {}
-        for name, value in part("optimizer.").items():
-            index, _, what = name.partition(".")
-            kept.setdefault(int(index), {})[what] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": kept, "param_groups": groups})
+        """Return to a state that `state` gave."""
+        values, device = state.values, self.accelerator.device
+        self.tail.load_state_dict(state.part("tail", device))
+        self.best = state.part("best", device)
+        _load_optimizer(self.optimizer, state.part("optimizer", device))
         if self.accelerator.scaler and values["scaler"]:
             self.accelerator.scaler.load_state_dict(values["scaler"])
         self.epoch, self.step = values["epoch"], values["step"]
-        self.sums = self._zeros().new_tensor(values["sums"])
+        self.sums = self.sums.new_tensor(values["sums"])
         self.best_epoch = values["best_epoch"]
         self.history = [Epoch.from_dict(e) for e in values["history"]]
 
     @property
     def done(self) -> bool:
-        """Whether all epochs are done, or none of the last ones was better."""
+        """True if all epochs are done, or none of the last ones was better."""
         return self.epoch > self.settings.epochs or (
             bool(self.held_out) and self.epoch - 1 - self.best_epoch >= self.settings.patience > 0
         )
@@ -285,33 +298,29 @@ class Training:
             yield self.history[0]
         while not self.done:
             yield from self._run_epoch()
-            train, self.sums = Measured.of(self.sums), self._zeros()
+            train, self.sums = Measured.of(self.sums), torch.zeros_like(self.sums)
             epoch = Epoch(self.epoch, train, self._held_out())
             self.history.append(epoch)
             if self._is_best():
-                self.best, self.best_epoch = self._weights(), self.epoch
+                self.best, self.best_epoch = self.tail.weights(), self.epoch
             self.epoch, self.step = self.epoch + 1, 0
             yield epoch
 
     def _run_epoch(self) -> Iterator[Step]:
         order = shuffled(self.train, self.settings.seed, self.epoch)
-        size, rank, count = self.settings.batch, *self._place()
+        size = self.settings.batch
         batches = [order[i : i + size] for i in range(0, len(order), size)]
         # A process without a share takes one image along, with weight 0.
-        shares = [batch[rank::count] or batch[:1] for batch in batches]
+        shares = [batch[self.rank :: self.processes] or batch[:1] for batch in batches]
         for batch in self.examples.batches(shares[self.step :], self.epoch):
-            whole = len(batches[self.step])
-            own = len(batches[self.step][rank::count])
-            self._step(batch, own, whole, count)
+            whole = batches[self.step]
+            self._step(batch, len(whole[self.rank :: self.processes]), len(whole))
             self.step += 1
             yield Step(self.epoch, self.step, len(batches), Measured.of(self.sums))
 
-    def _place(self) -> tuple[int, int]:
-        return self.accelerator.process_index, self.accelerator.num_processes
-
-    def _step(self, batch: Batch, own: int, whole: int, processes: int) -> None:
-        """One step on the loss of a batch, of which this process has `own` of `whole`."""
-        out = self._with_teacher(batch, self.model(*self._inputs(batch)))
+    def _step(self, batch: Batch, own: int, whole: int) -> None:
+        """Take one step on the loss of a batch, of which this process has `own` of `whole`."""
+        out = self._outputs(self.model, batch)
         loss = aft_loss(out, batch, self.settings)
         if not loss.total.isfinite():
             raise AftError(
@@ -320,34 +329,21 @@ class Training:
             )
         self.optimizer.zero_grad()
         # Processes' gradients are averaged: weighted so, that is the mean over the whole batch.
-        weight = own * processes / whole
+        weight = own * self.processes / whole
         self.accelerator.backward(loss.total if weight == 1 else loss.total * weight)
         self.optimizer.step()
-        self.sums += self._reduced(self._sums(loss, out.logits, batch.labels, own))
+        self.sums += self._reduced(_sums(loss, out.logits, batch.labels, own, self.sums))
 
-    def _inputs(self, batch: Batch) -> tuple[Features, Tensor | None, Features | None]:
-        return batch.features, batch.class_index, batch.masked
-
-    @torch.no_grad()
-    def _with_teacher(self, batch: Batch, out: Outputs) -> Outputs:
+    def _outputs(self, network: nn.Module, batch: Batch) -> Outputs:
+        """Return the outputs of a tail, or its wrapper, with the teacher's where it is needed."""
+        out: Outputs = network(batch.features, batch.class_index, batch.masked)
         if self.settings.classification == "labels":
             return out
-        return out._replace(teacher=self.start(batch.features).logits)
-
-    def _zeros(self) -> Tensor:
-        # Apple's devices have no float64.
-        device = self.accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        return torch.zeros(len(Measured._fields), dtype=dtype, device=device)
-
-    def _sums(self, loss: AftLoss, logits: Tensor, labels: Tensor, count: int) -> Tensor:
-        """What a batch adds to the sums that `Measured.of` divides."""
-        right = (logits.argmax(1) == labels).float().mean()
-        means = torch.stack([value.detach().to(self._zeros()) for value in (*loss, right)])
-        return torch.cat([means, means.new_ones(1)]) * count
+        with torch.no_grad():
+            return out._replace(teacher=self.start(batch.features).logits)
 
     def _reduced(self, sums: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
+        if self.processes == 1:
             return sums
         return self.accelerator.reduce(sums, "sum")  # type: ignore[no-any-return]
 
@@ -355,7 +351,7 @@ class Training:
         return self.measure(self.examples, self.held_out) if self.held_out else None
 
     def _is_best(self) -> bool:
-        """Whether the last epoch has the lowest held-out loss so far; without images, it has."""
+        """Tell if the last epoch has the lowest held-out loss so far; without images, it has."""
         *before, last = self.history[1:]
         if last.held_out is None:
             return True
@@ -363,45 +359,26 @@ class Training:
 
     @torch.no_grad()
     def measure(self, examples: Examples, indices: Sequence[int]) -> Measured:
-        """Means over images, by the weights as they are now; all processes share the work."""
-        size, rank, count = self.settings.batch, *self._place()
-        batches = [indices[i : i + size] for i in range(0, len(indices), size)][rank::count]
-        sums = self._zeros()
-        for batch in examples.batches(batches, None):
-            out = self._with_teacher(batch, self.tail(*self._inputs(batch)))
+        """Return means over images, by the current weights; all processes share the work."""
+        size = self.settings.batch
+        batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+        sums = torch.zeros_like(self.sums)
+        for batch in examples.batches(batches[self.rank :: self.processes], None):
+            out = self._outputs(self.tail, batch)
             loss = aft_loss(out, batch, self.settings)
-            sums += self._sums(loss, out.logits, batch.labels, len(batch.labels))
+            sums += _sums(loss, out.logits, batch.labels, len(batch.labels), sums)
         return Measured.of(self._reduced(sums))
 
     def use_best(self) -> None:
-        """Take the weights of the best epoch, blended with those before."""
+        """Take the weights of the best epoch, blended with those before training."""
         self.tail.load_state_dict(self.best)
-        blend = self.settings.blend
-        if blend < 1:
-            tuned = dict(self.tail.named_parameters())
-            with torch.no_grad():
-                for name, before in self.start.named_parameters():
-                    tuned[name].copy_(torch.lerp(before, tuned[name], blend))
+        if self.settings.blend < 1:
+            self.tail.blend(self.start, self.settings.blend)
 
     def classifier(self, cam: str | None = None) -> Classifier:
-        """The classifier with the weights as they are now; w0 is the same object as before.
+        """Return the classifier with the current weights; w0 is the same object as before.
 
         Args:
             cam: the method whose masks it was tuned with.
         """
-        layer, head = copied((self.tail.layer, self.tail.head))
-        layer, head = layer.to(self.f.device), head.to(self.f.device)
-        f = with_parts(self.f, self._stem(), layer, head, self.f.activation_shape)
-        f.cam = cam
-        return f.eval().requires_grad_(False)
-
-    def _stem(self) -> nn.Module:
-        """What is before l; where earlier layers are tuned, with their weights."""
-        if not len(self.tail.between):
-            return self.f.stem
-        stem = copied(self.f.stem)
-        weights = stem.state_dict()
-        for part in self.tail.between:
-            weights |= part.state_dict()  # under the names of the uncut model
-        stem.load_state_dict(weights)
-        return stem
+        return self.tail.classifier(self.f, cam)

@@ -1,4 +1,4 @@
-"""What people see of fine-tuning: progress, tables, loss curves, JSON."""
+"""Reports of fine-tuning: progress, tables, loss curves, JSON."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 
+from aftcli.aft.examples import Cached, Note
+from aftcli.aft.loss import OBJECTIVES
 from aftcli.aft.recipes import situation_of
-from aftcli.aft.run import Begun, Cached, Event, Note, Tuned
+from aftcli.aft.run import Begun, Event, Tuned
 from aftcli.aft.training import Epoch, Measured, Step
 from aftcli.files import durable
 from aftcli.report.terminal import PlainColumn, cell, say
 
 
 class _Watch:
-    """Shows events as they come; without a terminal, a line an epoch."""
+    """A display of events as they come; without a terminal, a line an epoch."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet, self.console = quiet, Console(stderr=True, highlight=False)
@@ -64,7 +66,7 @@ class _Watch:
 
     def _update(self, what: str, done: int, total: int, losses: str) -> None:
         if self.task is None:
-            # Begun where it goes on, so that the time left is that of what is left.
+            # Started where training resumes, so that the time left is right.
             self.task = self.bar.add_task(what, total=total, completed=done, losses=losses)
         self.bar.update(self.task, description=what, completed=done, losses=losses)
 
@@ -104,11 +106,11 @@ def _beginning(begun: Begun) -> tuple[str, str]:
 
 
 def _recipe(begun: Begun) -> str:
-    """What is minimised, and the situation whose defaults that are."""
+    """Return the line that says what is minimised, and whose defaults that are."""
     own = begun.settings
     parts = ["cross-entropy" if own.classification == "labels" else "distillation"]
     if own.lam is not None:
-        what = "tuner" if own.objective == "tuner" else "map"
+        what = OBJECTIVES[own.objective].title
         parts.append(f"{own.lam:g} x distance of the {what} from the masks")
     if own.consistency:
         parts.append(f"{own.consistency:g} x cross-entropy on what the masks keep")
@@ -135,7 +137,7 @@ def _epoch_line(epoch: Epoch) -> str:
 
 
 def print_tuned(tuned: list[Tuned], exported: list[Path], json_: bool) -> None:
-    """Print what a run of finetune has made, before and after, and draw the loss curves."""
+    """Print the results of finetune, before and after, and draw the loss curves."""
     results = []
     for each in tuned:
         curve = each.path.with_name(f"{each.path.stem}-loss.png")
@@ -191,12 +193,7 @@ def _table(results: list[dict[str, Any]]) -> Table:
 
 
 def draw_losses(path: Path, card: dict[str, Any]) -> None:
-    """Draw cross-entropy, mask loss and accuracy over the epochs.
-
-    Args:
-        path: of a PNG.
-        card: of a checkpoint.
-    """
+    """Draw a checkpoint's cross-entropy, mask loss and accuracy over the epochs, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -230,11 +227,7 @@ def draw_losses(path: Path, card: dict[str, Any]) -> None:
 
 
 def export(path: Path) -> Path:
-    """Write a checkpoint's network and plain map as one graph beside it.
-
-    Args:
-        path: of the checkpoint.
-    """
+    """Write a checkpoint's network and plain map as one graph beside it."""
     from aftcli.engine.export import export_onnx
 
     target = path.with_suffix(".onnx")
