@@ -15,7 +15,7 @@ from aftcli.core.methods import METHODS
 from aftcli.core.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import Search
-from aftcli.tft.search import TftResult, fine_tune_threshold
+from aftcli.tft.search import TftResult, search_threshold
 
 
 @dataclass(frozen=True)
@@ -157,19 +157,8 @@ def _search(
 ) -> list[Explanation]:
     results: list[TftResult | None] = [None] * len(maps)
     if settings:
-        found = fine_tune_threshold(
-            f,
-            x,
-            maps,
-            classes,
-            settings.thresholds,
-            settings.masking,
-            settings.fill,
-            settings.mode,
-            probability=y[classes],
-            owner=torch.zeros_like(classes),
-            search=settings.search,
-        )
+        owner = torch.zeros_like(classes)
+        found = search_threshold(f, x, maps, classes, settings, y[classes], owner)
         results = [TftResult(*(field[i : i + 1] for field in found)) for i in range(len(maps))]
     return [
         Explanation(

@@ -27,7 +27,7 @@ from aftcli.files import file_stem, locked, make_folder
 from aftcli.settings import Search
 from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
 from aftcli.tft.masks import FORMAT_VERSION, MaskStore, changed_images, refuse_other_settings
-from aftcli.tft.search import TftResult, fine_tune_threshold
+from aftcli.tft.search import TftResult, search_threshold
 from aftcli.tft.threshold import cut_off, mask_of, threshold_map
 from aftcli.version import __version__
 
@@ -88,19 +88,9 @@ def tune_batch(f: Classifier, x: Tensor, methods: Sequence[str], settings: Searc
     maps = [scaled_map(f, activation, class_index, x, method, cells=True) for method in methods]
     low = torch.cat(maps)
     high = upsample(low, x)
-    result = fine_tune_threshold(
-        f,
-        x,
-        high,
-        class_index.repeat(len(methods)),
-        settings.thresholds,
-        settings.masking,
-        settings.fill,
-        settings.mode,
-        probability=y.repeat(len(methods)),
-        owner=torch.arange(count, device=x.device).repeat(len(methods)),
-        search=settings.search,
-    )
+    owner = torch.arange(count, device=x.device)
+    class_indices, y, owner = (each.repeat(len(methods)) for each in (class_index, y, owner))
+    result = search_threshold(f, x, high, class_indices, settings, y, owner)
     cut = cut_off(high, result.tau[:, None], settings.mode)[:, 0]
     mask = mask_of(threshold_map(low, cut))
     return [

@@ -17,7 +17,7 @@ from aftcli.core.classifier import Preprocessing
 from aftcli.data.blocks import Broken
 from aftcli.errors import AftError
 from aftcli.files import durable
-from aftcli.tft.search import check_settings
+from aftcli.settings import Search
 
 # The type of each column and its axes after the first, which is the image. Equal letters are
 # equal lengths.
@@ -139,7 +139,7 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
         raise ValueError("its classes are no names")
     try:
         Preprocessing.from_dict(settings["preprocessing"])
-        check_settings(thresholds, *(settings[k] for k in ("masking", "fill", "threshold_mode")))
+        Search(tuple(thresholds), *(settings[k] for k in ("masking", "fill", "threshold_mode")))
     except AftError as error:
         raise ValueError(str(error)) from error
     if file["rpi"].shape[1] != len(thresholds) or list(file["mask"].shape[1:]) != shape[1:]:

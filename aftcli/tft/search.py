@@ -11,12 +11,11 @@ from torch import Tensor
 from aftcli.core.classifier import Classifier, probabilities
 from aftcli.core.inputs import check_shape, class_indices
 from aftcli.core.networks import outside_inference_mode
-from aftcli.errors import AftError, check_name
-from aftcli.settings import THRESHOLDS
+from aftcli.errors import AftError
+from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft.threshold import (
     FILLS,
     MASKINGS,
-    MODES,
     cut_off,
     first_maximum,
     mask_of,
@@ -59,31 +58,6 @@ class TftResult(NamedTuple):
     def helps(self) -> Tensor:
         """Where a threshold raises the probability by more than rounding, shape (N,), bool."""
         return raised(self.rpi, self.probability).any(1)
-
-
-def check_settings(
-    thresholds: Sequence[float], masking: str, fill: str, mode: str, search: str = "exact"
-) -> None:
-    """Check the settings of a search before anything is computed.
-
-    Raises:
-        AftError: thresholds are out of range or order, or a name is unknown.
-    """
-    if not thresholds or not all(0 <= tau <= 1 for tau in thresholds):
-        raise AftError(f"thresholds must lie in [0, 1], got {_listed(thresholds)}")
-    if any(b <= a for a, b in zip(thresholds, thresholds[1:], strict=False)):
-        raise AftError(f"thresholds must increase, got {_listed(thresholds)}")
-    for what, name, known in (
-        ("masking", masking, MASKINGS),
-        ("fill", fill, FILLS),
-        ("threshold mode", mode, MODES),
-        ("search", search, SEARCHES),
-    ):
-        check_name(what, name, known)
-
-
-def _listed(thresholds: Sequence[float]) -> str:
-    return ", ".join(f"{tau:g}" for tau in thresholds) or "none"
 
 
 def areas(attribution: Tensor, cut: Tensor) -> Tensor:
@@ -245,7 +219,6 @@ SEARCHES: dict[str, Callable[[Score, Tensor, int], Tensor]] = {
 }
 
 
-@outside_inference_mode
 def fine_tune_threshold(
     classifier: Classifier,
     x: Tensor,
@@ -287,7 +260,21 @@ def fine_tune_threshold(
         AftError: thresholds are out of range or order, a name is unknown, shapes disagree, a
             class is out of range, or the network has one output only.
     """
-    check_settings(thresholds, masking, fill, mode, search)
+    settings = Search(tuple(thresholds), masking, fill, mode, search)
+    return search_threshold(classifier, x, attribution, class_index, settings, probability, owner)
+
+
+@outside_inference_mode
+def search_threshold(
+    f: Classifier,
+    x: Tensor,
+    attribution: Tensor,
+    class_index: Tensor | int,
+    search: Search,
+    probability: Tensor | None = None,
+    owner: Tensor | None = None,
+) -> TftResult:
+    """Find each image's threshold; see `fine_tune_threshold`, whose settings are here one."""
     check_shape(x)
     owner = torch.arange(len(x), device=x.device) if owner is None else owner
     count = len(owner)
@@ -295,22 +282,20 @@ def fine_tune_threshold(
         raise AftError(
             f"attribution must have shape {(count, *x.shape[2:])}, got {tuple(attribution.shape)}"
         )
-    classes = class_indices(classifier, class_index, count, attribution.device)
-    cut = cut_off(attribution, attribution.new_tensor(thresholds), mode)
+    classes = class_indices(f, class_index, count, attribution.device)
+    cut = cut_off(attribution, attribution.new_tensor(search.thresholds), search.mode)
     if probability is None:
         with torch.no_grad():
-            y = probabilities(classifier(x).float())
+            y = probabilities(f(x).float())
         probability = y[owner, classes]
 
     def score(steps: Tensor) -> Tensor:
-        some = cut.gather(1, steps)
-        return masked_probabilities(
-            classifier, x, attribution, some, classes, probability, owner, masking, fill
-        )
+        known = (cut.gather(1, steps), classes, probability, owner)
+        return masked_probabilities(f, x, attribution, *known, search.masking, search.fill)
 
-    y_hat = SEARCHES[search](score, probability, len(thresholds))
+    y_hat = SEARCHES[search.search](score, probability, len(search.thresholds))
     rpi = relative_probability_increase(y_hat, probability[:, None])
     best = first_maximum(rpi, probability)
     chosen = threshold_map(attribution, cut.gather(1, best[:, None]).squeeze(1))
-    tau = attribution.new_tensor(thresholds)[best]
+    tau = attribution.new_tensor(search.thresholds)[best]
     return TftResult(tau, rpi, y_hat, probability, chosen, mask_of(chosen))
