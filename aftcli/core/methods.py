@@ -76,7 +76,7 @@ class Entry:
 
     @property
     def of_pixels(self) -> bool:
-        """Say that its map scores pixels one by one, so that a threshold leaves single pixels."""
+        """Return whether its map scores pixels one by one: a threshold leaves single pixels."""
         return self.family in ("gradient", "decomposition")
 
     def load(self) -> Method:

@@ -29,7 +29,7 @@ BATCH = 16  # masked images in one pass of the network
 
 
 class TftResult(NamedTuple):
-    """What Algorithm 1 finds for N images.
+    """Result of Algorithm 1 for N images.
 
     Attributes:
         tau: tau*, the first threshold with the largest RPI (`first_maximum`), shape (N,).
@@ -51,17 +51,17 @@ class TftResult(NamedTuple):
 
     @property
     def best(self) -> Tensor:
-        """Which threshold tau* is, shape (N,)."""
+        """Return the index of tau* in T, shape (N,)."""
         return first_maximum(self.rpi, self.probability)
 
     @property
     def helps(self) -> Tensor:
-        """Where a threshold raises the probability by more than rounding, shape (N,), bool."""
+        """Return whether a threshold raises the probability by more than rounding, (N,), bool."""
         return raised(self.rpi, self.probability).any(1)
 
 
 def areas(attribution: Tensor, cut: Tensor) -> Tensor:
-    """How many pixels each threshold keeps, shape (N, |T|).
+    """Count the pixels that each threshold keeps, shape (N, |T|).
 
     Args:
         attribution: I, shape (N, H, W).
@@ -76,7 +76,7 @@ def areas(attribution: Tensor, cut: Tensor) -> Tensor:
 
 
 class Distinct(NamedTuple):
-    """Which masked images must be run.
+    """Masked images that must be run, each once.
 
     Attributes:
         pairs: (map, threshold) of each distinct masked image.
@@ -107,7 +107,7 @@ def distinct_masks(
         share_empty: empty masks of all images give the same masked image.
     """
     steps = range(cut.shape[1])
-    # The one copy from the device: which masked images there are decides how they are packed.
+    # The only copy from the device: it decides which masked images are packed into batches.
     kept = areas(attribution, cut).tolist()
     whole = attribution[0].numel() if masking == "binary" else -1
     pairs: list[tuple[int, int]] = []
@@ -154,7 +154,7 @@ def masked_probabilities(
     masking: str,
     fill: str,
 ) -> Tensor:
-    """y_hat^c of each threshold of each map, shape (N, |T|); equal masks are scored once.
+    """Return y_hat^c of each threshold of each map, (N, |T|); equal masks are scored once.
 
     Args:
         f: the classifier.
@@ -187,15 +187,15 @@ Score = Callable[[Tensor], Tensor]  # steps of T, shape (N, k), to their y_hat^c
 
 
 def every_threshold(score: Score, y: Tensor, count: int) -> Tensor:
-    """y_hat^c of all of T, shape (N, |T|): Algorithm 1."""
+    """Score all of T, y_hat^c of shape (N, |T|): Algorithm 1."""
     return score(torch.arange(count, device=y.device).repeat(len(y), 1))
 
 
 def coarse_to_fine(score: Score, y: Tensor, count: int) -> Tensor:
-    """y_hat^c of some of T, shape (N, |T|), NaN elsewhere.
+    """Score some of T, y_hat^c of shape (N, |T|), NaN elsewhere.
 
-    A coarse part of T first; then, the stride halved each time, what is on both sides of the
-    best so far. Finds tau* where RPI has one prominent peak.
+    A coarse part of T comes first. Then the stride is halved each time, and both sides of the best
+    so far are scored. This finds tau* where RPI has one prominent peak.
     """
     y_hat = y.new_full((len(y), count), torch.nan)
     stride = 1 << max((count - 1) // 4, 1).bit_length() - 1
@@ -247,8 +247,8 @@ def fine_tune_threshold(
             authors' code).
         fill: what muted pixels show: "mean", "black" or "blur".
         mode: "value", tau cuts scores; "percentile", tau cuts ranks.
-        probability: y^c, shape (N,), of each map, where it is known already: saves a pass.
-        owner: which input each map is of, shape (N,), where several maps (of other methods or
+        probability: y^c, shape (N,), of each map, if already known: saves a pass.
+        owner: index of each map's input, shape (N,), if several maps (of other methods or
             classes) share inputs: equal masks of one input are scored once. Default one each.
         search: "exact", all of T, or "fast", some of T, coarse to fine.
 
@@ -274,7 +274,7 @@ def search_threshold(
     probability: Tensor | None = None,
     owner: Tensor | None = None,
 ) -> TftResult:
-    """Find each image's threshold; see `fine_tune_threshold`, whose settings are here one."""
+    """Find each image's threshold: `fine_tune_threshold` with its settings as one `Search`."""
     check_shape(x)
     owner = torch.arange(len(x), device=x.device) if owner is None else owner
     count = len(owner)
