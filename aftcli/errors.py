@@ -1,4 +1,4 @@
-"""The one error of the package."""
+"""The error and the warning of the package, and the nearest names for messages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from difflib import get_close_matches
 
 
 class AftError(Exception):
-    """Something the user can put right; the message says what is wrong, where, and what to do."""
+    """Mistake that the user can put right; the message says what is wrong, where, what to do."""
 
 
 class AftWarning(UserWarning):
-    """Something that the user should know, though nothing is wrong; the command line says it."""
+    """News that the user should know, though nothing is wrong; the command line prints it."""
 
 
 def nearest(word: str, known: Iterable[str], n: int = 5) -> str:
@@ -34,20 +34,16 @@ def nearest(word: str, known: Iterable[str], n: int = 5) -> str:
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:
-    """Check a name that a user gave.
-
-    Raises:
-        AftError: it is none of those known; the nearest are in the message.
-    """
+    """Check a name that a user gave; the error names the nearest known ones."""
     known = list(known)
     if name not in known:
         raise AftError(f"unknown {what} {name!r}; nearest: {nearest(name, known)}")
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, in one line."""
+    """Return the first line of another library's error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Unfit(Exception):
-    """An engine can't run a classifier; the message says why."""
+    """Engine that can't run a classifier; the message says why."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 FOLLOW = "AFT_FOLLOW_LINKS"  # set by who trusts the links in a data set
 
-HELD = {errno.EACCES, errno.EAGAIN}  # what a lock that another process holds answers
+HELD = {errno.EACCES, errno.EAGAIN}  # answers of a lock that another process holds
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
@@ -31,21 +31,13 @@ LONGEST = 4096  # bytes that are read of a lock
 
 
 def check_folder(path: Path) -> None:
-    """Check that a folder is there.
-
-    Raises:
-        AftError: it is not.
-    """
+    """Check that a folder is there."""
     if not path.is_dir():
         raise AftError(f"{path}: there is no such folder")
 
 
 def check_checkpoint(path: Path) -> None:
-    """Check that a checkpoint is there.
-
-    Raises:
-        AftError: it is not.
-    """
+    """Check that a checkpoint is there."""
     if not path.is_file():
         raise AftError(f"{path}: there is no such checkpoint file")
 
@@ -59,7 +51,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def sweep(path: Path) -> None:
-    """Delete what processes that were killed while they wrote a file have left of it."""
+    """Delete the temporary files of processes that were killed while they wrote a file."""
     for left in path.parent.glob(f".*-{glob.escape(path.name)}"):
         writer = left.name[1:].partition("-")[0]
         if writer.isdecimal() and not psutil.pid_exists(int(writer)):
@@ -67,15 +59,12 @@ def sweep(path: Path) -> None:
 
 
 def inside(folder: Path, name: str, named: Path | None = None) -> Path:
-    """A file below a folder that someone else may have packed: nothing outside it is read.
+    """Return a file below a folder that someone else may have packed, refusing any outside it.
 
     Args:
         folder: where names are relative to.
         name: of the file, from a listing or another file.
-        named: what the user named, which links must not leave; default the folder.
-
-    Raises:
-        AftError: the name, or a link on the way, leads out.
+        named: the folder that the user named, which links must not leave; default `folder`.
     """
     path, named = folder / name, named or folder
     if os.path.isabs(name) or ".." in name.split("/"):
@@ -96,7 +85,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     sweep(path)
     temporary.unlink(missing_ok=True)
-    # Made here, so that no link waiting under its name is written through.
+    # Made exclusively, so that a link planted under its name is not followed.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
@@ -111,9 +100,6 @@ def durable(path: Path) -> Iterator[Path]:
 
     Args:
         path: of the file; what is written to the path that is yielded is renamed to it.
-
-    Raises:
-        AftError: it can't be written.
     """
     try:
         with replacing(path) as temporary:
@@ -135,9 +121,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         path: of the file.
         tensors: by name.
         metadata: text by name.
-
-    Raises:
-        AftError: it can't be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -172,11 +155,7 @@ def file_stem(model: str, what: str) -> str:
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder of a run.
-
-    Raises:
-        AftError: it can't be made.
-    """
+    """Make a folder of a run."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -195,9 +174,6 @@ def locked(target: Path) -> Iterator[None]:
 
     Args:
         target: the file; the lock lies beside it, hidden.
-
-    Raises:
-        AftError: another process holds it, or the lock can't be written.
     """
     try:
         lock = open(target.with_name(f".{target.stem}.lock"), "a", opener=_no_link)
@@ -227,7 +203,7 @@ def _unwritable(target: Path, error: OSError) -> AftError:
 
 
 def _without_locks(descriptor: int, target: Path) -> str | None:
-    """Take the system's lock; the reason where its file system has none."""
+    """Take the system's lock; return the reason if its file system has none."""
     import fcntl
 
     try:
@@ -254,7 +230,7 @@ def _own_lock_of(target: Path) -> Path:
 
 @contextmanager
 def _own_lock(target: Path) -> Iterator[None]:
-    """Hold a file by one that exists while this process works on it."""
+    """Hold a file by a second one that exists while this process works on it."""
     path = _own_lock_of(target)
     try:
         if path.exists():
@@ -282,7 +258,7 @@ def _machine() -> str:
 
 
 def _read_holder(path: Path) -> dict[str, Any]:
-    """Who holds a file; empty where its lock does not say, or not yet."""
+    """Read who holds a file; empty if its lock does not say, or not yet."""
     try:
         with path.open("rb") as file:
             found = json.loads(file.read(LONGEST))
@@ -300,16 +276,12 @@ def _busy(path: Path, target: Path, holder: Mapping[str, Any]) -> AftError:
 
 
 def _clear_stale(path: Path, target: Path) -> None:
-    """Remove the own lock of a process that has ended.
-
-    Raises:
-        AftError: the process runs, or on another machine, where this can't be told.
-    """
+    """Remove the lock file of an ended process of this machine; any other is an error."""
     holder = _read_holder(path)
     if holder.get("machine") != _machine() or psutil.pid_exists(holder["pid"]):
         raise _busy(path, target, holder)
     claim = path.with_suffix(".claim")
-    # Two that find it may come here: one removes it, and only what both have read.
+    # Two processes may come here: one removes it, and only if it is still the same.
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     except FileExistsError:

@@ -31,6 +31,7 @@ from aftcli.core.cam import (
 )
 from aftcli.core.classifier import Classifier
 from aftcli.data.text import find_images
+from aftcli.settings import MODES
 from aftcli.tft import threshold as tft
 
 FAST = ("cam", "gradcam", "gradcam++", "ablationcam", "layercam", "xgradcam", "hirescam")
@@ -135,7 +136,7 @@ def masking(f: Classifier, images: list[Case]) -> Iterator[str]:
     fills = [("mean", 10.0), ("black", 10.0), ("blur", 5.0), ("blur", 10.0), ("blur", 20.0)]
     for how in tft.MASKINGS:
         for fill, sigma in fills:
-            for mode in tft.MODES if fill == "mean" else tft.MODES[:1]:
+            for mode in MODES if fill == "mean" else MODES[:1]:
                 tft.BLUR_SIGMA = sigma
                 effects = [effect(f, case, case.attribution, how, fill, mode) for case in images]
                 name = f"blur, sigma {sigma:g}" if fill == "blur" else fill

@@ -21,13 +21,7 @@ from aftcli.attributions.activation import (
 )
 from aftcli.attributions.canonical import canonical  # noqa: E402
 from aftcli.attributions.decomposition import (
-    clrp,  # noqa: E402
     contrast,  # noqa: E402
-    lrp,  # noqa: E402
-    lrp_alpha_beta,  # noqa: E402
-    lrp_epsilon,  # noqa: E402
-    lrp_gamma,  # noqa: E402
-    rap,  # noqa: E402
     score_of_class,  # noqa: E402
     signed_clrp,  # noqa: E402
     signed_lrp,  # noqa: E402
@@ -42,6 +36,7 @@ from aftcli.core.classifier import (
     Preprocessing,  # noqa: E402
     cut_classifier,  # noqa: E402
 )
+from aftcli.core.methods import METHODS  # noqa: E402
 from aftcli.core.models import load_classifier  # noqa: E402
 from aftcli.errors import AftError  # noqa: E402
 
@@ -49,7 +44,7 @@ SIZE = (8, 10)
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.25, 0.3)
 LOW = [-m / s for m, s in zip(MEAN, STD, strict=True)]
 HIGH = [(1 - m) / s for m, s in zip(MEAN, STD, strict=True)]
-METHODS = (lrp, lrp_epsilon, lrp_gamma, lrp_alpha_beta, clrp, rap, relevance_cam)
+NAMES = ("lrp", "lrp-epsilon", "lrp-gamma", "lrp-alphabeta", "clrp", "rap", "relevancecam")
 # First convolution, others, linear layers.
 RULES = {
     "composite": (reference.flat, reference.z_plus, reference.epsilon),
@@ -221,7 +216,7 @@ def test_contrast_is_the_difference_of_two_relevances():
         assert_close(part.sum((1, 2, 3)), y[:, 0], rtol=1e-3, atol=1e-4)
     found = signed_clrp(f, class_index, x)
     assert_close(found, r - r_dual)
-    assert_close(clrp(f, None, class_index, x), (r - r_dual).sum(1).relu())
+    assert_close(METHODS["clrp"].load()(f, None, class_index, x), (r - r_dual).sum(1).relu())
     assert_close(contrast(logits, class_index).sum(1), torch.zeros(2, dtype=x.dtype))
 
 
@@ -294,7 +289,7 @@ def test_a_gate_takes_no_relevance():
     assert_close(found.sum((1, 2, 3)), y, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [METHODS[name].load() for name in NAMES], ids=NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_each_image_alone(method, kind, monkeypatch):
     monkeypatch.setattr(rules, "BATCH", 2)
@@ -309,7 +304,7 @@ def test_a_batch_is_each_image_alone(method, kind, monkeypatch):
     assert_close(found, torch.cat(alone), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [METHODS[name].load() for name in NAMES], ids=NAMES)
 def test_f_and_the_random_state_stay_as_they_are(method):
     _, f, x, class_index = residual(6)
     before, state = every(f), torch.get_rng_state()
@@ -329,7 +324,7 @@ def test_a_layer_without_a_rule_says_what_to_use(layer):
     f = cut_classifier(nn.Sequential(*modules), "0", preprocessing=Preprocessing(size=SIZE))
     x, class_index = torch.randn(1, 3, *SIZE), torch.tensor([0])
     with pytest.raises(AftError, match=f"no rule.*{type(layer).__name__}.*integratedgradients"):
-        lrp(f, f.activation(x), class_index, x)
+        METHODS["lrp"].load()(f, f.activation(x), class_index, x)
     with pytest.raises(AftError, match="no rule"):
         relevance_cam(f, f.activation(x), class_index, x)
 
@@ -344,10 +339,10 @@ def test_a_weighted_sum_of_branches_has_no_rule():
     f = cut_classifier(nn.Sequential(*modules), "0", preprocessing=Preprocessing(size=SIZE))
     x, class_index = torch.randn(1, 3, *SIZE), torch.tensor([0])
     with pytest.raises(AftError, match=r"no rule.*add\(\)"):
-        lrp(f, f.activation(x), class_index, x)
+        METHODS["lrp"].load()(f, f.activation(x), class_index, x)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [METHODS[name].load() for name in NAMES], ids=NAMES)
 def test_lite0_has_a_map(method, lite0, chelsea):
     with torch.no_grad():
         activation = lite0.activation(chelsea)

@@ -26,9 +26,9 @@ from aftcli.evaluation.metrics import NOISE, ROAD_SHARES, STEPS, blurred, impute
 from aftcli.evaluation.run import Measured, Plan, Step, evaluate_study
 from aftcli.evaluation.study import Study, Variant
 from aftcli.evaluation.tables import differences, table3, table4
-from aftcli.settings import Search
+from aftcli.settings import MODES, Search
 from aftcli.tft.rounding import rises
-from aftcli.tft.threshold import MASKINGS, MODES
+from aftcli.tft.threshold import MASKINGS
 
 CAMS = ("gradcam", "layercam", "xgradcam")
 UNITS = [Unit(cam, masking) for masking in MASKINGS for cam in CAMS]
@@ -608,3 +608,8 @@ def test_what_a_killed_writer_left_is_swept_away(tmp_path):
         temporary.write_text("whole")
     left = sorted(p.name for p in tmp_path.iterdir())
     assert left == sorted([f".{os.getppid()}-[a].json", ".x-[a].json", ".99999999-b", "[a].json"])
+
+
+def test_evaluation_scores_all_thresholds(data):
+    study = replace(study_of(data), search=Search(T, search="fast"))
+    assert study.searched("soft") == Search(T, "soft")

@@ -11,10 +11,9 @@ from command import aft
 from aftcli.core.cam import stretch
 from aftcli.evaluation import metrics
 from aftcli.evaluation.tables import Difference
-from aftcli.settings import THRESHOLDS
+from aftcli.settings import MODES, THRESHOLDS
 from aftcli.tft.rounding import LOG_ODDS, SCORE, rises
 from aftcli.tft.threshold import (
-    MODES,
     cut_off,
     first_maximum,
     mask_of,

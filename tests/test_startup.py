@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aftcli import settings
 from aftcli.cli import values as options_values
 from aftcli.cli.memory import kept_from_collector
 from aftcli.core.models import find_device, imagenet_classes
@@ -102,10 +103,11 @@ def test_wrong_usage_is_told_without_torch(tmp_path, command):
 
 
 def test_names_known_without_torch_are_those_of_the_registries():
-    assert options_values.MASKINGS == tuple(tft.MASKINGS)
-    assert options_values.FILLS == tuple(tft.FILLS)
-    assert options_values.MODES == tft.MODES
-    assert options_values.SEARCHES == tuple(search.SEARCHES)
+    for known in (settings, options_values):
+        assert known.MASKINGS == tuple(tft.MASKINGS)
+        assert known.FILLS == tuple(tft.FILLS)
+        assert known.SEARCHES == tuple(search.SEARCHES)
+    assert options_values.MODES == settings.MODES
     assert options_values.FORMATS == tuple(FORMATS)
     assert options_values.SAVE == tuple(report.OUTPUTS)
     with pytest.raises(AftError, match="unknown device 'meta'"):

@@ -8,6 +8,7 @@ from small import MEAN, STD, small
 from torch.testing import assert_close
 
 from aftcli.attributions import perturbation as methods
+from aftcli.core.methods import METHODS
 from aftcli.errors import AftError
 
 pytest.importorskip("skimage")
@@ -174,7 +175,7 @@ def test_batch_is_its_images_and_nothing_else_changes(name, package, monkeypatch
     monkeypatch.setattr(methods, "COALITIONS", 100)
     monkeypatch.setattr(methods, "STEPS", 4)
     _, _, f, x, class_index = small("mlp")
-    method = getattr(methods, name)
+    method = METHODS[name.replace("_", "")].load()
     found = reference.check_alone_and_clean(method, f, x[:2], class_index[:2])
     signed = getattr(methods, f"signed_{name}")(f, class_index[1:2], x[1:2])
     assert_close(found[1:], signed.relu())
@@ -189,5 +190,5 @@ def test_scores_that_are_not_finite_are_an_error(name, package, monkeypatch):
         next(f.head.parameters()).fill_(torch.nan)
     state = np.random.get_state()[1].copy()
     with pytest.raises(AftError, match="not finite"):
-        getattr(methods, name)(f, x, class_index, x)
+        METHODS[name.replace("_", "")].load()(f, x, class_index, x)
     assert (np.random.get_state()[1] == state).all()

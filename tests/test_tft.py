@@ -13,12 +13,11 @@ from small import MEAN, SIZE, STD, small
 from aftcli.core.cam import attribution_map
 from aftcli.core.classifier import Classes
 from aftcli.errors import AftError
-from aftcli.settings import THRESHOLDS
+from aftcli.settings import MODES, THRESHOLDS, Search
 from aftcli.tft.search import fine_tune_threshold
 from aftcli.tft.threshold import (
     FILLS,
     MASKINGS,
-    MODES,
     cut_off,
     mask_of,
     masked_image,
@@ -160,6 +159,8 @@ def test_thresholds_out_of_range_or_order_are_an_error(thresholds):
     s = small("linear")
     with pytest.raises(AftError, match="thresholds must"):
         fine_tune_threshold(s.f, s.x, torch.rand(3, *SIZE), s.class_index, thresholds)
+    with pytest.raises(AftError, match="thresholds must"):
+        Search(thresholds)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,8 @@ def test_unknown_settings_are_an_error(wrong):
     (name,) = wrong.values()
     with pytest.raises(AftError, match=f"unknown .*'{name}'; nearest: "):
         fine_tune_threshold(s.f, s.x, torch.rand(3, *SIZE), s.class_index, **wrong)
+    with pytest.raises(AftError, match=f"unknown .*'{name}'; nearest: "):
+        Search(**wrong)
 
 
 @pytest.mark.parametrize(

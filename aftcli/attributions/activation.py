@@ -31,26 +31,15 @@ from aftcli.errors import AftError, first_line
 def relevance_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """Relevance-CAM: alpha_k = sum_ij R_ij^k, R the relevance of A for c against the others.
 
-    It starts from y^c at c and -y^c / (C - 1) at the other classes and follows z+ down to A.
-
-    Args:
-        f: the classifier.
-        activation: A, shape (N, K, h, w).
-        class_index: c, shape (N,).
-        x: not used.
-
-    Returns:
-        I_pre, shape (N, h, w). One pass forward and backward through the head.
-
-    Raises:
-        AftError: the head has layers without a rule.
+    It starts from y^c at c and -y^c / (C - 1) at the other classes and follows z+ down to A, in
+    one pass forward and backward through the head.
     """
     r = signed_relevance(f, activation, class_index)
     return weighted_sum(r.sum((2, 3)), activation)
 
 
 def signed_relevance(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
-    """R of A, shape (N, K, h, w), as `relevance_cam` has it: it sums to 0."""
+    """Return R of A, shape (N, K, h, w), for `relevance_cam`; it sums to 0."""
     head = canonical(f, part="head")
     return relevance(f, head, class_index, activation, named(f, "z-plus"), contrast)
 
@@ -83,27 +72,18 @@ class Optimised(NamedTuple):
 
 @torch.no_grad()
 def om_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """OM-CAM: the base map B of `sig_cam`, optimised by I-GOS; I_pre = 1 - M.
+    """OM-CAM: the base map B of `sig_cam`, optimised by I-GOS; I_pre = 1 - M, shape (N, H, W).
 
     From M = 1 - B, min F(M) over M in [0, 1] (see `Masking.objective`) by steps
     M <- M - a d along the integrated gradient d (see `Masking.direction`), a by a backtracking
     line search: the first of 200, 40, 8, ... with F(M - a d) <= F(M) - 1e-4 a |d|^2. Where none
     is, the search is over, so F never rises and the map is never worse than B.
 
-    Where this is not the papers': I-GOS minimises the deletion score alone, we add the insertion
+    This differs from the papers: I-GOS minimises the deletion score alone, we add the insertion
     score (as its authors do in iGOS++, with one mask), because I is what is kept of an image;
     scores are relative to p_c(x), so that lambda weighs the same for a class of low probability;
     the noise is the same for every image. 10 iterations of 10 steps are for a CPU (I-GOS: 15 to
     20 of 20).
-
-    Args:
-        f: the classifier; it is not changed.
-        activation: A, shape (N, K, h, w).
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W).
-
-    Returns:
-        I_pre, shape (N, H, W), in [0, 1]: the region that is kept.
 
     Cost: up to 20 STEPS = 200 forward and backward passes an image, and 2 to 22 forward passes an
     iteration for the line search. Images one by one, so that each is the same in any batch, 10
@@ -121,15 +101,7 @@ def sig_cam(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
     """Grad-CAM with A as coefficients of the gradient: alpha_k = (1/Z) sum_ij A_ij^k dy^c/dA_ij^k.
 
     The abstract of SIGCAM says no more than "applying the feature map as weight coefficients";
-    this is our reading of it.
-
-    Args:
-        f: the classifier.
-        activation: A, shape (N, K, h, w).
-        class_index: c, shape (N,).
-
-    Returns:
-        The base map, shape (N, h, w), before scaling.
+    this is our reading of it: the base map, shape (N, h, w), before scaling.
     """
     g = score_gradient(f, activation, class_index)
     return weighted_sum((activation * g).mean((2, 3)), activation)
@@ -162,7 +134,7 @@ class Masking:
         return deleted - inserted + penalty(mask)
 
     def direction(self, mask: Tensor) -> Tensor:
-        """The integrated gradient d, shape (1, u, v): of F's mean over the path k/S M, k = 1..S.
+        """Return the integrated gradient d, (1, u, v), of F's mean over the path k/S M, k = 1..S.
 
         d = d/dM [1/S sum_k (r(Phi_k + noise_k) - r(Phi'_k + noise_k)) + penalty(M)], where Phi_k
         mixes x into its blurred self by k/S M, and Phi'_k the blurred one into x.
@@ -221,7 +193,7 @@ def optimise(masking: Masking, mask: Tensor) -> Optimised:
 
 
 def blurred(x: Tensor) -> Tensor:
-    """X under a wide Gaussian, which the classifier finds nothing in, shape (N, 3, H, W)."""
+    """Blur x by a wide Gaussian, so that the classifier finds nothing in it, (N, 3, H, W)."""
     scale = min(x.shape[-2:]) / 224
     radius = max(round(RADIUS * scale), 1)
     offsets = torch.arange(-radius, radius + 1).to(x)
@@ -244,7 +216,7 @@ _cut: WeakKeyDictionary[nn.Module, tuple[nn.Module, ...]] = WeakKeyDictionary()
 
 
 def layer_cam_fusion(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """Multi-layer Layer-CAM: max over stages s of the stretched M_s / max M_s, shallow ones scaled.
+    """Fused Layer-CAM: max over stages s of the stretched M_s / max M_s, shallow ones scaled.
 
     M_s = ReLU(sum_k ReLU(dy^c/dA_s^k) A_s^k) of each stage's last activation A_s; shallow maps are
     scaled by tanh(gamma M_s / max M_s), gamma = 2 (eq. 9), and all fused by an element-wise
@@ -252,18 +224,6 @@ def layer_cam_fusion(f: Classifier, activation: Tensor, class_index: Tensor, x: 
     network can be cut: before each pooling of a VGG, conv1 after its ReLU and layer1 to layer4 of
     a ResNet. The paper scales S1 to S3 of VGG's five; here all stages but the last two. The last
     stage is layer l; with no stage before it the map is Layer-CAM's.
-
-    Args:
-        f: the classifier; it is not changed.
-        activation: A, shape (N, K, h, w).
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W).
-
-    Returns:
-        I_pre, shape (N, H, W), in [0, 1].
-
-    Raises:
-        AftError: the stem can't be looked into.
 
     Cost: a forward and a backward pass of the network; memory: the activations of 16 images.
     """
@@ -291,13 +251,9 @@ def _over_maximum(m: Tensor) -> Tensor:
 
 
 def stage_maps(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> list[Tensor]:
-    """Layer-CAM maps M_s, shape (N, h_s, w_s), of all stages, the shallowest first.
+    """Return Layer-CAM's maps M_s, shape (N, h_s, w_s), of all stages, the shallowest first.
 
-    Args:
-        f: the classifier.
-        activation: A of layer l, shape (N, K, h, w); used where there is no stage before l.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W).
+    `activation` is looked at only where there is no stage before layer l.
     """
     _, _, *cells = activation.shape
     parts = stages(f, (x.shape[-2], x.shape[-1]), (cells[0], cells[1]))
@@ -316,7 +272,7 @@ def stage_maps(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
 
 
 def stages(f: Classifier, size: tuple[int, int], cells: tuple[int, int]) -> tuple[nn.Module, ...]:
-    """The parts from x to the first stage's activation, to the second's, ..., to layer l's.
+    """Return the parts from x to the first stage's activation, to the second's, ..., to layer l's.
 
     Args:
         f: the classifier; the parts hold its modules.
@@ -325,9 +281,6 @@ def stages(f: Classifier, size: tuple[int, int], cells: tuple[int, int]) -> tupl
 
     Returns:
         One part for each stage; none if there is no stage before l.
-
-    Raises:
-        AftError: the stem can't be looked into.
     """
     if f.stem not in _cut:
         _cut[f.stem] = _cut_stem(f, size, cells)

@@ -57,11 +57,11 @@ class _Tracer(fx.Tracer):
 
 
 def canonical(f: Classifier, *, part: Part = "all", split_relu6: bool = False) -> nn.Module:
-    """A network of elementary modules with the logits of f, or of its head.
+    """Build a network of elementary modules with the logits of f, or of its head.
 
     Modules are copies, which take hooks that f must not have; weights that no batch
-    normalisation is folded into are shared with f. It is made anew at each call, since f's
-    weights may have been trained in place.
+    normalisation is folded into are shared with f. Each call builds it again, since f's weights
+    may have been trained in place.
 
     Args:
         f: the classifier, in eval mode.
@@ -70,9 +70,6 @@ def canonical(f: Classifier, *, part: Part = "all", split_relu6: bool = False) -
 
     Returns:
         A module from x or A to logits, shape (N, C), without gradients of its weights.
-
-    Raises:
-        AftError: torch.fx can't trace the network, or the copy's logits are not those of f.
     """
     if any(module.training for module in f.modules()):
         raise AftError(f"{f.name} is in training mode; call its eval() before it is explained")
@@ -99,7 +96,7 @@ def canonical(f: Classifier, *, part: Part = "all", split_relu6: bool = False) -
 
 
 def _sample(f: Classifier, part: Part) -> tuple[Tensor, Tensor]:
-    """One random x or A and its logits; a small x where the network takes it, which is faster."""
+    """Return a random x or A and its logits; a small x if the network takes it, for speed."""
     weight = next(f.parameters())
 
     def noise(*shape: int) -> Tensor:
@@ -209,7 +206,7 @@ class _Builder:
         self._replace(node, Sum(), branches)
 
     def _mean(self, node: fx.Node) -> None:
-        """A mean over height and width is global average pooling."""
+        """Write a mean over height and width as global average pooling."""
         x, dim, keep, *_ = (*node.args, None, None)
         dim, keep = node.kwargs.get("dim", dim), node.kwargs.get("keepdim", keep)
         if isinstance(dim, (tuple, list)) and sorted(d % 4 for d in dim) == [2, 3]:  # type: ignore[operator]
@@ -220,7 +217,7 @@ class _Builder:
                 pool.replace_all_uses_with(flat, lambda user: user is not flat)
 
     def _weighted(self, node: fx.Node) -> None:
-        """A layer that is called with its weights, as by subclasses of torch's own."""
+        """Make a module of a call with weights, as subclasses of torch's layers do."""
         x, *rest = node.args
         given = dict(zip(WEIGHTED[node.target], rest, strict=False)) | node.kwargs
         settings: Any = fx.map_arg(given, lambda n: self.constants[n])
@@ -277,7 +274,7 @@ class Sum(nn.Module):
     """The sum of stacked branches, shape (branches, ...): zennit.layer.Sum over dimension 0."""
 
     def forward(self, branches: Tensor) -> Tensor:
-        """The sum, shape (...)."""
+        """Return the sum, shape (...)."""
         return branches.sum(0)
 
 
@@ -285,16 +282,16 @@ class Product(nn.Module):
     """The product of two activations, as of a squeeze-and-excitation block."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """The product, elementwise."""
+        """Return the product, elementwise."""
         return a * b
 
 
 def stack(*branches: Tensor) -> Tensor:
-    """Branches of shapes that broadcast to (...), stacked: (branches, ...)."""
+    """Stack branches of shapes that broadcast to (...): (branches, ...)."""
     return torch.stack(torch.broadcast_tensors(*branches))
 
 
-# Functions and methods that are modules under another name: class, names of what follows x.
+# Functions and methods with a module of their own: its class, names of the arguments after x.
 _POOL = ("kernel_size", "stride", "padding")
 
 MODULES: dict[Any, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
@@ -327,7 +324,7 @@ IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
 
 IDENTITY_NAMES = ("dropout", "dropout1d", "dropout2d", "alpha_dropout", "stochastic_depth")
 
-# What is called with its weights: names of what follows x.
+# Functions that take their weights: names of the arguments after x.
 WEIGHTED: dict[Any, tuple[str, ...]] = {
     F.linear: ("weight", "bias"),
     torch.conv2d: ("weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -338,7 +335,7 @@ WEIGHTED: dict[Any, tuple[str, ...]] = {
 
 
 def weighted(function: object, settings: dict[str, Any]) -> nn.Module | None:
-    """The layer that a key of WEIGHTED is with these weights; None where it needs the batch's."""
+    """Make the layer of a key of WEIGHTED; None if it needs the batch's statistics."""
     tensors = {key: t for key, t in settings.items() if torch.is_tensor(t)}
     given = {key: value for key, value in settings.items() if key not in tensors}
     weight, has_bias = tensors.get("weight"), "bias" in tensors

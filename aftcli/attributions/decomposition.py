@@ -19,109 +19,50 @@ import torch
 from torch import Tensor, nn
 
 from aftcli.attributions.canonical import canonical
-from aftcli.attributions.gradient import positive
 from aftcli.attributions.rules import Named, Rules, by_magnitude, named, pixel_box, relevance
 from aftcli.core.cam import class_score
 from aftcli.core.classifier import Classifier
 
 
-def lrp(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """LRP by the composite that Kohlbrenner et al. recommend, zennit's EpsilonPlusFlat.
-
-    The epsilon rule in linear layers, z+ in convolutions, flat in the first one:
-    R_i = sum_j (a_i w_ij)^+ / (sum_i' (a_i' w_i'j)^+ + b_j^+) R_j, and evenly over the first one's
-    window. A bias b_j keeps its share, as in zennit: without, maps are hazier.
-
-    Args:
-        f: the classifier.
-        activation: not used.
-        class_index: c, shape (N,).
-        x: shape (N, 3, H, W).
-
-    Returns:
-        I_pre, shape (N, H, W): ReLU of the relevance of pixels. One forward pass and one backward
-        pass, in which a layer runs once more for each term of its rule (see `relevance`).
-
-    Raises:
-        AftError: the network has layers without a rule.
-    """
-    return positive(signed_lrp(f, class_index, x))
-
-
-def lrp_epsilon(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """LRP by the epsilon rule: R_i = sum_j a_i w_ij / (z_j + epsilon sign z_j) R_j.
-
-    z_j is the layer's output, its bias included. Arguments, result and cost as `lrp`.
-    """
-    return positive(signed_lrp(f, class_index, x, "epsilon"))
-
-
-def lrp_gamma(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """LRP by the gamma rule of Montavon et al., zennit's EpsilonGammaBox.
-
-    R_i = sum_j a_i (w_ij + gamma w_ij^+) / sum_i' a_i' (w_i'j + gamma w_i'j^+) R_j in
-    convolutions, zennit's form of it where a_i or z_j is negative; the box rule in the first
-    one, for pixels between black and white; the epsilon rule in linear layers. Arguments, result
-    and cost as `lrp`.
-    """
-    return positive(signed_lrp(f, class_index, x, "gamma"))
-
-
-def lrp_alpha_beta(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """LRP by the alpha-beta rule of Bach et al., eq. 60, alpha = 2, beta = 1.
-
-    R_i = sum_j (2 (a_i w_ij)^+ / z_j^+ - (a_i w_ij)^- / z_j^-) R_j in convolutions, the epsilon
-    rule in linear layers. Arguments, result and cost as `lrp`.
-    """
-    return positive(signed_lrp(f, class_index, x, "alpha-beta"))
-
-
-def clrp(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """Contrastive LRP (CLRP1 of Gu et al.): max(0, R - R_dual).
-
-    R is the relevance of c by z+, the box rule in the first layer; R_dual is that of all other
-    classes, over which the score of c is shared evenly. Both sum to it. Arguments, result and
-    cost as `lrp`.
-    """
-    return positive(signed_clrp(f, class_index, x))
-
-
 def signed_lrp(f: Classifier, class_index: Tensor, x: Tensor, rules: Named = "composite") -> Tensor:
-    """Relevance of the input for the score y^c, which it starts from.
+    """LRP: relevance of the pixels for y^c, their sum but for biases' and epsilon's shares.
 
-    It sums to y^c less the shares of biases and of epsilon.
-
-    Args:
-        f: the classifier.
-        class_index: c, shape (N,).
-        x: shape (N, 3, H, W).
-        rules: which rules.
-
-    Returns:
-        R, shape (N, 3, H, W), of both signs.
-
-    Raises:
-        AftError: the network has layers without a rule.
+    composite: Kohlbrenner et al.'s, zennit's EpsilonPlusFlat. Epsilon in linear layers, z+ in
+        convolutions, R_i = sum_j (a_i w_ij)^+ / (sum_i' (a_i' w_i'j)^+ + b_j^+) R_j, and evenly
+        over the first one's window. A bias b_j keeps its share, as in zennit: without, maps are
+        hazier.
+    epsilon: R_i = sum_j a_i w_ij / (z_j + epsilon sign z_j) R_j, z_j the layer's output with its
+        bias.
+    gamma: Montavon et al.'s, zennit's EpsilonGammaBox. In convolutions
+        R_i = sum_j a_i (w_ij + gamma w_ij^+) / sum_i' a_i' (w_i'j + gamma w_i'j^+) R_j, zennit's
+        form of it where a_i or z_j is negative; the box rule in the first one, for pixels between
+        black and white; epsilon in linear layers.
+    alpha-beta: Bach et al., eq. 60, alpha = 2, beta = 1. In convolutions
+        R_i = sum_j (2 (a_i w_ij)^+ / z_j^+ - (a_i w_ij)^- / z_j^-) R_j; epsilon in linear layers.
     """
     return relevance(f, canonical(f), class_index, x, named(f, rules), score_of_class)
 
 
 def signed_clrp(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
-    """R - R_dual, shape (N, 3, H, W), of `clrp`; its sum is 0. Arguments as `signed_lrp`."""
+    """Contrastive LRP (CLRP1 of Gu et al.): R - R_dual, whose sum is 0.
+
+    R is the relevance of c by z+, the box rule in the first layer; R_dual is that of all other
+    classes, over which the score of c is shared evenly.
+    """
     # Each rule is linear in the relevance: the difference is propagated in one pass.
     return relevance(f, canonical(f), class_index, x, named(f, "z-plus-box"), contrast)
 
 
 def score_of_class(logits: Tensor, class_index: Tensor) -> Tensor:
-    """y^c at c and 0 elsewhere, shape (N, C)."""
+    """Return y^c at c and 0 elsewhere, shape (N, C)."""
     y = class_score(logits, class_index)
     return torch.zeros_like(logits).scatter(1, class_index[:, None], y[:, None])
 
 
 def contrast(logits: Tensor, class_index: Tensor) -> Tensor:
-    """|y^c| at c and -|y^c| / (C - 1) elsewhere, shape (N, C).
+    """Return |y^c| at c and -|y^c| / (C - 1) elsewhere, shape (N, C).
 
-    The magnitude, as in the authors' code: else a map of a class with a negative score would
+    The magnitude, as in the authors' code: otherwise a map of a class with a negative score would
     show what speaks for the others.
     """
     y = class_score(logits, class_index).abs()[:, None]
@@ -129,8 +70,8 @@ def contrast(logits: Tensor, class_index: Tensor) -> Tensor:
     return others.scatter(1, class_index[:, None], y)
 
 
-def rap(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """RAP: I_pre = ReLU(R), R the bipolar relevance of pixels.
+def signed_rap(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
+    """RAP: R, the bipolar relevance of pixels, whose sum is |y^c|.
 
     With c_ij = a_i w_ij, without biases, P_j = sum_i c_ij^+ and N_j = sum_i |c_ij^-|:
 
@@ -142,28 +83,8 @@ def rap(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Te
     Then a uniform shift of the active neurons keeps the sum, and makes the least influential
     ones irrelevant: R_i = Q_i - (sum_i' Q_i' - sum_j R_j) / #{i': Q_i' != 0}, where Q_i != 0.
 
-    In the first layer by the box rule.
-
-    Args:
-        f: the classifier.
-        activation: not used.
-        class_index: c, shape (N,).
-        x: shape (N, 3, H, W).
-
-    Returns:
-        I_pre, shape (N, H, W). One forward pass and one backward pass, in which a layer runs
-        four times more; memory as `lrp`.
-
-    Raises:
-        AftError: the network has layers without a rule.
-    """
-    return positive(signed_rap(f, class_index, x))
-
-
-def signed_rap(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
-    """R of `rap`, shape (N, 3, H, W), of both signs; it sums to |y^c|.
-
-    The magnitude: a class with a negative score would turn the map inside out.
+    In the first layer by the box rule. The magnitude of y^c: a class with a negative score would
+    turn the map inside out.
     """
     return relevance(f, canonical(f), class_index, x, _rules(f), _magnitude)
 
@@ -173,7 +94,7 @@ def _magnitude(logits: Tensor, class_index: Tensor) -> Tensor:
 
 
 def _over(a: Tensor, b: Tensor) -> Tensor:
-    """A / b, and 0 where b is 0."""
+    """Return a / b, and 0 where b is 0."""
     return torch.where(b != 0, a / torch.where(b != 0, b, 1), 0)
 
 

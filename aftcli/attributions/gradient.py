@@ -36,14 +36,19 @@ SEED = 0
 RESCALED = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus)
 
 
-def positive(attribution: Tensor) -> Tensor:
-    """I_pre = ReLU of the sum over colours, shape (N, H, W), of signed attributions."""
-    return attribution.sum(1).relu()
+def positive(signed: Tensor) -> Tensor:
+    """Return I_pre = ReLU of the sum over colours, (N, H, W), of signed attributions."""
+    return (signed.sum(1) if signed.dim() == 4 else signed).relu()
+
+
+def magnitude(signed: Tensor) -> Tensor:
+    """Return I_pre, (N, H, W): magnitudes of signed attributions, summed over colours."""
+    return signed.abs().sum(1)
 
 
 @contextmanager
 def seeded(device: torch.device, seed: int = SEED) -> Iterator[None]:
-    """Random numbers of a fixed seed; those of the program go on afterwards as if nothing was."""
+    """Draw random numbers from a fixed seed; the program's own generators are left as they were."""
     state = np.random.get_state()
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -56,42 +61,23 @@ def seeded(device: torch.device, seed: int = SEED) -> Iterator[None]:
 
 
 def _each(attribute: Callable[[Tensor, int], Tensor], x: Tensor, class_index: Tensor) -> Tensor:
-    """Attributions, shape (N, 3, H, W), image by image, gradients on."""
+    """Attribute image by image with gradients on, shape (N, 3, H, W)."""
     with torch.enable_grad():
         pairs = zip(x.split(1), class_index.tolist(), strict=True)
         return torch.cat([attribute(x_n, c).detach() for x_n, c in pairs])
 
 
 def _in_type_of(f: Classifier, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """F for captum's noisy images, which are float32 or wider, in the type of the inputs x."""
+    """Return f for captum's noisy images, float32 or wider, run in the type of the inputs x."""
     return lambda noisy: f(noisy.to(x.dtype))
 
 
-def guided_backpropagation(
-    f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
-) -> Tensor:
+def signed_guided_backpropagation(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
     """Guided Backpropagation: gradients that are negative are stopped at each ReLU.
 
     R^l = 1[a^l > 0] 1[R^(l+1) > 0] R^(l+1), from R = dy^c/dy^c down to the pixels. One pass with
     gradients a map.
-
-    Args:
-        f: the classifier.
-        activation: A; not looked at.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W).
-
-    Returns:
-        I_pre, shape (N, H, W): the positive part of the sum over colours.
-
-    Raises:
-        AftError: the network can't be opened down to its ReLUs, or has none.
     """
-    return positive(signed_guided_backpropagation(f, class_index, x))
-
-
-def signed_guided_backpropagation(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
-    """Guided Backpropagation before the positive part, shape (N, 3, H, W)."""
     from zennit.composites import LayerMapComposite
     from zennit.rules import ReLUGuidedBackprop
 
@@ -111,31 +97,15 @@ def signed_guided_backpropagation(f: Classifier, class_index: Tensor, x: Tensor)
     return _each(guided, x, class_index)
 
 
-def integrated_gradients(
-    f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
+def signed_integrated_gradients(
+    f: Classifier, class_index: Tensor, x: Tensor, steps: int = STEPS
 ) -> Tensor:
     """Integrated Gradients: (x - x') integral_0^1 dy^c(x' + t (x - x')) / dx dt (eq. 1).
 
     x' is the mean colour, 0 after normalisation, as where TFT mutes. The integral is a
-    Gauss-Legendre sum of STEPS gradients, BATCH at a time. Their sum is y^c(x) - y^c(x')
-    (completeness) up to the sum's error.
-
-    Args:
-        f: the classifier.
-        activation: A; not looked at.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W).
-
-    Returns:
-        I_pre, shape (N, H, W): the positive part of the sum over colours.
+    Gauss-Legendre sum of gradients, BATCH at a time; attributions sum to y^c(x) - y^c(x')
+    (completeness) up to its error.
     """
-    return positive(signed_integrated_gradients(f, class_index, x))
-
-
-def signed_integrated_gradients(
-    f: Classifier, class_index: Tensor, x: Tensor, steps: int = STEPS
-) -> Tensor:
-    """Integrated Gradients before the positive part, shape (N, 3, H, W)."""
     from captum.attr import IntegratedGradients
 
     method = IntegratedGradients(f)
@@ -148,31 +118,13 @@ def signed_integrated_gradients(
     )
 
 
-def deep_lift(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+def signed_deep_lift(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
     """DeepLIFT: contributions C by the rescale rule against the mean colour, sum C = Delta y^c.
 
     Each non-linearity takes the multiplier Delta out / Delta in in place of its derivative
     (section 3.5.1). ReLU6(z) is written ReLU(z) - ReLU(z - 6): multipliers add up, so this is its
     rescale rule exactly. One pass with gradients of two images a map.
-
-    Args:
-        f: the classifier.
-        activation: A; not looked at.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W).
-
-    Returns:
-        I_pre, shape (N, H, W): the positive part of the sum over colours.
-
-    Raises:
-        AftError: the network can't be opened down to its non-linearities, or has one for which
-            there is no rule.
     """
-    return positive(signed_deep_lift(f, class_index, x))
-
-
-def signed_deep_lift(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
-    """DeepLIFT before the positive part, shape (N, 3, H, W)."""
     from captum.attr import DeepLift
 
     network = canonical(f, split_relu6=True)
@@ -189,26 +141,12 @@ def signed_deep_lift(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
     )
 
 
-def smooth_grad(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """SmoothGrad: the mean of dy^c/dx at x + N(0, sigma^2), its magnitude.
-
-    NOISY images, sigma = NOISE (max x - min x), BATCH at a time. The paper shows magnitudes: the
-    sign of a gradient says how to change a pixel, not that it supports c.
-
-    Args:
-        f: the classifier.
-        activation: A; not looked at.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W).
-
-    Returns:
-        I_pre, shape (N, H, W): magnitudes, summed over colours.
-    """
-    return signed_smooth_grad(f, class_index, x).abs().sum(1)
-
-
 def signed_smooth_grad(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
-    """SmoothGrad before the magnitude, shape (N, 3, H, W)."""
+    """SmoothGrad: the mean of dy^c/dx at x + N(0, sigma^2), sigma = NOISE (max x - min x).
+
+    NOISY images, BATCH at a time. Its map is the magnitude, as in the paper: the sign of a gradient
+    says how to change a pixel, not that it supports c.
+    """
     from captum.attr import NoiseTunnel, Saliency
 
     method = NoiseTunnel(Saliency(_in_type_of(f, x)))
@@ -227,28 +165,14 @@ def signed_smooth_grad(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
     return _each(smooth, x, class_index)
 
 
-def gradient_shap(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """GradientSHAP: E[(x - x') dy^c(x' + t (x - x')) / dx] over baselines x' and t in [0, 1].
-
-    Baselines are the mean colour, black and white, NOISY draws, BATCH at a time. The sum is
-    y^c(x) - E[y^c(x')] in expectation.
-
-    Args:
-        f: the classifier.
-        activation: A; not looked at.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W).
-
-    Returns:
-        I_pre, shape (N, H, W): the positive part of the sum over colours.
-    """
-    return positive(signed_gradient_shap(f, class_index, x))
-
-
 def signed_gradient_shap(
     f: Classifier, class_index: Tensor, x: Tensor, draws: int = NOISY
 ) -> Tensor:
-    """GradientSHAP before the positive part, shape (N, 3, H, W)."""
+    """GradientSHAP: E[(x - x') dy^c(x' + t (x - x')) / dx] over baselines x' and t in [0, 1].
+
+    Baselines are the mean colour, black and white, drawn BATCH at a time. The sum is
+    y^c(x) - E[y^c(x')] in expectation.
+    """
     from captum.attr import GradientShap
 
     method = GradientShap(_in_type_of(f, x))
@@ -267,7 +191,7 @@ def signed_gradient_shap(
 
 
 def baselines(f: Classifier, x: Tensor) -> Tensor:
-    """Images without anything to see: the mean colour, black and white, shape (3, 3, H, W)."""
+    """Return images without anything to see: mean colour, black and white, (3, 3, H, W)."""
     mean, std = f.preprocessing.channels(x)
     colours = [torch.zeros_like(mean), -mean / std, (1 - mean) / std]
     return torch.stack([colour.expand(x.shape[1:]) for colour in colours])

@@ -1,8 +1,8 @@
-"""Maps from the score of inputs with parts hidden: Occlusion and RISE.
+"""Maps from the score of inputs with parts hidden: Occlusion, RISE, LIME, Kernel SHAP; and XRAI.
 
-Occlusion: Zeiler and Fergus, Visualizing and Understanding Convolutional Networks, ECCV 2014.
-RISE: Petsiuk, Das and Saenko, RISE: Randomized Input Sampling for Explanation of Black-box
-Models, BMVC 2018. Hidden is 0 after normalisation, the data set's mean colour.
+What is hidden is 0 after normalisation, the data set's mean colour. LIME, Kernel SHAP and XRAI
+score superpixels or regions. core/methods.py names the papers, and how many passes a map takes;
+BATCH of them run at a time.
 """
 
 from __future__ import annotations
@@ -35,37 +35,12 @@ KEPT = 0.5  # p = E[M], the paper's; pairs need it
 SEED = 0
 
 
-def occlusion(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """Occlusion: how far the score y^c falls when a window that slides over x is hidden.
-
-    Args:
-        f: the classifier.
-        activation: not looked at.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W), normalised.
-
-    Returns:
-        I_pre, shape (N, H, W): ReLU of `signed_occlusion`.
-
-    Cost: 626 forward passes a map at 224 x 224, 64 at a time.
-    """
-    return signed_occlusion(f, class_index, x).relu()
-
-
 @torch.no_grad()
 def signed_occlusion(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
-    """The mean of y^c(x) - y^c(x with window W hidden) over the windows W that cover a pixel.
+    """Occlusion: the mean of y^c(x) - y^c(x with W hidden) over the windows W that cover a pixel.
 
     Zeiler and Fergus §4.2 show the score at each place of the window; captum averages over the
     windows of a pixel, so does this.
-
-    Args:
-        f: the classifier.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W), normalised.
-
-    Returns:
-        Signed drops of the score, shape (N, H, W).
     """
     from captum.attr import Occlusion
 
@@ -90,18 +65,7 @@ def rise(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> T
     """RISE: S = 1 / (E[M] N) sum_i p^c(x * M_i) M_i over random masks M_i (eq. 6).
 
     As in the paper the score is the probability p^c, after softmax. The masks are the same for
-    every image.
-
-    Args:
-        f: the classifier.
-        activation: not looked at.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W), normalised.
-
-    Returns:
-        I_pre = S, shape (N, H, W); no ReLU is needed.
-
-    Cost: 2000 forward passes a map, 64 at a time; 64 masks are held (17 MB stretched, 13 MB cut).
+    every image; 64 are held (17 MB stretched, 13 MB cut). S needs no ReLU.
     """
     total = torch.zeros_like(wide(x[:, 0]))
     for masks in rise_masks(total[:, None]):
@@ -112,7 +76,7 @@ def rise(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> T
 
 
 def rise_masks(x: Tensor) -> Iterator[Tensor]:
-    """Masks M_i, shape (at most BATCH, H, W), in [0, 1], for inputs of x's size (§3.2).
+    """Draw masks M_i, shape (at most BATCH, H, W), in [0, 1], for inputs of x's size (§3.2).
 
     Cells of an s x s grid are kept with probability p; the grid is stretched bilinearly to s + 1
     cells a side and an H x W window of it, at random up to one cell from the corner, is taken.
@@ -163,43 +127,13 @@ SAMPLES_SEED = 0
 Floats = NDArray[np.float64]
 
 
-def lime(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """LIME: the weights of a linear model of the score in the superpixels that are shown.
-
-    Args:
-        f: the classifier.
-        activation: not looked at.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W), normalised.
-
-    Returns:
-        I_pre, shape (N, H, W): ReLU of `signed_lime`.
-
-    Raises:
-        AftError: scores are not finite.
-
-    Cost: 1000 forward passes a map, 64 at a time.
-    """
-    return signed_lime(f, class_index, x).relu()
-
-
 @torch.no_grad()
 def signed_lime(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
-    """Weights w of argmin_w sum_z pi(z) (p^c(x_z) - w.z - w_0)^2 + |w|^2 (eq. 1 and 2).
+    """LIME: w of each pixel's superpixel, argmin_w sum_z pi(z) (p^c(x_z) - w.z - w_0)^2 + |w|^2.
 
-    z says which superpixels are shown; pi(z) = sqrt(exp(-D^2 / sigma^2)) with the cosine distance
-    D of z and the whole picture. As in the paper the score is the probability p^c, after softmax.
-
-    Args:
-        f: the classifier.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W), normalised.
-
-    Returns:
-        w of each pixel's superpixel, shape (N, H, W).
-
-    Raises:
-        AftError: scores are not finite.
+    Eq. 1 and 2. z says which superpixels are shown; pi(z) = sqrt(exp(-D^2 / sigma^2)) with the
+    cosine distance D of z and the whole picture. As in the paper the score is the probability
+    p^c, after softmax.
     """
 
     def weights(show: Callable[[Floats], Floats], count: int) -> Floats:
@@ -214,45 +148,14 @@ def signed_lime(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
     return _by_superpixels(f, class_index, x, SUPERPIXELS, weights, probability=True)
 
 
-def kernel_shap(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """Kernel SHAP: Shapley values of the superpixels for the score y^c.
-
-    Args:
-        f: the classifier.
-        activation: not looked at.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W), normalised.
-
-    Returns:
-        I_pre, shape (N, H, W): ReLU of `signed_kernel_shap`.
-
-    Raises:
-        AftError: scores are not finite.
-
-    Cost: 2002 forward passes a map, 64 at a time.
-    """
-    return signed_kernel_shap(f, class_index, x).relu()
-
-
 @torch.no_grad()
 def signed_kernel_shap(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
-    """Shapley values phi: sum_i phi_i = y^c(x) - y^c(0) (theorem 2).
+    """Kernel SHAP: Shapley values phi of superpixels, sum_i phi_i = y^c(x) - y^c(0) (theorem 2).
 
     They minimise sum_z pi(z) (y^c(x_z) - y^c(0) - phi.z)^2 under that constraint, with
-    pi(z) = (M - 1) / ((M choose |z|) |z| (M - |z|)) for M superpixels. All 2^M z are taken where
-    they are no more than COALITIONS, and phi is exact; else those sizes of z that fit, and pairs of
-    z and its complement of the others at random.
-
-    Args:
-        f: the classifier.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W), normalised.
-
-    Returns:
-        phi of each pixel's superpixel, shape (N, H, W); not divided by the superpixel's area.
-
-    Raises:
-        AftError: scores are not finite.
+    pi(z) = (M - 1) / ((M choose |z|) |z| (M - |z|)) for M superpixels, and are not divided by the
+    superpixel's area. All 2^M z are taken where they are no more than COALITIONS, and phi is exact;
+    otherwise those sizes of z that fit, and of the others pairs of z and its complement at random.
     """
 
     def shapley_values(show: Callable[[Floats], Floats], count: int) -> Floats:
@@ -279,10 +182,10 @@ def _by_superpixels(
     values: Callable[[Callable[[Floats], Floats], int], Floats],
     probability: bool = False,
 ) -> Tensor:
-    """A map for each image, shape (N, H, W), from a function that values its superpixels.
+    """Map each image, shape (N, H, W), by a function that values its superpixels.
 
-    That function is given one of z, shape (n, M), for the scores, shape (n,), of the image with
-    the superpixels shown where z is 1, and M.
+    That function gets M, and a function from z, shape (n, M), to the scores, shape (n,), of the
+    image with the superpixels shown where z is 1.
     """
     maps = []
     for x_n, c in zip(x, class_index.tolist(), strict=True):
@@ -309,13 +212,13 @@ def _check_finite(f: Classifier, values: Tensor) -> None:
 
 
 def picture(f: Classifier, x: Tensor) -> Floats:
-    """The picture, shape (H, W, 3), black 0 and white 1, of an input, shape (3, H, W)."""
+    """Return the picture, shape (H, W, 3), black 0 and white 1, of an input, shape (3, H, W)."""
     mean, std = f.preprocessing.channels(x)
     return (x * std + mean).permute(1, 2, 0).double().cpu().numpy()
 
 
 def superpixels(f: Classifier, x: Tensor, asked: int) -> Tensor:
-    """Superpixel 0..M-1 of each pixel, shape (H, W), of an input, shape (3, H, W); M about asked.
+    """Find each pixel's superpixel 0..M-1, (H, W), of an input, (3, H, W); M is about `asked`.
 
     SLIC with scikit-image's compactness: as many as quickshift, lime's default, finds in a
     photograph, in an eighth of its time.
@@ -327,45 +230,15 @@ def superpixels(f: Classifier, x: Tensor, asked: int) -> Tensor:
     return torch.from_numpy(labels.reshape(x.shape[-2:])).to(x.device)
 
 
-def xrai(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    """XRAI: the density of integrated gradients in regions, the densest first.
-
-    Args:
-        f: the classifier.
-        activation: not looked at.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W), normalised.
-
-    Returns:
-        I_pre, shape (N, H, W): ReLU of `signed_xrai`.
-
-    Raises:
-        AftError: gradients are not finite.
-
-    Cost: 50 forward and backward passes a map, 16 at a time, and 2 to 3 s for the regions of a
-    224 x 224 picture, with about 150 masks (8 MB).
-    """
-    return signed_xrai(f, class_index, x).relu()
-
-
 @torch.no_grad()
 def signed_xrai(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
-    """The gain of the region that a pixel came with, by PAIR's saliency package (algorithm 1).
+    """XRAI: the density of the region that a pixel came with, by PAIR's saliency package.
 
-    Regions are Felzenszwalb's at six scales, dilated. Again and again the one is added whose new
-    pixels have the greatest mean attribution; that mean is their value. The attribution is the
-    mean of integrated gradients of y^c from black and from white, the greatest of the channels.
-
-    Args:
-        f: the classifier.
-        class_index: c, shape (N,).
-        x: inputs, shape (N, 3, H, W), normalised.
-
-    Returns:
-        Signed densities, shape (N, H, W).
-
-    Raises:
-        AftError: gradients are not finite.
+    Algorithm 1. Regions are Felzenszwalb's at six scales, dilated. Step by step the one is added
+    whose new pixels have the greatest mean attribution; that mean is their value. The attribution
+    is the mean of integrated gradients of y^c from black and from white, the greatest of the
+    channels. A map takes 50 passes with gradients, 16 at a time, and 2 to 3 s for the regions of a
+    224 x 224 picture, with about 150 masks (8 MB).
     """
     maps = [_signed_xrai(f, c, x_n) for x_n, c in zip(x, class_index, strict=True)]
     return torch.stack(maps)

@@ -26,8 +26,8 @@ EPSILON = 1e-6
 
 GAMMA = 0.25
 
-# Functions that only move relevance, as their gradient does; what is added to an activation is a
-# bias by another name.
+# Functions that only move relevance, as their gradient does; a constant added to an activation is
+# a bias.
 MOVES = (
     *("flatten", "reshape", "view", "squeeze", "unsqueeze", "permute", "transpose"),
     *("cat", "chunk", "split", "getitem", "contiguous", "size", "getattr", "floordiv", "pad"),
@@ -36,7 +36,7 @@ MOVES = (
 
 
 class Rules(NamedTuple):
-    """Which rule each kind of layer has.
+    """Rules of relevance propagation by kind of layer.
 
     Attributes:
         first: of the convolution that sees the pixels.
@@ -56,7 +56,7 @@ class Rules(NamedTuple):
 def relevance(
     f: Classifier, network: nn.Module, class_index: Tensor, x: Tensor, rules: Rules, start: Start
 ) -> Tensor:
-    """Relevance of a canonical network's input.
+    """Propagate relevance to a canonical network's input.
 
     One forward pass and one backward pass, in which a layer runs once more for each term of its
     rule (1 for epsilon, 2 for z+, 3 for the box rule, 4 for alpha-beta, 5 for gamma). Memory: for
@@ -68,7 +68,7 @@ def relevance(
         network: `canonical(f)` or, for A as the input, `canonical(f, part="head")`.
         class_index: c, shape (N,).
         x: the network's input, shape (N, ...).
-        rules: which rules; zennit needs to be there to make them.
+        rules: from `named`; making them needs zennit.
         start: the relevance of the logits, shape (N, C), of logits and class_index.
 
     Returns:
@@ -86,7 +86,7 @@ def relevance(
 
 
 def named(f: Classifier, name: Named) -> Rules:
-    """Rules by name; the box rule's pixels lie between black and white of f's preprocessing."""
+    """Return rules by name; the box rule's pixels lie between f's black and white."""
     from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, ZPlus
 
     box, ratio, norm, epsilon = pixel_box(f), by_magnitude(), Norm(EPSILON), Epsilon(EPSILON)
@@ -104,7 +104,7 @@ def named(f: Classifier, name: Named) -> Rules:
 
 
 def pixel_box(f: Classifier) -> Hook:
-    """The box rule: R_i = sum_j (x_i w_ij - l_i w_ij^+ - h_i w_ij^-) / sum_i' (...) R_j."""
+    """Make the box rule: R_i = sum_j (x_i w_ij - l_i w_ij^+ - h_i w_ij^-) / sum_i' (...) R_j."""
     from zennit.rules import ZBox
 
     mean, std = f.preprocessing.channels(torch.empty(0, dtype=torch.float64))
@@ -112,11 +112,7 @@ def pixel_box(f: Classifier) -> Hook:
 
 
 def composite_of(f: Classifier, network: nn.Module, rules: Rules) -> Composite:
-    """Which rule each module of a canonical network has.
-
-    Raises:
-        AftError: a layer has none.
-    """
+    """Assign a rule to each module of a canonical network; a layer without one is an error."""
     from zennit.core import Composite
     from zennit.rules import Norm, Pass
     from zennit.types import Activation, AvgPool, BatchNorm, Convolution, MaxPool
@@ -157,7 +153,7 @@ def composite_of(f: Classifier, network: nn.Module, rules: Rules) -> Composite:
 
 
 def by_magnitude() -> Hook:
-    """Relevance of a sum to its branches by magnitude: R_i = |a_i| / sum_i' |a_i'| R.
+    """Share a sum's relevance among its branches by magnitude: R_i = |a_i| / sum_i' |a_i'| R.
 
     Ratio-based splitting (Otsuki et al. 2024, "Layer-wise relevance propagation with conservation
     property for ResNet"). zennit's own a_i / sum_i' a_i' explodes where branches cancel, which
@@ -177,7 +173,7 @@ def by_magnitude() -> Hook:
 
 
 def signal_takes_all() -> Hook:
-    """All relevance of a product to the larger operand, none to the gate (Arras et al. 2017)."""
+    """Give a product's relevance to the larger operand, none to the gate (Arras et al. 2017)."""
     from zennit.core import Hook
 
     class SignalTakesAll(Hook):  # type: ignore[misc]

@@ -378,6 +378,3 @@ def cut_classifier(
         classes=classes,
         activation_shape=(shape[0], shape[1], shape[2]),
     ).eval()
-
-
-Method = Callable[[Classifier, Tensor, Tensor, Tensor], Tensor]

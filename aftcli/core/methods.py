@@ -8,14 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aftcli.errors import AftError, nearest
 
 if TYPE_CHECKING:
-    from aftcli.core.classifier import Method
+    from torch import Tensor
+
+    from aftcli.core.classifier import Classifier
+
+
+class Method(Protocol):
+    """Contract of attribution methods: f stays as it is, and each image's map is its own.
+
+    A method of signed attributions of the input, which its `Entry` reduces to I_pre, takes f,
+    class_index and x, and returns shape (N, 3, H, W) or (N, H, W): positive speaks for c.
+    """
+
+    def __call__(self, f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+        """Return I_pre, before scaling, shape (N, h, w) as A or (N, H, W) as x.
+
+        Args:
+            f: the classifier, in eval mode.
+            activation: A = f.activation(x), shape (N, K, h, w).
+            class_index: c, shape (N,).
+            x: inputs, shape (N, 3, H, W), normalised.
+
+        Raises:
+            AftError: the method does not fit the network, or what it computes is not finite.
+        """
 
 
 @dataclass(frozen=True)
@@ -34,6 +58,9 @@ class Entry:
         needs: the modules, of the extra `attributions`, that it runs on.
         passes: how many images pass the network without gradients for one map, at the most;
             None: one a channel of A. The pass that gives A is not counted.
+        reduction: of signed attributions to I_pre, "positive" or "magnitude"; "" for a function
+            that returns I_pre itself (see `Method`).
+        given: what a function of signed attributions takes after f, class_index and x.
     """
 
     title: str
@@ -44,20 +71,29 @@ class Entry:
     family: str = "cam"
     needs: tuple[str, ...] = ()
     passes: int | None = 0
+    reduction: str = ""
+    given: tuple[str, ...] = ()
 
     @property
     def of_pixels(self) -> bool:
-        """The map scores pixels one by one, so that a threshold leaves single pixels."""
+        """Return whether its map scores pixels one by one: a threshold leaves single pixels."""
         return self.family in ("gradient", "decomposition")
 
     def load(self) -> Method:
         """Import the method's function."""
         self.check_installed()
-        module, name = self.function.split(":")
-        return cast("Method", getattr(import_module(module), name))
+        function = _imported(self.function)
+        if not self.reduction:
+            return function  # type: ignore[no-any-return]
+        reduce = _imported(f"aftcli.attributions.gradient:{self.reduction}")
+
+        def reduced(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+            return reduce(function(f, class_index, x, *self.given))  # type: ignore[no-any-return]
+
+        return reduced
 
     def check_installed(self) -> None:
-        """Check that what the method needs is there, without importing it."""
+        """Check that what the method needs is installed, without importing it."""
         missing = [name for name in self.needs if find_spec(name) is None]
         if missing:
             raise AftError(
@@ -66,21 +102,33 @@ class Entry:
             )
 
 
+def _imported(function: str) -> Any:  # noqa: ANN401 - a function of any kind
+    module, name = function.split(":")
+    return getattr(import_module(module), name)
+
+
 def _beyond(
     family: str,
     title: str,
     source: str,
     function: str,
-    needs: tuple[str, ...] = (),
+    *needs: str,
+    reduction: str = "positive",
     passes: int = 0,
+    given: tuple[str, ...] = (),
 ) -> Entry:
-    where = f"aftcli.attributions.{function}"
-    return Entry(title, source, where, trainable=False, family=family, needs=needs, passes=passes)
+    where = f"aftcli.attributions.{family}:{function}"
+    return Entry(title, source, where, None, False, family, needs, passes, reduction, given)
 
+
+_activation = partial(_beyond, "activation", reduction="")
+_gradient = partial(_beyond, "gradient")
+_decomposition = partial(_beyond, "decomposition")
+_perturbation = partial(_beyond, "perturbation")
 
 INSTALL = "pip install 'aftcli[attributions]'"
 
-# What a family is called on the command line and what it goes by.
+# The families by their command-line names, and what each goes by.
 FAMILIES = {
     "cam": "weighted sums of one layer's activations",
     "activation": "activations beyond one layer's weighted sum",
@@ -115,107 +163,56 @@ METHODS: dict[str, Entry] = {
         "aftcli.core.cam:eigen_cam",
         trainable=False,
     ),
-    "relevancecam": _beyond(
-        "activation",
-        "Relevance-CAM",
-        "Lee et al., CVPR 2021",
-        "activation:relevance_cam",
-        ("zennit",),
+    "relevancecam": _activation(
+        "Relevance-CAM", "Lee et al., CVPR 2021", "relevance_cam", "zennit"
     ),
-    "omcam": _beyond(
-        "activation",
-        "OM-CAM (SIGCAM)",
-        "Zhang, Rao and Yang, AAAI 2021",
-        "activation:om_cam",
-        passes=223,
+    "omcam": _activation("OM-CAM (SIGCAM)", "Zhang, Rao and Yang, AAAI 2021", "om_cam", passes=223),
+    "layercam-fusion": _activation(
+        "Layer-CAM, fused", "Jiang et al., TIP 2021", "layer_cam_fusion"
     ),
-    "layercam-fusion": _beyond(
-        "activation", "Layer-CAM, fused", "Jiang et al., TIP 2021", "activation:layer_cam_fusion"
-    ),
-    "guidedbackprop": _beyond(
-        "gradient",
+    "guidedbackprop": _gradient(
         "Guided Backpropagation",
         "Springenberg et al., ICLRW 2015",
-        "gradient:guided_backpropagation",
-        ("zennit",),
+        "signed_guided_backpropagation",
+        "zennit",
     ),
-    "integratedgradients": _beyond(
-        "gradient",
+    "integratedgradients": _gradient(
         "Integrated Gradients",
         "Sundararajan et al., ICML 2017",
-        "gradient:integrated_gradients",
-        ("captum",),
+        "signed_integrated_gradients",
+        "captum",
     ),
-    "deeplift": _beyond(
-        "gradient", "DeepLIFT", "Shrikumar et al., ICML 2017", "gradient:deep_lift", ("captum",)
+    "deeplift": _gradient("DeepLIFT", "Shrikumar et al., ICML 2017", "signed_deep_lift", "captum"),
+    "smoothgrad": _gradient(
+        "SmoothGrad", "Smilkov et al., 2017", "signed_smooth_grad", "captum", reduction="magnitude"
     ),
-    "smoothgrad": _beyond(
-        "gradient", "SmoothGrad", "Smilkov et al., 2017", "gradient:smooth_grad", ("captum",)
+    "gradientshap": _gradient(
+        "GradientSHAP", "Lundberg and Lee, 2017", "signed_gradient_shap", "captum"
     ),
-    "gradientshap": _beyond(
-        "gradient", "GradientSHAP", "Lundberg and Lee, 2017", "gradient:gradient_shap", ("captum",)
+    "lrp": _decomposition("LRP", "Bach et al., 2015", "signed_lrp", "zennit"),
+    "lrp-epsilon": _decomposition(
+        "LRP, epsilon", "Bach et al., 2015", "signed_lrp", "zennit", given=("epsilon",)
     ),
-    "lrp": _beyond("decomposition", "LRP", "Bach et al., 2015", "decomposition:lrp", ("zennit",)),
-    "lrp-epsilon": _beyond(
-        "decomposition",
-        "LRP, epsilon",
-        "Bach et al., 2015",
-        "decomposition:lrp_epsilon",
-        ("zennit",),
+    "lrp-gamma": _decomposition(
+        "LRP, gamma", "Montavon et al., 2019", "signed_lrp", "zennit", given=("gamma",)
     ),
-    "lrp-gamma": _beyond(
-        "decomposition",
-        "LRP, gamma",
-        "Montavon et al., 2019",
-        "decomposition:lrp_gamma",
-        ("zennit",),
+    "lrp-alphabeta": _decomposition(
+        "LRP, alpha-beta", "Bach et al., 2015", "signed_lrp", "zennit", given=("alpha-beta",)
     ),
-    "lrp-alphabeta": _beyond(
-        "decomposition",
-        "LRP, alpha-beta",
-        "Bach et al., 2015",
-        "decomposition:lrp_alpha_beta",
-        ("zennit",),
+    "clrp": _decomposition("CLRP", "Gu et al., ACCV 2018", "signed_clrp", "zennit"),
+    "rap": _decomposition("RAP", "Nam et al., AAAI 2020", "signed_rap", "zennit"),
+    "occlusion": _perturbation(
+        "Occlusion", "Zeiler and Fergus, ECCV 2014", "signed_occlusion", "captum", passes=626
     ),
-    "clrp": _beyond(
-        "decomposition", "CLRP", "Gu et al., ACCV 2018", "decomposition:clrp", ("zennit",)
+    "rise": _perturbation("RISE", "Petsiuk et al., BMVC 2018", "rise", reduction="", passes=2000),
+    "lime": _perturbation(
+        "LIME", "Ribeiro et al., KDD 2016", "signed_lime", "skimage", "sklearn", passes=1000
     ),
-    "rap": _beyond(
-        "decomposition", "RAP", "Nam et al., AAAI 2020", "decomposition:rap", ("zennit",)
+    "kernelshap": _perturbation(
+        "KernelSHAP", "Lundberg and Lee, 2017", "signed_kernel_shap", "shap", "skimage", passes=2002
     ),
-    "occlusion": _beyond(
-        "perturbation",
-        "Occlusion",
-        "Zeiler and Fergus, ECCV 2014",
-        "perturbation:occlusion",
-        ("captum",),
-        passes=626,
-    ),
-    "rise": _beyond(
-        "perturbation", "RISE", "Petsiuk et al., BMVC 2018", "perturbation:rise", passes=2000
-    ),
-    "lime": _beyond(
-        "perturbation",
-        "LIME",
-        "Ribeiro et al., KDD 2016",
-        "perturbation:lime",
-        ("skimage", "sklearn"),
-        passes=1000,
-    ),
-    "kernelshap": _beyond(
-        "perturbation",
-        "KernelSHAP",
-        "Lundberg and Lee, 2017",
-        "perturbation:kernel_shap",
-        ("shap", "skimage"),
-        passes=2002,
-    ),
-    "xrai": _beyond(
-        "perturbation",
-        "XRAI",
-        "Kapishnikov et al., ICCV 2019",
-        "perturbation:xrai",
-        ("saliency", "skimage"),
+    "xrai": _perturbation(
+        "XRAI", "Kapishnikov et al., ICCV 2019", "signed_xrai", "saliency", "skimage"
     ),
 }
 
@@ -225,13 +222,13 @@ DEVICES = ("cpu", "cuda", "mps")
 
 
 def check_device(name: str) -> None:
-    """Check the name of a device; `find_device` checks that it is here."""
+    """Check the name of a device; `find_device` looks if there is one here."""
     if name != "auto" and name.split(":")[0] not in DEVICES:
         raise AftError(f"unknown device {name!r}; there are auto, cpu, cuda, cuda:N and mps")
 
 
 def named(words: Iterable[str]) -> list[str]:
-    """Find the methods that words stand for: names, `all` for every CAM, or a family's."""
+    """Return the methods that words stand for: names, `all` for every CAM, or a family's."""
     found: list[str] = []
     families = [family for family in FAMILIES if family not in METHODS]
     for word in words:
@@ -252,7 +249,7 @@ def named(words: Iterable[str]) -> list[str]:
 
 
 def method(name: str) -> Entry:
-    """Find a method by its command-line name."""
+    """Find a method by its command-line name; the error names the nearest ones."""
     try:
         return METHODS[name]
     except KeyError:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier, Engine
 
 
-# A classifier, and how many images will pass it (None for many), to a faster one.
+# From a classifier, and how many images will pass it (None for many), to a faster classifier.
 Accelerate = Callable[["Classifier", int | None], "Classifier"]
 
-# Where each is made; importing one must not import the other's library.
+# Module and class of each; importing one must not import another's library.
 ENGINES = {
     "torch": "aftcli.engine.folded:FoldedTorch",
     "compile": "aftcli.engine.folded:CompiledTorch",
@@ -39,7 +39,7 @@ CHECKED = 3  # random inputs
 
 
 def as_it_is(f: Classifier, passes: int | None) -> Classifier:
-    """No engine: the classifier runs as it is written."""
+    """Return the classifier without an engine."""
     return f
 
 
@@ -83,11 +83,7 @@ def accelerated(
 
 
 def check_engine(engine: str, precision: str = "no") -> None:
-    """Check the names of an engine and a precision, before a network is loaded.
-
-    Raises:
-        AftError: there is none of that name, or they don't go together.
-    """
+    """Check the names of an engine and a precision, before a network is loaded."""
     check_name("engine", engine, CHOICES)
     if precision not in TOLERANCES:
         raise AftError(f"unknown precision {precision!r}; there are {', '.join(TOLERANCES)}")
@@ -96,17 +92,17 @@ def check_engine(engine: str, precision: str = "no") -> None:
 
 
 def choose(f: Classifier, passes: int | None, precision: str) -> str | None:
-    """The engine of "auto"; None for none."""
+    """Choose the engine of "auto"; None for none."""
     if precision != "no" or f.device.type != "cpu":
         return "torch"
     return "onnxruntime" if passes is None or passes >= ENOUGH else None
 
 
 def checked(f: Classifier, engine: Engine, tolerance: float) -> Classifier:
-    """F with an engine that has shown that it gives f's results.
+    """Return f with an engine, after checking that the engine gives f's results.
 
     Raises:
-        Unfit: it gives others, or fails.
+        Unfit: it gives other results, or fails.
     """
     import torch
 
@@ -117,7 +113,7 @@ def checked(f: Classifier, engine: Engine, tolerance: float) -> Classifier:
         try:
             given = fast.activation(x), fast(x)
         except Exception as error:
-            # A compiler that is not there, an operator that is not known.
+            # Such as a missing compiler, or an unknown operator.
             raise Unfit(first_line(error)[:120]) from error
     for what, a, b in zip(("activations", "scores"), given, expected, strict=True):
         _compare(what, a, b, tolerance)
@@ -145,7 +141,7 @@ def fast_stem(
     passes: int | None = None,
     note: Callable[[str], None] = warnings.warn,
 ) -> Callable[[Tensor], Tensor | tuple[Tensor, ...]]:
-    """What runs the frozen layers w0 of a classifier that is fine-tuned.
+    """Make the frozen layers w0 of a classifier that is fine-tuned faster.
 
     Args:
         f: the classifier.

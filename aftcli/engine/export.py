@@ -45,7 +45,7 @@ def _adaptive_pool_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _bins(size: int, bins: int, like: Tensor) -> Tensor:
-    """What adaptive average pooling multiplies a side with, shape (bins, size)."""
+    """Return the matrix of adaptive average pooling along a side, shape (bins, size)."""
     edges = [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
     rows = [[(a <= j < b) / (b - a) for j in range(size)] for a, b in edges]
     return torch.tensor(rows, dtype=like.dtype)
@@ -76,7 +76,7 @@ def _convolution_backward(
     return spread, None, None
 
 
-# What ONNX has no operator for, in terms of what it has.
+# Operators that ONNX lacks, in terms of those that it has.
 BACKWARD: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward,
     aten._adaptive_avg_pool2d_backward.default: _adaptive_pool_backward,
@@ -85,21 +85,18 @@ BACKWARD: dict[Any, Callable[..., Any]] = {
 
 
 def traced(f: Classifier, method: str) -> nn.Module:
-    """F and its plain map as one graph: x -> (logits, I of the predicted class).
+    """Trace f and its plain map as one graph: x -> (logits, I of the predicted class).
 
     Args:
         f: the classifier.
         method: a key of METHODS.
-
-    Raises:
-        AftError: the map's computation depends on the values it meets, so it has no fixed graph.
     """
     from torch._decomp import core_aten_decompositions
 
     if find_method(method).family != "cam":
         raise _not_exportable(f, method, AftError("only CAMs are a graph of the network's own"))
     explain = find_method(method).load()
-    # Found out by running the head: before it is traced.
+    # Cached before tracing, since finding it runs the head.
     _ = f.linear_head
 
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,11 +129,7 @@ def _not_exportable(f: Classifier, method: str, error: Exception) -> AftError:
 
 
 def check_onnx() -> None:
-    """Check that networks can be exported, before anything is computed.
-
-    Raises:
-        AftError: onnx or onnxscript is not installed.
-    """
+    """Check that networks can be exported, before anything is computed."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401 - torch.onnx says only much later that it is missing
@@ -154,9 +147,6 @@ def export_onnx(checkpoint: Path, path: Path) -> None:
         path: of the file. Its input is x, (N, 3, H, W), any N; its outputs are `logits`, (N, C),
             and `attribution`, I of the predicted class, (N, H, W), in [0, 1]. Its metadata has
             the checkpoint's classes and preprocessing as JSON under `aft`.
-
-    Raises:
-        AftError: the map has no fixed graph, or see `check_onnx`.
     """
     check_onnx()
 

@@ -30,15 +30,15 @@ class FoldedTorch:
         self.precision, self.lower = precision, LOWER[precision]
 
     def takes(self, x: Tensor) -> bool:
-        """Inputs of the weights' type, of any size."""
+        """Take inputs of the weights' type, of any size."""
         return x.dtype == self.dtype
 
     def activation(self, x: Tensor) -> Tensor:
-        """A of inputs x, shape (N, K, h, w)."""
+        """Return A of inputs x, shape (N, K, h, w)."""
         return self._run(self.before, x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of inputs x, shape (N, C)."""
+        """Return logits of inputs x, shape (N, C)."""
         return self._run(self.whole, x)
 
     def _run(self, part: Pass, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class FoldedTorch:
 
 
 class CompiledTorch(FoldedTorch):
-    """The same, compiled; the first passes take a minute or more."""
+    """Folded parts compiled by torch.compile; the first passes take a minute or more."""
 
     name = "compile"
 
@@ -77,7 +77,7 @@ class _Tracer(fx.Tracer):
 def folded(part: nn.Module) -> nn.Module:
     """Copy a part of a network in eval mode, each batch norm after a convolution folded into it.
 
-    Where torch.fx can't trace it, the copy is as it was.
+    If torch.fx can't trace it, the copy is not folded.
     """
     part = with_plain_weights(copied(part)).eval()
     try:
@@ -102,6 +102,6 @@ def folded(part: nn.Module) -> nn.Module:
 
 
 def _what_follows(norm: nn.BatchNorm2d) -> nn.Module:
-    """The activation that timm's batch norms hold."""
+    """Return the activation that timm's batch norms hold."""
     inner = [getattr(norm, name, None) for name in ("drop", "act")]
     return nn.Sequential(*(module for module in inner if isinstance(module, nn.Module)))

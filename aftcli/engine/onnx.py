@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of what is exported
 
-KEPT = 4 * 2**30  # bytes of exported networks; the longest unused go first
+KEPT = 4 * 2**30  # bytes of exported networks
 
 
 class OnnxRuntime:
@@ -39,15 +39,15 @@ class OnnxRuntime:
         self.graph = Graph(_Whole(f), f.preprocessing.size, ("activation", "logits"), f.name, note)
 
     def takes(self, x: Tensor) -> bool:
-        """Float32 inputs of the size that was exported, any number."""
+        """Take float32 inputs of the size that was exported, any number."""
         return self.graph.takes(x)
 
     def activation(self, x: Tensor) -> Tensor:
-        """A of inputs x, shape (N, K, h, w)."""
+        """Return A of inputs x, shape (N, K, h, w)."""
         return self.graph.run(x, "activation")[0]
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits of inputs x, shape (N, C)."""
+        """Return logits of inputs x, shape (N, C)."""
         return self.graph.run(x, "logits")[0]
 
 
@@ -64,11 +64,7 @@ class _Whole(nn.Module):
 
 
 def check_device(f: Classifier) -> None:
-    """Check that a classifier is where ONNX Runtime is used.
-
-    Raises:
-        AftError: it is on a GPU.
-    """
+    """Check that a classifier is where ONNX Runtime is used."""
     if f.device.type != "cpu":
         raise AftError(
             f"--engine onnxruntime runs on a CPU, the network is on {f.device}; use --engine "
@@ -118,24 +114,24 @@ class Graph:
         self.session = session
 
     def takes(self, x: Tensor) -> bool:
-        """Float32 inputs of the size that was exported, any number but none."""
+        """Take float32 inputs of the size that was exported, any number but none."""
         return x.dtype == torch.float32 and x.shape[1:] == self.shape and len(x) > 0
 
     def run(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
-        """Outputs of inputs x, all or the named ones."""
+        """Return outputs of inputs x, all or the named ones."""
         found = self.session.run(names or self.outputs, {"x": x.detach().contiguous().numpy()})
         return tuple(torch.from_numpy(values) for values in found)
 
 
 def cache_folder() -> Path:
-    """Where exported networks are kept: $AFT_CACHE, or `aft` in the user's cache folder."""
+    """Return the folder of exported networks: $AFT_CACHE, or `aft` in the user's cache folder."""
     own = os.environ.get("AFT_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(own).expanduser() if own else Path(base).expanduser() / "aft"
 
 
 def _key(module: nn.Module, shape: tuple[int, ...], outputs: Sequence[str]) -> str:
-    """Names a graph by all that it depends on."""
+    """Name a graph by all that it depends on."""
     code = [m.code for m in module.modules() if isinstance(m, fx.GraphModule)]
     parts = (VERSION, torch.__version__, shape, tuple(outputs), repr(module), *code)
     weights = tensors_hash(module.state_dict())
@@ -160,7 +156,7 @@ def _export_to(
 
 
 def _prune(newest: Path) -> None:
-    """Keep the cache below its size; what was used last stays."""
+    """Keep the cache below its size; the least recently used graphs go first."""
     files = sorted(newest.parent.glob("*.onnx"), key=lambda p: p.stat().st_mtime, reverse=True)
     total = 0
     for path in files:
@@ -170,7 +166,7 @@ def _prune(newest: Path) -> None:
 
 
 def _session(path: Path) -> InferenceSession | None:
-    """A session of an exported graph; None where there is none, or a damaged one."""
+    """Open an exported graph; None if it is missing or damaged."""
     import onnxruntime
 
     if not path.is_file():

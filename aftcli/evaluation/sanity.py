@@ -25,7 +25,7 @@ from aftcli.evaluation.results import ResultFile
 from aftcli.evaluation.study import Study, Variant, some_inputs
 from aftcli.files import file_stem, make_folder
 from aftcli.settings import Search
-from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.search import search_threshold
 from aftcli.tft.threshold import cut_off, threshold_map
 
 IMAGES = 32  # spread over the data set
@@ -137,8 +137,7 @@ def _maps(
     if search is None:
         return low
     high = upsample(low, x)
-    where = (search.thresholds, search.masking, search.fill, search.mode)
-    tau = fine_tune_threshold(f, x, high, class_index, *where).tau
+    tau = search_threshold(f, x, high, class_index, search).tau
     return threshold_map(low, cut_off(high, tau[:, None], search.mode)[:, 0])
 
 
@@ -197,7 +196,7 @@ def sanity_rows(
     few = study.data_set.limited(IMAGES)
     folder = make_folder(run / "results")
     images = content_hash(few.files(), folder / ".contents-0.json")
-    search = Search(study.search.thresholds, masking, study.search.fill, study.search.mode)
+    search = study.searched(masking)
     x: Tensor | None = None
     for variant in study.variants:
         kinds = (("original", None), ("tft", search)) if variant.name == "original" else ()

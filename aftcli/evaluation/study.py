@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +72,13 @@ class Study:
     def data_name(self) -> str:
         """Of the data set, for tables."""
         return data_name(self.data_set.root, self.data_set.kind, self.data_set.split)
+
+    def searched(self, masking: str) -> Search:
+        """Return the settings of TFT with a masking.
+
+        Evaluation always scores all thresholds, also where masks were made by a fast search.
+        """
+        return replace(self.search, masking=masking, search="exact")
 
 
 def data_name(root: Path, kind: str, split: str) -> str:

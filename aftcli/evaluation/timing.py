@@ -20,7 +20,7 @@ from aftcli.evaluation.results import ResultFile
 from aftcli.evaluation.study import Study, some_inputs
 from aftcli.files import durable, file_stem, make_folder
 from aftcli.settings import Search
-from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.search import search_threshold
 from aftcli.version import __version__
 
 IMAGES = 8  # that take turns
@@ -114,16 +114,7 @@ def time_map(
         return attribution_map(f, inputs[i], classes[i], cam)
 
     def with_tft(i: int) -> object:
-        return fine_tune_threshold(
-            f,
-            inputs[i],
-            plain(i),
-            classes[i],
-            search.thresholds,
-            search.masking,
-            search.fill,
-            search.mode,
-        )
+        return search_threshold(f, inputs[i], plain(i), classes[i], search)
 
     for i in range(WARM_UP):
         with_tft(i % len(inputs))
@@ -159,7 +150,7 @@ def table5(
         AftError: no image can be read, or a file can't be written.
     """
     f, folder = accelerate(study.f, None), make_folder(run / "results")
-    search = Search(study.search.thresholds, masking, study.search.fill, study.search.mode)
+    search = study.searched(masking)
     inputs: list[Tensor] = []
     for cam in study.cams:
         identity = {

@@ -20,7 +20,6 @@ from aftcli.evaluation.study import Study
 from aftcli.files import durable, file_stem, make_folder
 from aftcli.report.names import stems
 from aftcli.report.pictures import Subject, cam_title, draw_rpi, overlay, seen_part
-from aftcli.settings import Search
 from aftcli.tft.explain import Explanation, explain
 from aftcli.tft.threshold import relative_probability_increase
 
@@ -94,7 +93,7 @@ def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Ite
     paths = [study.data_set.path(i) for i in chosen]
     names = stems(paths)
     tuned = {v.cams[0]: v.load() for v in study.variants if v.name == "aft"}
-    search = Search(study.search.thresholds, masking, study.search.fill, study.search.mode)
+    search = study.searched(masking)
     for path in paths:
         picture = read_image(path)
         view = view_of(picture.size, study.f.preprocessing)

@@ -15,19 +15,19 @@ from aftcli.core.methods import METHODS
 from aftcli.core.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import Search
-from aftcli.tft.search import TftResult, fine_tune_threshold
+from aftcli.tft.search import TftResult, search_threshold
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why the classifier gives one image one class.
+    """Explanation of one class that a classifier gives an image.
 
     Attributes:
         cam: the method, or "map" for a map from another tool.
         class_index: c.
         probability: y^c, in [0, 1].
         attribution: I, shape (H, W), in [0, 1].
-        tft: the threshold fine-tuned for I, N = 1; None where it was not asked for.
+        tft: the threshold fine-tuned for I, N = 1; None if not asked for.
         thresholds: those searched, T, or the fixed one.
         cells: a map of pixels was averaged over the activation's cells.
         fixed: I cut at a fixed threshold instead, as a search of this one only, N = 1.
@@ -49,14 +49,14 @@ class Explanation:
 
 
 def fits(f: Classifier, method: str) -> bool:
-    """Whether a method can explain a classifier: CAM only fits some heads."""
+    """Return whether a method can explain a classifier: CAM only fits some heads."""
     return method != "cam" or (
         f.linear_head is not None and f.linear_head.is_last and f.linear_head.is_mean
     )
 
 
 def passes(f: Classifier, methods: Sequence[str], classes: int, settings: Search | None) -> int:
-    """How many images pass the network, at the most, to explain one."""
+    """Count the images that pass the network, at the most, to explain one."""
     searched = len(settings.thresholds) if settings else 0
     own = (METHODS[name].passes if name in METHODS else 0 for name in methods)
     perturbed = sum(f.activation_shape[0] if n is None else n for n in own)
@@ -137,7 +137,7 @@ def explain_map(
 
 
 def _explained(f: Classifier, y: Tensor, targets: Sequence[int] | int, top_k: int) -> Tensor:
-    """Classes that are asked for, otherwise those with the largest probabilities y, shape (C,)."""
+    """Return the classes asked for, by default those with the largest probabilities y, (C,)."""
     given = [targets] if isinstance(targets, int) else list(targets)
     if given:
         return class_indices(f, given, len(given), y.device)
@@ -157,19 +157,8 @@ def _search(
 ) -> list[Explanation]:
     results: list[TftResult | None] = [None] * len(maps)
     if settings:
-        found = fine_tune_threshold(
-            f,
-            x,
-            maps,
-            classes,
-            settings.thresholds,
-            settings.masking,
-            settings.fill,
-            settings.mode,
-            probability=y[classes],
-            owner=torch.zeros_like(classes),
-            search=settings.search,
-        )
+        owner = torch.zeros_like(classes)
+        found = search_threshold(f, x, maps, classes, settings, y[classes], owner)
         results = [TftResult(*(field[i : i + 1] for field in found)) for i in range(len(maps))]
     return [
         Explanation(

@@ -27,7 +27,7 @@ from aftcli.files import file_stem, locked, make_folder
 from aftcli.settings import Search
 from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
 from aftcli.tft.masks import FORMAT_VERSION, MaskStore, changed_images, refuse_other_settings
-from aftcli.tft.search import TftResult, fine_tune_threshold
+from aftcli.tft.search import TftResult, search_threshold
 from aftcli.tft.threshold import cut_off, mask_of, threshold_map
 from aftcli.version import __version__
 
@@ -35,7 +35,7 @@ BATCH = 16  # images in one pass of the stem
 
 
 class Tuned(NamedTuple):
-    """TFT of one batch by one method, at both sizes.
+    """Result of TFT for one batch by one method, at both sizes.
 
     Attributes:
         class_index: the predicted class c, shape (N,).
@@ -51,7 +51,7 @@ class Tuned(NamedTuple):
 
 
 class Done(NamedTuple):
-    """Some images of a run are done.
+    """Progress of a run: images that are done.
 
     Attributes:
         images: how many.
@@ -70,7 +70,7 @@ class Done(NamedTuple):
 
 @torch.no_grad()
 def tune_batch(f: Classifier, x: Tensor, methods: Sequence[str], settings: Search) -> list[Tuned]:
-    """TFT of a batch by several methods, for the predicted classes, with one stem pass.
+    """Run TFT on a batch by several methods, for the predicted classes, with one stem pass.
 
     Args:
         f: the classifier.
@@ -79,28 +79,18 @@ def tune_batch(f: Classifier, x: Tensor, methods: Sequence[str], settings: Searc
         settings: of the search.
 
     Returns:
-        One result a method. Where methods give equal masks these are scored once.
+        One result a method. Masks that methods share are scored once.
     """
     count = len(x)
     activation = f.activation(x)
     y, class_index = probabilities(f.head(activation).float()).max(1)
-    # What is kept is searched: I by cells, also of a method whose map has pixels.
+    # The stored map is the one that is searched: I by cells, also for a map of pixels.
     maps = [scaled_map(f, activation, class_index, x, method, cells=True) for method in methods]
     low = torch.cat(maps)
     high = upsample(low, x)
-    result = fine_tune_threshold(
-        f,
-        x,
-        high,
-        class_index.repeat(len(methods)),
-        settings.thresholds,
-        settings.masking,
-        settings.fill,
-        settings.mode,
-        probability=y.repeat(len(methods)),
-        owner=torch.arange(count, device=x.device).repeat(len(methods)),
-        search=settings.search,
-    )
+    owner = torch.arange(count, device=x.device)
+    class_indices, y, owner = (each.repeat(len(methods)) for each in (class_index, y, owner))
+    result = search_threshold(f, x, high, class_indices, settings, y, owner)
     cut = cut_off(high, result.tau[:, None], settings.mode)[:, 0]
     mask = mask_of(threshold_map(low, cut))
     return [
@@ -110,12 +100,12 @@ def tune_batch(f: Classifier, x: Tensor, methods: Sequence[str], settings: Searc
 
 
 def store_path(run: Path, model: str, cam: str) -> Path:
-    """Where the masks of a model and a CAM method are kept in a run."""
+    """Return the file of a run that keeps the masks of a model and a CAM method."""
     return run / "masks" / f"{file_stem(model, cam)}.h5"
 
 
 def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[str, Any]:
-    """What masks are made with, but for the CAM: attributes of a store (docs/masks-format.md)."""
+    """Return a store's attributes but for the CAM: all settings (docs/masks-format.md)."""
     return {
         "format_version": FORMAT_VERSION,
         "aft_version": __version__,
@@ -128,7 +118,7 @@ def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[s
         "masking": settings.masking,
         "fill": settings.fill,
         "threshold_mode": settings.mode,
-        # Named where they are not what stores without them were made with.
+        # Written only if not the default, so that older stores without them still match.
         **({"search": settings.search} if settings.search != "exact" else {}),
         **({"precision": f.precision} if f.precision != "no" else {}),
         **({"class_names": list(f.classes.own)} if f.classes.own else {}),
@@ -154,7 +144,7 @@ class _Store:
         return self.parts / f"{span.start:09d}-{span.stop:09d}"
 
     def finished(self) -> bool:
-        """Whether the finished file is there; refuse one made with other settings."""
+        """Return whether the finished file exists; refuse one made with other settings."""
         if not self.path.exists():
             return False
         with MaskStore(self.path) as store:
@@ -162,7 +152,7 @@ class _Store:
         return True
 
     def check_unchanged(self, data_set: DataSet) -> None:
-        """Refuse a finished file that was changed, or whose images are no longer what they were."""
+        """Refuse a finished file that was changed, or whose images have changed since."""
         with MaskStore(self.path) as store:
             store.verify()
             different = store.changed(data_set, range(len(store)))
@@ -173,9 +163,9 @@ class _Store:
             )
 
     def has(self, span: range, data_set: DataSet) -> bool:
-        """Whether a block is stored, of the images as they are now.
+        """Return whether a block is stored whole and its images are unchanged.
 
-        A damaged one is not; one of other settings is refused.
+        A block of other settings is refused.
         """
         read = read_part(self.part(span))
         if read is None:
@@ -190,7 +180,7 @@ class _Store:
 
 
 class _Columns(NamedTuple):
-    """What the columns of a store measure, also where a block has no readable image."""
+    """Widths of a store's columns, needed also for a block without a readable image."""
 
     path: int
     steps: int
@@ -205,7 +195,7 @@ class _Columns(NamedTuple):
 
 
 def _rows(data_set: DataSet, loaded: Loaded, tuned: list[Tuned], size: _Columns) -> Rows:
-    """The results of one block by one method, as the store's columns."""
+    """Return the results of one block by one method, as the store's columns."""
 
     def column(values: list[Tensor], *shape: int) -> np.ndarray:
         return torch.cat([torch.empty(0, *shape), *(v.cpu() for v in values)]).numpy()
@@ -245,7 +235,7 @@ def generate_masks(
     processes: Processes | None = None,
     block: int | None = None,
 ) -> Iterator[Done]:
-    """Fine-tune the thresholds of a data set and store the masks, going on where a run stopped.
+    """Fine-tune the thresholds of a data set and store the masks, resuming a run that stopped.
 
     Args:
         f: the classifier.
@@ -256,12 +246,12 @@ def generate_masks(
         workers: processes that decode images; 0 decodes in this one.
         batch: images in one pass of the stem.
         strict: stop at the first image that can't be read, instead of recording it.
-        overwrite: begin anew, whatever is there.
+        overwrite: start again and replace what is there.
         processes: the processes that share the run; default this one alone.
         block: images stored at a time; default by the number of images.
 
     Yields:
-        Progress, batch by batch; first what was done before.
+        Progress, batch by batch; the first reports what earlier calls did.
 
     Raises:
         AftError: the stores are of other settings or in use, an image is broken and strict is
@@ -320,7 +310,7 @@ def _take(stores: dict[str, _Store], data_set: DataSet, held: ExitStack, overwri
             store.clear()
         if store.finished():
             store.check_unchanged(data_set)
-            # A kill may come between joining and clearing away.
+            # A kill may come between joining the parts and deleting them.
             shutil.rmtree(store.parts, ignore_errors=True)
         else:
             store.parts.mkdir(exist_ok=True)

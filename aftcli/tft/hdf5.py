@@ -17,7 +17,7 @@ from aftcli.core.classifier import Preprocessing
 from aftcli.data.blocks import Broken
 from aftcli.errors import AftError
 from aftcli.files import durable
-from aftcli.tft.search import check_settings
+from aftcli.settings import Search
 
 # The type of each column and its axes after the first, which is the image. Equal letters are
 # equal lengths.
@@ -78,7 +78,7 @@ def check_form(file: h5py.File) -> None:
     """Check that a file, whole or of one block, has a store's datasets and nothing more.
 
     Raises:
-        ValueError: it has not; the message names what is wrong.
+        ValueError: the form is wrong; the message says where.
     """
     strange = sorted({*file} - {*COLUMNS, *BROKEN})
     missing = sorted({*COLUMNS, *BROKEN} - {*file})
@@ -102,7 +102,7 @@ def check_form(file: h5py.File) -> None:
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """A dataset whose numbers are in this very file, all of them."""
+    """Return a dataset, checked to have all its numbers in this very file."""
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         raise ValueError(f"{name} is a link")
     found = file[name]
@@ -122,7 +122,7 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
     """Check that a finished store's settings are there and fit its columns.
 
     Raises:
-        ValueError: they are not; the message names what is wrong.
+        ValueError: the settings are wrong; the message says which.
     """
     if settings.get(SEAL) != seal_of(settings):
         raise ValueError("its attributes are not what was written")
@@ -139,7 +139,7 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
         raise ValueError("its classes are no names")
     try:
         Preprocessing.from_dict(settings["preprocessing"])
-        check_settings(thresholds, *(settings[k] for k in ("masking", "fill", "threshold_mode")))
+        Search(tuple(thresholds), *(settings[k] for k in ("masking", "fill", "threshold_mode")))
     except AftError as error:
         raise ValueError(str(error)) from error
     if file["rpi"].shape[1] != len(thresholds) or list(file["mask"].shape[1:]) != shape[1:]:
@@ -147,10 +147,10 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
 
 
 def check_values(rows: Mapping[str, np.ndarray]) -> None:
-    """Check that columns hold what they can: indices of classes, shares, finite maps.
+    """Check that columns hold possible values: indices of classes, shares, finite maps.
 
     Raises:
-        ValueError: one does not.
+        ValueError: a column does not.
     """
     for name in ("label", "class_index"):
         if len(rows[name]) and not 0 <= rows[name].min() <= rows[name].max() < MOST_CLASSES:
@@ -161,16 +161,16 @@ def check_values(rows: Mapping[str, np.ndarray]) -> None:
 
 
 def seal_of(settings: Mapping[str, Any]) -> str:
-    """A hash of a store's settings, which HDF5 keeps without a checksum."""
+    """Hash a store's settings, which HDF5 keeps without a checksum."""
     text = json.dumps({k: v for k, v in settings.items() if k != SEAL}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_settings(group: h5py.Group) -> dict[str, Any]:
-    """The attributes of a store, lists and dictionaries as such.
+    """Read the attributes of a store, with lists and dictionaries decoded.
 
     Raises:
-        ValueError: one is no single value, or too long; the message names it.
+        ValueError: an attribute is no single value, or too long; the message names it.
     """
     settings: dict[str, Any] = {}
     for key in group.attrs:
@@ -200,8 +200,7 @@ class Rows(NamedTuple):
         rpi: RPI of each threshold, (n, |T|) float32.
         tau: tau*, float32.
         attribution: I at the activation's size, (n, h, w) float16.
-        correction: what turns it into the exact float32, (n, h, w) int32: the difference of
-            the bits of both.
+        correction: difference to the bits of the exact float32, (n, h, w) int32.
         mask: M_tau* at the activation's size, (n, h, w) bool.
         areas: share of the picture that each class covers, (n, classes) float32; (n, 0) where
             pictures show one class.
@@ -236,13 +235,13 @@ def split_float(exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def join_float(half: np.ndarray, correction: np.ndarray) -> np.ndarray:
-    """The float32 that `split_float` was given."""
+    """Return the float32 that `split_float` was given."""
     bits: np.ndarray = half.astype(np.float32).view(np.int32) + correction
     return bits.view(np.float32)
 
 
 def read_broken(group: h5py.Group) -> list[Broken]:
-    """The images that could not be read."""
+    """Read the list of images that could not be read."""
     paths, reasons = (group[f"broken_{name}"].asstr()[:] for name in ("path", "reason"))
     contents = group["broken_content"][:].tolist()
     return [Broken(*each) for each in zip(paths, reasons, contents, strict=True)]
@@ -305,7 +304,7 @@ def write_part(path: Path, rows: Rows, broken: list[Broken], settings: Mapping[s
         _write_broken(file, broken)
         _write_settings(file, settings)
     content = image.getvalue()
-    # A torn write leaves a file that HDF5 might still open; its own digest tells.
+    # HDF5 might still open a file whose write was torn; the digest detects it.
     digest = hashlib.sha256(content).digest()
     with durable(path) as temporary:
         temporary.write_bytes(content + digest)

@@ -1,7 +1,7 @@
 """The mask store: TFT's results for a data set, in HDF5 (docs/masks-format.md).
 
 A store grows as a folder of small files, each written whole or not at all, and is joined into
-one file at the end; so whatever stops a run, what is there is right.
+one file at the end; so whatever stops a run, the files on disk are right.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from aftcli.tft.threshold import cut_off, mask_of, threshold_map
 
 FORMAT_VERSION = 2
 
-# Recorded, but a store may be continued by another version of aft or from a moved data set.
-# So are names, without which stores were made before; they change no number.
+# Recorded, but not compared: a store may be resumed by another version of aft or from a moved
+# data set, and class names, which older stores lack, change no number.
 INFORMATION = frozenset(
     {"aft_version", "checkpoint", "class_names", "data_set", "complete", "digest", "seal"}
 )
 
 
 class MaskRecord(NamedTuple):
-    """One image of a store; see `Rows`. `attribution` is exact float32, (h, w)."""
+    """Record of one image of a store; see `Rows`. `attribution` is exact float32, (h, w)."""
 
     path: str
     label: int
@@ -69,11 +69,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 
 def refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on with a file that was begun with other settings.
-
-    Raises:
-        AftError: they differ; the message names where.
-    """
+    """Refuse to resume a file that was begun with other settings."""
     other = differences(found, wanted)
     if other:
         raise AftError(
@@ -88,7 +84,7 @@ def _short(value: object) -> str:
 
 
 def _unreadable(path: Path, what: str, error: Exception) -> AftError:
-    """Say why a store can't be read; one that the system refuses may be whole."""
+    """Return the error that says why a store can't be read; the system may refuse a whole one."""
     if isinstance(error, OSError) and error.errno:
         locks = "unset HDF5_USE_FILE_LOCKING" if "lock file" in str(error) else "look at its disk"
         return AftError(
@@ -101,7 +97,7 @@ def _unreadable(path: Path, what: str, error: Exception) -> AftError:
 
 
 def changed_images(data_set: DataSet, rows: Rows | None, broken: Sequence[Broken]) -> list[str]:
-    """Name the images of a data set that are no longer what results were computed of.
+    """Name the images of a data set that have changed since results were computed.
 
     Args:
         data_set: the images.
@@ -196,7 +192,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
             raise _unreadable(self.path, "is damaged", error) from error
 
     def __getitem__(self, index: int) -> MaskRecord:
-        """The record of one image."""
+        """Return the record of one image."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.path} has {len(self)} images, asked for {index}")
         index %= len(self)
@@ -218,19 +214,19 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         return (self[index] for index in range(len(self)))
 
     def full_attribution(self, index: int) -> Tensor:
-        """I of one image at the model's input size, shape (H, W), exactly as it was searched."""
+        """Return I of one image at the model's input size, (H, W), exactly as it was searched."""
         size = tuple(self.settings["preprocessing"]["size"])
         return stretch(self[index].attribution[None], size)[0]
 
     def full_mask(self, index: int) -> Tensor:
-        """M_tau* of one image at the model's input size, shape (H, W), bool, rebuilt exactly."""
+        """Return M_tau* of one image at the model's input size, (H, W), bool, rebuilt exactly."""
         attribution = self.full_attribution(index)[None]
         tau = attribution.new_tensor([self[index].tau])
         cut = cut_off(attribution, tau, self.settings["threshold_mode"])
         return mask_of(threshold_map(attribution, cut[:, 0]))[0]
 
     def changed(self, data_set: DataSet, indices: Sequence[int]) -> list[str]:
-        """Name the images of a data set that are no longer what their masks were made of.
+        """Name the images of a data set that have changed since their masks were made.
 
         Args:
             data_set: the store's.

@@ -1,4 +1,4 @@
-"""Rounding: which differences are too small to decide anything (docs/decisions.md, Rounding).
+"""Rounding: differences too small to decide anything (docs/decisions.md, Rounding).
 
 A network gives the same image slightly different numbers in another batch, on another engine, by
 another number of threads or on another CPU. No comparison may turn on that.

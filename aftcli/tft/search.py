@@ -11,12 +11,11 @@ from torch import Tensor
 from aftcli.core.classifier import Classifier, probabilities
 from aftcli.core.inputs import check_shape, class_indices
 from aftcli.core.networks import outside_inference_mode
-from aftcli.errors import AftError, check_name
-from aftcli.settings import THRESHOLDS
+from aftcli.errors import AftError
+from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft.threshold import (
     FILLS,
     MASKINGS,
-    MODES,
     cut_off,
     first_maximum,
     mask_of,
@@ -30,7 +29,7 @@ BATCH = 16  # masked images in one pass of the network
 
 
 class TftResult(NamedTuple):
-    """What Algorithm 1 finds for N images.
+    """Result of Algorithm 1 for N images.
 
     Attributes:
         tau: tau*, the first threshold with the largest RPI (`first_maximum`), shape (N,).
@@ -52,42 +51,17 @@ class TftResult(NamedTuple):
 
     @property
     def best(self) -> Tensor:
-        """Which threshold tau* is, shape (N,)."""
+        """Return the index of tau* in T, shape (N,)."""
         return first_maximum(self.rpi, self.probability)
 
     @property
     def helps(self) -> Tensor:
-        """Where a threshold raises the probability by more than rounding, shape (N,), bool."""
+        """Return whether a threshold raises the probability by more than rounding, (N,), bool."""
         return raised(self.rpi, self.probability).any(1)
 
 
-def check_settings(
-    thresholds: Sequence[float], masking: str, fill: str, mode: str, search: str = "exact"
-) -> None:
-    """Check the settings of a search before anything is computed.
-
-    Raises:
-        AftError: thresholds are out of range or order, or a name is unknown.
-    """
-    if not thresholds or not all(0 <= tau <= 1 for tau in thresholds):
-        raise AftError(f"thresholds must lie in [0, 1], got {_listed(thresholds)}")
-    if any(b <= a for a, b in zip(thresholds, thresholds[1:], strict=False)):
-        raise AftError(f"thresholds must increase, got {_listed(thresholds)}")
-    for what, name, known in (
-        ("masking", masking, MASKINGS),
-        ("fill", fill, FILLS),
-        ("threshold mode", mode, MODES),
-        ("search", search, SEARCHES),
-    ):
-        check_name(what, name, known)
-
-
-def _listed(thresholds: Sequence[float]) -> str:
-    return ", ".join(f"{tau:g}" for tau in thresholds) or "none"
-
-
 def areas(attribution: Tensor, cut: Tensor) -> Tensor:
-    """How many pixels each threshold keeps, shape (N, |T|).
+    """Count the pixels that each threshold keeps, shape (N, |T|).
 
     Args:
         attribution: I, shape (N, H, W).
@@ -102,7 +76,7 @@ def areas(attribution: Tensor, cut: Tensor) -> Tensor:
 
 
 class Distinct(NamedTuple):
-    """Which masked images must be run.
+    """Masked images that must be run, each once.
 
     Attributes:
         pairs: (map, threshold) of each distinct masked image.
@@ -133,7 +107,7 @@ def distinct_masks(
         share_empty: empty masks of all images give the same masked image.
     """
     steps = range(cut.shape[1])
-    # The one copy from the device: which masked images there are decides how they are packed.
+    # The only copy from the device: it decides which masked images are packed into batches.
     kept = areas(attribution, cut).tolist()
     whole = attribution[0].numel() if masking == "binary" else -1
     pairs: list[tuple[int, int]] = []
@@ -180,7 +154,7 @@ def masked_probabilities(
     masking: str,
     fill: str,
 ) -> Tensor:
-    """y_hat^c of each threshold of each map, shape (N, |T|); equal masks are scored once.
+    """Return y_hat^c of each threshold of each map, (N, |T|); equal masks are scored once.
 
     Args:
         f: the classifier.
@@ -213,15 +187,15 @@ Score = Callable[[Tensor], Tensor]  # steps of T, shape (N, k), to their y_hat^c
 
 
 def every_threshold(score: Score, y: Tensor, count: int) -> Tensor:
-    """y_hat^c of all of T, shape (N, |T|): Algorithm 1."""
+    """Score all of T, y_hat^c of shape (N, |T|): Algorithm 1."""
     return score(torch.arange(count, device=y.device).repeat(len(y), 1))
 
 
 def coarse_to_fine(score: Score, y: Tensor, count: int) -> Tensor:
-    """y_hat^c of some of T, shape (N, |T|), NaN elsewhere.
+    """Score some of T, y_hat^c of shape (N, |T|), NaN elsewhere.
 
-    A coarse part of T first; then, the stride halved each time, what is on both sides of the
-    best so far. Finds tau* where RPI has one prominent peak.
+    A coarse part of T comes first. Then the stride is halved each time, and both sides of the best
+    so far are scored. This finds tau* where RPI has one prominent peak.
     """
     y_hat = y.new_full((len(y), count), torch.nan)
     stride = 1 << max((count - 1) // 4, 1).bit_length() - 1
@@ -245,7 +219,6 @@ SEARCHES: dict[str, Callable[[Score, Tensor, int], Tensor]] = {
 }
 
 
-@outside_inference_mode
 def fine_tune_threshold(
     classifier: Classifier,
     x: Tensor,
@@ -274,8 +247,8 @@ def fine_tune_threshold(
             authors' code).
         fill: what muted pixels show: "mean", "black" or "blur".
         mode: "value", tau cuts scores; "percentile", tau cuts ranks.
-        probability: y^c, shape (N,), of each map, where it is known already: saves a pass.
-        owner: which input each map is of, shape (N,), where several maps (of other methods or
+        probability: y^c, shape (N,), of each map, if already known: saves a pass.
+        owner: index of each map's input, shape (N,), if several maps (of other methods or
             classes) share inputs: equal masks of one input are scored once. Default one each.
         search: "exact", all of T, or "fast", some of T, coarse to fine.
 
@@ -287,7 +260,21 @@ def fine_tune_threshold(
         AftError: thresholds are out of range or order, a name is unknown, shapes disagree, a
             class is out of range, or the network has one output only.
     """
-    check_settings(thresholds, masking, fill, mode, search)
+    settings = Search(tuple(thresholds), masking, fill, mode, search)
+    return search_threshold(classifier, x, attribution, class_index, settings, probability, owner)
+
+
+@outside_inference_mode
+def search_threshold(
+    f: Classifier,
+    x: Tensor,
+    attribution: Tensor,
+    class_index: Tensor | int,
+    search: Search,
+    probability: Tensor | None = None,
+    owner: Tensor | None = None,
+) -> TftResult:
+    """Find each image's threshold: `fine_tune_threshold` with its settings as one `Search`."""
     check_shape(x)
     owner = torch.arange(len(x), device=x.device) if owner is None else owner
     count = len(owner)
@@ -295,22 +282,20 @@ def fine_tune_threshold(
         raise AftError(
             f"attribution must have shape {(count, *x.shape[2:])}, got {tuple(attribution.shape)}"
         )
-    classes = class_indices(classifier, class_index, count, attribution.device)
-    cut = cut_off(attribution, attribution.new_tensor(thresholds), mode)
+    classes = class_indices(f, class_index, count, attribution.device)
+    cut = cut_off(attribution, attribution.new_tensor(search.thresholds), search.mode)
     if probability is None:
         with torch.no_grad():
-            y = probabilities(classifier(x).float())
+            y = probabilities(f(x).float())
         probability = y[owner, classes]
 
     def score(steps: Tensor) -> Tensor:
-        some = cut.gather(1, steps)
-        return masked_probabilities(
-            classifier, x, attribution, some, classes, probability, owner, masking, fill
-        )
+        known = (cut.gather(1, steps), classes, probability, owner)
+        return masked_probabilities(f, x, attribution, *known, search.masking, search.fill)
 
-    y_hat = SEARCHES[search](score, probability, len(thresholds))
+    y_hat = SEARCHES[search.search](score, probability, len(search.thresholds))
     rpi = relative_probability_increase(y_hat, probability[:, None])
     best = first_maximum(rpi, probability)
     chosen = threshold_map(attribution, cut.gather(1, best[:, None]).squeeze(1))
-    tau = attribution.new_tensor(thresholds)[best]
+    tau = attribution.new_tensor(search.thresholds)[best]
     return TftResult(tau, rpi, y_hat, probability, chosen, mask_of(chosen))

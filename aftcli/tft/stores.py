@@ -19,10 +19,10 @@ from aftcli.tft.masks import MaskStore, differences
 
 
 class Source(NamedTuple):
-    """Where classifiers come from; see `load_classifier`. None is what the masks say.
+    """Source of classifiers: arguments of `load_classifier`; None takes what the masks say.
 
-    `earlier` are layers before `layer` that are tuned with it; `known` are names that were given
-    for the classes before, such as a mask store's; `note` as there.
+    `earlier` are layers before `layer` that are tuned with it; `known` are class names from
+    earlier commands, such as a mask store's.
     """
 
     model: str | None = None
@@ -43,7 +43,7 @@ class Source(NamedTuple):
         return f
 
     def of_masks(self, made: dict[str, Any]) -> Source:
-        """The classifier that masks were made with, but for what was asked for."""
+        """Fill in the classifier that masks were made with where nothing else was asked for."""
         recorded = made.get("checkpoint")  # "" for published weights
         return self._replace(
             model=self.model or made["model"],
@@ -54,11 +54,7 @@ class Source(NamedTuple):
 
 
 def open_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskStore]:
-    """Open those of a run's mask stores that there are; arguments as of `find_stores`.
-
-    Raises:
-        AftError: one is damaged, or of an unknown method.
-    """
+    """Open the mask stores that a run has, perhaps none; arguments as of `find_stores`."""
     paths = sorted((run / "masks").glob("*.h5"))
     stores = [MaskStore(path) for path in paths if not path.name.startswith(".")]
     for store in stores:
@@ -81,9 +77,6 @@ def find_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskS
         run: where the study lives.
         model: only those of this model; None for all.
         cams: only those of these methods; empty for all.
-
-    Raises:
-        AftError: there is none, or one that is asked for by name is missing or damaged.
     """
     found = open_stores(run, model, cams)
     missing = set(cams) - {s.settings["cam"] for s in found}
@@ -100,11 +93,7 @@ def find_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskS
 
 
 def check_made_for(store: MaskStore, f: Classifier) -> None:
-    """Check that masks were made for a classifier.
-
-    Raises:
-        AftError: they were made for another one; the message names where they differ.
-    """
+    """Check that masks were made for a classifier."""
     made = store.settings
     asked = {
         "model": f.name,
@@ -123,7 +112,7 @@ def check_made_for(store: MaskStore, f: Classifier) -> None:
 
 
 def stored_contents(store: MaskStore) -> list[int]:
-    """The content of each image of a store (`content_of`)."""
+    """Read the content of each image of a store (`content_of`)."""
     found: list[int] = np.concatenate([c.content for c in chunks_of(store)]).tolist()
     return found
 
@@ -134,9 +123,9 @@ def chunks_of(store: MaskStore) -> list[Rows]:
 
 
 def advice(f: Classifier) -> str:
-    """Say what to do where a data set's labels are not among a classifier's classes.
+    """Say what to do if a data set's labels are not among a classifier's classes.
 
-    What its user has trained is never to be replaced.
+    A network that its user has trained is never to be replaced.
     """
     if f.classes == Classes.numbered(len(f.classes)):
         return (

@@ -124,8 +124,6 @@ MASKINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "soft": lambda thresholded: thresholded,
 }
 
-MODES = ("value", "percentile")
-
 
 def masked_image(x: Tensor, weight: Tensor, fill: Tensor) -> Tensor:
     """x_hat = M_tau * x, elementwise (eq. 6), muted pixels showing the fill.
