@@ -63,8 +63,13 @@ def gain(y_hat: Tensor, y: Tensor) -> Tensor:
     return torch.where(rise > 0, rise / (1 - y), 0)
 
 
+def area(mask: Tensor) -> Tensor:
+    """Return the share of pixels that M_tau, shape (N, H, W), bool, keeps."""
+    return mask.float().flatten(1).mean(1)
+
+
 def complexity(attribution: Tensor) -> Tensor:
-    """The mean of the map, ||I||_1 / (H W) (ADCC, Poppi et al. 2021).
+    """Return the mean of the map, ||I||_1 / (H W) (ADCC, Poppi et al. 2021).
 
     Args:
         attribution: I, shape (N, H, W), in [0, 1].
@@ -169,16 +174,18 @@ def deletion(
     return _area(x, attribution, torch.zeros_like(x), probability_of, steps)
 
 
-def energy(attribution: Tensor, region: Tensor) -> Tensor:
-    """Share of the map's sum that lies on the object (energy pointing game, Score-CAM, 2020).
+def energy(attribution: Tensor, region: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return the share of the map's sum on the object (energy pointing game, Score-CAM, 2020).
 
     Args:
         attribution: I, shape (N, H, W), in [0, 1].
         region: the object, shape (N, H, W), bool.
+        counted: pixels that count, as of `iou`.
 
     Returns:
         In [0, 1], shape (N,); 0 for an all-zero map. Higher is better.
     """
+    attribution = attribution if counted is None else attribution * counted
     total = attribution.flatten(1).sum(1)
     inside = (attribution * region).flatten(1).sum(1)
     return torch.where(total > 0, inside / total, 0)

@@ -20,7 +20,7 @@ from aftcli.data.objects import Objects
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
 from aftcli.evaluation import metrics
-from aftcli.evaluation.batch import Columns, Images, Unit, Wanted, measure_batch, passes
+from aftcli.evaluation.batch import Images, Unit, Wanted, measure_batch, passes
 from aftcli.evaluation.measures import BASELINES
 from aftcli.evaluation.metrics import NOISE
 from aftcli.evaluation.results import Result, ResultFile
@@ -246,12 +246,12 @@ def _blocks(
             parts.append(measure_batch(f, _images(study, x, index, objects), units, wanted))
             yield Step(what, len(x), total)
         for unit in units:
-            columns = _joined([part[unit] for part in parts])
+            columns = _joined([part[unit].columns() for part in parts])
             files[unit].write_part(spans[loaded.block], columns, loaded.broken)
         yield Step(what, len(loaded.broken), total)
 
 
-def _joined(parts: Sequence[Columns]) -> Columns:
+def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]} if parts else {}
 
 

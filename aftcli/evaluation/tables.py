@@ -12,7 +12,7 @@ from aftcli.core.methods import CAMS, METHODS
 from aftcli.evaluation.batch import Unit, measure
 from aftcli.evaluation.measures import VARIANTS
 from aftcli.evaluation.metrics import estimate
-from aftcli.evaluation.results import Result
+from aftcli.evaluation.results import Values
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.tft import rounding
@@ -146,13 +146,12 @@ def table2(studies: Sequence[Study]) -> list[Table2Row]:
     return list(dict.fromkeys(rows))
 
 
-def _columns(measured: Measured, variant: str, unit: Unit) -> tuple[Result, str] | None:
-    """Where the values of a variant are; None where there are none."""
+def _values(measured: Measured, variant: str, unit: Unit) -> tuple[Values, str] | None:
+    """Find the values and the view of a variant; None where there are none."""
     source, view = SOURCES[variant]
     result = measured.results.get((source, unit))
-    if result is None or f"{view}/y_hat" not in result.columns:
-        return None
-    return result, view
+    values = result.values if result else None
+    return (values, view) if values and view in values.views else None
 
 
 def _units(measured: Measured) -> Iterator[Unit]:
@@ -163,9 +162,9 @@ def _units(measured: Measured) -> Iterator[Unit]:
 
 
 def values_of(measured: Measured, variant: str, unit: Unit, name: str) -> Tensor | None:
-    """One value an image of a measure, NaN where undefined; None where there are none."""
-    found = _columns(measured, variant, unit)
-    return measure(found[0].columns, found[1], name) if found else None
+    """Return one value an image of a measure, NaN where undefined; None where there are none."""
+    found = _values(measured, variant, unit)
+    return measure(*found, name) if found else None
 
 
 def table3(measured: Measured, names: Sequence[str], variants: Sequence[str]) -> list[Table3Row]:
@@ -210,17 +209,14 @@ def differences(
 
 
 def _paired(measured: Measured, variant: str, against: str, unit: Unit, name: str) -> Tensor | None:
-    one, two = (_columns(measured, v, unit) for v in (variant, against))
+    one, two = (_values(measured, v, unit) for v in (variant, against))
     if one is None or two is None:
         return None
     # An image that one of them could not read stands in neither.
-    index = [result.columns["index"] for result, _ in (one, two)]
+    index = [values.index for values, _ in (one, two)]
     both = [torch.isin(a, b) for a, b in (index, index[::-1])]
-    values = [
-        measure(result.columns, view, name)[kept]
-        for (result, view), kept in zip((one, two), both, strict=True)
-    ]
-    return values[0] - values[1]
+    pair = [measure(*own, name)[kept] for own, kept in zip((one, two), both, strict=True)]
+    return pair[0] - pair[1]
 
 
 def table4(measured: Measured) -> list[Table4Row]:
@@ -229,10 +225,10 @@ def table4(measured: Measured) -> list[Table4Row]:
     rows: dict[tuple[str, str | None], Table4Row] = {}
     for (variant, unit), result in measured.results.items():
         cam = unit.cam if variant == "aft" else None
-        if (variant, cam) in rows or not result.columns:
+        values = result.values
+        if (variant, cam) in rows or values is None:
             continue
-        right = result.columns["class_index"] == result.columns["label"]
-        found = estimate(right.double())
+        found = estimate((values.class_index == values.label).double())
         where = (study.data_name, study.f.name, cam, variant)
         rows[variant, cam] = Table4Row(*where, found.value, found.interval, found.n)
     order, cams = list(VARIANTS), [None, *METHODS]

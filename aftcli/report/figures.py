@@ -164,9 +164,10 @@ def _draw_taus(ax: Axes, measured: Measured, masking: str) -> None:
     thresholds = measured.study.search.thresholds
     width = 0.8 / len(measured.study.cams)
     for i, cam in enumerate(measured.study.cams):
-        columns = measured.results["original", Unit(cam, masking)].columns
+        values = measured.results["original", Unit(cam, masking)].values
+        assert values and values.tau is not None
         taus = torch.tensor(thresholds)
-        nearest_one = (columns["tau"][:, None] - taus).abs().argmin(1).tolist()
+        nearest_one = (values.tau[:, None] - taus).abs().argmin(1).tolist()
         count = Counter(nearest_one)
         shares = [count[t] / max(len(nearest_one), 1) for t in range(len(thresholds))]
         places = np.arange(len(thresholds)) + (i - (len(measured.study.cams) - 1) / 2) * width
@@ -181,10 +182,11 @@ def _draw_taus(ax: Axes, measured: Measured, masking: str) -> None:
 def _draw_curves(ax: Axes, measured: Measured, masking: str) -> None:
     thresholds = np.array(measured.study.search.thresholds)
     for cam in measured.study.cams:
-        columns = measured.results["original", Unit(cam, masking)].columns
-        y = columns["probability"][:, None]
+        values = measured.results["original", Unit(cam, masking)].values
+        assert values and values.curve is not None
+        y = values.probability[:, None]
         # A handful of images with a tiny y^c would set the scale.
-        rpi = relative_probability_increase(columns["curve"], y).clamp(max=1).numpy()
+        rpi = relative_probability_increase(values.curve, y).clamp(max=1).numpy()
         mean, error = rpi.mean(0), rpi.std(0) / max(len(rpi), 1) ** 0.5
         (line,) = ax.plot(thresholds, mean, "o-", markersize=3, label=cam_title(cam))
         ax.fill_between(thresholds, mean - error, mean + error, alpha=0.2, color=line.get_color())
