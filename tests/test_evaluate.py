@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,18 @@ from aftcli.evaluation.measures import EXTRAS, MEASURES, VARIANTS, Measure, extr
 from aftcli.evaluation.metrics import NOISE, ROAD_SHARES, STEPS, blurred, impute
 from aftcli.evaluation.run import Measured, Plan, Step, evaluate_study
 from aftcli.evaluation.study import Study, Variant
-from aftcli.evaluation.tables import differences, table3, table4
+from aftcli.evaluation.tables import (
+    TABLES,
+    Sources,
+    Table,
+    Tables,
+    differences,
+    rows_of,
+    table3,
+    table4,
+)
+from aftcli.report.formats import FORMATS
+from aftcli.report.grids import LOOKS, Cell, Grid, Shown
 from aftcli.settings import Search
 from aftcli.tft.rounding import rises
 from aftcli.tft.threshold import MASKINGS, MODES
@@ -565,6 +576,50 @@ def test_tables_equal_the_loop(whole):
         ("aft", "gradcam"),
         ("control", None),
     ]
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A row of a table from outside."""
+
+    dataset: str
+    doubt: float
+    n: int
+
+
+def doubts(sources):
+    """One minus the mean probability of the predicted classes."""
+    for m in sources.measured:
+        y = m.results["original", UNITS[0]].values.probability
+        yield Doubt(m.study.data_name, 1 - float(y.mean()), len(y))
+
+
+def test_a_table_is_its_rows_and_its_look(whole, data, tmp_path, monkeypatch, capsys):
+    def look(tables, shown):
+        for row in tables.rows["doubts"]:
+            yield Grid("Doubts", ["data set", "doubt"], [[Cell("d"), Cell(f"{row.doubt:.3f}")]], 1)
+
+    entry = Table(
+        frozenset({"6"}), doubts, numbers=lambda r: [{"measure": "doubt", "value": r["doubt"]}]
+    )
+    monkeypatch.setitem(TABLES, "doubts", entry)
+    monkeypatch.setitem(LOOKS, "doubts", look)
+    sources = Sources(tmp_path, [whole.study], [whole])
+    assert set(rows_of(["4"], sources)) == {"table4", "seen"}
+    tables = Tables(rows_of(["4", "6"], sources))
+    y = whole.results["original", UNITS[0]].columns["probability"]
+    (row,) = tables.rows["doubts"]
+    assert row.doubt == pytest.approx(1 - sum(y.tolist()) / 12) and row.n == 12
+    printed = {}
+    for name, show in FORMATS.items():
+        show(tables, Shown())
+        printed[name] = capsys.readouterr().out
+    (record,) = json.loads(printed["json"])["doubts"]
+    assert record == {"dataset": row.dataset, "doubt": row.doubt, "n": 12}
+    assert f"doubts,{row.dataset},,,,,,doubt,{row.doubt},,,12" in printed["csv"].splitlines()
+    assert all("accuracy" in text for text in printed.values())
+    for name in ("table", "markdown", "latex"):
+        assert "Doubts" in printed[name] and f"{row.doubt:.3f}" in printed[name]
 
 
 def test_differences_are_paired(whole):

@@ -1,10 +1,13 @@
-"""The measures of a map by their command-line names (§5.2 and beyond); formulas: metrics.py."""
+"""Measures of a map by their command-line names (§5.2 and beyond), and the published numbers.
+
+Formulas: metrics.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from aftcli.errors import AftError, nearest
 
@@ -190,3 +193,30 @@ TABLE5: dict[str, tuple[float, float]] = {
 def published(kind: str) -> str:
     """Name the paper's data set that is like one of a kind, "voc" or "folders"."""
     return "VOC" if kind == "voc" else "ImageNet"
+
+
+def published_records() -> dict[str, list[dict[str, Any]]]:
+    """Return the paper's numbers as records of our tables, by table."""
+    return {"table3": list(_records3()), "table4": list(_records4()), "table5": list(_records5())}
+
+
+def _records3() -> Iterator[dict[str, Any]]:
+    for (data, cam, measure), models in TABLE3.items():
+        for model, own in zip(MODELS, models, strict=True):
+            for variant, value in zip(PAPER_VARIANTS, own, strict=True):
+                where = {"dataset": data, "model": model, "cam": cam, "variant": variant}
+                yield {**where, "measure": measure, "value": value}
+
+
+def _records4() -> Iterator[dict[str, Any]]:
+    for (data, cam), models in TABLE4.items():
+        for model, own in zip(MODELS, models, strict=True):
+            for tuned, variant, value in zip((None, cam), ("original", "aft"), own, strict=True):
+                where = {"dataset": data, "model": model, "cam": tuned, "variant": variant}
+                yield {**where, "accuracy": value}
+
+
+def _records5() -> Iterator[dict[str, Any]]:
+    for cam, (without, with_tft) in TABLE5.items():
+        seconds = {"without": without, "with": with_tft, "delta": round(with_tft - without, 3)}
+        yield {"model": "VGG-16", "cam": cam, **seconds, "device": "RTX 2080 Ti"}
