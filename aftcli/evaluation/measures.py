@@ -43,7 +43,7 @@ class Measure(NamedTuple):
 
     @property
     def of_probabilities(self) -> bool:
-        """Follows from the probabilities of the masked and of the whole image alone."""
+        """True where the probabilities of the masked and of the whole image suffice."""
         return self.needs == ("y_hat", "y")
 
     def load(self) -> Callable[..., Tensor]:

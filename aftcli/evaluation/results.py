@@ -1,4 +1,4 @@
-"""Results on disk: found again by what they were computed from, safe against interruptions.
+"""Results on disk, named after their inputs, and safe against interruptions.
 
 A result file holds one value an image of each measure (docs/formats.md). Its name has a hash of
 all that decides the values: weights, images, annotations, settings. So a changed input is

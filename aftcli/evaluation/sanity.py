@@ -1,4 +1,4 @@
-"""Whether maps depend on what the network has learned (Adebayo et al., NeurIPS 2018).
+"""Sanity check: maps must depend on what the network learned (Adebayo et al., NeurIPS 2018).
 
 Cascading randomisation: weights are replaced by random ones from the output towards the input;
 maps of a network that knows nothing must not look like those of the trained one.
@@ -40,7 +40,7 @@ SIMILARITIES = ("spearman", "ssim")
 
 @dataclass(frozen=True)
 class SanityRow:
-    """How like the trained network's maps are those of one whose weights are random down to w.
+    """The likeness of a trained network's maps to those of a partly random one.
 
     Attributes:
         variant: original, tft or aft.
@@ -69,7 +69,7 @@ class Stage(NamedTuple):
 
 @torch.no_grad()
 def randomised(f: Classifier, seed: int = SEED) -> Iterator[Stage]:
-    """Networks whose weights are random from the output down to a stage.
+    """Randomise weights from the output down, stage by stage.
 
     Random weights are drawn from a normal distribution with the mean and the standard deviation
     of the tensor that they replace; a batch norm's statistics stay, so that signals keep their
@@ -132,7 +132,7 @@ def _maps(
     search: Search | None,
     cells: bool,
 ) -> Tensor:
-    """Plain maps, or those of TFT, at the size that the method gives."""
+    """Make plain maps, or those of TFT, at the size that the method gives."""
     with torch.no_grad():
         low = scaled_map(f, f.activation(x), class_index, x, cam, cells)
     if search is None:
@@ -157,7 +157,7 @@ def sanity(
         f: the classifier.
         x: inputs, shape (N, 3, H, W).
         cam: a key of METHODS.
-        search: of TFT, made anew on each network; None for plain maps.
+        search: of TFT, made on each network; None for plain maps.
         seed: of the random weights.
         cells: average maps of pixels over the activation's cells.
 
@@ -178,13 +178,13 @@ def sanity(
 def sanity_rows(
     study: Study, run: Path, masking: str, overwrite: bool, processes: Processes
 ) -> Iterator[SanityRow]:
-    """Test the maps of a study, or find the results of an earlier call.
+    """Test the maps of a study, or reuse the results of an earlier call.
 
     Args:
         study: of `find_studies`.
         run: where it lives; results are kept in `<run>/results`.
         masking: of TFT.
-        overwrite: compute anew.
+        overwrite: compute again.
         processes: of which the first does it.
 
     Yields:

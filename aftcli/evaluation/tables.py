@@ -248,7 +248,7 @@ def seen(measured: Measured) -> list[SeenRow]:
 
 @dataclass(frozen=True)
 class Sources:
-    """What tables are made of.
+    """The sources of tables.
 
     Attributes:
         run: where the studies live.
@@ -301,7 +301,7 @@ class Table(NamedTuple):
     """A table: its rows, and their long form in JSON and CSV.
 
     Attributes:
-        asked: what it is made for: numbers of `--table`, or "sanity".
+        asked: numbers of `--table` that ask for it, or "sanity".
         rows: makes the rows, dataclasses.
         record: a row as plain values, an object of JSON.
         numbers: of a record each number with what tells it apart, a line of CSV each; place,

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: Figure 3, the distribution of tau*, RPI curves."""
+"""Pictures of an evaluation: Figure 3, the distribution of tau*, RPI curves."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _chosen(study: Study, names: list[str]) -> list[int]:
 
 
 def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Iterator[Picture]:
-    """One picture an image: a row a method."""
+    """Draw one picture an image, with a row a method."""
     paths = [study.data_set.path(i) for i in chosen]
     names = stems(paths)
     tuned = {v.cams[0]: v.load() for v in study.variants if v.name == "aft"}
@@ -123,7 +123,7 @@ def _draw_row(
     found: Explanation,
     own: Explanation | None,
 ) -> None:
-    """The image, its plain map, TFT's, the tuned network's plain map, the RPI curve."""
+    """Draw the image, its plain map, TFT's, the tuned network's plain map, the RPI curve."""
     assert found.tft
     attribution = found.attribution.cpu()
     seen, view = seen_part(subject, attribution.shape)

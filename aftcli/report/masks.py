@@ -1,4 +1,4 @@
-"""What people see of mask stores: progress, tables, JSON."""
+"""Mask stores for people: progress, tables, JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from aftcli.tft.threshold import first_maximum, raised
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """What a store holds, in figures.
+    """The content of a store in figures.
 
     Attributes:
         path: of the file.
@@ -102,7 +102,7 @@ def summarise(store: MaskStore) -> StoreSummary:
 
 
 class Watched(NamedTuple):
-    """How a run went: images done now, seconds, images done before."""
+    """The course of a run: images done now, seconds, images done before."""
 
     images: int
     seconds: float
@@ -190,7 +190,7 @@ def _damaged(path: Path, what: str) -> AftError:
 
 
 def _classes_of(store: MaskStore) -> Classes:
-    """Name the classes of a store's labels as it does, or else after their folders."""
+    """Name the classes of a store's labels as it does, otherwise after their folders."""
     from aftcli.core.models import imagenet_classes
 
     settings = store.settings
