@@ -301,13 +301,7 @@ def _of_map(given: Given, extras: frozenset[str]) -> dict[str, Tensor]:
 
 
 def measure(values: Values, view: str, name: str) -> Tensor:
-    """Return one value an image of a measure, shape (N,).
-
-    Args:
-        values: of `measure_batch`.
-        view: original, fixed or tft.
-        name: a key of MEASURES.
-    """
+    """Return one value an image of a measure, shape (N,)."""
     own = values.views[view]
     if MEASURES[name].of_probabilities:
         return MEASURES[name].load()(own.y_hat, values.probability)

@@ -119,9 +119,6 @@ VARIANTS = {
 def measures(text: str | None) -> tuple[str, ...]:
     """Read names of measures, separated by commas; None is the paper's two, "all" is all.
 
-    Raises:
-        AftError: a name is unknown.
-
     >>> measures("average_drop,adcc")
     ('average_drop', 'adcc')
     """

@@ -107,11 +107,6 @@ def randomised(f: Classifier, seed: int = SEED) -> Iterator[Stage]:
 def similarity(one: Tensor, two: Tensor, x: Tensor) -> dict[str, Tensor]:
     """Compare maps at the size that their method gives, shape (N, h, w) each, in [0, 1].
 
-    Args:
-        one: maps.
-        two: other maps of the same images.
-        x: inputs, for their size.
-
     Returns:
         Spearman's rank correlation and SSIM, shape (N,) each; of a constant map, which has no
         ranks, correlation 0.
@@ -125,12 +120,7 @@ def similarity(one: Tensor, two: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 def _maps(
-    f: Classifier,
-    x: Tensor,
-    class_index: Tensor,
-    cam: str,
-    search: Search | None,
-    cells: bool,
+    f: Classifier, x: Tensor, class_index: Tensor, cam: str, search: Search | None, cells: bool
 ) -> Tensor:
     """Make plain maps, or those of TFT, at the size that the method gives."""
     with torch.no_grad():
@@ -144,22 +134,12 @@ def _maps(
 
 
 def sanity(
-    f: Classifier,
-    x: Tensor,
-    cam: str,
-    search: Search | None,
-    seed: int = SEED,
-    cells: bool = False,
+    f: Classifier, x: Tensor, cam: str, search: Search | None, seed: int = SEED, cells: bool = False
 ) -> dict[str, Tensor]:
     """Compare the maps of a classifier with those of its random copies, for the same classes.
 
-    Args:
-        f: the classifier.
-        x: inputs, shape (N, 3, H, W).
-        cam: a key of METHODS.
-        search: of TFT, made on each network; None for plain maps.
-        seed: of the random weights.
-        cells: average maps of pixels over the activation's cells.
+    Maps of inputs x, shape (N, 3, H, W), are plain, or, with a search, those of TFT, which is made
+    on each network.
 
     Returns:
         `STAGE/MEASURE`, shape (N,) each, in the order of the stages.
@@ -180,18 +160,8 @@ def sanity_rows(
 ) -> Iterator[SanityRow]:
     """Test the maps of a study, or reuse the results of an earlier call.
 
-    Args:
-        study: of `find_studies`.
-        run: where it lives; results are kept in `<run>/results`.
-        masking: of TFT.
-        overwrite: compute again.
-        processes: of which the first does it.
-
     Yields:
         Rows of plain maps, of TFT and of AFT.
-
-    Raises:
-        AftError: no image can be read, or a file can't be written.
     """
     if processes.index:
         return

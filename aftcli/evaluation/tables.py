@@ -376,12 +376,7 @@ TABLES: dict[str, Table] = {
 
 
 def rows_of(asked: Iterable[str], sources: Sources) -> dict[str, list[Any]]:
-    """Make the rows of the tables that are asked for.
-
-    Args:
-        asked: numbers of tables, and "sanity".
-        sources: what they are made of.
-    """
+    """Make the rows of the tables that are asked for."""
     wanted = set(asked)
     return {name: list(t.rows(sources)) for name, t in TABLES.items() if t.asked & wanted}
 

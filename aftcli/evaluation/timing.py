@@ -104,33 +104,18 @@ def _seconds(run: Callable[[int], object], image: int, device: torch.device) -> 
 def time_map(
     f: Classifier, inputs: list[Tensor], cam: str, search: Search, runs: int = RUNS
 ) -> Table5Row:
-    """Time a method on single images, from the input to the map.
+    """Time a method on single inputs, shape (1, 3, H, W) each, from the input to the map.
 
     Plain maps and maps with TFT are timed in turns, so that a machine that slows down slows both.
-
-    Args:
-        f: the classifier.
-        inputs: x of some images, shape (1, 3, H, W) each.
-        cam: a key of METHODS.
-        search: settings of TFT.
-        runs: how many of each, at the most.
     """
     classes = [f(x).argmax(1) for x in inputs]
+    settings = (search.thresholds, search.masking, search.fill, search.mode)
 
     def plain(i: int) -> Tensor:
         return attribution_map(f, inputs[i], classes[i], cam)
 
     def with_tft(i: int) -> object:
-        return fine_tune_threshold(
-            f,
-            inputs[i],
-            plain(i),
-            classes[i],
-            search.thresholds,
-            search.masking,
-            search.fill,
-            search.mode,
-        )
+        return fine_tune_threshold(f, inputs[i], plain(i), classes[i], *settings)
 
     for i in range(WARM_UP):
         with_tft(i % len(inputs))
@@ -153,18 +138,7 @@ def table5(
     overwrite: bool = False,
     accelerate: Accelerate = as_it_is,
 ) -> Iterator[Table5Row]:
-    """Time each method of a study on its first images, or reuse the figures of an earlier call.
-
-    Args:
-        study: of `find_studies`.
-        run: where it lives; figures are kept in `<run>/results`.
-        masking: of the search.
-        overwrite: measure again.
-        accelerate: makes the classifier fast (`aftcli.engine.accelerate`).
-
-    Raises:
-        AftError: no image can be read, or a file can't be written.
-    """
+    """Time each method of a study on its first images, or reuse the figures of an earlier call."""
     f, folder = accelerate(study.f, None), make_folder(run / "results")
     search = Search(study.search.thresholds, masking, study.search.fill, study.search.mode)
     inputs: list[Tensor] = []

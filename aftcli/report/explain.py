@@ -37,11 +37,7 @@ class Report(NamedTuple):
 
 
 def output_folder(path: Path) -> Path:
-    """Make a folder for outputs.
-
-    Raises:
-        AftError: it can't be made or written to.
-    """
+    """Make a folder for outputs."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -70,9 +66,6 @@ def write_outputs(
         kinds: keys of OUTPUTS.
         out: the folder.
         settings: what the names say of them.
-
-    Raises:
-        AftError: a file can't be written, or the network gave no numbers.
     """
     if not (math.isfinite(explanation.probability) and explanation.attribution.isfinite().all()):
         raise AftError(

@@ -42,17 +42,7 @@ class Picture(NamedTuple):
 def draw_all(
     measured: Sequence[Measured], folder: Path, images: list[str], maskings: Sequence[str]
 ) -> list[Picture]:
-    """Draw all figures of the studies that were evaluated.
-
-    Args:
-        measured: results of the studies.
-        folder: where the files go.
-        images: of Figure 3, by a part of their names.
-        maskings: readings of the paper; Figure 3 shows the first.
-
-    Raises:
-        AftError: there is no such image, or a file can't be written.
-    """
+    """Draw all figures of the studies that were evaluated."""
     make_folder(folder)
     made = []
     for each in measured:

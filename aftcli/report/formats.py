@@ -176,17 +176,7 @@ pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem;
 
 
 def write_page(path: Path, tables: Tables, shown: Shown, pictures: Sequence[Picture]) -> Path:
-    """Write the page; it needs no other file and no network.
-
-    Args:
-        path: of the HTML file.
-        tables: what was evaluated.
-        shown: how tables are shown.
-        pictures: PNG files that it shows.
-
-    Raises:
-        AftError: it can't be written.
-    """
+    """Write the page; it needs no other file and no network."""
     with durable(path) as temporary:
         temporary.write_text("\n".join(_page(tables, shown, pictures)), encoding="utf-8")
     return path

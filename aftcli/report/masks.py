@@ -61,9 +61,6 @@ def summarise(store: MaskStore) -> StoreSummary:
 
     Args:
         store: of `aft gen-masks`.
-
-    Raises:
-        AftError: it has labels without a name.
     """
     classes = _classes_of(store)
     names = classes.names
