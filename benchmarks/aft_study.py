@@ -275,10 +275,10 @@ class Data:
                 "judged_increase": metrics.increase(judged, before),
                 "judged_drop": metrics.drop(judged, before),
                 "mean_map": shown.mean((1, 2)),
-                "complexity": measured[units[0]]["original/complexity"],
+                "complexity": measure(measured[units[0]], "original", "complexity"),
             }
             for name in own:
-                columns[name] = measured[units[0]][f"original/{name}"]
+                columns[name] = measure(measured[units[0]], "original", name)
             for name, values in columns.items():
                 found.setdefault(name, []).extend(values.tolist())
         return found

@@ -22,10 +22,17 @@ from typing import Any, NamedTuple
 import torch
 
 from aftcli.evaluation.measures import TABLE5
-from aftcli.evaluation.tables import Difference, Table1Row, Table2Row, Table3Row, Table4Row
+from aftcli.evaluation.tables import (
+    Difference,
+    Table1Row,
+    Table2Row,
+    Table3Row,
+    Table4Row,
+    Tables,
+)
 from aftcli.evaluation.timing import Table5Row
 from aftcli.report.formats import markdown_lines
-from aftcli.report.grids import Shown, Tables, grids
+from aftcli.report.grids import Shown, grids
 
 CAMS = ("gradcam", "gradcam++", "ablationcam", "layercam")
 # All but insertion, deletion and ROAD, which take 30 passes a map: 2 hours more on two cores.
@@ -127,8 +134,7 @@ def tables_of(document: dict[str, Any], names: tuple[str, ...]) -> Tables:
     chosen = [r for r in document["table3"] if r["measure"] in names]
     pairs = [r for r in document["differences"] if r["measure"] in names]
     return Tables(
-        table3=rows(Table3Row, chosen),
-        differences=rows(Difference, pairs),
+        {"table3": rows(Table3Row, chosen), "differences": rows(Difference, pairs)},
         kinds={r["dataset"]: "voc" if "VOC" in r["dataset"] else "folders" for r in chosen},
     )
 
@@ -161,7 +167,9 @@ def page(folder: Path, made: list[tuple[Study, dict[str, Any]]]) -> Iterator[str
     yield ""
     yield INTRODUCTION
     yield ""
-    yield from markdown_lines(grids(Tables(table1=[Table1Row(c, m) for c, m in muted()]), Shown()))
+    yield from markdown_lines(
+        grids(Tables({"table1": [Table1Row(c, m) for c, m in muted()]}), Shown())
+    )
     for study, document in made:
         yield f"## {study.title}"
         yield ""
@@ -171,17 +179,17 @@ def page(folder: Path, made: list[tuple[Study, dict[str, Any]]]) -> Iterator[str
         yield "```"
         yield ""
         yield from markdown_lines(
-            grids(Tables(table2=rows(Table2Row, document["table2"])), Shown())
+            grids(Tables({"table2": rows(Table2Row, document["table2"])}), Shown())
         )
         paper = tables_of(document, PAPER)
         yield from markdown_lines(grids(paper, Shown(ci=True)))
         yield "The published figures beside ours:"
         yield ""
         yield from markdown_lines(
-            grids(Tables(table3=paper.table3, kinds=paper.kinds), Shown(paper=True))
+            grids(Tables({"table3": paper.rows["table3"]}, kinds=paper.kinds), Shown(paper=True))
         )
         yield from markdown_lines(
-            grids(Tables(table4=rows(Table4Row, document["table4"])), Shown(ci=True))
+            grids(Tables({"table4": rows(Table4Row, document["table4"])}), Shown(ci=True))
         )
         timed = [
             Table5Row(
@@ -189,12 +197,12 @@ def page(folder: Path, made: list[tuple[Study, dict[str, Any]]]) -> Iterator[str
             )
             for r in document["table5"]
         ]
-        yield from markdown_lines(grids(Tables(table5=timed), Shown(paper=True)))
+        yield from markdown_lines(grids(Tables({"table5": timed}), Shown(paper=True)))
         yield "What the paper leaves out:"
         yield ""
         others = tuple(m for m in METRICS.split(",") if m not in PAPER)
         more = tables_of(document, others)
-        yield from markdown_lines(grids(Tables(table3=more.table3), Shown()))
+        yield from markdown_lines(grids(Tables({"table3": more.rows["table3"]}), Shown()))
     yield from hours(folder, made)
 
 

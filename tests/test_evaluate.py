@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,22 @@ from aftcli.errors import AftError
 from aftcli.evaluation import batch as engine
 from aftcli.evaluation import run as evaluate_run
 from aftcli.evaluation.batch import Images, Muting, Unit, Wanted, measure_batch
-from aftcli.evaluation.measures import EXTRAS, MEASURES, VARIANTS
+from aftcli.evaluation.measures import EXTRAS, MEASURES, VARIANTS, Measure, extras_of
 from aftcli.evaluation.metrics import NOISE, ROAD_SHARES, STEPS, blurred, impute
 from aftcli.evaluation.run import Measured, Plan, Step, evaluate_study
 from aftcli.evaluation.study import Study, Variant
-from aftcli.evaluation.tables import differences, table3, table4
+from aftcli.evaluation.tables import (
+    TABLES,
+    Sources,
+    Table,
+    Tables,
+    differences,
+    rows_of,
+    table3,
+    table4,
+)
+from aftcli.report.formats import FORMATS
+from aftcli.report.grids import LOOKS, Cell, Grid, Shown
 from aftcli.settings import MODES, Search
 from aftcli.tft.rounding import rises
 from aftcli.tft.threshold import MASKINGS
@@ -162,19 +173,19 @@ def test_every_measure_of_every_view_equals_the_loop(mode):
         found = measure_batch(f, only(images, n), UNITS, wanted)
         assert list(found) == UNITS
         for unit in UNITS:
-            columns = found[unit]
+            measured = found[unit]
             views, curve = literal.views(*unit)
-            assert {name.split("/")[0] for name in columns if "/" in name} == set(views)
-            assert int(columns["class_index"][0]) == literal.c
-            assert columns["index"][0] == 10 + n and columns["label"][0] == n % 3
-            assert float(columns["probability"][0]) == pytest.approx(literal.y, abs=1e-6)
-            assert columns["curve"][0].tolist() == pytest.approx(curve, abs=1e-6)
-            assert float(columns["tau"][0]) == pytest.approx(views["tft"][0])
+            assert set(measured.views) == set(views)
+            assert int(measured.class_index[0]) == literal.c
+            assert measured.index[0] == 10 + n and measured.label[0] == n % 3
+            assert float(measured.probability[0]) == pytest.approx(literal.y, abs=1e-6)
+            assert measured.curve[0].tolist() == pytest.approx(curve, abs=1e-6)
+            assert float(measured.tau[0]) == pytest.approx(views["tft"][0])
             raised += views["tft"][0] > 0
             for view, (tau, own) in views.items():
                 values = literal.measures(*unit, tau, own)
                 for name in MEASURES:
-                    value = float(engine.measure(columns, view, name)[0])
+                    value = float(engine.measure(measured, view, name)[0])
                     if name in values:
                         assert value == pytest.approx(values[name], abs=2e-5), (unit, view, name)
                     else:
@@ -189,11 +200,12 @@ def test_a_batch_equals_its_images_one_by_one():
     found = measure_batch(f, images, UNITS, wanted)
     for n in range(5):
         for unit in UNITS:
-            (alone,) = measure_batch(f, only(images, n), [unit], wanted).values()
-            assert set(alone) == set(found[unit])
+            (values,) = measure_batch(f, only(images, n), [unit], wanted).values()
+            alone, together = values.columns(), found[unit].columns()
+            assert set(alone) == set(together)
             for name, values in alone.items():
                 torch.testing.assert_close(
-                    values[0], found[unit][name][n], rtol=0, atol=1e-6, equal_nan=True
+                    values[0], together[name][n], rtol=0, atol=1e-6, equal_nan=True
                 )
 
 
@@ -204,16 +216,16 @@ def test_tft_never_lowers_a_probability_below_the_plain_maps(masking, seed):
     f = small_float()
     units = [Unit(cam, masking) for cam in CAMS]
     found = measure_batch(f, some_images(f, 16, seed), units, Wanted(Search(T)))
-    for columns in found.values():
-        tft, original = columns["tft/y_hat"], columns["original/y_hat"]
-        y = columns["probability"]
+    for measured in found.values():
+        tft, original = measured.views["tft"].y_hat, measured.views["original"].y_hat
+        y = measured.probability
         assert ((tft >= original) | (tft >= y)).all()
         for name, better in (("average_drop", -1), ("average_increase", 1), ("average_gain", 1)):
             values = [
-                engine.measure(columns, view, name).double().mean() for view in ("tft", "original")
+                engine.measure(measured, view, name).double().mean() for view in ("tft", "original")
             ]
             assert (values[0] - values[1]) * better >= 0
-        helped = rises(columns["curve"].amax(1), y)
+        helped = rises(measured.curve.amax(1), y)
         assert torch.equal(tft[~helped], original[~helped])
 
 
@@ -223,8 +235,9 @@ def test_thresholds_without_zero_do_not_move_the_plain_map():
     unit = Unit("gradcam", "soft")
     one = measure_batch(f, images, [unit], Wanted(Search((0.5, 0.9))))[unit]
     two = measure_batch(f, images, [unit], Wanted(None))[unit]
-    assert torch.equal(one["original/y_hat"], two["original/y_hat"])
-    assert "tft/y_hat" not in two and "tau" not in two
+    assert torch.equal(one.views["original"].y_hat, two.views["original"].y_hat)
+    assert "tft" not in two.views and two.tau is None
+    assert "tft/y_hat" not in two.columns() and "tau" not in two.columns()
 
 
 def test_equal_mutings():
@@ -312,7 +325,7 @@ def test_results_are_those_of_the_images_one_by_one(whole, data):
         x = to_input(read_image(study.data_set.path(n)), f.preprocessing)
         images = Images(x, torch.tensor([n // 4]), torch.tensor([n]), lambda i, c: Regions())
         alone = measure_batch(f, images, [unit], Wanted(study.search, PLAN.extras))[unit]
-        for name, values in alone.items():
+        for name, values in alone.columns().items():
             torch.testing.assert_close(
                 values[0], columns[name][n], atol=1e-6, rtol=0, equal_nan=True
             )
@@ -366,6 +379,37 @@ def test_measures_that_were_computed_are_kept_and_found_again(whole, data, tmp_p
     for key, result in more.results.items():
         assert set(result.columns) == set(fixed.results[key].columns)
     assert not list(tmp_path.glob("*/results/.*.parts"))
+
+
+def flips(attribution, probability_of, x):
+    """The probability of the image turned left to right, weighted: a measure from outside."""
+    return probability_of(x.flip(3)) * attribution.mean((1, 2))
+
+
+def test_a_measure_is_a_formula_and_one_line(whole, data, tmp_path, monkeypatch):
+    needs = ("attribution", "probability_of", "x")
+    entry = Measure("Flips", 1, "flips", "this test", f"{__name__}:flips", needs, 1)
+    monkeypatch.setitem(MEASURES, "flips", entry)
+    study, extras = study_of(data), extras_of(["flips"], True)
+    assert extras == {"flips", "baselines"}
+    before = engine.passes(Wanted(study.search, frozenset()), 1)
+    assert engine.passes(Wanted(study.search, extras), 1) == before + 2
+    # Results without it are measured again, those with it are found.
+    measured = run_all(study, tmp_path / "whole", replace(PLAN, extras=extras))
+    assert not measured.reused
+    assert run_all(study, tmp_path / "whole", replace(PLAN, extras=extras)).reused
+    rows = table3(measured, ("flips", "adcc"), tuple(VARIANTS))
+    assert {row.variant for row in rows if row.measure == "flips"} == set(VARIANTS)
+    assert {row.measure for row in rows} == {"flips", "adcc"}
+    literal = whole.results["original", UNITS[0]].columns
+    found = measured.results["original", UNITS[0]]
+    assert set(found.columns) - set(literal) == {f"{v}/flips" for v in ("original", "fixed", "tft")}
+    from aftcli.data.images import read_image, to_input
+
+    x = to_input(read_image(study.data_set.path(3)), study.f.preprocessing)
+    one = Slow(study.f, Images(x, None, None, None), 0, "value")
+    value = one.y_of(x[0].flip(2)) * float(one.map(x[0], "gradcam").mean())
+    assert float(engine.measure(found.values, "original", "flips")[3]) == pytest.approx(value)
 
 
 def test_what_changes_is_made_again(whole, data, tmp_path, monkeypatch):
@@ -531,6 +575,50 @@ def test_tables_equal_the_loop(whole):
         ("aft", "gradcam"),
         ("control", None),
     ]
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A row of a table from outside."""
+
+    dataset: str
+    doubt: float
+    n: int
+
+
+def doubts(sources):
+    """One minus the mean probability of the predicted classes."""
+    for m in sources.measured:
+        y = m.results["original", UNITS[0]].values.probability
+        yield Doubt(m.study.data_name, 1 - float(y.mean()), len(y))
+
+
+def test_a_table_is_its_rows_and_its_look(whole, data, tmp_path, monkeypatch, capsys):
+    def look(tables, shown):
+        for row in tables.rows["doubts"]:
+            yield Grid("Doubts", ["data set", "doubt"], [[Cell("d"), Cell(f"{row.doubt:.3f}")]], 1)
+
+    entry = Table(
+        frozenset({"6"}), doubts, numbers=lambda r: [{"measure": "doubt", "value": r["doubt"]}]
+    )
+    monkeypatch.setitem(TABLES, "doubts", entry)
+    monkeypatch.setitem(LOOKS, "doubts", look)
+    sources = Sources(tmp_path, [whole.study], [whole])
+    assert set(rows_of(["4"], sources)) == {"table4", "seen"}
+    tables = Tables(rows_of(["4", "6"], sources))
+    y = whole.results["original", UNITS[0]].columns["probability"]
+    (row,) = tables.rows["doubts"]
+    assert row.doubt == pytest.approx(1 - sum(y.tolist()) / 12) and row.n == 12
+    printed = {}
+    for name, show in FORMATS.items():
+        show(tables, Shown())
+        printed[name] = capsys.readouterr().out
+    (record,) = json.loads(printed["json"])["doubts"]
+    assert record == {"dataset": row.dataset, "doubt": row.doubt, "n": 12}
+    assert f"doubts,{row.dataset},,,,,,doubt,{row.doubt},,,12" in printed["csv"].splitlines()
+    assert all("accuracy" in text for text in printed.values())
+    for name in ("table", "markdown", "latex"):
+        assert "Doubts" in printed[name] and f"{row.doubt:.3f}" in printed[name]
 
 
 def test_differences_are_paired(whole):

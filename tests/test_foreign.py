@@ -233,9 +233,8 @@ def rows_of(dataset):
     """Tables of a data set and a network of that name, with numbers below zero."""
     where = (dataset, dataset, "gradcam", "binary", "original")
     table3 = Table3Row(*where, "adcc", -0.25, (-0.5, 0.5), 12)
-    return Tables(
-        table3=[table3], table4=[Table4Row(dataset, dataset, None, "original", 1, None, 9)]
-    )
+    table4 = Table4Row(dataset, dataset, None, "original", 1, None, 9)
+    return Tables({"table3": [table3], "table4": [table4]})
 
 
 def formatted(name, dataset, capsys):

@@ -353,6 +353,20 @@ def test_intervals_of_few_images():
     assert estimate(torch.tensor([torch.nan, 0.5, 0.5])) == (0.5, 0.5, 0.5, 2)
 
 
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_run_as_many_passes_as_their_lines_say(name):
+    measure = MEASURES[name]
+    formula = measure.load()
+    if "probability_of" in measure.needs:
+        x, maps, probability_of = some_inputs(0), some_maps(0), Probability(0)
+        given = {"x": x, "attribution": maps, "probability_of": probability_of, "seeds": (0, 1, 2)}
+        assert formula(*(given[need] for need in measure.needs)).shape == (3,)
+        assert probability_of.passes == 3 * measure.passes
+    else:
+        # One pass gives the map of the masked image, and its drop.
+        assert measure.passes == ("product_map" in measure.needs)
+
+
 def test_names_of_measures():
     assert measures(None) == PAPER
     assert measures("all") == tuple(MEASURES)

@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,12 @@ from aftcli.data.blocks import Processes
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.evaluation.measures import VARIANTS, extras_of
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
-from aftcli.evaluation.sanity import sanity_rows
 from aftcli.evaluation.study import Asked, Study, find_studies
-from aftcli.evaluation.tables import differences, seen, table1, table2, table3, table4
-from aftcli.evaluation.timing import device_name, table5
+from aftcli.evaluation.tables import Sources, Tables, rows_of
+from aftcli.evaluation.timing import device_name
 from aftcli.report import terminal as foreign
 from aftcli.report.formats import watch
-from aftcli.report.grids import Shown, Tables
+from aftcli.report.grids import Shown
 from aftcli.report.terminal import progress
 from aftcli.version import __version__
 
@@ -89,37 +89,22 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
         return Found(Tables(), measured, wanted.maskings)
     _say_broken(measured)
     variants = [v for v in VARIANTS if v != "fixed" or wanted.baselines]
-    masking = wanted.maskings[0]
-    tables = Tables(
-        table1() if 1 in wanted.tables else None,
-        table2(studies) if 2 in wanted.tables else None,
-        [row for m in measured for row in table3(m, wanted.metrics, variants)]
-        if 3 in wanted.tables
-        else None,
-        [row for m in measured for row in table4(m)] if 4 in wanted.tables else None,
-        [row for study in studies for row in _timed(study, run, masking, how)]
-        if 5 in wanted.tables
-        else None,
-        [row for m in measured for row in differences(m, wanted.metrics, variants)]
-        if 3 in wanted.tables
-        else None,
-        [
-            row
-            for study in studies
-            for row in sanity_rows(study, run, masking, how.overwrite, processes)
-        ]
-        if wanted.sanity
-        else None,
-        _settings(run, studies, wanted),
-        {study.data_name: study.data_set.kind for study in studies},
-        [row for m in measured for row in seen(m)] if {3, 4} & set(wanted.tables) else None,
+    sources = Sources(
+        run,
+        studies,
+        measured,
+        wanted.metrics,
+        variants,
+        wanted.maskings[0],
+        how.overwrite,
+        how.accelerate,
+        processes,
+        partial(progress, quiet=how.quiet),
     )
+    asked_for = [*map(str, wanted.tables), *["sanity"] * wanted.sanity]
+    kinds = {study.data_name: study.data_set.kind for study in studies}
+    tables = Tables(rows_of(asked_for, sources), _settings(run, studies, wanted), kinds)
     return Found(tables, measured, wanted.maskings)
-
-
-def _timed(study: Study, run: Path, masking: str, how: How) -> Any:  # noqa: ANN401 - of rows
-    rows = table5(study, run, masking, how.overwrite, how.accelerate)
-    return progress(rows, f"timing {study.f.name}", len(study.cams), how.quiet)
 
 
 def _say_broken(measured: list[Measured]) -> None:

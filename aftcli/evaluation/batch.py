@@ -1,4 +1,4 @@
-"""What the measures say of a batch of images: plain maps, fixed cut-offs and TFT (§5.2).
+"""All measures of a batch of images: plain maps, fixed cut-offs and TFT (§5.2).
 
 Three views of a map: `original`, the map itself, which is tau = 0; `fixed`, the share of Table 1
 muted; `tft`, the map with tau* found for this image. AFT and the control are other classifiers,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ from aftcli.core.cam import class_score, map_of
 from aftcli.core.classifier import Classifier, probabilities
 from aftcli.core.methods import METHODS
 from aftcli.data.objects import Regions
-from aftcli.evaluation import metrics
-from aftcli.evaluation.metrics import road
+from aftcli.evaluation.measures import BASELINES, MEASURES, OBJECTS, Measure
+from aftcli.evaluation.metrics import drop
+from aftcli.evaluation.results import Values, View
 from aftcli.settings import Search
 from aftcli.tft.search import masked_probabilities
 from aftcli.tft.threshold import (
@@ -31,18 +33,16 @@ from aftcli.tft.threshold import (
     threshold_map,
 )
 
-Columns = dict[str, Tensor]  # one value, or one curve, an image, by name
-
 
 class Unit(NamedTuple):
-    """What is measured, and kept, together: one method under one reading of the paper."""
+    """One method under one reading of the paper, measured and kept together."""
 
     cam: str
     masking: str
 
 
 class Wanted(NamedTuple):
-    """What is measured of each map.
+    """The views and the measures of each map.
 
     Attributes:
         search: the settings of TFT, but for masking and fill; None for plain maps only.
@@ -75,17 +75,17 @@ class Images:
 
 
 class Muting(NamedTuple):
-    """How a view mutes a map: tau of each image, shape (N,), and what it cuts (`cut_off`)."""
+    """The thresholds of a view: tau of each image, shape (N,), and what it cuts (`cut_off`)."""
 
     tau: Tensor
     mode: str
 
     def of(self, maps: Tensor) -> Tensor:
-        """I_tau of maps I, shape (N, H, W)."""
+        """Return I_tau of maps I, shape (N, H, W)."""
         return threshold_map(maps, cut_off(maps, self.tau[:, None], self.mode)[:, 0])
 
     def equals(self, other: Muting) -> Tensor:
-        """Whether both mute the same of an image's maps, shape (N,), bool; tau = 0 mutes none."""
+        """Tell which images both mute alike, shape (N,), bool; tau = 0 mutes nothing."""
         either_zero = (self.tau == 0) | torch.tensor(self.mode == other.mode).to(self.tau.device)
         return (self.tau == other.tau) & either_zero
 
@@ -104,34 +104,76 @@ class _Maps:
     regions: Sequence[Regions]
 
     def at(self, rows: Tensor) -> _Maps:
-        """Those of some images."""
+        """Take the rows of some images."""
         tensors = (self.x, self.class_index, self.probability, self.index, self.attribution)
         x, class_index, probability, index, attribution = (t[rows.to(t.device)] for t in tensors)
         regions = [self.regions[int(i)] for i in rows]
         return _Maps(self.f, self.cam, x, class_index, probability, index, attribution, regions)
 
+
+class Given:
+    """The arguments of measures by name (`Measure.needs`), of maps that are muted in one way.
+
+    Attributes:
+        x: inputs, shape (N, 3, H, W).
+        y: y^c, shape (N,).
+        attribution: I_tau, shape (N, H, W).
+        mask: M_tau, shape (N, H, W), bool.
+        seeds: one an image.
+    """
+
+    def __init__(self, maps: _Maps, muting: Muting, cells: bool) -> None:
+        self._maps, self._muting, self._cells = maps, muting, cells
+        self.x, self.y, self.seeds = maps.x, maps.probability, maps.index.tolist()
+        self.attribution = muting.of(maps.attribution)
+        self.mask = mask_of(self.attribution)
+
     def probability_of(self, x: Tensor) -> Tensor:
-        return class_score(probabilities(self.f(x).float()), self.class_index)
+        """Return y^c of other inputs, shape (N,)."""
+        return class_score(probabilities(self._maps.f(x).float()), self._maps.class_index)
+
+    @property
+    def product_map(self) -> Tensor:
+        """I_tau of x * I_tau, shape (N, H, W)."""
+        return self._product[0]
+
+    @property
+    def product_drop(self) -> Tensor:
+        """Drop of x * I_tau, shape (N,)."""
+        return self._product[1]
+
+    @cached_property
+    def _product(self) -> tuple[Tensor, Tensor]:
+        f, c, cam = self._maps.f, self._maps.class_index, self._maps.cam
+        x_hat = masked_image(self.x, self.attribution, torch.zeros_like(self.x))
+        activation = f.activation(x_hat)
+        y_hat = class_score(probabilities(f.head(activation).float()), c)
+        again = map_of(f, activation, c, x_hat, cam, self._cells)
+        return self._muting.of(again), drop(y_hat, self.y)
+
+    def on_objects(self, measure: Measure) -> Tensor:
+        """Measure against objects, shape (N,); NaN where the class has none in the image."""
+        formula, values = measure.load(), torch.full((len(self.x),), torch.nan)
+        for n, region in enumerate(self._maps.regions):
+            known = region._asdict()
+            own = [known[a] if a in known else getattr(self, a)[n] for a in measure.needs]
+            if all(each is not None for each in own):
+                values[n] = formula(*(each[None].to(self.x.device) for each in own))[0]
+        return values
 
 
 def passes(wanted: Wanted, units: int) -> int:
-    """How many images pass the network, at the most, to measure the maps of one."""
+    """Count the images that pass the network, at the most, to measure the maps of one."""
     curve = len(wanted.search.thresholds) + 1 if wanted.search else 1
-    extras = {
-        "adcc": 1,
-        "insertion": 2 * (metrics.STEPS + 1),
-        "road": len(metrics.ROAD_SHARES),
-    }
     views = 2 if wanted.search else 1
-    return 1 + units * (
-        curve + views * sum(n for name, n in extras.items() if name in wanted.extras)
-    )
+    extras = sum(m.passes for m in MEASURES.values() if m.extra in ("", *wanted.extras))
+    return 1 + units * (curve + views * extras)
 
 
 @torch.no_grad()
 def measure_batch(
     f: Classifier, images: Images, units: Sequence[Unit], wanted: Wanted
-) -> dict[Unit, Columns]:
+) -> dict[Unit, Values]:
     """Measure the maps of the predicted classes, with one pass of the stem for all units.
 
     Args:
@@ -141,9 +183,7 @@ def measure_batch(
         wanted: what is measured.
 
     Returns:
-        For each unit columns `index, label, class_index, probability`, with a search `tau` and
-        `curve`, y_hat^c over T, and for each view `VIEW/MEASURE`, where the measure `y_hat` is
-        the probability of the masked image. NaN where a measure is undefined.
+        The values of each unit, on the CPU.
     """
     x = images.x
     activation = f.activation(x)
@@ -155,28 +195,33 @@ def measure_batch(
     for cam in dict.fromkeys(unit.cam for unit in units):
         attribution = map_of(f, activation, class_index, x, cam, wanted.cells)
         maps[cam] = _Maps(f, cam, x, class_index, probability, images.index, attribution, regions)
-    common = {
-        "index": images.index,
-        "label": images.label,
-        "class_index": class_index.cpu(),
-        "probability": probability.cpu(),
-    }
-    measured: dict[str, list[tuple[Muting, Columns]]] = {cam: [] for cam in maps}
-    found: dict[Unit, Columns] = {}
+    common = (images.index, images.label, class_index.cpu(), probability.cpu())
+    known: dict[str, list[tuple[Muting, dict[str, Tensor]]]] = {cam: [] for cam in maps}
+    found: dict[Unit, Values] = {}
     for masking in dict.fromkeys(unit.masking for unit in units):
         own = [unit.cam for unit in units if unit.masking == masking]
-        for cam, (columns, views) in _scores(maps, own, masking, wanted).items():
-            for view, muting in views.items():
-                of_map = _of_maps(maps[cam], muting, wanted, measured[cam])
-                columns |= {f"{view}/{name}": v for name, v in of_map.items()}
-            found[Unit(cam, masking)] = common | {k: v.cpu() for k, v in columns.items()}
+        for cam, scored in _scores(maps, own, masking, wanted).items():
+            views = {}
+            for view, (muting, y_hat) in scored.views.items():
+                of_map = _of_maps(maps[cam], muting, wanted, known[cam])
+                views[view] = View(y_hat.cpu(), {name: v.cpu() for name, v in of_map.items()})
+            search = [None if v is None else v.cpu() for v in (scored.tau, scored.curve)]
+            found[Unit(cam, masking)] = Values(*common, views, *search)
     return found
+
+
+class _Scored(NamedTuple):
+    """Views with the probabilities of their masked images, and the search."""
+
+    views: dict[str, tuple[Muting, Tensor]]
+    tau: Tensor | None = None
+    curve: Tensor | None = None
 
 
 def _scores(
     maps: dict[str, _Maps], cams: Sequence[str], masking: str, wanted: Wanted
-) -> dict[str, tuple[Columns, dict[str, Muting]]]:
-    """Probabilities of the masked images, and the views: one search for all methods."""
+) -> dict[str, _Scored]:
+    """Mask the images in all views, with one search for all methods."""
     some = maps[cams[0]]
     count = len(some.x)
     attribution = torch.cat([maps[cam].attribution for cam in cams])
@@ -194,7 +239,7 @@ def _scores(
         ],
         1,
     )
-    baselines = "baselines" in wanted.extras
+    baselines = BASELINES in wanted.extras
     y_hat = masked_probabilities(
         some.f,
         some.x,
@@ -206,105 +251,58 @@ def _scores(
         masking,
         wanted.fill,
     )
-    found: dict[str, tuple[Columns, dict[str, Muting]]] = {}
+    found = {}
     for i, cam in enumerate(cams):
         own = y_hat[i * count : (i + 1) * count]
-        columns = {"original/y_hat": own[:, len(thresholds)]}
-        views = {"original": Muting(nothing, "value")}
+        views = {"original": (Muting(nothing, "value"), own[:, len(thresholds)])}
         if baselines and METHODS[cam].muted is not None:
-            columns["fixed/y_hat"] = own[:, -1]
-            views["fixed"] = fixed[cam]
+            views["fixed"] = (fixed[cam], own[:, -1])
+        found[cam] = _Scored(views)
         if wanted.search:
             curve = own[:, : len(thresholds)]
             rpi = relative_probability_increase(curve, some.probability[:, None])
             best = first_maximum(rpi, some.probability)
             tau = attribution.new_tensor(thresholds)[best]
-            y_best = curve.gather(1, best[:, None])[:, 0]
-            columns |= {"tau": tau, "curve": curve, "tft/y_hat": y_best}
-            views["tft"] = Muting(tau, mode)
-        found[cam] = columns, views
+            views["tft"] = (Muting(tau, mode), curve.gather(1, best[:, None])[:, 0])
+            found[cam] = _Scored(views, tau, curve)
     return found
 
 
 def _of_maps(
-    maps: _Maps, muting: Muting, wanted: Wanted, known: list[tuple[Muting, Columns]]
-) -> Columns:
-    """The measures that do not depend on the masking; images muted as before are not run again."""
+    maps: _Maps, muting: Muting, wanted: Wanted, known: list[tuple[Muting, dict[str, Tensor]]]
+) -> dict[str, Tensor]:
+    """Take the measures that do not depend on the masking; those of equal mutings are reused."""
     left = torch.ones_like(muting.tau, dtype=torch.bool)
-    found: Columns = {}
-    for other, columns in known:
+    found: dict[str, Tensor] = {}
+    for other, measured in known:
         same = muting.equals(other) & left
-        for name, values in columns.items():
+        for name, values in measured.items():
             found[name] = torch.where(same.to(values.device), values, found.get(name, values))
         left &= ~same
     rows = left.nonzero()[:, 0].cpu()
     if len(rows):
-        measured = _of_map(maps.at(rows), Muting(muting.tau[left], muting.mode), wanted)
-        for name, values in measured.items():
+        given = Given(maps.at(rows), Muting(muting.tau[left], muting.mode), wanted.cells)
+        for name, values in _of_map(given, wanted.extras).items():
             found[name] = found.get(name, values.new_zeros(len(left))).clone()
             found[name][rows.to(values.device)] = values
     known.append((muting, found))
     return found
 
 
-def _of_map(maps: _Maps, muting: Muting, wanted: Wanted) -> Columns:
-    f, x, c = maps.f, maps.x, maps.class_index
-    shown = muting.of(maps.attribution)
-    mask = mask_of(shown)
-    found = {
-        "area": mask.float().flatten(1).mean(1),
-        "complexity": metrics.complexity(shown),
-        **_on_objects(shown, mask, maps.regions),
-    }
-    if "adcc" in wanted.extras:
-        x_hat = masked_image(x, shown, torch.zeros_like(x))
-        activation = f.activation(x_hat)
-        y_hat = class_score(probabilities(f.head(activation).float()), c)
-        of_masked = muting.of(map_of(f, activation, c, x_hat, maps.cam, wanted.cells))
-        drop = metrics.drop(y_hat, maps.probability)
-        found["coherency"] = metrics.coherency(shown, of_masked)
-        found["adcc"] = metrics.adcc(found["coherency"], found["complexity"], drop)
-    if "insertion" in wanted.extras:
-        found["insertion"] = metrics.insertion(x, shown, maps.probability_of)
-        found["deletion"] = metrics.deletion(x, shown, maps.probability_of)
-    if "road" in wanted.extras:
-        found["road"] = road(x, shown, maps.probability_of, maps.index.tolist())
+def _of_map(given: Given, extras: frozenset[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, each in MEASURES.items():
+        if each.extra in OBJECTS:
+            found[name] = given.on_objects(each)
+        elif not each.of_probabilities and each.extra in ("", *extras):
+            own = [found[a] if a in found else getattr(given, a) for a in each.needs]
+            found[name] = each.load()(*own)
     return found
 
 
-def _on_objects(shown: Tensor, mask: Tensor, regions: Sequence[Regions]) -> Columns:
-    """Measures against boxes and segmentations; NaN where the class has none in the image."""
-    nothing = torch.full((len(shown),), torch.nan)
-    names = ("energy", "pointing", "iou", "energy_segmentation", "iou_segmentation")
-    found = {name: nothing.clone() for name in names}
-    for n, region in enumerate(regions):
-        one = slice(n, n + 1)
-        if region.boxes is not None:
-            boxes = region.boxes[None].to(shown.device)
-            found["energy"][n] = metrics.energy(shown[one], boxes)[0]
-            found["pointing"][n] = metrics.pointing(shown[one], boxes)[0]
-            found["iou"][n] = metrics.iou(mask[one], boxes)[0]
-        if region.segmentation is not None and region.counted is not None:
-            seen = region.segmentation[None].to(shown.device)
-            counted = region.counted[None].to(shown.device)
-            found["energy_segmentation"][n] = metrics.energy(shown[one] * counted, seen)[0]
-            found["iou_segmentation"][n] = metrics.iou(mask[one], seen, counted)[0]
-    return found
-
-
-def measure(columns: Columns, view: str, name: str) -> Tensor:
-    """One value an image of a measure, shape (N,), from the columns of a unit.
-
-    Args:
-        columns: of `measure_batch`.
-        view: original, fixed or tft.
-        name: a key of MEASURES.
-    """
-    of_probabilities = {
-        "average_increase": metrics.increase,
-        "average_drop": metrics.drop,
-        "average_gain": metrics.gain,
-    }
-    if name in of_probabilities:
-        return of_probabilities[name](columns[f"{view}/y_hat"], columns["probability"])
-    return columns[f"{view}/{name}"]
+def measure(values: Values, view: str, name: str) -> Tensor:
+    """Return one value an image of a measure, shape (N,)."""
+    own = values.views[view]
+    if MEASURES[name].of_probabilities:
+        return MEASURES[name].load()(own.y_hat, values.probability)
+    return own.measures[name]

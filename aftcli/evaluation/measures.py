@@ -1,55 +1,108 @@
-"""The measures of a map by their command-line names (§5.2 and beyond); formulas: metrics.py."""
+"""Measures of a map by their command-line names (§5.2 and beyond), and the published numbers.
+
+Formulas: metrics.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from aftcli.errors import AftError, nearest
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMULAS = "aftcli.evaluation.metrics"
+
 
 class Measure(NamedTuple):
-    """A measure of tables.
+    """A measure of tables. Functions are named, not imported, so that `--help` needs no torch.
 
     Attributes:
         title: its name in tables.
         better: 1 where higher is better, -1 where lower is, 0 where neither is.
         extra: what must be asked for to have it; "" where it costs nothing. "boxes" and
-            "segmentation" are there where the data set has them.
+            "segmentation" are there where the data set has them. A measure that is added needs
+            an extra of its own: results without it are then measured again.
         source: its paper.
+        function: its formula, of metrics.py, or "module:function"; it gives shape (N,).
+        needs: the function's arguments: attributes of `aftcli.evaluation.batch.Given`, or other
+            measures above it.
+        passes: how many images pass the network for one map, beyond those of its needs.
     """
 
     title: str
     better: int
     extra: str
     source: str
+    function: str
+    needs: tuple[str, ...]
+    passes: int = 0
+
+    @property
+    def of_probabilities(self) -> bool:
+        """True where the probabilities of the masked and of the whole image suffice."""
+        return self.needs == ("y_hat", "y")
+
+    def load(self) -> Callable[..., Tensor]:
+        """Import the formula."""
+        module, _, name = self.function.rpartition(":")
+        return cast("Callable[..., Tensor]", getattr(import_module(module or FORMULAS), name))
 
 
+_Y, _I, _RUN = ("y_hat", "y"), ("attribution",), ("x", "attribution", "probability_of")
+_BOXES = ("attribution", "boxes")
+_SEEN = ("segmentation", "counted")
+
+WANG = "Wang et al., CVPRW 2020 (Score-CAM)"
+POPPI = "Poppi et al., CVPRW 2021"
+RISE = "Petsiuk et al., BMVC 2018 (RISE)"
 MEASURES: dict[str, Measure] = {
-    "average_increase": Measure("Average Increase", 1, "", "the paper, §5.2"),
-    "average_drop": Measure("Average Drop", -1, "", "the paper, §5.2"),
-    "average_gain": Measure("Average Gain", 1, "", "Zhang et al., CVIU 2024 (Opti-CAM)"),
-    "area": Measure("Kept area", 0, "", "share of pixels with I != 0"),
-    "complexity": Measure("Complexity", -1, "", "Poppi et al., CVPRW 2021"),
-    "coherency": Measure("Coherency", 1, "adcc", "Poppi et al., CVPRW 2021"),
-    "adcc": Measure("ADCC", 1, "adcc", "Poppi et al., CVPRW 2021"),
-    "insertion": Measure("Insertion", 1, "insertion", "Petsiuk et al., BMVC 2018 (RISE)"),
-    "deletion": Measure("Deletion", -1, "insertion", "Petsiuk et al., BMVC 2018 (RISE)"),
-    "road": Measure("ROAD", -1, "road", "Rong et al., ICML 2022"),
-    "energy": Measure("Energy in boxes", 1, "boxes", "Wang et al., CVPRW 2020 (Score-CAM)"),
-    "pointing": Measure("Pointing game", 1, "boxes", "Zhang et al., ECCV 2016"),
-    "iou": Measure("IoU with boxes", 1, "boxes", "Jaccard index of M_tau and the boxes"),
+    "average_increase": Measure("Average Increase", 1, "", "the paper, §5.2", "increase", _Y),
+    "average_drop": Measure("Average Drop", -1, "", "the paper, §5.2", "drop", _Y),
+    "average_gain": Measure(
+        "Average Gain", 1, "", "Zhang et al., CVIU 2024 (Opti-CAM)", "gain", _Y
+    ),
+    "area": Measure("Kept area", 0, "", "share of pixels with I != 0", "area", ("mask",)),
+    "complexity": Measure("Complexity", -1, "", POPPI, "complexity", _I),
+    "coherency": Measure(
+        "Coherency", 1, "adcc", POPPI, "coherency", ("attribution", "product_map"), 1
+    ),
+    "adcc": Measure("ADCC", 1, "adcc", POPPI, "adcc", ("coherency", "complexity", "product_drop")),
+    "insertion": Measure("Insertion", 1, "insertion", RISE, "insertion", _RUN, 11),
+    "deletion": Measure("Deletion", -1, "insertion", RISE, "deletion", _RUN, 11),
+    "road": Measure("ROAD", -1, "road", "Rong et al., ICML 2022", "road", (*_RUN, "seeds"), 4),
+    "energy": Measure("Energy in boxes", 1, "boxes", WANG, "energy", _BOXES),
+    "pointing": Measure("Pointing game", 1, "boxes", "Zhang et al., ECCV 2016", "pointing", _BOXES),
+    "iou": Measure(
+        "IoU with boxes",
+        1,
+        "boxes",
+        "Jaccard index of M_tau and the boxes",
+        "iou",
+        ("mask", "boxes"),
+    ),
     "energy_segmentation": Measure(
-        "Energy in segmentation", 1, "segmentation", "Wang et al., CVPRW 2020 (Score-CAM)"
+        "Energy in segmentation", 1, "segmentation", WANG, "energy", ("attribution", *_SEEN)
     ),
     "iou_segmentation": Measure(
-        "IoU with segmentation", 1, "segmentation", "Jaccard index of M_tau and the segmentation"
+        "IoU with segmentation",
+        1,
+        "segmentation",
+        "Jaccard index of M_tau and the segmentation",
+        "iou",
+        ("mask", *_SEEN),
     ),
 }
 
 PAPER = ("average_increase", "average_drop")  # Table 3's
 
-EXTRAS = ("adcc", "insertion", "road")  # what costs passes of the network
+OBJECTS = ("boxes", "segmentation")  # extras that nobody asks for: data sets have them
+
+# Extras that cost passes of the network.
+EXTRAS = tuple(dict.fromkeys(m.extra for m in MEASURES.values() if m.extra not in ("", *OBJECTS)))
 
 BASELINES = "baselines"  # an extra too: the view of fixed cut-offs, by all measures
 
@@ -65,9 +118,6 @@ VARIANTS = {
 
 def measures(text: str | None) -> tuple[str, ...]:
     """Read names of measures, separated by commas; None is the paper's two, "all" is all.
-
-    Raises:
-        AftError: a name is unknown.
 
     >>> measures("average_drop,adcc")
     ('average_drop', 'adcc')
@@ -87,8 +137,8 @@ def measures(text: str | None) -> tuple[str, ...]:
 
 
 def extras_of(names: Iterable[str], baselines: bool) -> frozenset[str]:
-    """What must be computed for measures beyond what is always there."""
-    needed = {MEASURES[name].extra for name in names} & set(EXTRAS)
+    """Return what must be computed for measures beyond what is always there."""
+    needed = {MEASURES[name].extra for name in names} - {"", *OBJECTS}
     return frozenset(needed | ({BASELINES} if baselines else set()))
 
 
@@ -96,7 +146,7 @@ MODELS = ("ResNet-50", "VGG-16")
 
 PAPER_VARIANTS = ("original", "tft", "aft")
 
-# Of each model: Original, TFT, AFT.
+# By data set, method and measure: Original, TFT, AFT of each model.
 TABLE3: dict[tuple[str, str, str], tuple[tuple[float, ...], tuple[float, ...]]] = {
     ("ImageNet", "gradcam", "average_increase"): ((0.334, 0.439, 0.449), (0.294, 0.385, 0.561)),
     ("ImageNet", "gradcam", "average_drop"): ((0.130, 0.117, 0.116), (0.159, 0.144, 0.124)),
@@ -116,7 +166,7 @@ TABLE3: dict[tuple[str, str, str], tuple[tuple[float, ...], tuple[float, ...]]] 
     ("VOC", "layercam", "average_drop"): ((0.063, 0.051, 0.042), (0.069, 0.058, 0.059)),
 }
 
-# Of each model: the original's accuracy, and that of the one tuned for the method.
+# By data set and method: accuracy before and after AFT of each model.
 TABLE4: dict[tuple[str, str], tuple[tuple[float, float], tuple[float, float]]] = {
     ("ImageNet", "gradcam"): ((0.737, 0.736), (0.720, 0.720)),
     ("ImageNet", "gradcam++"): ((0.737, 0.737), (0.720, 0.718)),
@@ -135,3 +185,30 @@ TABLE5: dict[str, tuple[float, float]] = {
     "ablationcam": (1.691, 1.719),
     "layercam": (0.018, 0.047),
 }
+
+
+def published_records() -> dict[str, list[dict[str, Any]]]:
+    """Return the paper's numbers as records of our tables, by table."""
+    return {"table3": list(_records3()), "table4": list(_records4()), "table5": list(_records5())}
+
+
+def _records3() -> Iterator[dict[str, Any]]:
+    for (data, cam, measure), models in TABLE3.items():
+        for model, own in zip(MODELS, models, strict=True):
+            for variant, value in zip(PAPER_VARIANTS, own, strict=True):
+                where = {"dataset": data, "model": model, "cam": cam, "variant": variant}
+                yield {**where, "measure": measure, "value": value}
+
+
+def _records4() -> Iterator[dict[str, Any]]:
+    for (data, cam), models in TABLE4.items():
+        for model, own in zip(MODELS, models, strict=True):
+            for tuned, variant, value in zip((None, cam), ("original", "aft"), own, strict=True):
+                where = {"dataset": data, "model": model, "cam": tuned, "variant": variant}
+                yield {**where, "accuracy": value}
+
+
+def _records5() -> Iterator[dict[str, Any]]:
+    for cam, (without, with_tft) in TABLE5.items():
+        seconds = {"without": without, "with": with_tft, "delta": round(with_tft - without, 3)}
+        yield {"model": "VGG-16", "cam": cam, **seconds, "device": "RTX 2080 Ti"}

@@ -1,4 +1,4 @@
-"""How good an attribution map is (§5.2), measure by measure.
+"""Formulas of the measures of attribution maps (§5.2).
 
 Formulas act on batches and return one value an image; `Average` is their mean over images and
 over processes. Those that run the network take it as `probability_of`, a function from inputs,
@@ -43,7 +43,7 @@ def increase(y_hat: Tensor, y: Tensor) -> Tensor:
 
 
 def drop(y_hat: Tensor, y: Tensor) -> Tensor:
-    """max(y^c - y_hat^c, 0) / y^c (§5.2); its mean is Average Drop.
+    """Return max(y^c - y_hat^c, 0) / y^c (§5.2), whose mean is Average Drop.
 
     >>> drop(torch.tensor([0.75, 0.2]), torch.tensor([0.5, 0.5]))
     tensor([0.0000, 0.6000])
@@ -54,7 +54,7 @@ def drop(y_hat: Tensor, y: Tensor) -> Tensor:
 
 
 def gain(y_hat: Tensor, y: Tensor) -> Tensor:
-    """max(y_hat^c - y^c, 0) / (1 - y^c); its mean is Average Gain (Opti-CAM, Zhang et al. 2024).
+    """Return max(y_hat^c - y^c, 0) / (1 - y^c), whose mean is Average Gain (Opti-CAM, 2024).
 
     >>> gain(torch.tensor([0.75, 0.2]), torch.tensor([0.5, 0.5]))
     tensor([0.5000, 0.0000])
@@ -63,8 +63,13 @@ def gain(y_hat: Tensor, y: Tensor) -> Tensor:
     return torch.where(rise > 0, rise / (1 - y), 0)
 
 
+def area(mask: Tensor) -> Tensor:
+    """Return the share of pixels that M_tau, shape (N, H, W), bool, keeps."""
+    return mask.float().flatten(1).mean(1)
+
+
 def complexity(attribution: Tensor) -> Tensor:
-    """The mean of the map, ||I||_1 / (H W) (ADCC, Poppi et al. 2021).
+    """Return the mean of the map, ||I||_1 / (H W) (ADCC, Poppi et al. 2021).
 
     Args:
         attribution: I, shape (N, H, W), in [0, 1].
@@ -73,7 +78,7 @@ def complexity(attribution: Tensor) -> Tensor:
 
 
 def coherency(attribution: Tensor, of_masked: Tensor) -> Tensor:
-    """(1 + rho(I(x * I), I)) / 2 with Pearson's rho (ADCC, Poppi et al. 2021).
+    """Return (1 + rho(I(x * I), I)) / 2 with Pearson's rho (ADCC, Poppi et al. 2021).
 
     Args:
         attribution: I of the image, shape (N, H, W).
@@ -93,7 +98,7 @@ def coherency(attribution: Tensor, of_masked: Tensor) -> Tensor:
 
 
 def adcc(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
-    """3 / (1 / coherency + 1 / (1 - complexity) + 1 / (1 - drop)) (Poppi et al., CVPRW 2021).
+    """Return 3 / (1 / coherency + 1 / (1 - complexity) + 1 / (1 - drop)) (Poppi et al. 2021).
 
     A map of all ones has drop 0 and complexity 1, so ADCC 0.
 
@@ -105,24 +110,24 @@ def adcc(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
 
 
 def order_of(attribution: Tensor) -> Tensor:
-    """Pixels from the highest score to the lowest, shape (N, H W); equal ones from the top left."""
+    """Sort pixels from the highest score down, shape (N, H W); equal ones from the top left."""
     return _graded(attribution).argsort(dim=1, descending=True, stable=True)
 
 
 def _graded(attribution: Tensor) -> Tensor:
-    """Scores in whole steps of rounding, shape (N, H W), which rounding does not order."""
+    """Round scores to whole steps, shape (N, H W), so that rounding orders none."""
     return (attribution.flatten(1) / rounding.SCORE).round()
 
 
 def ranks_of(attribution: Tensor) -> Tensor:
-    """The place of each pixel in `order_of`, shape (N, H, W), from 0."""
+    """Return the place of each pixel in `order_of`, shape (N, H, W), from 0."""
     order = order_of(attribution)
     places = torch.arange(order.shape[1], device=order.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places).view_as(attribution)
 
 
 def blurred(x: Tensor) -> Tensor:
-    """What insertion starts from: x, shape (N, 3, H, W), blurred as RISE's authors do."""
+    """Blur x, shape (N, 3, H, W), as RISE's authors do: insertion starts from that."""
     from torchvision.transforms.functional import gaussian_blur
 
     kernel, sigma = BLUR
@@ -133,7 +138,7 @@ def blurred(x: Tensor) -> Tensor:
 def _area(
     start: Tensor, attribution: Tensor, goal: Tensor, probability_of: Probability, steps: int
 ) -> Tensor:
-    """Area under y^c while start becomes goal, most relevant pixels first, shape (N,)."""
+    """Return the area under y^c while start becomes goal, most relevant pixels first."""
     ranks, pixels = ranks_of(attribution)[:, None], attribution[0].numel()
     y = [
         probability_of(torch.where(ranks < round(i / steps * pixels), goal, start))
@@ -145,7 +150,7 @@ def _area(
 def insertion(
     x: Tensor, attribution: Tensor, probability_of: Probability, steps: int = STEPS
 ) -> Tensor:
-    """Area under y^c while a blurred image becomes x, most relevant pixels first (RISE, 2018).
+    """Return the area under y^c while a blurred image becomes x, best pixels first (RISE, 2018).
 
     Args:
         x: inputs, shape (N, 3, H, W).
@@ -162,30 +167,32 @@ def insertion(
 def deletion(
     x: Tensor, attribution: Tensor, probability_of: Probability, steps: int = STEPS
 ) -> Tensor:
-    """Area under y^c while x becomes the mean colour, most relevant pixels first (RISE, 2018).
+    """Return the area under y^c while x becomes the mean colour, best pixels first (RISE, 2018).
 
     Lower is better; arguments as of `insertion`.
     """
     return _area(x, attribution, torch.zeros_like(x), probability_of, steps)
 
 
-def energy(attribution: Tensor, region: Tensor) -> Tensor:
-    """Share of the map's sum that lies on the object (energy pointing game, Score-CAM, 2020).
+def energy(attribution: Tensor, region: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Return the share of the map's sum on the object (energy pointing game, Score-CAM, 2020).
 
     Args:
         attribution: I, shape (N, H, W), in [0, 1].
         region: the object, shape (N, H, W), bool.
+        counted: pixels that count, as of `iou`.
 
     Returns:
         In [0, 1], shape (N,); 0 for an all-zero map. Higher is better.
     """
+    attribution = attribution if counted is None else attribution * counted
     total = attribution.flatten(1).sum(1)
     inside = (attribution * region).flatten(1).sum(1)
     return torch.where(total > 0, inside / total, 0)
 
 
 def pointing(attribution: Tensor, region: Tensor) -> Tensor:
-    """1 where the map's maximum lies on the object (pointing game, Zhang et al. 2016).
+    """Return 1 where the map's maximum lies on the object (pointing game, Zhang et al. 2016).
 
     Without their tolerance of 15 pixels. Of equal maxima the first counts; an all-zero map
     points nowhere: 0.
@@ -196,7 +203,7 @@ def pointing(attribution: Tensor, region: Tensor) -> Tensor:
 
 
 def iou(mask: Tensor, region: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Intersection over union of a mask and the object, shape (N,).
+    """Return the intersection over union of a mask and the object, shape (N,).
 
     Args:
         mask: M_tau, shape (N, H, W), bool.
@@ -243,7 +250,7 @@ NOISE = 0.01  # standard deviation, in units of the normalised input
 
 @lru_cache(maxsize=2)
 def _laplacian(high: int, wide: int) -> Any:  # noqa: ANN401 - scipy is untyped
-    """(sum of the neighbours' weights) x_i - sum_j w_ij x_j for each pixel of a grid, sparse."""
+    """Build (sum_j w_ij) x_i - sum_j w_ij x_j for each pixel i of a grid, sparse."""
     from scipy import sparse
 
     places = np.arange(high * wide).reshape(high, wide)
@@ -295,7 +302,7 @@ def road(
     shares: Sequence[float] = ROAD_SHARES,
     noise: float = NOISE,
 ) -> Tensor:
-    """Mean y^c after the most relevant pixels are removed and imputed (ROAD, MoRF).
+    """Return the mean y^c after the best pixels are removed and imputed (ROAD, MoRF).
 
     Args:
         x: inputs, shape (N, 3, H, W).
@@ -344,12 +351,12 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Low and high; None of fewer than two images."""
+        """The 95 % interval, low and high; None of fewer than two images."""
         return (self.low, self.high) if self.n > 1 else None
 
 
 def estimate(values: Tensor) -> Estimate:
-    """The mean of one value an image with its 95 % interval by the percentile bootstrap.
+    """Average one value an image, with the 95 % interval of the percentile bootstrap.
 
     2000 resamples of the images with a fixed seed (Efron and Tibshirani, 1993, ch. 13). Paired
     differences are intervals of the difference of each image.
@@ -370,7 +377,7 @@ def estimate(values: Tensor) -> Estimate:
 
 
 def _resamples(count: int) -> Iterable[Tensor]:
-    """How often each resample holds each image, shape (resamples, N), in pieces."""
+    """Count how often each resample holds each image, shape (resamples, N), in pieces."""
     return _kept_resamples(count) if count * RESAMPLES <= CHUNK else _drawn(count)
 
 

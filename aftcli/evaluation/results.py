@@ -1,4 +1,4 @@
-"""Results on disk: found again by what they were computed from, safe against interruptions.
+"""Results on disk, named after their inputs, and safe against interruptions.
 
 A result file holds one value an image of each measure (docs/formats.md). Its name has a hash of
 all that decides the values: weights, images, annotations, settings. So a changed input is
@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +29,66 @@ from aftcli.files import write_tensors
 FORMAT_VERSION = 1
 
 
-class Result(NamedTuple):
-    """What was measured of some images.
+class View(NamedTuple):
+    """The measures of maps that are muted in one way, one value an image.
 
     Attributes:
-        columns: see `aftcli.evaluation.batch.measure_batch`.
+        y_hat: y^c of the masked image, shape (N,).
+        measures: by a key of MEASURES, shape (N,) each; NaN where undefined. Those of
+            probabilities alone are not among them (`aftcli.evaluation.batch.measure`).
+    """
+
+    y_hat: Tensor
+    measures: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Values:
+    """The measured values of some images, of one method under one reading of the paper.
+
+    Attributes:
+        index: place in the data set, shape (N,).
+        label: shape (N,).
+        class_index: c, the predicted class, shape (N,).
+        probability: y^c, shape (N,).
+        views: by name: original, fixed, tft.
+        tau: tau*, shape (N,); None without a search.
+        curve: y_hat^c over T, shape (N, |T|); None without a search.
+    """
+
+    index: Tensor
+    label: Tensor
+    class_index: Tensor
+    probability: Tensor
+    views: dict[str, View]
+    tau: Tensor | None = None
+    curve: Tensor | None = None
+
+    def columns(self) -> dict[str, Tensor]:
+        """Name the values as files do (docs/formats.md)."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        for name, view in self.views.items():
+            of_view = {"y_hat": view.y_hat, **view.measures}
+            own |= {f"{name}/{measure}": values for measure, values in of_view.items()}
+        return own
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Tensor]) -> Values:
+        """Read the columns of a file."""
+        views: dict[str, dict[str, Tensor]] = {}
+        for name in columns:
+            view, slash, measure = name.partition("/")
+            if slash:
+                views.setdefault(view, {})[measure] = columns[name]
+        own = {name: value for name, value in columns.items() if "/" not in name}
+        return cls(**own, views={name: View(m.pop("y_hat"), m) for name, m in views.items()})
+
+
+class Result(NamedTuple):
+    """A stored result.
+
+    Attributes:
+        columns: tensors by their names in the file; none where no image could be read.
         broken: images that could not be read.
         identity: what it was computed from.
     """
@@ -41,23 +97,27 @@ class Result(NamedTuple):
     broken: list[Broken]
     identity: dict[str, Any]
 
+    @property
+    def values(self) -> Values | None:
+        """The columns of an evaluation; None where no image could be read."""
+        return Values.of(self.columns) if self.columns else None
+
 
 class _Stored(NamedTuple):
-    """A file's result and which of the measures that cost much it has."""
+    """A file's result and its extras."""
 
     result: Result
     extras: frozenset[str]
 
 
 class ResultFile:
-    """One result, and on the way there its parts.
+    """A result and, until it is complete, its parts.
 
     Args:
         folder: of the results.
         stem: of the file's name.
         identity: plain values; all that decides what the columns hold.
-        extras: which of the measures that cost much there are (`extras_of` of measures); a file
-            that has more will do.
+        extras: of measures that cost much (`extras_of` of measures); a file with more is reused.
     """
 
     def __init__(
@@ -71,11 +131,11 @@ class ResultFile:
         self.parts = folder / f".{'-'.join([stem, self.key, *sorted(extras)])}.parts"
 
     def read(self) -> Result | None:
-        """The result; None if it is missing, damaged or lacks what is wanted."""
+        """Read the result; None if it is missing, damaged or lacks what is wanted."""
         return self._read(self.path)
 
     def lacking(self) -> ResultFile | None:
-        """The file of what is still to be measured, to be joined to what is there; None if done."""
+        """Return the file of what is still to be measured, joined later; None if all is there."""
         there = self._stored(self.path)
         if there is None:
             return self
@@ -90,7 +150,7 @@ class ResultFile:
         return ResultFile(self.folder, self.stem, self.identity, new)
 
     def has(self, span: range) -> bool:
-        """Whether a block of images is done."""
+        """Tell if a block of images is done."""
         return self._read(self._part(span)) is not None
 
     def write(self, columns: Mapping[str, Tensor]) -> None:
@@ -128,11 +188,11 @@ class ResultFile:
         self._clear_parts(None)
 
     def clear_parts(self) -> None:
-        """Delete the blocks on the way there."""
+        """Delete the blocks of this file."""
         shutil.rmtree(self.parts, ignore_errors=True)
 
     def _clear_parts(self, extras: frozenset[str] | None) -> None:
-        """Delete the blocks of a file of no more than these extras; None is any."""
+        """Delete the blocks of this result that have no more than these extras; None is any."""
         start = f".{self.stem}-{self.key}"
         for parts in self.folder.glob(f"{glob.escape(start)}*.parts"):
             own = parts.name.removeprefix(start).removesuffix(".parts").split("-")[1:]
@@ -160,7 +220,7 @@ class ResultFile:
         return stored.result if stored and self.extras <= stored.extras else None
 
     def _stored(self, path: Path) -> _Stored | None:
-        """What a file holds, whatever is wanted; None if it is missing or damaged."""
+        """Read a file, whatever is wanted; None if it is missing or damaged."""
         if not path.is_file():
             return None
         try:
@@ -180,5 +240,5 @@ class ResultFile:
 
 
 def _seal(head: str, columns: Mapping[str, Tensor]) -> str:
-    """One hash over both: a flipped bit in either is found."""
+    """Hash both, so that a flipped bit in either is found."""
     return hashlib.sha256((head + tensors_hash(columns)).encode()).hexdigest()

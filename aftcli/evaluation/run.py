@@ -1,4 +1,4 @@
-"""Evaluate studies: block by block, on any number of processes, going on where a run stopped."""
+"""Evaluate studies block by block, on any number of processes; resume where a run stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from aftcli.data.objects import Objects
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
 from aftcli.evaluation import metrics
-from aftcli.evaluation.batch import Columns, Images, Unit, Wanted, measure_batch, passes
+from aftcli.evaluation.batch import Images, Unit, Wanted, measure_batch, passes
 from aftcli.evaluation.measures import BASELINES
 from aftcli.evaluation.metrics import NOISE
 from aftcli.evaluation.results import Result, ResultFile
@@ -41,14 +41,14 @@ VERSION = 2  # of what is computed: results of another one are not used
 
 @dataclass(frozen=True)
 class Plan:
-    """How studies are evaluated.
+    """The settings of an evaluation.
 
     Attributes:
         maskings: keys of MASKINGS: the readings of the paper.
         extras: what is measured beyond what costs nothing (`aftcli.evaluation.measures.extras_of`).
         workers: processes that decode images.
         batch: images in one pass of the stem.
-        overwrite: compute anew.
+        overwrite: compute again.
         block: images stored at a time; default by the number of images.
         accelerate: makes classifiers fast (`aftcli.engine.accelerate`).
         note: is told what was assumed of the images' objects.
@@ -65,7 +65,7 @@ class Plan:
 
 
 class Step(NamedTuple):
-    """Some images of a classifier are done; with `total` 0 the results were there already."""
+    """A step forward: some images of a classifier are done."""
 
     what: str
     images: int
@@ -162,7 +162,7 @@ def _seen(study: Study, known_in: Path) -> dict[tuple[str, str | None], int]:
 def _files(
     study: Study, variant: Variant, folder: Path, plan: Plan, images: str
 ) -> dict[Unit, ResultFile]:
-    """Where the results of a variant are, named after all that decides them."""
+    """Name the result files of a variant after all that decides them."""
     searched = variant.name == "original"
     found = {}
     for cam in variant.cams:
@@ -202,7 +202,7 @@ def _measure(
     processes: Processes,
     check: Callable[[], None],
 ) -> Iterator[Step]:
-    """Measure what is missing; `check` refuses what was measured before it is made results."""
+    """Measure what is missing; `check` refuses it before it becomes results."""
     spans = spans_of(len(study.data_set.samples), plan.block)
     with ExitStack() as held:
         if processes.index == 0:
@@ -253,12 +253,12 @@ def _blocks(
             parts.append(measure_batch(f, _images(study, x, index, objects), units, wanted))
             yield Step(what, len(x), total)
         for unit in units:
-            columns = _joined([part[unit] for part in parts])
+            columns = _joined([part[unit].columns() for part in parts])
             files[unit].write_part(spans[loaded.block], columns, loaded.broken)
         yield Step(what, len(loaded.broken), total)
 
 
-def _joined(parts: Sequence[Columns]) -> Columns:
+def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]} if parts else {}
 
 

@@ -1,4 +1,4 @@
-"""Whether maps depend on what the network has learned (Adebayo et al., NeurIPS 2018).
+"""Sanity check: maps must depend on what the network learned (Adebayo et al., NeurIPS 2018).
 
 Cascading randomisation: weights are replaced by random ones from the output towards the input;
 maps of a network that knows nothing must not look like those of the trained one.
@@ -39,7 +39,7 @@ SIMILARITIES = ("spearman", "ssim")
 
 @dataclass(frozen=True)
 class SanityRow:
-    """How like the trained network's maps are those of one whose weights are random down to w.
+    """The likeness of a trained network's maps to those of a partly random one.
 
     Attributes:
         variant: original, tft or aft.
@@ -68,7 +68,7 @@ class Stage(NamedTuple):
 
 @torch.no_grad()
 def randomised(f: Classifier, seed: int = SEED) -> Iterator[Stage]:
-    """Networks whose weights are random from the output down to a stage.
+    """Randomise weights from the output down, stage by stage.
 
     Random weights are drawn from a normal distribution with the mean and the standard deviation
     of the tensor that they replace; a batch norm's statistics stay, so that signals keep their
@@ -106,11 +106,6 @@ def randomised(f: Classifier, seed: int = SEED) -> Iterator[Stage]:
 def similarity(one: Tensor, two: Tensor, x: Tensor) -> dict[str, Tensor]:
     """Compare maps at the size that their method gives, shape (N, h, w) each, in [0, 1].
 
-    Args:
-        one: maps.
-        two: other maps of the same images.
-        x: inputs, for their size.
-
     Returns:
         Spearman's rank correlation and SSIM, shape (N,) each; of a constant map, which has no
         ranks, correlation 0.
@@ -124,14 +119,9 @@ def similarity(one: Tensor, two: Tensor, x: Tensor) -> dict[str, Tensor]:
 
 
 def _maps(
-    f: Classifier,
-    x: Tensor,
-    class_index: Tensor,
-    cam: str,
-    search: Search | None,
-    cells: bool,
+    f: Classifier, x: Tensor, class_index: Tensor, cam: str, search: Search | None, cells: bool
 ) -> Tensor:
-    """Plain maps, or those of TFT, at the size that the method gives."""
+    """Make plain maps, or those of TFT, at the size that the method gives."""
     with torch.no_grad():
         low = scaled_map(f, f.activation(x), class_index, x, cam, cells)
     if search is None:
@@ -142,22 +132,12 @@ def _maps(
 
 
 def sanity(
-    f: Classifier,
-    x: Tensor,
-    cam: str,
-    search: Search | None,
-    seed: int = SEED,
-    cells: bool = False,
+    f: Classifier, x: Tensor, cam: str, search: Search | None, seed: int = SEED, cells: bool = False
 ) -> dict[str, Tensor]:
     """Compare the maps of a classifier with those of its random copies, for the same classes.
 
-    Args:
-        f: the classifier.
-        x: inputs, shape (N, 3, H, W).
-        cam: a key of METHODS.
-        search: of TFT, made anew on each network; None for plain maps.
-        seed: of the random weights.
-        cells: average maps of pixels over the activation's cells.
+    Maps of inputs x, shape (N, 3, H, W), are plain, or, with a search, those of TFT, which is made
+    on each network.
 
     Returns:
         `STAGE/MEASURE`, shape (N,) each, in the order of the stages.
@@ -176,20 +156,10 @@ def sanity(
 def sanity_rows(
     study: Study, run: Path, masking: str, overwrite: bool, processes: Processes
 ) -> Iterator[SanityRow]:
-    """Test the maps of a study, or find the results of an earlier call.
-
-    Args:
-        study: of `find_studies`.
-        run: where it lives; results are kept in `<run>/results`.
-        masking: of TFT.
-        overwrite: compute anew.
-        processes: of which the first does it.
+    """Test the maps of a study, or reuse the results of an earlier call.
 
     Yields:
         Rows of plain maps, of TFT and of AFT.
-
-    Raises:
-        AftError: no image can be read, or a file can't be written.
     """
     if processes.index:
         return

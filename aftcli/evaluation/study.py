@@ -1,11 +1,12 @@
-"""What a run has to evaluate: classifiers with masks or tuned, and the images to do it on."""
+"""Studies of a run: classifiers with masks or tuned, and the images to evaluate them on."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,7 @@ class Variant(NamedTuple):
         cams: methods to measure it with.
         load: gives the classifier.
         path: of the checkpoint; None for the one that the masks were made with.
-        trained: contents of the files that it has learned from (`content_of`); None
-            where its checkpoint does not say.
+        trained: contents of the files that it has learned from (`content_of`); None if unknown.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Variant(NamedTuple):
 
 @dataclass(frozen=True)
 class Study:
-    """One model, the data set that it is evaluated on, and what was made of it.
+    """One model, the data set that it is evaluated on, and its variants.
 
     Attributes:
         f: the classifier that masks were made with.
@@ -70,7 +70,7 @@ class Study:
 
     @cached_property
     def data_name(self) -> str:
-        """Of the data set, for tables."""
+        """The name of the data set in tables."""
         return data_name(self.data_set.root, self.data_set.kind, self.data_set.split)
 
     def searched(self, masking: str) -> Search:
@@ -91,7 +91,7 @@ def data_name(root: Path, kind: str, split: str) -> str:
 
 
 class Asked(NamedTuple):
-    """What a user asks for; None, or nothing, is what the run says.
+    """The wishes of a user; None, or nothing, takes what the run says.
 
     Attributes:
         source: of the classifiers.
@@ -124,7 +124,7 @@ class _Made(NamedTuple):
 
 
 def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
-    """Find what a run has to evaluate.
+    """Find the studies that a run has to evaluate.
 
     Args:
         run: where it lives.
@@ -147,28 +147,23 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
             "name a DATASET, a --cam and a new --run to measure without them"
         )
     models = dict.fromkeys([s.settings["model"] for s in stores] + [m.card["model"] for m in tuned])
-    return [
-        _study(
-            run,
-            [s for s in stores if s.settings["model"] == model],
-            [m for m in tuned if m.card["model"] == model],
-            asked,
-        )
-        for model in models
-    ]
+    studies = []
+    for model in models:
+        own = [s for s in stores if s.settings["model"] == model]
+        studies.append(_study(run, own, [m for m in tuned if m.card["model"] == model], asked))
+    return studies
 
 
 def _is_empty(run: Path) -> bool:
-    """Whether nothing was made in a run that another network than its own would contradict."""
+    """Check that a run holds neither masks nor tuned classifiers."""
     return not any((run / "masks").glob("*.h5")) and not any((run / "tuned").glob("*.safetensors"))
 
 
 def _study_of_a_network(run: Path, asked: Asked) -> Study:
-    """Plain maps and TFT of a network that nothing was made of: they need no masks."""
+    """Return a study of plain maps and TFT, which need no masks."""
     f = asked.source.load()
     cams = tuple(cam for cam in METHODS if cam in asked.cams)
-    variants = tuple(_variants(f, cams, [], asked))
-    search = _search(run, [], [], asked)
+    variants, search = tuple(_variants(f, cams, [], asked)), _search(run, [], [], asked)
     return Study(f, _data_set(f, {}, asked), cams, variants, search, None, asked.cells)
 
 
@@ -183,16 +178,14 @@ def _tuned(run: Path, asked: Asked) -> list[_Made]:
                 f"{path}: is damaged, or was not written by aft finetune; move it away or tune "
                 "again"
             )
-        if asked.source.model not in (None, card["model"]):
-            continue
-        if card["cam"] is None or not asked.cams or card["cam"] in asked.cams:
+        is_asked = card["cam"] is None or not asked.cams or card["cam"] in asked.cams
+        if is_asked and asked.source.model in (None, card["model"]):
             found.append(_Made(path, card))
     return found
 
 
 def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Study:
-    by_cam = {m.card["cam"]: m for m in tuned if m.card["cam"]}
-    known = {s.settings["cam"] for s in stores} | set(by_cam)
+    known = {s.settings["cam"] for s in stores} | {m.card["cam"] for m in tuned if m.card["cam"]}
     missing = [cam for cam in asked.cams if cam not in known]
     if missing or not known:
         raise AftError(
@@ -203,19 +196,14 @@ def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked)
     _check_pairs(f, tuned)
     made = _made_of(run, stores, tuned, asked)
     cams = tuple(cam for cam in METHODS if cam in known)
-    return Study(
-        f,
-        _data_set(f, made, asked),
-        cams,
-        tuple(_variants(f, cams, tuned, asked)),
-        _search(run, stores, tuned, asked),
-        _trained_on(made),
-        asked.cells,
-    )
+    data_set = _data_set(f, made, asked)
+    variants = tuple(_variants(f, cams, tuned, asked))
+    search = _search(run, stores, tuned, asked)
+    return Study(f, data_set, cams, variants, search, _trained_on(made), asked.cells)
 
 
 def _start(stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Classifier:
-    """The classifier that masks were made with, or that was tuned."""
+    """Load the classifier that masks were made with, or that was tuned."""
     names = next((own for _, card in tuned if (own := card_classes(card).own)), ())
     if stores:
         source = asked.source.of_masks(stores[0].settings)
@@ -240,8 +228,8 @@ def _is_start(path: Path, f: Classifier) -> bool:
     return bool(f.checkpoint) and Path(f.checkpoint) == path.resolve()
 
 
-# What a tuned classifier and its control must have in common: entries of their cards. A list
-# that differs says nothing more where the one before it does.
+# Entries of cards that a tuned classifier and its control must share. Of IMAGES only the first
+# difference is told: it explains the others.
 IMAGES = {
     "images": "images",
     "images_hash": "names or labels of images",
@@ -266,26 +254,20 @@ RECIPE = {
 
 
 def _check_pairs(f: Classifier, tuned: list[_Made]) -> None:
-    """Check that the control has seen what the classifiers tuned with masks have.
-
-    Raises:
-        AftError: it has not; the message names where they differ.
-    """
-    for control in (m for m in tuned if _is_control(m, f)):
-        for one in (m for m in tuned if m.card["cam"]):
-            other = _trained_otherwise(control.card, one.card)
-            if other:
-                raise AftError(
-                    f"{control.path}: is no control of {one.path.name}, which was trained "
-                    f"otherwise: {'; '.join(other)}; train it again with aft finetune --no-masks "
-                    "--overwrite and the other's options, or move it away"
-                )
+    """Check that the control has seen what the classifiers tuned with masks have."""
+    controls, others = [m for m in tuned if _is_control(m, f)], [m for m in tuned if m.card["cam"]]
+    for control, one in product(controls, others):
+        if other := _trained_otherwise(control.card, one.card):
+            raise AftError(
+                f"{control.path}: is no control of {one.path.name}, which was trained "
+                f"otherwise: {'; '.join(other)}; train it again with aft finetune --no-masks "
+                "--overwrite and the other's options, or move it away"
+            )
 
 
 def _trained_otherwise(control: dict[str, Any], card: dict[str, Any]) -> list[str]:
     def differing(keys: dict[str, str]) -> list[str]:
-        both = control.keys() & card.keys()
-        return [key for key in keys if key in both and control[key] != card[key]]
+        return [k for k in keys if k in control and k in card and control[k] != card[k]]
 
     values = {key: f" {control[key]} and {card[key]}" for key in differing({"images": ""})}
     named = [f"{IMAGES[key]}{values.get(key, '')}" for key in differing(IMAGES)[:1]]
@@ -293,13 +275,13 @@ def _trained_otherwise(control: dict[str, Any], card: dict[str, Any]) -> list[st
 
 
 def _is_control(made: _Made, f: Classifier) -> bool:
-    """Whether a card is of a control; one of other weights is what this run began with."""
+    """Tell a control by its card; one of other weights is where this run began."""
     cam, start = made.card["cam"], made.card["start"]
     return cam is None and start == f.weights_hash() and not _is_start(made.path, f)
 
 
 class _Data(NamedTuple):
-    """A data set that something was made of, and from what: a mask store or a tuned classifier."""
+    """The data set of a mask store or of a tuned classifier."""
 
     path: Path
     made: dict[str, Any]
@@ -310,7 +292,7 @@ class _Data(NamedTuple):
         return tuple(str(self.made[key]) for key in ("data_set", "data_kind", "split"))
 
     def equals(self, other: _Data) -> bool:
-        """Whether both are of one data set, which may have been moved."""
+        """Tell if both are of one data set, which may have been moved."""
         if self.place == other.place:
             return True
         same = self.made["images_hash"] == other.made["images_hash"]
@@ -320,14 +302,10 @@ class _Data(NamedTuple):
 def _made_of(
     run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked
 ) -> dict[str, Any]:
-    """The attributes of the masks, or of a tuned classifier what those of its masks would be.
-
-    Raises:
-        AftError: they are of several data sets, and none is asked for.
-    """
+    """Return the attributes of the masks, or rebuild them from a tuned classifier's card."""
     found = [_Data(s.path, s.settings, pack(stored_contents(s))) for s in stores]
     digests = {s.settings["digest"] for s in stores}
-    # One that was tuned with masks that are there has their images, wherever these are now.
+    # A classifier tuned with masks of this run has their images, wherever these are now.
     found += [
         _Data(path, {**card, "labels": "model"}, card.get("trained_contents"))
         for path, card in tuned
@@ -349,10 +327,8 @@ def _made_of(
 
 
 def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
-    split = asked.split
-    if asked.data is not None:
-        path = asked.data
-    else:
+    path, split = asked.data, asked.split
+    if path is None:
         root = Path(made["data_set"])
         path = format_of(made["data_kind"]).above(root, made["split"])
         if not path.is_dir():
@@ -374,24 +350,15 @@ def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
 def _variants(
     f: Classifier, cams: tuple[str, ...], tuned: list[_Made], asked: Asked
 ) -> list[Variant]:
-    device = asked.source.device
-    start = read_card(Path(f.checkpoint)) if f.checkpoint else None
-    own = _trained(start) if start else None
-    found = [Variant("original", f.weights_hash(), cams, lambda: f, None, own)]
+    start = (read_card(Path(f.checkpoint)) if f.checkpoint else None) or {}
+    found = [Variant("original", f.weights_hash(), cams, lambda: f, None, _trained(start))]
     for path, card in tuned:
         cam = card["cam"]
         if cam is None and not _is_control(_Made(path, card), f):
             continue
-        found.append(
-            Variant(
-                "aft" if cam else "control",
-                card["digest"],
-                (cam,) if cam else cams,
-                lambda path=path: load_classifier(checkpoint=path, device=device),  # type: ignore[misc]
-                path,
-                _trained(card),
-            )
-        )
+        name, methods = ("aft", (cam,)) if cam else ("control", cams)
+        load = partial(load_classifier, checkpoint=path, device=asked.source.device)
+        found.append(Variant(name, card["digest"], methods, load, path, _trained(card)))
     return found
 
 
@@ -400,15 +367,15 @@ def _trained(card: dict[str, Any]) -> frozenset[int] | None:
 
 
 def _search(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Search:
-    """The settings that masks were made with, else the defaults, but for what is asked for."""
-    keys = ("thresholds", "fill", "threshold_mode")
-    wanted = (asked.thresholds, asked.fill, asked.mode)
+    """Take the settings that are asked for, otherwise those of the masks, otherwise defaults."""
+    default = Search()
+    wanted = {"thresholds": asked.thresholds, "fill": asked.fill, "threshold_mode": asked.mode}
     made = [s.settings for s in stores] or [m.card["masks"] for m in tuned if m.card["cam"]]
-    if not made:
-        default = Search()
-        made = [dict(zip(keys, (default.thresholds, default.fill, default.mode), strict=True))]
+    made = made or [
+        dict(zip(wanted, (default.thresholds, default.fill, default.mode), strict=True))
+    ]
     values: list[Any] = []
-    for key, value in zip(keys, wanted, strict=True):
+    for key, value in wanted.items():
         different = {str(each[key]) for each in made}
         if value is None and len(different) > 1:
             option = "--" + key.replace("_", "-")
@@ -428,11 +395,7 @@ def _trained_on(made: dict[str, Any]) -> tuple[str, str, int] | None:
 
 
 def some_inputs(study: Study, count: int) -> Tensor:
-    """Inputs of so many images, spread over a study's data set, shape (N, 3, H, W).
-
-    Raises:
-        AftError: none of them can be read.
-    """
+    """Read inputs of so many images, spread over a study's data set, shape (N, 3, H, W)."""
     few = study.data_set.limited(count)
     inputs = []
     for i in range(len(few.samples)):

@@ -1,27 +1,36 @@
-"""The numbers of the paper's Tables 1 to 5, as objects: one number, or one row, each."""
+"""Tables as rows: the paper's Tables 1 to 5, and what stands beside them.
+
+TABLES names each with its rows and its long form; `aftcli.report.grids.LOOKS` has the looks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aftcli.core.methods import CAMS, METHODS
+from aftcli.data.blocks import Processes
+from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.evaluation.batch import Unit, measure
-from aftcli.evaluation.measures import VARIANTS
+from aftcli.evaluation.measures import PAPER, VARIANTS
 from aftcli.evaluation.metrics import estimate
-from aftcli.evaluation.results import Result
+from aftcli.evaluation.results import Values
 from aftcli.evaluation.run import Measured
+from aftcli.evaluation.sanity import sanity_rows
 from aftcli.evaluation.study import Study
+from aftcli.evaluation.timing import Table5Row, table5
 from aftcli.tft import rounding
 
 Interval = tuple[float, float]
 
 FEW = 10  # images: below, resampling says little
 
-# Where a column of the tables comes from: whose maps, and how they are muted.
+# By column of the tables: whose maps it is made of, and their view.
 SOURCES = {
     "original": ("original", "original"),
     "fixed": ("original", "fixed"),
@@ -50,7 +59,7 @@ class Table1Row:
 
 @dataclass(frozen=True)
 class Table2Row:
-    """A data set: how many classes, images trained on and images evaluated on."""
+    """A data set with its numbers of classes, training images and images evaluated on."""
 
     dataset: str
     classes: int
@@ -113,7 +122,7 @@ class Table4Row:
 
 @dataclass(frozen=True)
 class SeenRow:
-    """How many of the n images that a variant was evaluated on it has learned from."""
+    """The number of images, of the n evaluated on, that a variant has learned from."""
 
     dataset: str
     model: str
@@ -124,52 +133,44 @@ class SeenRow:
 
 
 def table1(cams: Iterable[str] = CAMS) -> list[Table1Row]:
-    """Published muted shares."""
+    """List the published muted shares."""
     return [Table1Row(cam, METHODS[cam].muted) for cam in cams]
 
 
 def table2(studies: Sequence[Study]) -> list[Table2Row]:
-    """The data sets of studies, each once."""
+    """List the data sets of studies, each once."""
     rows = []
     for study in studies:
-        labels = {sample.label for sample in study.data_set.samples}
+        data = study.data_set
+        classes = len({sample.label for sample in data.samples})
         train = study.train[2] if study.train and study.train[0] == study.data_name else None
-        rows.append(
-            Table2Row(
-                study.data_name,
-                len(labels),
-                study.data_set.split,
-                train,
-                len(study.data_set.samples),
-            )
-        )
+        rows.append(Table2Row(study.data_name, classes, data.split, train, len(data.samples)))
     return list(dict.fromkeys(rows))
 
 
-def _columns(measured: Measured, variant: str, unit: Unit) -> tuple[Result, str] | None:
-    """Where the values of a variant are; None where there are none."""
+def _values(measured: Measured, variant: str, unit: Unit) -> tuple[Values, str] | None:
+    """Find the values and the view of a variant; None where there are none."""
     source, view = SOURCES[variant]
     result = measured.results.get((source, unit))
-    if result is None or f"{view}/y_hat" not in result.columns:
-        return None
-    return result, view
+    values = result.values if result else None
+    return (values, view) if values and view in values.views else None
 
 
 def _units(measured: Measured) -> Iterator[Unit]:
-    """Masking by masking, methods in the registry's order."""
+    """Yield units masking by masking, methods in the registry's order."""
     units = dict.fromkeys(unit for _, unit in measured.results)
     order = list(METHODS)
     yield from sorted(units, key=lambda u: (u.masking, order.index(u.cam)))
 
 
 def values_of(measured: Measured, variant: str, unit: Unit, name: str) -> Tensor | None:
-    """One value an image of a measure, NaN where undefined; None where there are none."""
-    found = _columns(measured, variant, unit)
-    return measure(found[0].columns, found[1], name) if found else None
+    """Return one value an image of a measure, NaN where undefined; None where there are none."""
+    found = _values(measured, variant, unit)
+    return measure(*found, name) if found else None
 
 
 def table3(measured: Measured, names: Sequence[str], variants: Sequence[str]) -> list[Table3Row]:
-    """The measures of maps (§5.2).
+    """Average the measures of maps (§5.2).
 
     Args:
         measured: the results of a study.
@@ -192,7 +193,7 @@ def table3(measured: Measured, names: Sequence[str], variants: Sequence[str]) ->
 def differences(
     measured: Measured, names: Sequence[str], variants: Sequence[str]
 ) -> list[Difference]:
-    """The paired differences between variants, image by image; arguments as of `table3`."""
+    """Pair variants image by image; arguments as of `table3`."""
     study = measured.study
     rows = []
     for unit in _units(measured):
@@ -210,29 +211,26 @@ def differences(
 
 
 def _paired(measured: Measured, variant: str, against: str, unit: Unit, name: str) -> Tensor | None:
-    one, two = (_columns(measured, v, unit) for v in (variant, against))
+    one, two = (_values(measured, v, unit) for v in (variant, against))
     if one is None or two is None:
         return None
     # An image that one of them could not read stands in neither.
-    index = [result.columns["index"] for result, _ in (one, two)]
+    index = [values.index for values, _ in (one, two)]
     both = [torch.isin(a, b) for a, b in (index, index[::-1])]
-    values = [
-        measure(result.columns, view, name)[kept]
-        for (result, view), kept in zip((one, two), both, strict=True)
-    ]
-    return values[0] - values[1]
+    pair = [measure(*own, name)[kept] for own, kept in zip((one, two), both, strict=True)]
+    return pair[0] - pair[1]
 
 
 def table4(measured: Measured) -> list[Table4Row]:
-    """The accuracies of the variants."""
+    """List the accuracies of the variants."""
     study = measured.study
     rows: dict[tuple[str, str | None], Table4Row] = {}
     for (variant, unit), result in measured.results.items():
         cam = unit.cam if variant == "aft" else None
-        if (variant, cam) in rows or not result.columns:
+        values = result.values
+        if (variant, cam) in rows or values is None:
             continue
-        right = result.columns["class_index"] == result.columns["label"]
-        found = estimate(right.double())
+        found = estimate((values.class_index == values.label).double())
         where = (study.data_name, study.f.name, cam, variant)
         rows[variant, cam] = Table4Row(*where, found.value, found.interval, found.n)
     order, cams = list(VARIANTS), [None, *METHODS]
@@ -240,9 +238,155 @@ def table4(measured: Measured) -> list[Table4Row]:
 
 
 def seen(measured: Measured) -> list[SeenRow]:
-    """What variants have learned from of what they are evaluated on, where that is known."""
+    """Count the images evaluated on that variants have learned from, where that is known."""
     study = measured.study
     return [
         SeenRow(study.data_name, study.f.name, cam, variant, count, len(study.data_set.samples))
         for (variant, cam), count in measured.seen.items()
     ]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources of tables.
+
+    Attributes:
+        run: where the studies live.
+        studies: of the run.
+        measured: the results of each, where a table needs them.
+        metrics: keys of MEASURES.
+        variants: keys of VARIANTS.
+        masking: of the searches that tables make themselves.
+        overwrite: measure again what is on disk.
+        accelerate: makes classifiers fast.
+        processes: that share the work.
+        watch: shows progress: gets items, what they are and how many; returns the items.
+    """
+
+    run: Path
+    studies: Sequence[Study]
+    measured: Sequence[Measured] = ()
+    metrics: Sequence[str] = PAPER
+    variants: Sequence[str] = tuple(VARIANTS)
+    masking: str = "binary"
+    overwrite: bool = False
+    accelerate: Accelerate = as_it_is
+    processes: Processes = Processes()
+    watch: Callable[[Iterable[Any], str, int], Iterable[Any]] = lambda items, what, total: items
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables that were asked for.
+
+    Attributes:
+        rows: of each table, by a key of TABLES.
+        settings: of the evaluation, plain values.
+        kinds: of data sets, by name.
+    """
+
+    rows: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
+
+
+Record = dict[str, Any]
+
+
+def _value(record: Record) -> Iterator[Record]:
+    yield {"measure": record["measure"], "value": record["value"]}
+
+
+class Table(NamedTuple):
+    """A table: its rows, and their long form in JSON and CSV.
+
+    Attributes:
+        asked: numbers of `--table` that ask for it, or "sanity".
+        rows: makes the rows, dataclasses.
+        record: a row as plain values, an object of JSON.
+        numbers: of a record each number with what tells it apart, a line of CSV each; place,
+            interval and number of images are added.
+    """
+
+    asked: frozenset[str]
+    rows: Callable[[Sources], Iterable[Any]]
+    record: Callable[[Any], Record] = asdict
+    numbers: Callable[[Record], Iterable[Record]] = _value
+
+
+def _rows5(s: Sources) -> Iterator[Table5Row]:
+    for study in s.studies:
+        rows = table5(study, s.run, s.masking, s.overwrite, s.accelerate)
+        yield from s.watch(rows, f"timing {study.f.name}", len(study.cams))
+
+
+# In the order of JSON's keys.
+TABLES: dict[str, Table] = {
+    "table1": Table(
+        frozenset({"1"}),
+        lambda s: table1(),
+        numbers=lambda r: [{"measure": "muted", "value": r["muted"]}],
+    ),
+    "table2": Table(
+        frozenset({"2"}),
+        lambda s: table2(s.studies),
+        numbers=lambda r: [{"measure": n, "value": r[n]} for n in ("classes", "train", "test")],
+    ),
+    "table3": Table(
+        frozenset({"3"}),
+        lambda s: (row for m in s.measured for row in table3(m, s.metrics, s.variants)),
+    ),
+    "table4": Table(
+        frozenset({"4"}),
+        lambda s: (row for m in s.measured for row in table4(m)),
+        numbers=lambda r: [{"measure": "accuracy", "value": r["accuracy"]}],
+    ),
+    "differences": Table(
+        frozenset({"3"}),
+        lambda s: (row for m in s.measured for row in differences(m, s.metrics, s.variants)),
+        numbers=lambda r: [
+            {"against": r["against"], "measure": r["measure"], "value": r["difference"]}
+        ],
+    ),
+    "sanity": Table(
+        frozenset({"sanity"}),
+        lambda s: (
+            row
+            for study in s.studies
+            for row in sanity_rows(study, s.run, s.masking, s.overwrite, s.processes)
+        ),
+        numbers=lambda r: [{"measure": f"{r['measure']} {r['stage']}", "value": r["value"]}],
+    ),
+    "seen": Table(
+        frozenset({"3", "4"}),
+        lambda s: (row for m in s.measured for row in seen(m)),
+        # CSV has no notes: only what a table would note has a line.
+        numbers=lambda r: [{"measure": "images trained on", "value": r["seen"]}] * (r["seen"] > 0),
+    ),
+    "table5": Table(
+        frozenset({"5"}),
+        _rows5,
+        Table5Row.as_dict,
+        lambda r: [
+            {"variant": n, "measure": "seconds", "value": r[n]}
+            for n in ("without", "with", "delta")
+        ],
+    ),
+}
+
+
+def rows_of(asked: Iterable[str], sources: Sources) -> dict[str, list[Any]]:
+    """Make the rows of the tables that are asked for."""
+    wanted = set(asked)
+    return {name: list(t.rows(sources)) for name, t in TABLES.items() if t.asked & wanted}
+
+
+def lines_of(name: str, records: Iterable[Record]) -> Iterator[Record]:
+    """Yield one line of CSV for each number of a table's records."""
+    for record in records:
+        low, high = record.get("ci") or ("", "")
+        same = {k: v for k, v in record.items() if k in ("dataset", "model", "masking", "variant")}
+        count = record.get("n", record.get("runs", ""))
+        same |= {"cam": record.get("cam") or "", "ci_low": low, "ci_high": high, "n": count}
+        for number in TABLES[name].numbers(record):
+            yield {**same, **number}

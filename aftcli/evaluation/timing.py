@@ -1,4 +1,4 @@
-"""How long a map takes without and with TFT (Table 5)."""
+"""Seconds a map without and with TFT (Table 5)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ WARM_UP = 2
 
 BUDGET = 20.0  # seconds a method: fewer runs are made of one that takes longer
 
-LEAST = 3  # runs
+LEAST = 3  # runs that are timed however long they take
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,12 @@ class Table5Row:
     def delta(self) -> float:
         """Seconds that TFT takes."""
         return self.with_tft - self.without
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as JSON holds it."""
+        seconds = {"without": self.without, "with": self.with_tft, "delta": self.delta}
+        how = {"device": self.device, "masking": self.masking, "runs": self.runs}
+        return {"model": self.model, "cam": self.cam, **seconds, **how}
 
 
 def device_name(device: torch.device) -> str:
@@ -97,16 +104,9 @@ def _seconds(run: Callable[[int], object], image: int, device: torch.device) -> 
 def time_map(
     f: Classifier, inputs: list[Tensor], cam: str, search: Search, runs: int = RUNS
 ) -> Table5Row:
-    """Time a method on single images, from the input to the map.
+    """Time a method on single inputs, shape (1, 3, H, W) each, from the input to the map.
 
     Plain maps and maps with TFT are timed in turns, so that a machine that slows down slows both.
-
-    Args:
-        f: the classifier.
-        inputs: x of some images, shape (1, 3, H, W) each.
-        cam: a key of METHODS.
-        search: settings of TFT.
-        runs: how many of each, at the most.
     """
     classes = [f(x).argmax(1) for x in inputs]
 
@@ -137,18 +137,7 @@ def table5(
     overwrite: bool = False,
     accelerate: Accelerate = as_it_is,
 ) -> Iterator[Table5Row]:
-    """Time each method of a study on its first images, or find the figures of an earlier call.
-
-    Args:
-        study: of `find_studies`.
-        run: where it lives; figures are kept in `<run>/results`.
-        masking: of the search.
-        overwrite: measure anew.
-        accelerate: makes the classifier fast (`aftcli.engine.accelerate`).
-
-    Raises:
-        AftError: no image can be read, or a file can't be written.
-    """
+    """Time each method of a study on its first images, or reuse the figures of an earlier call."""
     f, folder = accelerate(study.f, None), make_folder(run / "results")
     search = study.searched(masking)
     inputs: list[Tensor] = []

@@ -1,1 +1,1 @@
-"""What people see: pictures, tables, pages."""
+"""Output for people: pictures, tables, pages."""

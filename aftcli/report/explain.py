@@ -1,4 +1,4 @@
-"""What `aft explain` and `aft tft` leave: files, a table, JSON."""
+"""Output of `aft explain` and `aft tft`: files, a table, JSON."""
 
 from __future__ import annotations
 
@@ -37,11 +37,7 @@ class Report(NamedTuple):
 
 
 def output_folder(path: Path) -> Path:
-    """Make a folder for outputs.
-
-    Raises:
-        AftError: it can't be made or written to.
-    """
+    """Make a folder for outputs."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -70,9 +66,6 @@ def write_outputs(
         kinds: keys of OUTPUTS.
         out: the folder.
         settings: what the names say of them.
-
-    Raises:
-        AftError: a file can't be written, or the network gave no numbers.
     """
     if not (math.isfinite(explanation.probability) and explanation.attribution.isfinite().all()):
         raise AftError(
@@ -104,7 +97,7 @@ def _slug(name: str) -> str:
 
 
 def class_name(f: Classifier, explanation: Explanation) -> str:
-    """The name of the class explained."""
+    """Return the name of the class explained."""
     return f.classes.name(explanation.class_index)
 
 
@@ -131,7 +124,7 @@ def _write_mask(
 def _write_figure(
     path: Path, subject: Subject, explanation: Explanation, shown: Tensor, name: str
 ) -> None:
-    """The paper's Figure 3 row: image, plain map, TFT map, RPI curve with tau* marked."""
+    """Draw the paper's Figure 3 row: image, plain map, TFT map, RPI curve with tau* marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -208,7 +201,7 @@ def print_json(results: Sequence[dict[str, Any]]) -> None:
 
 
 def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
-    """An explanation as plain values (docs/cli.md)."""
+    """Return an explanation as plain values (docs/cli.md)."""
     e = report.explanation
     result: dict[str, Any] = {
         "image": str(report.image),
@@ -248,6 +241,6 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
 
 
 def _plain_list(values: Tensor) -> list[float | None]:
-    """Values for JSON: it knows no NaN (thresholds not tried), no infinity (RPI where y^c = 0)."""
+    """List values for JSON, without NaN (thresholds not tried) and infinity (RPI where y^c = 0)."""
     finite = values.clamp(max=torch.finfo(values.dtype).max)
     return [None if math.isnan(value) else value for value in finite.tolist()]

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: Figure 3, the distribution of tau*, RPI curves."""
+"""Pictures of an evaluation: Figure 3, the distribution of tau*, RPI curves."""
 
 from __future__ import annotations
 
@@ -41,17 +41,7 @@ class Picture(NamedTuple):
 def draw_all(
     measured: Sequence[Measured], folder: Path, images: list[str], maskings: Sequence[str]
 ) -> list[Picture]:
-    """Draw all figures of the studies that were evaluated.
-
-    Args:
-        measured: results of the studies.
-        folder: where the files go.
-        images: of Figure 3, by a part of their names.
-        maskings: readings of the paper; Figure 3 shows the first.
-
-    Raises:
-        AftError: there is no such image, or a file can't be written.
-    """
+    """Draw all figures of the studies that were evaluated."""
     make_folder(folder)
     made = []
     for each in measured:
@@ -89,7 +79,7 @@ def _chosen(study: Study, names: list[str]) -> list[int]:
 
 
 def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Iterator[Picture]:
-    """One picture an image: a row a method."""
+    """Draw one picture an image, with a row a method."""
     paths = [study.data_set.path(i) for i in chosen]
     names = stems(paths)
     tuned = {v.cams[0]: v.load() for v in study.variants if v.name == "aft"}
@@ -122,7 +112,7 @@ def _draw_row(
     found: Explanation,
     own: Explanation | None,
 ) -> None:
-    """The image, its plain map, TFT's, the tuned network's plain map, the RPI curve."""
+    """Draw the image, its plain map, TFT's, the tuned network's plain map, the RPI curve."""
     assert found.tft
     attribution = found.attribution.cpu()
     seen, view = seen_part(subject, attribution.shape)
@@ -163,9 +153,10 @@ def _draw_taus(ax: Axes, measured: Measured, masking: str) -> None:
     thresholds = measured.study.search.thresholds
     width = 0.8 / len(measured.study.cams)
     for i, cam in enumerate(measured.study.cams):
-        columns = measured.results["original", Unit(cam, masking)].columns
+        values = measured.results["original", Unit(cam, masking)].values
+        assert values and values.tau is not None
         taus = torch.tensor(thresholds)
-        nearest_one = (columns["tau"][:, None] - taus).abs().argmin(1).tolist()
+        nearest_one = (values.tau[:, None] - taus).abs().argmin(1).tolist()
         count = Counter(nearest_one)
         shares = [count[t] / max(len(nearest_one), 1) for t in range(len(thresholds))]
         places = np.arange(len(thresholds)) + (i - (len(measured.study.cams) - 1) / 2) * width
@@ -180,10 +171,11 @@ def _draw_taus(ax: Axes, measured: Measured, masking: str) -> None:
 def _draw_curves(ax: Axes, measured: Measured, masking: str) -> None:
     thresholds = np.array(measured.study.search.thresholds)
     for cam in measured.study.cams:
-        columns = measured.results["original", Unit(cam, masking)].columns
-        y = columns["probability"][:, None]
+        values = measured.results["original", Unit(cam, masking)].values
+        assert values and values.curve is not None
+        y = values.probability[:, None]
         # A handful of images with a tiny y^c would set the scale.
-        rpi = relative_probability_increase(columns["curve"], y).clamp(max=1).numpy()
+        rpi = relative_probability_increase(values.curve, y).clamp(max=1).numpy()
         mean, error = rpi.mean(0), rpi.std(0) / max(len(rpi), 1) ** 0.5
         (line,) = ax.plot(thresholds, mean, "o-", markersize=3, label=cam_title(cam))
         ax.fill_between(thresholds, mean - error, mean + error, alpha=0.2, color=line.get_color())

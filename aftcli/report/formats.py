@@ -1,4 +1,4 @@
-"""What people see of an evaluation: progress, and tables as text, JSON, CSV, Markdown, LaTeX."""
+"""An evaluation for people: progress, tables as text, JSON, CSV, Markdown, LaTeX, HTML."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
-from aftcli.evaluation.measures import MODELS, PAPER_VARIANTS, TABLE3, TABLE4, TABLE5
+from aftcli.evaluation.measures import published_records
 from aftcli.evaluation.run import Measured, Step
+from aftcli.evaluation.tables import TABLES, Tables, lines_of
 from aftcli.files import durable
 from aftcli.report.figures import Picture
-from aftcli.report.grids import Grid, Shown, Tables, grids
+from aftcli.report.grids import LOOKS, Grid, Shown, grids
 from aftcli.report.terminal import PassesColumn, PlainColumn, cell, csv_cell, html, latex, markdown
 
 
@@ -70,71 +70,15 @@ def as_text(tables: Tables, shown: Shown) -> None:
 
 
 def as_dict(tables: Tables, shown: Shown) -> dict[str, Any]:
-    """The tables as plain values, long form: one object a number (docs/formats.md)."""
-    found: dict[str, Any] = {}
-    for name in ("table1", "table2", "table3", "table4", "differences", "sanity", "seen"):
-        rows = getattr(tables, name)
-        if rows is not None:
-            found[name] = [asdict(row) for row in rows]
-    if tables.table5 is not None:
-        found["table5"] = [
-            {
-                "model": r.model,
-                "cam": r.cam,
-                "without": r.without,
-                "with": r.with_tft,
-                "delta": r.delta,
-                "device": r.device,
-                "masking": r.masking,
-                "runs": r.runs,
-            }
-            for r in tables.table5
-        ]
-    if shown.paper:
-        found["paper"] = _paper()
-    found["settings"] = tables.settings
-    return found
-
-
-def _paper() -> dict[str, Any]:
-    return {
-        "table3": [
-            {
-                "dataset": data,
-                "model": model,
-                "cam": cam,
-                "variant": variant,
-                "measure": measure,
-                "value": value,
-            }
-            for (data, cam, measure), models in TABLE3.items()
-            for model, own in zip(MODELS, models, strict=True)
-            for variant, value in zip(PAPER_VARIANTS, own, strict=True)
-        ],
-        "table4": [
-            {
-                "dataset": data,
-                "model": model,
-                "cam": cam if variant == "aft" else None,
-                "variant": variant,
-                "accuracy": value,
-            }
-            for (data, cam), models in TABLE4.items()
-            for model, own in zip(MODELS, models, strict=True)
-            for variant, value in zip(("original", "aft"), own, strict=True)
-        ],
-        "table5": [
-            {
-                "model": "VGG-16",
-                "cam": cam,
-                "without": without,
-                "with": with_tft,
-                "delta": round(with_tft - without, 3),
-                "device": "RTX 2080 Ti",
-            }
-            for cam, (without, with_tft) in TABLE5.items()
-        ],
+    """Return the tables as plain values, long form: one object a number (docs/formats.md)."""
+    found: dict[str, Any] = {
+        name: [table.record(row) for row in tables.rows[name]]
+        for name, table in TABLES.items()
+        if name in tables.rows
     }
+    if shown.paper:
+        found["paper"] = published_records()
+    return {**found, "settings": tables.settings}
 
 
 def as_json(tables: Tables, shown: Shown) -> None:
@@ -148,50 +92,12 @@ def as_csv(tables: Tables, shown: Shown) -> None:
     writer = csv.DictWriter(sys.stdout, [*columns, "value", "ci_low", "ci_high", "n"], restval="")
     writer.writeheader()
     document = as_dict(tables, shown)
-    names = ("table1", "table2", "table3", "differences", "table4", "table5", "sanity", "seen")
-    for table in names:
-        for record in document.get(table, []):
-            for line in _long(table, record):
-                writer.writerow({"table": table, **_cells(line)})
-    for table, records in document.get("paper", {}).items():
-        for record in records:
-            for line in _long(table, record):
-                writer.writerow({"table": f"paper {table}", **_cells(line)})
+    found = [(name, name, document.get(name, [])) for name in dict.fromkeys([*LOOKS, *TABLES])]
+    found += [(f"paper {name}", name, each) for name, each in document.get("paper", {}).items()]
+    for title, name, records in found:
+        for line in lines_of(name, records):
+            writer.writerow({"table": title, **{k: csv_cell(v) for k, v in line.items()}})
     sys.stdout.flush()
-
-
-def _cells(line: dict[str, Any]) -> dict[str, Any]:
-    return {name: csv_cell(value) for name, value in line.items()}
-
-
-def _long(table: str, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One line for each number of a record."""
-    low, high = record.get("ci") or ("", "")
-    same: dict[str, Any] = {
-        k: record[k] for k in ("dataset", "model", "masking", "variant") if k in record
-    }
-    same |= {"cam": record.get("cam") or "", "ci_low": low, "ci_high": high}
-    same |= {"n": record.get("n", record.get("runs", ""))}
-    if table == "table1":
-        yield {"cam": record["cam"], "measure": "muted", "value": record["muted"]}
-    elif table == "table2":
-        for name in ("classes", "train", "test"):
-            yield {"dataset": record["dataset"], "measure": name, "value": record[name]}
-    elif table == "table5":
-        for name in ("without", "with", "delta"):
-            yield {**same, "variant": name, "measure": "seconds", "value": record[name]}
-    elif table == "differences":
-        own = {"against": record["against"], "measure": record["measure"]}
-        yield {**same, **own, "value": record["difference"]}
-    elif table == "seen":
-        # CSV has no notes: only what a table would note has a line.
-        if record["seen"]:
-            yield {**same, "measure": "images trained on", "value": record["seen"]}
-    elif table == "table4":
-        yield {**same, "measure": "accuracy", "value": record["accuracy"]}
-    else:
-        stage = f" {record['stage']}" if "stage" in record else ""
-        yield {**same, "measure": record["measure"] + stage, "value": record["value"]}
 
 
 def as_markdown(tables: Tables, shown: Shown) -> None:
@@ -200,7 +106,7 @@ def as_markdown(tables: Tables, shown: Shown) -> None:
 
 
 def markdown_lines(made: Sequence[Grid]) -> Iterator[str]:
-    """Tables as lines of Markdown."""
+    """Yield tables as lines of Markdown."""
     for grid in made:
         yield f"**{markdown(grid.title)}**"
         yield ""
@@ -228,7 +134,7 @@ def as_latex(tables: Tables, shown: Shown) -> None:
 
 
 def latex_lines(made: Sequence[Grid]) -> Iterator[str]:
-    """Tables as lines of LaTeX."""
+    """Yield tables as lines of LaTeX."""
     yield r"% \usepackage{booktabs}"
     for grid in made:
         columns = "l" * grid.left + "r" * (len(grid.header) - grid.left)
@@ -270,17 +176,7 @@ pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem;
 
 
 def write_page(path: Path, tables: Tables, shown: Shown, pictures: Sequence[Picture]) -> Path:
-    """Write the page; it needs no other file and no network.
-
-    Args:
-        path: of the HTML file.
-        tables: what was evaluated.
-        shown: how tables are shown.
-        pictures: PNG files that it shows.
-
-    Raises:
-        AftError: it can't be written.
-    """
+    """Write the page; it needs no other file and no network."""
     with durable(path) as temporary:
         temporary.write_text("\n".join(_page(tables, shown, pictures)), encoding="utf-8")
     return path

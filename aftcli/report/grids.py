@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from aftcli.core.methods import METHODS
 from aftcli.data.sets import format_of
@@ -16,9 +16,7 @@ from aftcli.evaluation.measures import (
     TABLE5,
     VARIANTS,
 )
-from aftcli.evaluation.sanity import SanityRow
-from aftcli.evaluation.tables import Difference, SeenRow, Table1Row, Table2Row, Table3Row, Table4Row
-from aftcli.evaluation.timing import Table5Row
+from aftcli.evaluation.tables import Table3Row, Table4Row, Tables
 
 READINGS = {
     "binary": "binary masks, the paper's text",
@@ -26,24 +24,8 @@ READINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Tables:
-    """All that was asked for, as rows; None was not."""
-
-    table1: list[Table1Row] | None = None
-    table2: list[Table2Row] | None = None
-    table3: list[Table3Row] | None = None
-    table4: list[Table4Row] | None = None
-    table5: list[Table5Row] | None = None
-    differences: list[Difference] | None = None
-    sanity: list[SanityRow] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    kinds: dict[str, str] = field(default_factory=dict)
-    seen: list[SeenRow] | None = None
-
-
 class Shown(NamedTuple):
-    """How tables are shown: intervals, and the published numbers beside ours."""
+    """The look of tables: with intervals, with the published numbers beside ours."""
 
     ci: bool = False
     paper: bool = False
@@ -67,38 +49,21 @@ class Grid(NamedTuple):
 
 
 def grids(tables: Tables, shown: Shown) -> list[Grid]:
-    """The tables in the paper's shape."""
-    made: list[Grid] = []
-    if tables.table1 is not None:
-        made.append(_grid1(tables.table1))
-    if tables.table2 is not None:
-        made.append(_grid2(tables.table2))
-    if tables.table3 is not None:
-        maskings = dict.fromkeys(row.masking for row in tables.table3)
-        made += [_grid3(tables, masking, shown) for masking in maskings]
-    if tables.differences is not None and shown.ci:
-        maskings = dict.fromkeys(row.masking for row in tables.differences)
-        made += [_grid_differences(tables, masking) for masking in maskings]
-    if tables.table4 is not None:
-        made.append(_grid4(tables, shown))
-    if tables.table5 is not None:
-        made.append(_grid5(tables.table5, shown))
-    if tables.sanity is not None:
-        made.append(_grid_sanity(tables.sanity, shown))
-    return made
+    """Lay tables out in the paper's shape."""
+    wanted = [look for name, look in LOOKS.items() if name in tables.rows]
+    return [grid for look in wanted for grid in look(tables, shown)]
 
 
-def _grid1(rows: list[Table1Row]) -> Grid:
+def _look1(tables: Tables, shown: Shown) -> Iterable[Grid]:
     cells = [
         [Cell(METHODS[r.cam].title), Cell("-" if r.muted is None else f"{r.muted:.0%}")]
-        for r in rows
+        for r in tables.rows["table1"]
     ]
-    return Grid(
-        "Table 1: share of the map that published defaults mute", ["CAM", "muted"], cells, 1
-    )
+    title = "Table 1: share of the map that published defaults mute"
+    yield Grid(title, ["CAM", "muted"], cells, 1)
 
 
-def _grid2(rows: list[Table2Row]) -> Grid:
+def _look2(tables: Tables, shown: Shown) -> Iterable[Grid]:
     cells = [
         [
             Cell(r.dataset),
@@ -106,18 +71,23 @@ def _grid2(rows: list[Table2Row]) -> Grid:
             Cell("-" if r.train is None else str(r.train)),
             Cell(f"{r.test} ({r.split or 'all'})"),
         ]
-        for r in rows
+        for r in tables.rows["table2"]
     ]
     header = ["data set", "classes", "training images", "evaluated on"]
-    return Grid("Table 2: data sets", header, cells, 1)
+    yield Grid("Table 2: data sets", header, cells, 1)
 
 
 def _interval(ci: tuple[float, float] | None, digits: int = 3) -> str:
     return f" [{ci[0]:.{digits}f}, {ci[1]:.{digits}f}]" if ci else ""
 
 
+def _look3(tables: Tables, shown: Shown) -> Iterable[Grid]:
+    for masking in dict.fromkeys(row.masking for row in tables.rows["table3"]):
+        yield _grid3(tables, masking, shown)
+
+
 def _grid3(tables: Tables, masking: str, shown: Shown) -> Grid:
-    own = [row for row in tables.table3 or [] if row.masking == masking]
+    own = [row for row in tables.rows["table3"] if row.masking == masking]
     models = list(dict.fromkeys(row.model for row in own))
     variants = [v for v in VARIANTS if any(row.variant == v for row in own)]
     by_place = {(r.dataset, r.cam, r.measure, r.model, r.variant): r for r in own}
@@ -148,14 +118,15 @@ def _grid3(tables: Tables, masking: str, shown: Shown) -> Grid:
 
 def _seen(tables: Tables) -> str:
     """Say which columns are of images that their network has learned from; "" if none is."""
-    rows = [row for row in tables.seen or [] if row.seen]
-    several = len({(row.dataset, row.model) for row in tables.seen or []}) > 1
+    known = tables.rows.get("seen", ())
+    several = len({(row.dataset, row.model) for row in known}) > 1
     named = [
         (f"{row.dataset}, {row.model}, " if several else "")
         + VARIANTS[row.variant]
         + (f" ({METHODS[row.cam].title})" if row.cam else "")
         + f" {row.seen} of {row.n}"
-        for row in rows
+        for row in known
+        if row.seen
     ]
     if not named:
         return ""
@@ -189,8 +160,14 @@ def _published(found: tuple[tuple[float, ...], ...] | None, better: int) -> list
     ]
 
 
-def _grid_differences(tables: Tables, masking: str) -> Grid:
-    own = [row for row in tables.differences or [] if row.masking == masking]
+def _look_at_differences(tables: Tables, shown: Shown) -> Iterable[Grid]:
+    rows = tables.rows["differences"] if shown.ci else ()
+    for masking in dict.fromkeys(row.masking for row in rows):
+        yield _grid_of_differences(tables, masking)
+
+
+def _grid_of_differences(tables: Tables, masking: str) -> Grid:
+    own = [row for row in tables.rows["differences"] if row.masking == masking]
     pairs = list(dict.fromkeys((r.variant, r.against) for r in own))
     by_place = {(r.dataset, r.model, r.cam, r.measure, r.variant, r.against): r for r in own}
     lines = []
@@ -213,8 +190,8 @@ def _grid_differences(tables: Tables, masking: str) -> Grid:
     return Grid(f"Paired differences: {READINGS[masking]}", header, lines, 4, note)
 
 
-def _grid4(tables: Tables, shown: Shown) -> Grid:
-    rows = tables.table4 or []
+def _look4(tables: Tables, shown: Shown) -> Iterable[Grid]:
+    rows: Sequence[Table4Row] = tables.rows["table4"]
     with_control = any(row.variant == "control" for row in rows)
     places = dict.fromkeys((row.dataset, row.model) for row in rows)
     lines = []
@@ -239,7 +216,7 @@ def _grid4(tables: Tables, shown: Shown) -> Grid:
     header = ["data set", "model", "CAM", "Original", "AFT"] + ["Control"] * with_control
     if shown.paper:
         header += [f"paper {m} {v}" for m in MODELS for v in ("Original", "AFT")]
-    return Grid("Table 4: accuracy", header, lines, 3, _seen(tables).strip())
+    yield Grid("Table 4: accuracy", header, lines, 3, _seen(tables).strip())
 
 
 def _accuracy(row: Table4Row | None, shown: Shown) -> Cell:
@@ -248,7 +225,8 @@ def _accuracy(row: Table4Row | None, shown: Shown) -> Cell:
     return Cell(f"{row.accuracy:.3f}" + (_interval(row.ci) if shown.ci else ""))
 
 
-def _grid5(rows: list[Table5Row], shown: Shown) -> Grid:
+def _look5(tables: Tables, shown: Shown) -> Iterable[Grid]:
+    rows = tables.rows["table5"]
     header = ["model", "CAM", "without TFT", "with TFT", "difference", "runs"]
     if shown.paper:
         header += ["paper VGG-16 without", "with", "difference"]
@@ -266,10 +244,11 @@ def _grid5(rows: list[Table5Row], shown: Shown) -> Grid:
     note = f"Medians for one image, the network's pass included, {how} masks; {where}."
     if shown.paper:
         note += " The paper's: RTX 2080 Ti."
-    return Grid("Table 5: seconds a map", header, lines, 2, note)
+    yield Grid("Table 5: seconds a map", header, lines, 2, note)
 
 
-def _grid_sanity(rows: list[SanityRow], shown: Shown) -> Grid:
+def _look_at_sanity(tables: Tables, shown: Shown) -> Iterable[Grid]:
+    rows = tables.rows["sanity"]
     stages = list(dict.fromkeys(row.stage for row in rows))
     by_place = {(r.model, r.cam, r.variant, r.measure, r.stage): r for r in rows}
     titles = {"spearman": "rank correlation", "ssim": "SSIM"}
@@ -288,10 +267,17 @@ def _grid_sanity(rows: list[SanityRow], shown: Shown) -> Grid:
         f"Maps of the trained network against those of one whose weights are random down to the "
         f"layer named; 1 is equal. {rows[0].n if rows else 0} images."
     )
-    return Grid(
-        "Sanity: are maps of a random network like those of the trained one?",
-        header,
-        lines,
-        4,
-        note,
-    )
+    title = "Sanity: are maps of a random network like those of the trained one?"
+    yield Grid(title, header, lines, 4, note)
+
+
+# In the order of the tables.
+LOOKS: dict[str, Callable[[Tables, Shown], Iterable[Grid]]] = {
+    "table1": _look1,
+    "table2": _look2,
+    "table3": _look3,
+    "differences": _look_at_differences,
+    "table4": _look4,
+    "table5": _look5,
+    "sanity": _look_at_sanity,
+}

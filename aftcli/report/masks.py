@@ -1,4 +1,4 @@
-"""What people see of mask stores: progress, tables, JSON."""
+"""Mask stores for people: progress, tables, JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from aftcli.tft.threshold import first_maximum, raised
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """What a store holds, in figures.
+    """The content of a store in figures.
 
     Attributes:
         path: of the file.
@@ -62,9 +62,6 @@ def summarise(store: MaskStore) -> StoreSummary:
 
     Args:
         store: of `aft gen-masks`.
-
-    Raises:
-        AftError: it has labels without a name.
     """
     classes = _classes_of(store)
     names = classes.names
@@ -103,7 +100,7 @@ def summarise(store: MaskStore) -> StoreSummary:
 
 
 class Watched(NamedTuple):
-    """How a run went: images done now, seconds, images done before."""
+    """The course of a run: images done now, seconds, images done before."""
 
     images: int
     seconds: float
@@ -191,7 +188,7 @@ def _damaged(path: Path, what: str) -> AftError:
 
 
 def _classes_of(store: MaskStore) -> Classes:
-    """Name the classes of a store's labels as it does, or else after their folders."""
+    """Name the classes of a store's labels as it does, otherwise after their folders."""
     from aftcli.core.models import imagenet_classes
 
     settings = store.settings

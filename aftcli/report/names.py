@@ -1,4 +1,4 @@
-"""Names of output files: unlike for unlike pictures and settings."""
+"""Names of output files, different for different pictures and settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Setting(NamedTuple):
 
 
 class Suffixes(NamedTuple):
-    """What names say between method and kind: nothing, or settings with a hyphen before.
+    """The part of names between method and kind: nothing, or settings after a hyphen.
 
     Attributes:
         uncut: in the name of the map, which no threshold changes.

@@ -29,7 +29,7 @@ STRIP = 512  # pixels, rows that are coloured at a time: a large picture is larg
 
 
 class Subject(NamedTuple):
-    """The picture that is explained, and what of it the model sees."""
+    """The picture that is explained, and the part that the model sees."""
 
     path: Path
     stem: str
@@ -62,7 +62,7 @@ def overlay(picture: Image.Image, view: View, attribution: Tensor, kept: Tensor)
 
 
 def _end_of_colours(attribution: Tensor) -> float:
-    """1, or less where few pixels would take most of the colours, as in maps of gradients."""
+    """Return 1, or less where few pixels would take most colours, as in maps of gradients."""
     high = float(np.quantile(attribution.numpy(), 1 - OUTSHINING))
     return high if 0 < high < 0.5 else 1.0
 
@@ -74,7 +74,7 @@ def _palette() -> bytes:
 
 
 def seen_part(subject: Subject, shape: tuple[int, ...]) -> tuple[Image.Image, View]:
-    """What the model sees of the picture, at a resolution for the eye."""
+    """Cut out what the model sees of the picture, at a resolution for the eye."""
     high, wide = shape
     size = (round(PANEL * wide / max(shape)), round(PANEL * high / max(shape)))
     left, top, right, bottom = subject.view.box(subject.picture.size)
@@ -89,7 +89,7 @@ def seen_part(subject: Subject, shape: tuple[int, ...]) -> tuple[Image.Image, Vi
 
 
 def cam_title(cam: str) -> str:
-    """A method's name for people; that of a map from another tool."""
+    """Return a method's name for people; maps of another tool have one name."""
     from aftcli.core.methods import METHODS
 
     return METHODS[cam].title if cam in METHODS else "given map"

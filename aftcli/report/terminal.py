@@ -1,4 +1,4 @@
-"""The terminal: progress, and text from elsewhere written so that it stays text."""
+"""The terminal: progress, and foreign text escaped so that it stays text."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def say(text: str, aside: bool = False) -> None:
 
 
 def complain(problem: str) -> None:
-    """Say on stderr what is wrong, or what there is to know."""
+    """Print a problem or a note on stderr."""
     # With stderr closed, print would go to stdout.
     if sys.stderr is not None:
         print(f"aft: {plain(problem)}", file=sys.stderr)
@@ -73,7 +73,7 @@ def say_traceback(
 
 
 def cell(text: object, style: str = "") -> Text:
-    """Text for rich, in a table or alone: no markup, no emoji, no control characters."""
+    """Make text for rich, in a table or alone: no markup, no emoji, no control characters."""
     from rich.text import Text
 
     return Text(plain(str(text)), style)
@@ -127,7 +127,7 @@ SLOW = 2.0  # seconds after which the passes of what is in work are shown
 
 
 class Passed:
-    """How many images have passed the network."""
+    """A counter of images that have passed the network."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -141,14 +141,14 @@ PASSED = Passed()
 
 
 class PassesColumn(ProgressColumn):
-    """How many images, masked ones too, have passed the network since the bar was made."""
+    """A column that counts images, masked ones too, passed since the bar was made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.before = PASSED.images
 
     def render(self, task: Task) -> Text:
-        """Nothing while it is little, or after a moment."""
+        """Show the count once some seconds have passed."""
         count = PASSED.images - self.before
         slow = task.elapsed is not None and task.elapsed > SLOW
         return Text(f"{count:,} passes" if count and slow else "", "dim")
