@@ -21,7 +21,7 @@ from aft_study import Data, Kept
 from aftcli.aft.loss import Recipe
 from aftcli.aft.recipes import SITUATIONS
 from aftcli.aft.training import Training
-from aftcli.cli.memory import keep_freed_memory
+from aftcli.cli.process import keep_freed_memory
 from aftcli.core.classifier import Classifier
 
 FOLDS = 3

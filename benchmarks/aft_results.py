@@ -29,7 +29,7 @@ import torch
 from fast_stem import fast_stems
 
 from aftcli.cli import app as cli
-from aftcli.cli.memory import keep_freed_memory
+from aftcli.cli.process import keep_freed_memory
 
 CHEAP = "average_increase,average_drop,area,complexity,coherency,adcc,energy,energy_segmentation"
 QUICK = "average_increase,average_drop,area,complexity,energy,energy_segmentation"

@@ -32,7 +32,7 @@ from aftcli.aft.loss import Batch, Recipe
 from aftcli.aft.recipes import SITUATIONS
 from aftcli.aft.tail import earlier_layers
 from aftcli.aft.training import Training, choose_held_out
-from aftcli.cli.memory import keep_freed_memory
+from aftcli.cli.process import keep_freed_memory
 from aftcli.core.cam import attribution_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.data.images import read_image, to_input

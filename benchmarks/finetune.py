@@ -8,7 +8,7 @@ which cost what real ones do. Each part runs in a process of its own:
 - ours: w0's outputs cached in memory; also what filling the cache costs, once.
 - plain: what anyone would write: decode the images in DataLoader workers, run the whole network
   with w0 frozen, step.
-- strict: the same with our setting of malloc (aftcli/cli/memory.py) and without decoding: all
+- strict: the same with our setting of malloc (aftcli/cli/process.py) and without decoding: all
   inputs in memory already.
 """
 
@@ -36,7 +36,7 @@ def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
     from aftcli.aft.features import Cache, Masks
     from aftcli.aft.loss import Recipe
     from aftcli.aft.training import Epoch, Training
-    from aftcli.cli.memory import keep_freed_memory
+    from aftcli.cli.process import keep_freed_memory
     from aftcli.data.sets import open_data_set
 
     keep_freed_memory()
@@ -67,7 +67,7 @@ def whole(data: Path, limit: int | None, strict: bool) -> dict[str, object]:
     from aftcli import load_classifier, read_image, to_input
     from aftcli.aft.loss import Batch, Recipe, aft_loss
     from aftcli.aft.tail import Tail
-    from aftcli.cli.memory import keep_freed_memory
+    from aftcli.cli.process import keep_freed_memory
     from aftcli.data.sets import open_data_set
 
     if strict:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from aftcli import load_classifier
-from aftcli.cli.memory import keep_freed_memory
+from aftcli.cli.process import keep_freed_memory
 from aftcli.core.classifier import Classifier
 from aftcli.data.sets import DataSet, open_data_set
 from aftcli.settings import Search

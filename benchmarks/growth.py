@@ -31,7 +31,7 @@ from peers_calls import Timed, inputs, load, predicted, seconds_of, take_turns, 
 from torch import Tensor, nn
 
 from aftcli import Search, attribution_map, explain, fine_tune_threshold, generate_masks
-from aftcli.cli.memory import keep_freed_memory
+from aftcli.cli.process import keep_freed_memory
 from aftcli.core.cam import scaled_map
 from aftcli.core.classifier import Classifier, cut_classifier
 from aftcli.data.blocks import Processes

@@ -24,7 +24,7 @@ from aftcli.aft.features import Cache
 from aftcli.aft.jobs import control_job
 from aftcli.aft.loss import Recipe
 from aftcli.aft.training import Training
-from aftcli.cli.memory import keep_freed_memory
+from aftcli.cli.process import keep_freed_memory
 from aftcli.core import models
 
 

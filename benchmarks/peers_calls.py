@@ -338,7 +338,7 @@ def masks_ours(model: str, data: str, limit: int, contestant: str) -> dict[str, 
     """Seconds of gen-masks, and of its floor: the passes alone, at their best."""
     from gen_masks import best_forward, measure
 
-    from aftcli.cli.memory import keep_freed_memory
+    from aftcli.cli.process import keep_freed_memory
 
     keep_freed_memory()  # as the command does; the floor gains from it as well
     f = accelerated(load(model), ENGINES[contestant])

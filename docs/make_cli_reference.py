@@ -58,6 +58,8 @@ def _command(name: str, command: Any) -> Iterator[str]:  # noqa: ANN401 - click'
         yield _table("argument", ((f"`{_metavar(p)}`", _meaning(p)) for p in arguments))
     if options:
         yield _table("option", ((f"`{_spelling(p)}`", _meaning(p)) for p in options))
+    if command.epilog:
+        yield f"{_prose(command.epilog)}\n"
 
 
 def _table(what: str, rows: Any) -> str:  # noqa: ANN401
@@ -91,7 +93,7 @@ def _meaning(parameter: Any) -> str:  # noqa: ANN401
     default = parameter.default
     values = default if isinstance(default, list | tuple) else [default]
     shown = [str(v) for v in values if isinstance(v, str | int | float | PurePath)]
-    if shown and not parameter.is_flag:
+    if shown and not parameter.is_flag and parameter.show_default:
         parts.append(f"Default: `{' '.join(shown)}`.")
     return " ".join(parts)
 

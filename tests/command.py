@@ -42,3 +42,12 @@ def aft(*arguments, stdout=None):
 def leftovers(folder):
     """Files in a folder that no command should have left there."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def usage_error(result):
+    """What is wrong with a command line, without the frame around it; no other output."""
+    assert (result.code, result.out) == (2, ""), result
+    usage, _, *frame = result.err.splitlines()
+    assert usage.startswith("Usage: aft")
+    assert all(line.isprintable() for line in frame)
+    return " ".join(" ".join(line.strip("│╭╮╰╯─ ") for line in frame).split())

@@ -10,7 +10,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from command import aft, leftovers
+from command import aft, leftovers, usage_error
 from PIL import Image
 from stored import small_float
 
@@ -167,8 +167,6 @@ def test_maps(small, name):
 
 
 OPTIONS = {
-    "--cam grad-cam": "unknown method 'grad-cam'; nearest: gradcam, xgradcam",
-    "--cam": "unknown method ''; nearest: ",
     "--target plumm": "unknown class 'plumm'; nearest: plum",
     "--target 3": "class 3 is out of range: the classes are 0..2",
     "--target -1": "class -1 is out of range",
@@ -182,19 +180,27 @@ OPTIONS = {
     "--threshold nan": "--threshold nan must lie in [0, 1]",
     "--threshold 0.5 --tft": "--threshold, --mute and --tft exclude each other",
     "--threshold 0.5 --mute 50": "--threshold, --mute and --tft exclude each other",
-    "--save nonsense": "unknown output 'nonsense' in --save; there are overlay, figure, map, mask",
-    "--save overlay,nonsense": "unknown output 'nonsense'",
-    "--masking hard": "unknown masking 'hard'; nearest: binary",
-    "--fill white": "unknown fill 'white'; nearest: ",
-    "--threshold-mode rank": "unknown threshold mode 'rank'",
-    "--device nonsense": "unknown device 'nonsense'; there are auto, cpu, cuda, cuda:N and mps",
-    "--device meta": "unknown device 'meta'",
-    "--device": "unknown device ''",
     "--device cuda:99": "device 'cuda:99' can't be used here",
     "--classes gone.txt": "gone.txt: can't be read as class names",
     "--out file": "file: can't write there (File exists); give another --out",
     "--out file/below": "file/below: can't write there (Not a directory); give another --out",
     "--out /proc/below": "/proc/below: can't write there",
+}
+# Wrong words are wrong usage: exit code 2.
+WORDS = {
+    "--cam grad-cam": "unknown method 'grad-cam'; nearest: gradcam, xgradcam",
+    "--cam": "unknown method ''; nearest: ",
+    "--save nonsense": "unknown output 'nonsense' in --save; there are overlay, figure, map, mask",
+    "--save overlay,nonsense": "unknown output 'nonsense'",
+    "--masking hard": "'hard' is not one of 'binary', 'soft'",
+    "--fill white": "'white' is not one of 'mean', 'black', 'blur'",
+    "--threshold-mode rank": "'rank' is not one of 'value', 'percentile'",
+    "--device nonsense": "unknown device 'nonsense'; there are auto, cpu, cuda, cuda:N and mps",
+    "--device meta": "unknown device 'meta'",
+    "--device": "unknown device ''",
+    "--search slow": "'slow' is not one of 'exact', 'fast'",
+    "--engine torsh": "'torsh' is not one of 'auto', 'torch', 'compile', 'onnxruntime'",
+    "--precision fp8": "'fp8' is not one of 'no', 'bf16', 'fp16'",
 }
 WRITE = "write 0:1:0.1 or 0,0.2,0.5"
 THRESHOLDS = {
@@ -219,6 +225,15 @@ THRESHOLDS = {
     "nan:1:0.1": "must increase within [0, 1]",
     "0:1:1e-9": "the step is below 0.0001",
 }
+
+
+@pytest.mark.parametrize("options", WORDS)
+def test_wrong_words_are_usage_errors(small, options):
+    before = leftovers(Path())
+    arguments = options.split() if " " in options else [options, ""]
+    said = usage_error(aft("explain", CHELSEA, *arguments))
+    assert said.startswith("Error Invalid value for '--") and WORDS[options] in said
+    assert leftovers(Path()) == before
 
 
 @pytest.mark.parametrize("options", OPTIONS)

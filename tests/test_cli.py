@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command import aft, leftovers
+from command import aft, leftovers, usage_error
 from PIL import Image
 from stored import NAMES, small_float
 
@@ -529,8 +529,9 @@ def test_version_and_help():
 
 
 def test_debug_shows_the_traceback(f):
-    with pytest.raises(AftError, match="unknown method"):
-        aft("explain", "a.png", "--cam", "nonsense", "--debug")
+    with pytest.raises(AftError, match="exclude each other"):
+        aft("explain", "a.png", "--mute", "50", "--tft", "--debug")
+    assert "unknown method" in usage_error(aft("explain", "a.png", "--cam", "nonsense", "--debug"))
     result = aft("explain", "gone.png", str(CHELSEA.parent.parent / "gone"), "--debug", "--json")
     assert result.code == 1
     Path("zero.png").touch()

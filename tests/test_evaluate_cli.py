@@ -7,16 +7,17 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from typing import get_args
 
 import pytest
 import reference_metrics as slow
 import torch
-from command import aft
+from command import aft, usage_error
 from PIL import Image
 
 from aftcli import attribution_map, load_classifier, read_image, to_input
-from aftcli.cli import options as o
-from aftcli.cli import values as v
+from aftcli.cli.app import with_table
+from aftcli.cli.evaluate import Format, tables
 from aftcli.core.methods import METHODS
 from aftcli.data.images import view_of
 from aftcli.data.objects import Objects
@@ -276,16 +277,23 @@ def test_data_sets_that_can_not_be_evaluated_are_refused(run, study, tmp_path):
     "options, said",
     [
         (("--table", "9"), "no table '9'"),
-        (("--format", "xml"), "unknown value 'xml' of --format; there are table, json"),
+        (
+            ("--format", "xml"),
+            "'--format': Value error, 'xml' is not one of 'table', 'json', 'csv'",
+        ),
         (("--metrics", "adccc"), "nearest: adcc"),
-        (("--masking", "hard"), "unknown masking 'hard'"),
+        (("--masking", "hard"), "'hard' is not one of 'both', 'binary', 'soft'"),
         (("--cam", "gradcamm"), "unknown method"),
-        (("--thresholds", "0:2:1"), "must increase within [0, 1]"),
-        (("--fill", "red"), "unknown fill 'red'"),
+        (("--fill", "red"), "'red' is not one of 'mean', 'black', 'blur'"),
     ],
 )
-def test_wrong_options_are_named(tmp_path, options, said):
-    assert said in refused("--run", tmp_path, *options)
+def test_wrong_words_are_usage_errors_and_named(tmp_path, options, said):
+    assert said in usage_error(aft("evaluate", "--run", tmp_path, *options))
+
+
+def test_wrong_thresholds_are_named(tmp_path):
+    said = "must increase within [0, 1]"
+    assert said in refused("--run", tmp_path, "--thresholds", "0:2:1")
 
 
 def test_an_unknown_image_of_figure_3_is_named(run, document):
@@ -302,20 +310,22 @@ def test_tuned_networks_are_evaluated_without_their_masks(run, document, study, 
 
 
 def test_a_bare_table_option():
-    assert v.with_table(["evaluate", "--table"]) == ["evaluate", "--table", "all"]
-    assert v.with_table(["evaluate", "--table", "/"]) == ["evaluate", "--table", "all", "/"]
-    assert v.with_table(["evaluate", "--table", "3", "x"]) == ["evaluate", "--table", "3", "x"]
+    assert with_table(["evaluate", "--table"]) == ["evaluate", "--table", "all"]
+    assert with_table(["evaluate", "--table", "/"]) == ["evaluate", "--table", "all", "/"]
+    assert with_table(["evaluate", "--table", "3", "x"]) == ["evaluate", "--table", "3", "x"]
     long = "a" * 5000
-    assert v.with_table(["evaluate", "--table", long])[2] == long
-    assert v.with_table(["evaluate", "--table=4"]) == ["evaluate", "--table=4"]
-    assert v.tables("1,3") == (1, 3) and v.tables(None) == (3, 4) and v.tables("all") == (3, 4, 5)
+    assert with_table(["evaluate", "--table", long])[2] == long
+    assert with_table(["evaluate", "--table=4"]) == ["evaluate", "--table=4"]
+    assert tables("1,3") == (1, 3) and tables(None) == (3, 4) and tables("all") == (3, 4, 5)
     with pytest.raises(AftError):
-        v.tables("3,")
+        tables("3,")
 
 
 def test_formats_are_those_of_the_help():
-    (option,) = o.FormatOption.__metadata__
-    assert option.metavar.split("|") == list(FORMATS)
+    assert list(get_args(Format)) == list(FORMATS)
+    help_ = " ".join(aft("evaluate", "--help").out.replace("│", "").split())
+    first, *rest = FORMATS
+    assert f"{first} (default), {', '.join(rest)}: how to print." in help_
 
 
 # Tables 1 and 2 need no evaluation.

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from command import aft
+from command import aft, usage_error
 from PIL import Image
 from test_trust import sealed_again
 from torch import nn
@@ -183,8 +183,10 @@ def test_explanations_print_no_name_raw(folder, monkeypatch, tmp_path):
     Path(f"{FRUIT}.npy").write_bytes(b"no map")
     assert "can't be read as a map" in checked(aft("tft", image, "--map", f"{FRUIT}.npy"), 1).err
     for wrong in ODD.values():
-        for options in (("--target", wrong + "x"), ("--cam", wrong), ("--save", wrong)):
-            assert checked(aft("explain", image, *options), 1).err.startswith("aft: ")
+        unknown = checked(aft("explain", image, "--target", wrong + "x"), 1)
+        assert unknown.err.startswith("aft: ")
+        for option in ("--cam", "--save"):
+            assert "unknown" in usage_error(checked(aft("explain", image, option, wrong), 2))
 
 
 class Page(HTMLParser):

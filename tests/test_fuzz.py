@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stored import generate, make_images, small_float
 
-from aftcli.cli import values as v
+from aftcli.cli.explain import OUTPUTS
 from aftcli.core.classifier import Classes
 from aftcli.data.images import read_image
 from aftcli.data.maps import read_map
@@ -25,6 +25,7 @@ from aftcli.data.text import read_classes, read_xml
 from aftcli.errors import AftError
 from aftcli.report import terminal as foreign
 from aftcli.report.masks import summarise
+from aftcli.settings import read_thresholds
 from aftcli.tft.masks import MaskStore
 
 SEEDS = st.integers(0, 2**32)
@@ -74,7 +75,7 @@ def outcome(*arguments, capfd=None):
 
 
 @fuzz(110)
-@given(name=st.sampled_from(sorted(PICTURES)), seed=SEEDS, command=st.sampled_from(v.SAVE))
+@given(name=st.sampled_from(sorted(PICTURES)), seed=SEEDS, command=st.sampled_from(OUTPUTS))
 def test_damaged_pictures(place, capfd, name, seed, command):
     data, _ = mutants.mutate(PICTURES[name], name, random.Random(seed))
     Path(name).write_bytes(data)
@@ -142,7 +143,7 @@ def test_damaged_class_names(place, seed):
 @given(text=st.text("0123456789.:,-e ", max_size=24) | st.text(max_size=12))
 def test_any_text_as_thresholds(text):
     try:
-        values = v.thresholds(text)
+        values = read_thresholds(text)
     except AftError as error:
         assert foreign.plain(str(error)).count("\n") == 0
     else:
@@ -154,14 +155,14 @@ def test_any_text_as_thresholds(text):
 @given(start=st.floats(0, 1), length=st.floats(0, 1), step=st.floats(1e-4, 1.5), text=st.text())
 def test_any_range_of_thresholds(start, length, step, text):
     stop = min(start + length, 1)
-    values = v.thresholds(f"{start}:{stop}:{step}")
+    values = read_thresholds(f"{start}:{stop}:{step}")
     assert values[0] == pytest.approx(start, abs=1e-9)
     assert values[-1] <= stop < values[-1] + step * (1 + 1e-5) + 1e-9
     assert not set(foreign.plain(text)) & set("\n\r\x1b\x7f\u2028\u202e\ud800")
 
 
 def test_a_step_that_ends_beside_the_stop_does_not_pass_it():
-    assert v.thresholds("0:1:0.50000001") == (0, 0.50000001, 1)
+    assert read_thresholds("0:1:0.50000001") == (0, 0.50000001, 1)
 
 
 @pytest.mark.parametrize("name", ["x.eps", "x.jpg", "x.png"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import typer
-from command import aft, leftovers
+from command import aft, leftovers, usage_error
 from PIL import Image
 from stored import NAMES, small_float
 
@@ -157,9 +157,11 @@ def test_options_with_an_effect_and_defaults_are_not_named(idle_commands, argume
 
 def test_an_error_is_told_alone_and_notes_beside_images_that_failed():
     wrong = aft("explain", "a.png", "--masking", "soft", "--cam", "nonsense")
-    assert wrong.code == 1 and wrong.err.count("\n") == 1 and "nonsense" in wrong.err
+    assert "nonsense" in usage_error(wrong) and "no effect" not in wrong.err
     wrong = aft("evaluate", "--table", "9", "--metrics", "adcc", "--image", "x")
-    assert wrong.code == 1 and wrong.err.startswith("aft: there is no table '9'")
+    assert "there is no table '9'" in usage_error(wrong) and "no effect" not in wrong.err
+    wrong = aft("explain", "a.png", "--masking", "soft", "--target", "cat", "--top-k", "2")
+    assert wrong.code == 1 and wrong.err.count("\n") == 1 and "--top-k exclude" in wrong.err
     some = aft("explain", "a.png", "gone.png", "--masking", "soft")
     gone, note = some.err.splitlines()
     assert some.code == 1 and "gone.png" in gone
@@ -316,3 +318,22 @@ def test_the_longest_name_with_settings_can_be_written():
     pytest.importorskip("captum")
     [found] = objects("explain", long, *options)
     assert all(Path(path).is_file() for path in found["outputs"].values())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_few_options_at_once(name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = aft(name, "--help").out.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("╭─")]
+    ends = [i for i, line in enumerate(lines) if line.startswith("╰─")]
+    spans = zip(starts, ends, strict=True)
+    panels = {lines[i].strip("╭─╮ "): lines[i + 1 : end] for i, end in spans}
+    assert 5 <= len(panels) <= 7 and "Options" not in panels
+    options = [[line for line in rows if line.startswith("│ --")] for rows in panels.values()]
+    assert max(map(len, options)) <= 10
+    known = [p for p in COMMANDS[name].params if p.param_type_name == "option"]
+    assert sum(map(len, options)) == len(known) + 1  # --help
+    # An option's name with two lines of help, and a default below.
+    del panels["Arguments"]
+    rows = [row for rows in panels.values() for row in rows]
+    assert "   " not in "".join("-" if row.startswith("│ --") else " " for row in rows)

@@ -6,14 +6,18 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from command import Result, usage_error
 
 from aftcli import settings
-from aftcli.cli import values as options_values
-from aftcli.cli.memory import kept_from_collector
+from aftcli.aft import features, loss
+from aftcli.cli import evaluate, explain, finetune, options
+from aftcli.cli.process import kept_from_collector
 from aftcli.core.models import find_device, imagenet_classes
+from aftcli.engine import accelerate
 from aftcli.errors import AftError
 from aftcli.report import explain as report
 from aftcli.report.formats import FORMATS
@@ -74,42 +78,57 @@ def test_explanations_import_nothing_of_other_commands(tmp_path, command):
 WRONG = {
     "explain gone.jpg": "gone.jpg: there is no such file or folder",
     "explain gone.jpg --json": "gone.jpg: there is no such file or folder",
-    "explain . --cam nonsense": "unknown method 'nonsense'",
-    "explain {photo} --masking nonsense": "unknown masking 'nonsense'",
-    "explain {photo} --fill nonsense": "unknown fill 'nonsense'",
-    "explain {photo} --threshold-mode nonsense": "unknown threshold mode 'nonsense'",
     "explain {photo} --target cat --top-k 2": "--target and --top-k exclude each other",
-    "explain {photo} --device nonsense": "unknown device 'nonsense'",
     "explain {photo} --checkpoint gone.pth": "gone.pth: there is no such checkpoint file",
     "explain {photo} --classes gone.txt": "gone.txt: can't be read as class names",
     "tft gone.jpg": "gone.jpg: there is no such file or folder",
     "gen-masks gone": "gone: there is no such folder",
-    "gen-masks . --cam nonsense": "unknown method 'nonsense'",
     "finetune gone": "gone: there is no such folder",
-    "finetune --precision nonsense": "unknown precision 'nonsense'",
     "evaluate gone": "gone: there is no such folder",
+}
+# Exit code 2, as of every wrong usage.
+WORDS = {
+    "explain . --cam nonsense": "unknown method 'nonsense'",
+    "explain {photo} --masking nonsense": "'nonsense' is not one of 'binary', 'soft'",
+    "explain {photo} --fill nonsense": "'nonsense' is not one of 'mean', 'black', 'blur'",
+    "explain {photo} --threshold-mode nonsense": "'nonsense' is not one of 'value', 'percentile'",
+    "explain {photo} --device nonsense": "unknown device 'nonsense'",
+    "gen-masks . --cam nonsense": "unknown method 'nonsense'",
+    "finetune --precision nonsense": "'nonsense' is not one of 'auto', 'no', 'bf16', 'fp16'",
+    "finetune --objective nonsense": "'nonsense' is not one of 'tuner', 'cam'",
+    "finetune --classification nonsense": "'nonsense' is not one of 'labels', 'distillation'",
+    "finetune --cache nonsense": "'nonsense' is not one of 'auto', 'memory', 'disk', 'off'",
+    "finetune --export nonsense": "'nonsense' is not",
     "evaluate --table 9": "there is no table '9'",
     "evaluate --metrics nonsense": "'nonsense'",
-    "evaluate --format nonsense": "unknown value 'nonsense' of --format",
+    "evaluate --format nonsense": "'nonsense' is not one of 'table', 'json', 'csv', 'markdown'",
 }
 
 
-@pytest.mark.parametrize("command", WRONG)
+@pytest.mark.parametrize("command", [*WRONG, *WORDS])
 def test_wrong_usage_is_told_without_torch(tmp_path, command):
     code, said, packages = run(tmp_path, *command.format(photo=PHOTO).split())
-    assert code == 1
-    assert said.startswith("aft: ") and WRONG[command] in said
+    if command in WRONG:
+        assert code == 1
+        assert said.startswith("aft: ") and WRONG[command] in said
+    else:
+        assert WORDS[command] in usage_error(Result(code, "", said))
     assert not packages & {"torch", "torchvision", "timm", "numpy", "matplotlib", "h5py"}
 
 
 def test_names_known_without_torch_are_those_of_the_registries():
-    for known in (settings, options_values):
-        assert known.MASKINGS == tuple(tft.MASKINGS)
-        assert known.FILLS == tuple(tft.FILLS)
-        assert known.SEARCHES == tuple(search.SEARCHES)
-    assert options_values.MODES == settings.MODES
-    assert options_values.FORMATS == tuple(FORMATS)
-    assert options_values.SAVE == tuple(report.OUTPUTS)
+    assert settings.MASKINGS == tuple(tft.MASKINGS)
+    assert settings.FILLS == tuple(tft.FILLS)
+    assert get_args(settings.Mode) == settings.MODES
+    assert settings.SEARCHES == tuple(search.SEARCHES)
+    assert get_args(evaluate.Format) == tuple(FORMATS)
+    assert get_args(evaluate.Readings) == ("both", *settings.MASKINGS)
+    assert explain.OUTPUTS == tuple(report.OUTPUTS)
+    assert get_args(options.Engine) == accelerate.CHOICES
+    assert get_args(options.Precision) == tuple(accelerate.TOLERANCES)
+    assert get_args(finetune.Objective) == tuple(loss.OBJECTIVES) == tuple(settings.OBJECTIVES)
+    assert get_args(finetune.Classification) == loss.CLASSIFICATIONS
+    assert get_args(finetune.Cache) == features.CACHES
     with pytest.raises(AftError, match="unknown device 'meta'"):
         find_device("meta")
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import typer
 from typer.core import TyperCommand
 
-from aftcli.cli import values as v
-from aftcli.core.methods import METHODS
+from aftcli.cli.evaluate import tables
+from aftcli.cli.options import Run
+from aftcli.core.methods import METHODS, named
 from aftcli.errors import AftError
 from aftcli.report.terminal import complain
 
@@ -50,7 +51,7 @@ def _cells(only_named: bool = False) -> Idle:
     """Tell of --cells on CAMs; without --cam the methods are CAMs, or not known yet."""
 
     def of_cams(given: Values) -> bool:
-        methods = v.methods(given["--cam"])
+        methods = named(given["--cam"] or [])
         known = bool(methods) or not only_named
         return known and all(METHODS[name].family == "cam" for name in methods)
 
@@ -63,7 +64,7 @@ def _without_tables(*numbers: int, parts: tuple[str, ...] = ()) -> When:
     words = f"without table {', '.join(most)} or {last}" if most else f"without table {last}"
 
     def holds(given: Values) -> bool:
-        wanted = set(numbers) & set(v.tables(given["--table"]))
+        wanted = set(numbers) & set(tables(given["--table"]))
         return not wanted and not any(_is_set(given[part]) for part in parts)
 
     return When(f"{words}, or {', '.join(parts)}" if parts else words, holds)
@@ -76,7 +77,7 @@ def _in_long_form(given: Values) -> bool:
 
 def _without_published(given: Values) -> bool:
     """Check that no table has published numbers; JSON and CSV list them in any case."""
-    return not {3, 4, 5} & set(v.tables(given["--table"])) and not (
+    return not {3, 4, 5} & set(tables(given["--table"])) and not (
         given["--json"] or given["--format"] in ("json", "csv")
     )
 
@@ -159,6 +160,13 @@ def _holds(when: When, values: Values) -> bool:
 
 class Command(TyperCommand):
     """A command that says on stderr, at its end, which of the options given had no effect."""
+
+    def get_help_option(self, ctx: typer.Context) -> Any:  # type: ignore[override] # noqa: ANN401
+        """Return --help, shown among the options of how the command runs."""
+        found = super().get_help_option(ctx)
+        if found is not None:
+            found.rich_help_panel, found.metavar = Run.PANEL, ""
+        return found
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override] # noqa: ANN401
         """Run the command, then say it; an error is told alone."""

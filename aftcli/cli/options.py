@@ -1,486 +1,315 @@
-"""Each command-line option, declared once."""
+"""Options of the commands in groups: a dataclass holds what one panel of the help shows."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
-from aftcli.cli.values import SAVE
-from aftcli.core.methods import FAMILIES, METHODS
-from aftcli.engine.accelerate import CHOICES, TOLERANCES
-from aftcli.evaluation.measures import MEASURES
+from aftcli.core.methods import FAMILIES, METHODS, check_device, named
+from aftcli.errors import AftError
+from aftcli.settings import Fill, Masking, Mode, Search, SearchKind, read_thresholds
 
-FAMILY_HELP = "; ".join(
-    f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
-    for family in FAMILIES
+# As in aftcli.engine.accelerate.
+Engine = Literal["auto", "torch", "compile", "onnxruntime"]
+Precision = Literal["no", "bf16", "fp16"]
+
+
+METHODS_HELP = (
+    "--cam takes "
+    + "; ".join(
+        f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
+        for family in FAMILIES
+    )
+    + "; all for every CAM, or a family's name. Default: a tuned --checkpoint's, otherwise "
+    "layercam to explain and gradcam to mask; finetune and evaluate take all masks."
 )
 
-ImagesArgument = Annotated[
-    list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or globs.")
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of the dataclasses that it takes."""
+    groups: dict[str, Any] = {}
+    parameters = []
+    hints = get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not is_dataclass(hints[name]):
+            parameters.append(
+                parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
+            )
+            continue
+        group = groups[name] = hints[name]
+        types = get_type_hints(group, include_extras=True)
+        for field in fields(group):
+            (info,) = types[field.name].__metadata__
+            if isinstance(info, OptionInfo):
+                info.rich_help_panel = group.PANEL
+            of = {"default": field.default, "annotation": types[field.name]}
+            parameters.append(inspect.Parameter(field.name, parameter.KEYWORD_ONLY, **of))
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:  # noqa: ANN401 - what the options hold
+        built = {n: g(**{f.name: given.pop(f.name) for f in fields(g)}) for n, g in groups.items()}
+        command(**given, **built)
+
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {each.name: each.annotation for each in parameters}
+    return called
+
+
+def usage(read: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """Make a callback to which what a reader refuses is a usage error."""
+
+    def checked(value: Any) -> Any:  # noqa: ANN401 - of any option
+        try:
+            read(value)
+        except AftError as error:
+            raise typer.BadParameter(str(error)) from error
+        return value
+
+    return checked
+
+
+def option(names: str, metavar: str, help: str, **more: Any) -> Any:  # noqa: ANN401
+    """Make an option of typer's; metavar is empty for a flag."""
+    return typer.Option(*names.split(), metavar=metavar, help=help, **more)
+
+
+def words(names: str, of: Any, help: str, default: bool = True, **more: Any) -> Any:  # noqa: ANN401
+    """Make an option that takes a word of a Literal type, whose first may be the default."""
+    first, *rest = get_args(of)
+    listed = ", ".join([f"{first} (default)" if default else first, *rest])
+    return option(names, "WORD", f"{listed}: {help}", show_default=False, **more)
+
+
+def _check_methods(words: list[str] | None) -> None:
+    """Refuse unknown words; what is not installed is no matter of usage."""
+    named(word for word in words or [] if word not in (*METHODS, *FAMILIES))
+
+
+LowerPrecision = Annotated[
+    Precision, words("--precision", Precision, "faster on GPUs; results then differ.")
 ]
 
-ImageArgument = Annotated[str, typer.Argument(metavar="IMAGE", help="A picture.")]
 
-MapOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--map",
-        metavar="FILE",
-        help="Attribution map of any tool: .npy, .npz or a grey picture, of what the network sees "
-        "or of the whole picture, any size, any finite scale. Default: our own, of --cam.",
-    ),
-]
+@dataclass(frozen=True)
+class Weights:
+    """The network."""
 
-AbsoluteOption = Annotated[
-    bool,
-    typer.Option("--absolute", help="Take the map's magnitudes; else negatives become zero."),
-]
+    PANEL: ClassVar[str] = "Network"
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="NAME",
-        help="efficientnet_lite0 (weights installed, works offline), a torchvision CNN "
-        "(resnet50, vgg16, ...) or timm:NAME. Default: that of a tuned --checkpoint or of the "
-        "masks, else efficientnet_lite0.",
-    ),
-]
+    model: Annotated[
+        str | None,
+        option(
+            "--model",
+            "NAME",
+            "A torchvision CNN or timm:NAME. Default: of --checkpoint or masks, otherwise "
+            "efficientnet_lite0, offline.",
+        ),
+    ] = None
+    checkpoint: Annotated[
+        Path | None,
+        option(
+            "--checkpoint",
+            "FILE",
+            "What aft finetune wrote, or a state dict (.safetensors, .pth, .pt).",
+        ),
+    ] = None
+    classes: Annotated[
+        Path | None,
+        option("--classes", "FILE", "Class names, one a line, literal."),
+    ] = None
 
-CheckpointOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--checkpoint",
-        metavar="FILE",
-        help="What aft finetune wrote (it knows its model, layer, classes and CAM), or a state "
-        "dict for the model (.safetensors, .pth, .pt). Default: published weights.",
-    ),
-]
 
-ClassesOption = Annotated[
-    Path | None,
-    typer.Option("--classes", metavar="FILE", help="Class names, one a line, literal."),
-]
+@dataclass(frozen=True)
+class Network(Weights):
+    """The network and its layer."""
 
-LayerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--layer",
-        metavar="NAME",
-        help="Layer l by its module name; consecutive ones joined by +. Default: the last "
-        "convolutional one.",
-    ),
-]
+    layer: Annotated[
+        str | None,
+        option(
+            "--layer",
+            "NAME",
+            "Layer l by module name, several by +. Default: the last convolutional one.",
+        ),
+    ] = None
 
-LayersOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--layer",
-        metavar="NAME",
-        help="Layer l by its module name; consecutive ones joined by +. Default: that of the "
-        "masks. Repeated, all are tuned together: the masks' last, before it earlier ones.",
-    ),
-]
 
-CamsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--cam",
-        "--method",
-        metavar="METHOD",
-        help=f"{FAMILY_HELP}. Repeatable; all is every CAM, and activation, gradient, "
-        "decomposition and perturbation are those of a family. Default: that of a tuned "
-        "--checkpoint, else layercam to explain and gradcam elsewhere; finetune and evaluate "
-        "take all masks.",
-    ),
-]
+@dataclass(frozen=True)
+class Methods:
+    """What makes the maps."""
 
-CellsOption = Annotated[
-    bool,
-    typer.Option(
-        "--cells",
-        help="Average maps of pixels (of gradients, relevance, ...) over the layer's cells, so "
-        "that thresholds cut regions. CAMs are of cells anyway.",
-    ),
-]
+    PANEL: ClassVar[str] = "Map"
 
-TftOption = Annotated[
-    bool, typer.Option("--tft", help="Find the threshold that explains this image best.")
-]
+    cam: Annotated[
+        list[str] | None,
+        option(
+            "--cam --method",
+            "METHOD",
+            "Method or family, see below; repeatable.",
+            callback=usage(_check_methods),
+        ),
+    ] = None
 
-TargetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--target",
-        metavar="CLASS",
-        help="Class to explain, by name or index; repeatable. Default: the predicted one.",
-    ),
-]
 
-TopKOption = Annotated[
-    int, typer.Option("--top-k", metavar="N", min=1, help="Explain the N likeliest classes.")
-]
+@dataclass(frozen=True)
+class Maps(Methods):
+    """The maps that are compared."""
 
-ThresholdOption = Annotated[
-    float | None,
-    typer.Option("--threshold", metavar="T", help="Mute scores below T, in [0, 1]."),
-]
+    cells: Annotated[
+        bool,
+        option("--cells", "", "Average maps of pixels over the layer's cells."),
+    ] = False
 
-MuteOption = Annotated[
-    float | None,
-    typer.Option("--mute", metavar="PERCENT", help="Mute the lowest PERCENT of the map."),
-]
 
-ThresholdsOption = Annotated[
-    str,
-    typer.Option("--thresholds", metavar="LIST", help="Thresholds to try: 0:1:0.1 or 0,0.2,0.5."),
-]
+@dataclass(frozen=True)
+class TargetMaps(Maps):
+    """The maps, and the classes that they explain."""
 
-MaskingOption = Annotated[
-    str,
-    typer.Option(
-        "--masking",
-        metavar="binary|soft",
-        help="Multiply the image by the mask (the paper's text) or by the muted map (the "
-        "authors' code).",
-    ),
-]
+    target: Annotated[
+        list[str] | None,
+        option(
+            "--target", "CLASS", "Class, by name or index; repeatable. Default: the predicted one."
+        ),
+    ] = None
+    top_k: Annotated[int, option("--top-k", "N", "Explain the N likeliest.", min=1)] = 1
 
-FillOption = Annotated[
-    str, typer.Option("--fill", metavar="mean|black|blur", help="What muted pixels show.")
-]
 
-ThresholdModeOption = Annotated[
-    str,
-    typer.Option(
-        "--threshold-mode",
-        metavar="value|percentile",
-        help="Thresholds cut scores, or ranks of scores.",
-    ),
-]
+@dataclass(frozen=True)
+class Thresholds:
+    """The search of thresholds."""
 
-SearchOption = Annotated[
-    str,
-    typer.Option(
-        "--search",
-        metavar="exact|fast",
-        help="Try all thresholds (Algorithm 1), or some, coarse to fine: for fine grids.",
-    ),
-]
+    PANEL: ClassVar[str] = "Threshold search"
 
-DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")
-]
+    thresholds: Annotated[str, option("--thresholds", "LIST", "0:1:0.1 or 0,0.2,0.5.")] = "0:1:0.1"
+    masking: Annotated[
+        Masking,
+        words(
+            "--masking", Masking, "multiply by the mask (paper), or the muted map (authors' code)."
+        ),
+    ] = "binary"
+    fill: Annotated[
+        Fill,
+        words("--fill", Fill, "of muted pixels."),
+    ] = "mean"
+    mode: Annotated[
+        Mode,
+        words("--threshold-mode", Mode, "of the scores."),
+    ] = "value"
+    search: Annotated[
+        SearchKind,
+        words("--search", SearchKind, "all, or coarse to fine."),
+    ] = "exact"
 
-EngineOption = Annotated[
-    str,
-    typer.Option(
-        "--engine",
-        metavar="|".join(CHOICES),
-        envvar="AFT_ENGINE",
-        help="What runs the network; results are the same up to rounding. auto: onnxruntime for "
-        "many images on a CPU, torch on a GPU, else the network as it is.",
-    ),
-]
+    def settings(self) -> Search:
+        """Read the settings.
 
-LowerOption = Annotated[
-    str,
-    typer.Option(
-        "--precision",
-        metavar="|".join(TOLERANCES),
-        help="Run the network in lower precision, for speed on GPUs; results then differ.",
-    ),
-]
+        Raises:
+            AftError: the thresholds can't be read.
+        """
+        values = read_thresholds(self.thresholds)
+        return Search(values, self.masking, self.fill, self.mode, self.search)
 
-OutOption = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="Where the files go; made if missing.")
-]
 
-SaveOption = Annotated[
-    str | None,
-    typer.Option(
-        "--save",
-        metavar=",".join(SAVE),
-        help="What to write: the picture with the map on it, the paper's Figure 3 row, I as "
-        ".npy, the mask as .png. Default: overlay; with --tft figure too.",
-    ),
-]
+@dataclass(frozen=True)
+class Data:
+    """The data set."""
 
-DatasetArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[DATASET]",
-        help="A folder of class folders, one with train/ and val/ of such (ImageNet; other "
-        "usual names do, too), or a VOCdevkit. finetune and evaluate know it from the masks.",
-        show_default=False,
-    ),
-]
+    PANEL: ClassVar[str] = "Data"
 
-SplitOption = Annotated[
-    str | None,
-    typer.Option(
-        "--split",
-        metavar="NAME",
-        help="Part of the data set. Default: train, of evaluate val, where it has parts.",
-    ),
-]
+    dataset: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DATASET]",
+            help="Class folders, train/ and val/ of such (as ImageNet's), or a VOCdevkit. finetune "
+            "and evaluate know it from the masks.",
+            show_default=False,
+        ),
+    ] = None
+    split: Annotated[
+        str | None,
+        option(
+            "--split",
+            "NAME",
+            "Part of the data set. Default: train, of evaluate val, where it has parts.",
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        option("--limit", "N", "Take N images, spread over the classes.", min=1),
+    ] = None
 
-LimitOption = Annotated[
-    int | None,
-    typer.Option("--limit", metavar="N", min=1, help="Take N images, spread over the classes."),
-]
 
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Begin anew instead of going on.")
-]
+@dataclass(frozen=True)
+class Printed:
+    """What is printed."""
 
-StrictOption = Annotated[
-    bool, typer.Option("--strict", help="Stop at an image that can't be read.")
-]
+    PANEL: ClassVar[str] = "Output"
 
-ShowOption = Annotated[
-    Path | None,
-    typer.Option("--show", metavar="FILE", help="Print what a mask file holds, and check it."),
-]
+    json: Annotated[bool, option("--json", "", "Print the result as JSON instead of a table.")] = (
+        False
+    )
 
-RunOption = Annotated[
-    Path,
-    typer.Option("--run", metavar="DIR", help="Where a study lives: masks/, tuned/, results/."),
-]
 
-BatchSizeOption = Annotated[
-    int,
-    typer.Option(
-        "--batch-size",
-        metavar="N",
-        min=1,
-        help="Images in one pass of the stem; of finetune, in one step of training.",
-    ),
-]
+@dataclass(frozen=True)
+class Run:
+    """How the command runs."""
 
-WorkersOption = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        metavar="N",
-        min=0,
-        help="Processes that decode images. Default: half the cores, at most 8.",
-    ),
-]
+    PANEL: ClassVar[str] = "Run"
 
-NoMasksOption = Annotated[
-    bool,
-    typer.Option(
-        "--no-masks",
-        help="Plain cross-entropy on the same weights and the images of RUN's masks: the control; "
-        "with a DATASET of other classes than the model's it makes a new last layer for them.",
-    ),
-]
+    device: Annotated[
+        str,
+        option(
+            "--device",
+            "NAME",
+            "auto (default), cpu, cuda, cuda:N or mps.",
+            show_default=False,
+            callback=usage(check_device),
+        ),
+    ] = "auto"
+    engine: Annotated[
+        Engine,
+        words(
+            "--engine",
+            Engine,
+            "same results but rounding.",
+            envvar="AFT_ENGINE",
+            show_envvar=False,
+        ),
+    ] = "auto"
+    quiet: Annotated[bool, option("--quiet", "", "No progress.")] = False
+    debug: Annotated[bool, option("--debug", "", "Show the traceback of an error.")] = False
 
-LamOption = Annotated[
-    float | None,
-    typer.Option(
-        "--lam",
-        metavar="L",
-        help="lambda of eq. 8, for a sum over the mask's cells. Default: by the situation, which "
-        "finetune names.",
-    ),
-]
 
-ObjectiveOption = Annotated[
-    str,
-    typer.Option(
-        "--objective",
-        metavar="tuner|cam",
-        help="What is held against the masks: the tuner's output (the paper), or the CAM itself.",
-    ),
-]
+@dataclass(frozen=True)
+class StudyRun(Run):
+    """How a command of a study runs."""
 
-ConsistencyOption = Annotated[
-    float | None,
-    typer.Option(
-        "--consistency",
-        metavar="W",
-        help="Weight of the classification loss on what the masks keep of the images; 0 is the "
-        "paper. Default: by the situation.",
-    ),
-]
+    run: Annotated[
+        Path,
+        option("--run", "DIR", "Folder of a study: masks/, tuned/, results/."),
+    ] = Path("aft-run")
+    overwrite: Annotated[bool, option("--overwrite", "", "Begin again instead of resuming.")] = (
+        False
+    )
+    workers: Annotated[
+        int | None,
+        option(
+            "--workers",
+            "N",
+            "Processes that decode images. Default: half the cores, at most 8.",
+            min=0,
+        ),
+    ] = None
 
-ClassificationOption = Annotated[
-    str | None,
-    typer.Option(
-        "--classification",
-        metavar="labels|distillation",
-        help="What teaches the classes of whole images: labels (the paper), or the network's own "
-        "probabilities before. Default: by the situation.",
-    ),
-]
 
-LearningRateOption = Annotated[
-    float | None,
-    typer.Option(
-        "--lr",
-        metavar="RATE",
-        help="Learning rate of Adam. Default: by the situation.",
-    ),
-]
+@dataclass(frozen=True)
+class EvaluateRun(StudyRun):
+    """How an evaluation runs."""
 
-EpochsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--epochs",
-        metavar="N",
-        min=1,
-        help="Epochs at the most. Default: by the situation.",
-    ),
-]
-
-PatienceOption = Annotated[
-    int,
-    typer.Option(
-        "--patience",
-        metavar="N",
-        min=0,
-        help="Stop after N epochs without a better loss on held-out training images; 0 never.",
-    ),
-]
-
-HeldOutOption = Annotated[
-    float,
-    typer.Option(
-        "--held-out",
-        metavar="SHARE",
-        help="Share of the training images that choose the epoch instead of being trained on.",
-    ),
-]
-
-SeedOption = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of all randomness.")]
-
-CacheOption = Annotated[
-    str,
-    typer.Option(
-        "--cache",
-        metavar="auto|memory|disk|off",
-        help="Where the outputs of the frozen layers are kept; auto takes the first with room.",
-    ),
-]
-
-AugmentOption = Annotated[
-    bool, typer.Option("--augment", help="Flip and crop the images at random; nothing is cached.")
-]
-
-PrecisionOption = Annotated[
-    str,
-    typer.Option(
-        "--precision",
-        metavar="auto|no|bf16|fp16",
-        help="Mixed precision; auto is what accelerate launch says, else no.",
-    ),
-]
-
-BlendOption = Annotated[
-    float | None,
-    typer.Option(
-        "--blend",
-        metavar="SHARE",
-        help="Go so far from the weights before to the trained ones, above 0 to 1; less keeps more "
-        "of the accuracy. Default: by the situation.",
-    ),
-]
-
-ExportOption = Annotated[
-    str | None,
-    typer.Option(
-        "--export",
-        metavar="onnx",
-        help="Also write the network and its map as one graph for other runtimes.",
-    ),
-]
-
-JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON instead of a table.")
-]
-
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-
-TableOption = Annotated[
-    str | None,
-    typer.Option(
-        "--table",
-        metavar="[1|2|3|4|5|all]",
-        help="Which of the paper's tables: 3 measures of maps, 4 accuracies, 5 seconds a map; 1 "
-        "published cut-offs, 2 data sets. Alone: 3, 4 and 5. Default: 3 and 4.",
-    ),
-]
-
-FormatOption = Annotated[
-    str,
-    typer.Option(
-        "--format", metavar="table|json|csv|markdown|latex", help="How the tables are printed."
-    ),
-]
-
-PaperOption = Annotated[
-    bool, typer.Option("--paper", help="Show the published figures beside ours.")
-]
-
-BaselinesOption = Annotated[
-    bool,
-    typer.Option("--baselines", help="Also a column of the fixed cut-offs of Table 1."),
-]
-
-CiOption = Annotated[
-    bool,
-    typer.Option(
-        "--ci", help="Show bootstrap 95 % intervals, and the paired differences of the columns."
-    ),
-]
-
-MetricsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--metrics",
-        metavar="LIST",
-        help=f"Measures of Table 3, separated by commas: {', '.join(MEASURES)}; or all. Default: "
-        "the paper's two.",
-    ),
-]
-
-ReadingsOption = Annotated[
-    str,
-    typer.Option(
-        "--masking",
-        metavar="both|binary|soft",
-        help="Multiply the image by the mask (the paper's text), by the muted map (the authors' "
-        "code), or give a table of each.",
-    ),
-]
-
-SanityOption = Annotated[
-    bool,
-    typer.Option(
-        "--sanity", help="Also compare the maps with those of networks with random weights."
-    ),
-]
-
-FiguresOption = Annotated[
-    bool,
-    typer.Option(
-        "--figures",
-        help="Also draw Figure 3, the distribution of tau* and RPI curves, and write one HTML "
-        "page of all, to RUN/results.",
-    ),
-]
-
-FigureImageOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--image",
-        metavar="NAME",
-        help="An image of Figure 3, by a part of its name; repeatable. Default: 3, spread.",
-    ),
-]
-
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+    batch: Annotated[int, option("--batch-size", "N", "Images in a pass of the stem.", min=1)] = 16

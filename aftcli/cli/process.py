@@ -1,14 +1,18 @@
-"""How a command ends: signals that stop it, and what is said of errors."""
+"""A command's process: signals that stop it, what is said of errors, its memory."""
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import errno
+import gc
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -23,6 +27,9 @@ CLEANING = 3.0  # seconds in which a second signal does not break off the end th
 
 # What a disk or its owner says no with; a file that is not there would be a bug.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+
+# glibc's names in malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 class Stopping:
@@ -137,3 +144,39 @@ def flush() -> None:
         if isinstance(error, BrokenPipeError):
             raise
         raise AftError(f"the result can't be printed ({error.strerror})") from error
+
+
+def keep_freed_memory() -> bool:
+    """Let malloc keep large blocks instead of giving each back to the system.
+
+    By default glibc maps every large tensor again and the system fills it with zeros page by
+    page, in every layer of every pass: on a CPU that can cost as much as the convolutions. The
+    setting is the whole process's, so commands make it, functions of the library do not.
+
+    Returns:
+        Whether it took effect: it does on Linux with glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+@contextmanager
+def kept_from_collector() -> Iterator[None]:
+    """Keep what is made here out of the search for reference cycles, then and later.
+
+    Imports make hundreds of thousands of objects that stay, and Python walks over them again and
+    again. The setting is the whole process's, so commands make it.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        # Else libraries take what is left at the end for a leak, and say so.
+        atexit.register(gc.unfreeze)

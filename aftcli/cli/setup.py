@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aftcli.cli import values as v
-from aftcli.cli.memory import kept_from_collector
-from aftcli.core.methods import METHODS, check_device
+from aftcli.cli.options import Network, TargetMaps, Weights
+from aftcli.cli.process import kept_from_collector
+from aftcli.core.methods import METHODS, named
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint, check_folder
 from aftcli.report.terminal import complain
@@ -22,22 +22,19 @@ if TYPE_CHECKING:
 
     from aftcli.core.classifier import Classifier
     from aftcli.data.blocks import Processes
-    from aftcli.data.images import Turn
     from aftcli.engine.accelerate import Accelerate
     from aftcli.report.pictures import Subject
     from aftcli.settings import Search
+    from aftcli.tft.stores import Source
 
 
-def check(
-    device: str, checkpoint: Path | None, classes: Path | None, dataset: Path | None = None
-) -> None:
+def check(network: Weights, dataset: Path | None = None) -> None:
     """Check at once what can be told without torch."""
-    check_device(device)
-    if checkpoint:
-        check_checkpoint(checkpoint)
+    if network.checkpoint:
+        check_checkpoint(network.checkpoint)
     if dataset:
         check_folder(dataset)
-    names(classes)
+    names(network.classes)
 
 
 def device(name: str) -> torch.device:
@@ -88,37 +85,33 @@ def accelerator(device: str, precision: str) -> Accelerator:
         raise AftError(f"--precision {precision} can't be used here ({error})") from error
 
 
-@kept_from_collector()
-def settings(thresholds: str, masking: str, fill: str, mode: str, search: str = "exact") -> Search:
-    """The settings of a search, checked before anything is computed."""
-    values = v.thresholds(thresholds)
-    v.search(masking, fill, mode, search)
-
-    from aftcli.settings import Search
-
-    return Search(values, masking, fill, mode, search)
-
-
 def at_fixed(settings: Search, cut: tuple[float, str] | None) -> Search:
     """Put a fixed threshold, (tau, mode), in place of those searched."""
     return replace(settings, thresholds=cut[:1], mode=cut[1], search="exact") if cut else settings
 
 
 @kept_from_collector()
-def classifier(
-    model: str | None,
-    checkpoint: Path | None,
-    classes: Path | None,
-    layer: str | None,
-    device: str,
-    quiet: bool,
-) -> Classifier:
-    """The classifier that was asked for, on its device."""
+def classifier(network: Network, device: str, quiet: bool) -> Classifier:
+    """Load the classifier that was asked for, on its device."""
     from aftcli.core.models import find_device, load_classifier
 
-    where = find_device(device)
-    named, note = names(classes), noting(quiet)
-    return load_classifier(model, checkpoint, layer, classes=named, device=where, note=note)
+    where, note = find_device(device), noting(quiet)
+    files = (network.model, network.checkpoint, network.layer)
+    return load_classifier(*files, classes=names(network.classes), device=where, note=note)
+
+
+def source(
+    network: Weights,
+    layer: str | None,
+    device: torch.device,
+    note: Callable[[str], None],
+    earlier: tuple[str, ...] = (),
+) -> Source:
+    """Say where the classifiers of a run come from."""
+    from aftcli.tft.stores import Source
+
+    own = names(network.classes)
+    return Source(network.model, network.checkpoint, layer or None, own, device, earlier, note=note)
 
 
 def engine(name: str, precision: str, quiet: bool) -> Accelerate:
@@ -153,7 +146,7 @@ def methods(f: Classifier, asked: list[str] | None, default: str) -> list[str]:
     """`--cam all` is all that fit the model; a method asked for by name must fit."""
     from aftcli.tft.explain import fits
 
-    methods = v.methods(asked or [f.cam or default])
+    methods = named(asked or [f.cam or default])
     return [m for m in methods if fits(f, m)] if "all" in (asked or []) else methods
 
 
@@ -168,11 +161,11 @@ def advise(methods: list[str], mode: str, cells: bool, quiet: bool) -> None:
         )
 
 
-def targets(f: Classifier, names: list[str] | None, top_k: int) -> list[int]:
-    """The classes to explain; empty for the predicted ones."""
-    if top_k > len(f.classes):
-        raise AftError(f"--top-k {top_k}: {f.name} has {len(f.classes)} classes")
-    return list(dict.fromkeys(f.classes.index(name) for name in names or []))
+def targets(f: Classifier, maps: TargetMaps) -> list[int]:
+    """Find the classes to explain; empty for the predicted ones."""
+    if maps.top_k > len(f.classes):
+        raise AftError(f"--top-k {maps.top_k}: {f.name} has {len(f.classes)} classes")
+    return list(dict.fromkeys(f.classes.index(name) for name in maps.target or []))
 
 
 def input_of(f: Classifier, subject: Subject) -> Tensor:
@@ -180,18 +173,3 @@ def input_of(f: Classifier, subject: Subject) -> Tensor:
     from aftcli.data.images import to_input
 
     return to_input(subject.picture, f.preprocessing).to(f.device)
-
-
-def tell_place(
-    values: Tensor, map_: Path | None, f: Classifier, image: Path, turn: Turn, quiet: bool
-) -> None:
-    """Say what a map is taken to cover, and that its scores are kept, where this is assumed."""
-    from aftcli.data.maps import already_scaled, assumed, place_of
-
-    size, (high, wide) = (values.shape[1], values.shape[0]), f.preprocessing.size
-    place = place_of(size, (wide, high), turn)
-    said = [assumed(size, place, turn)]
-    if place.frame == "view" and size == (wide, high) and already_scaled(values):
-        said.append("its scores are scaled already, as --save map writes them, and are kept")
-    if any(said):
-        noting(quiet)(f"{map_}: for {image}, {'; '.join(filter(None, said))}")

@@ -1,0 +1,337 @@
+"""`aft explain` and `aft tft`: explain images; what is wrong with one does not stop the others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from aftcli.cli import setup
+from aftcli.cli.options import (
+    LowerPrecision,
+    Network,
+    Printed,
+    Run,
+    TargetMaps,
+    Thresholds,
+    option,
+    usage,
+)
+from aftcli.cli.process import keep_freed_memory
+from aftcli.core.methods import named
+from aftcli.errors import AftError
+from aftcli.report.terminal import complain, say_traceback
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aftcli.core.classifier import Classifier
+    from aftcli.engine.accelerate import Accelerate
+    from aftcli.report.explain import Report
+    from aftcli.report.names import Setting
+    from aftcli.report.pictures import Subject
+    from aftcli.settings import Search
+
+    Explain = Callable[[Classifier, Subject], list[Report]]
+
+OUTPUTS = ("overlay", "figure", "map", "mask")  # as in aftcli.report.explain
+
+
+def outputs(text: str | None, tft: bool = False) -> tuple[str, ...]:
+    """Read what to write.
+
+    Raises:
+        AftError: a kind of output is unknown.
+    """
+    if text is None:
+        return ("overlay", "figure") if tft else ("overlay",)
+    kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for kind in kinds:
+        if kind not in OUTPUTS:
+            raise AftError(f"unknown output {kind!r} in --save; there are {', '.join(OUTPUTS)}")
+    return kinds
+
+
+@dataclass(frozen=True)
+class CutMaps(TargetMaps):
+    """The maps, and where they are cut without a search."""
+
+    threshold: Annotated[
+        float | None, option("--threshold", "T", "Mute scores below T, in [0, 1].")
+    ] = None
+    mute: Annotated[
+        float | None, option("--mute", "PERCENT", "Mute the lowest PERCENT of the map.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class GivenMap(TargetMaps):
+    """Our maps, or another tool's."""
+
+    map_: Annotated[
+        Path | None,
+        option(
+            "--map",
+            "FILE",
+            "Map of any tool: .npy, .npz or grey picture, of the picture or of what the network "
+            "sees, any size and scale. Default: our own.",
+        ),
+    ] = None
+    absolute: Annotated[
+        bool, option("--absolute", "", "Take its magnitudes; otherwise negatives become zero.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class WantedThresholds(Thresholds):
+    """The search of thresholds, where one is wanted."""
+
+    tft: Annotated[bool, option("--tft", "", "Find the threshold that explains best.")] = False
+
+
+@dataclass(frozen=True)
+class Files(Printed):
+    """What is printed and written."""
+
+    out: Annotated[Path, option("--out", "DIR", "Where files go; made if missing.")] = Path(
+        "aft-out"
+    )
+    save: Annotated[
+        str | None,
+        option(
+            "--save",
+            "LIST",
+            "Of overlay, figure (the paper's Figure 3), map (.npy), mask (.png). Default: overlay, "
+            "with --tft figure too.",
+            callback=usage(outputs),
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class ImageRun(Run):
+    """How a command of single images runs."""
+
+    precision: LowerPrecision = "no"
+
+
+def explain(
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or globs.")
+    ],
+    network: Network,
+    maps: CutMaps,
+    thresholds: WantedThresholds,
+    output: Files,
+    run: ImageRun,
+) -> None:
+    """Show where the model looked for its prediction, or for any class.
+
+    With --tft the map is cut at the threshold, of --thresholds, at which the masked image raises
+    the class's probability most.
+    """
+    tft = thresholds.tft
+    cut = muting(maps.threshold, maps.mute, tft)
+    kinds, accelerate, found = _begin(images, network, maps, output, run, tft)
+    settings = setup.at_fixed(thresholds.settings(), cut)
+    f = setup.classifier(network, run.device, run.quiet)
+    methods, targets = setup.methods(f, maps.cam, "layercam"), setup.targets(f, maps)
+    setup.advise(methods if tft else [], thresholds.mode, maps.cells, run.quiet)
+
+    from aftcli.report import names
+    from aftcli.report.explain import write_outputs
+    from aftcli.tft import explain as explanation
+
+    wanted = settings if tft or cut else None
+    searched = names.of_search(settings, thresholds.thresholds) if tft else []
+    of_map = [*_of_network(network, run), *names.of_map(cells=maps.cells)]
+    called = names.suffixes(of_map, [*searched, *names.of_threshold(maps.threshold, maps.mute)])
+    each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted)
+
+    def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
+        asked = (targets, maps.top_k, wanted, maps.cells, bool(cut))
+        explained = explanation.explain(fast, setup.input_of(f, subject), methods, *asked)
+        return [write_outputs(f, subject, e, kinds, output.out, called) for e in explained]
+
+    ready = partial(accelerate, f, len(found.paths) * each)
+    _each_image(ready, found, explain_image, settings, output, run)
+
+
+def tft(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture.")],
+    network: Network,
+    maps: GivenMap,
+    thresholds: Thresholds,
+    output: Files,
+    run: ImageRun,
+) -> None:
+    """Fine-tune the threshold of an attribution map, our own or any other tool's."""
+    kinds, accelerate, found = _begin([image], network, maps, output, run, True)
+    settings = thresholds.settings()
+
+    from aftcli.data.maps import read_map
+    from aftcli.report import names
+    from aftcli.report.explain import write_outputs
+    from aftcli.tft import explain as explanation
+
+    of_map = names.of_map(maps.map_, maps.absolute, maps.cells)
+    searched = names.of_search(settings, thresholds.thresholds)
+    called = names.suffixes([*_of_network(network, run), *of_map], searched)
+    values = read_map(maps.map_) if maps.map_ else None
+    f = setup.classifier(network, run.device, run.quiet)
+    targets = setup.targets(f, maps)
+    methods = setup.methods(f, maps.cam, "gradcam") if values is None else ["map"]
+    setup.advise(methods, thresholds.mode, maps.cells, run.quiet)
+    each = explanation.passes(f, methods, len(targets) or maps.top_k, settings)
+
+    def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
+        x, asked = setup.input_of(f, subject), (targets, maps.top_k, settings)
+        if values is None:
+            explained = explanation.explain(fast, x, methods, *asked, maps.cells)
+        else:
+            attribution = _fitted(values, maps, f, x, subject, run.quiet)
+            explained = explanation.explain_map(fast, x, attribution, *asked)
+        return [write_outputs(f, subject, e, kinds, output.out, called) for e in explained]
+
+    ready = partial(accelerate, f, len(found.paths) * each)
+    _each_image(ready, found, explain_image, settings, output, run)
+
+
+class Found(NamedTuple):
+    """Images to explain, and what is wrong with what else was asked for."""
+
+    paths: list[Path]
+    problems: list[str]
+
+
+def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[float, str] | None:
+    """Read a fixed cut-off: (tau, mode) as `muted` takes it, or None.
+
+    Raises:
+        AftError: more than one way of muting is asked for, or a value is out of range.
+    """
+    if (threshold is not None) + (mute is not None) + tft > 1:
+        raise AftError("--threshold, --mute and --tft exclude each other: give one")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise AftError(f"--threshold {threshold:g} must lie in [0, 1]")
+    if mute is not None and not 0 <= mute <= 100:
+        raise AftError(f"--mute {mute:g} must lie in [0, 100] percent")
+    if threshold is not None:
+        return threshold, "value"
+    return (mute / 100, "percentile") if mute is not None else None
+
+
+def _begin(
+    images: list[str], network: Network, maps: TargetMaps, output: Files, run: ImageRun, tft: bool
+) -> tuple[tuple[str, ...], Accelerate, Found]:
+    """Check what can be checked without torch, and find the images; without one it ends here."""
+    kinds = outputs(output.save, tft)
+    named(maps.cam or [])
+    if maps.target and maps.top_k > 1:
+        raise AftError("--target and --top-k exclude each other: give one")
+    setup.check(network)
+    accelerate = setup.engine(run.engine, run.precision, run.quiet)
+
+    from aftcli.data.text import find_images
+
+    found = Found(*find_images(images, output.out))
+    if not found.paths:
+        _finish([], found.problems, output.json)
+    return kinds, accelerate, found
+
+
+def _of_network(network: Network, run: ImageRun) -> list[Setting]:
+    from aftcli.report.names import of_network
+
+    return of_network(
+        network.model, network.checkpoint, network.classes, network.layer, run.precision
+    )
+
+
+def _fitted(
+    values: Tensor, maps: GivenMap, f: Classifier, x: Tensor, subject: Subject, quiet: bool
+) -> Tensor:
+    """Fit another tool's map to an image; say what it is taken to cover where that is assumed."""
+    from aftcli.data.images import read_turn
+    from aftcli.data.maps import already_scaled, assumed, fit_map, place_of
+
+    turn = read_turn(subject.path)
+    size, (high, wide) = (values.shape[1], values.shape[0]), f.preprocessing.size
+    place = place_of(size, (wide, high), turn)
+    said = [assumed(size, place, turn)]
+    if place.frame == "view" and size == (wide, high) and already_scaled(values):
+        said.append("its scores are scaled already, as --save map writes them, and are kept")
+    if any(said):
+        setup.noting(quiet)(f"{maps.map_}: for {subject.path}, {'; '.join(filter(None, said))}")
+    return fit_map(values, x, subject.picture.size, subject.view, maps.absolute, turn)
+
+
+def _each_image(
+    ready: Callable[[], Classifier],
+    found: Found,
+    explain_image: Explain,
+    settings: Search,
+    output: Files,
+    run: ImageRun,
+) -> None:
+    """Explain every image that can be read; say of each other one what is wrong with it.
+
+    Args:
+        ready: gives the classifier.
+        found: the images.
+        explain_image: explains one and writes its files.
+        settings: of the search.
+        output: where files go, and how results are printed.
+        run: without progress, with tracebacks.
+
+    Raises:
+        typer.Exit: some could not be explained.
+        AftError: the result can't be printed.
+    """
+    from aftcli.data.images import read_image, view_of
+    from aftcli.report import explain as report
+    from aftcli.report.names import stems
+    from aftcli.report.pictures import Subject
+    from aftcli.report.terminal import progress
+
+    keep_freed_memory()
+    called = stems(found.paths)
+    results: list[dict[str, Any]] = []
+    report.output_folder(output.out)
+    f = ready()
+    for path in progress(found.paths, "explaining", len(found.paths), run.quiet):
+        try:
+            picture = read_image(path)
+            view = view_of(picture.size, f.preprocessing)
+            reports = explain_image(f, Subject(path, called[path], picture, view))
+            # Numbers instead of the maps: a folder may hold very many images.
+            results += [report.as_dict(f, each, settings) for each in reports]
+        except AftError as error:
+            found.problems.append(str(error))
+            if run.debug:
+                say_traceback(*sys.exc_info())
+    _finish(results, found.problems, output.json)
+
+
+def _finish(results: list[dict[str, Any]], problems: list[str], json: bool) -> None:
+    try:
+        if results:
+            from aftcli.report import explain as report
+
+            (report.print_json if json else report.print_table)(results)
+        elif json:
+            print("[]", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise AftError(f"the result can't be printed ({error.strerror})") from error
+    finally:
+        for problem in problems:
+            complain(problem)
+    if problems:
+        raise typer.Exit(1)

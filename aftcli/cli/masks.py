@@ -1,0 +1,107 @@
+"""`aft gen-masks`: the best masks of a whole data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from aftcli.cli import setup
+from aftcli.cli.options import (
+    Data,
+    EvaluateRun,
+    LowerPrecision,
+    Methods,
+    Network,
+    Printed,
+    Thresholds,
+    option,
+)
+from aftcli.cli.process import keep_freed_memory
+from aftcli.core.methods import named
+from aftcli.errors import AftError
+
+
+@dataclass(frozen=True)
+class MaskedData(Data):
+    """The data set to make masks of."""
+
+    strict: Annotated[bool, option("--strict", "", "Stop at an image that can't be read.")] = False
+
+
+@dataclass(frozen=True)
+class MaskOutput(Printed):
+    """What is printed of masks."""
+
+    show: Annotated[
+        Path | None, option("--show", "FILE", "Print what a mask file holds, and check it.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class MaskRun(EvaluateRun):
+    """How masks are made."""
+
+    precision: LowerPrecision = "no"
+
+
+def gen_masks(
+    data: MaskedData,
+    network: Network,
+    maps: Methods,
+    thresholds: Thresholds,
+    output: MaskOutput,
+    run: MaskRun,
+) -> None:
+    """Find the best masks of a whole data set: the auxiliary data of AFT.
+
+    Writes RUN/masks/MODEL-CAM.h5. Stopped at any point, the same command resumes. Runs on several
+    processes or machines under torchrun or accelerate launch.
+    """
+    if output.show or data.dataset is None:
+        return _show(output)
+    named(maps.cam or [])
+    setup.check(network, data.dataset)
+    settings = thresholds.settings()
+    processes, device = setup.processes(run.device)
+    quiet = run.quiet or processes.index > 0
+    accelerate = setup.engine(run.engine, run.precision, quiet)
+    f = setup.classifier(network, device, quiet)
+
+    from aftcli.data.sets import open_data_set
+    from aftcli.report.masks import print_stores, watch
+    from aftcli.tft.explain import passes
+    from aftcli.tft.generate import generate_masks, store_path
+
+    keep_freed_memory()
+    images = open_data_set(data.dataset, data.split, f.classes).limited(data.limit)
+    for text in images.notes:
+        setup.noting(quiet)(text)
+    methods = setup.methods(f, maps.cam, "gradcam")
+    count = len(images.samples)
+    # Of all processes, so that their number changes no result.
+    f = accelerate(f, count * passes(f, methods, 1, settings))
+    found = generate_masks(
+        f,
+        images,
+        methods,
+        run.run,
+        settings,
+        workers=setup.workers(run.workers),
+        batch=run.batch,
+        strict=data.strict,
+        overwrite=run.overwrite,
+        processes=processes,
+    )
+    watched = watch(found, count, processes, run.quiet)
+    if processes.index == 0:
+        print_stores([store_path(run.run, f.name, m) for m in methods], watched, output.json)
+
+
+def _show(output: MaskOutput) -> None:
+    if output.show is None:
+        raise AftError("name a DATASET to make masks of, or --show FILE to see what a file holds")
+
+    from aftcli.report import masks as report_masks
+
+    report_masks.show_store(output.show, output.json)
