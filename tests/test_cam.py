@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -21,7 +22,7 @@ from aftcli.core.cam import (
     upsample,
 )
 from aftcli.core.classifier import Preprocessing, cut_classifier
-from aftcli.core.methods import CAMS
+from aftcli.core.methods import CAMS, METHODS, Entry, named
 from aftcli.core.models import load_classifier
 from aftcli.errors import AftError
 
@@ -344,3 +345,20 @@ def test_methods_on_a_batch_explain_each_image_by_its_own_class():
         alone = attribution_map(s.f, s.x[:1], torch.tensor([n]), "gradcam")
         assert_near(maps[n], alone[0])
     assert len({tuple(m.flatten().tolist()) for m in maps}) == 5
+
+
+def loudest_channel(f, activation, class_index, x):
+    """A method from outside: the largest activation of each cell."""
+    return activation.amax(1).relu()
+
+
+def test_a_method_from_outside_is_a_function_and_a_line(monkeypatch):
+    entry = Entry("Loudest", "nobody", f"{__name__}:loudest_channel")
+    monkeypatch.setitem(METHODS, "loudest", entry)
+    s = small("mlp", 4)
+    found = attribution_map(s.f, s.x, s.class_index, "loudest")
+    for n, activation in enumerate(s.f.activation(s.x)):
+        rows = activation.permute(1, 2, 0).tolist()
+        cells = np.array([[max(0, *channels) for channels in row] for row in rows])
+        assert_near(found[n], reference.upsample(reference.scale(cells), s.x.shape[-2:]))
+    assert named(["loudest"]) == ["loudest"]
