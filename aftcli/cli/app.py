@@ -90,7 +90,7 @@ def with_table(arguments: list[str]) -> list[str]:
 
 
 def _is_value(following: list[str]) -> bool:
-    """Whether what follows `--table` is its value: not the end, an option, or the data set."""
+    """Tell if what follows `--table` is its value: not the end, an option, or the data set."""
     if not following or following[0].startswith("-"):
         return False
     return following[0] in TABLES or not os.path.lexists(following[0])

@@ -65,7 +65,7 @@ class StoredThresholds:
 
 @dataclass(frozen=True)
 class TableOutput(Printed):
-    """What is printed and drawn of an evaluation."""
+    """Options of what an evaluation prints and draws."""
 
     table: Annotated[
         str | None,

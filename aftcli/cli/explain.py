@@ -96,7 +96,7 @@ class WantedThresholds(Thresholds):
 
 @dataclass(frozen=True)
 class Files(Printed):
-    """What is printed and written."""
+    """Options of what is printed and written."""
 
     out: Annotated[Path, option("--out", "DIR", "Where files go; made if missing.")] = Path(
         "aft-out"
@@ -115,7 +115,7 @@ class Files(Printed):
 
 @dataclass(frozen=True)
 class ImageRun(Run):
-    """How a command of single images runs."""
+    """Options of how a command of single images runs."""
 
     precision: LowerPrecision = "no"
 

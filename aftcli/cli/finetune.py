@@ -107,7 +107,7 @@ class Training:
 
 @dataclass(frozen=True)
 class TunedOutput(Printed):
-    """What is printed and written of tuned networks."""
+    """Options of what is printed and written of tuned networks."""
 
     export: Annotated[
         Literal["onnx"] | None,
@@ -117,7 +117,7 @@ class TunedOutput(Printed):
 
 @dataclass(frozen=True)
 class TuneRun(StudyRun):
-    """How training runs."""
+    """Options of how training runs."""
 
     precision: Annotated[
         MixedPrecision,

@@ -31,7 +31,7 @@ class MaskedData(Data):
 
 @dataclass(frozen=True)
 class MaskOutput(Printed):
-    """What is printed of masks."""
+    """Options of what is printed of masks."""
 
     show: Annotated[
         Path | None, option("--show", "FILE", "Print what a mask file holds, and check it.")
@@ -40,7 +40,7 @@ class MaskOutput(Printed):
 
 @dataclass(frozen=True)
 class MaskRun(EvaluateRun):
-    """How masks are made."""
+    """Options of how masks are made."""
 
     precision: LowerPrecision = "no"
 

@@ -142,7 +142,7 @@ class Network(Weights):
 
 @dataclass(frozen=True)
 class Methods:
-    """What makes the maps."""
+    """Options of the maps."""
 
     PANEL: ClassVar[str] = "Map"
 
@@ -247,7 +247,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Printed:
-    """What is printed."""
+    """Options of what is printed."""
 
     PANEL: ClassVar[str] = "Output"
 
@@ -258,7 +258,7 @@ class Printed:
 
 @dataclass(frozen=True)
 class Run:
-    """How the command runs."""
+    """Options of how the command runs."""
 
     PANEL: ClassVar[str] = "Run"
 
@@ -288,7 +288,7 @@ class Run:
 
 @dataclass(frozen=True)
 class StudyRun(Run):
-    """How a command of a study runs."""
+    """Options of how a command of a study runs."""
 
     run: Annotated[
         Path,
@@ -310,6 +310,6 @@ class StudyRun(Run):
 
 @dataclass(frozen=True)
 class EvaluateRun(StudyRun):
-    """How an evaluation runs."""
+    """Options of how an evaluation runs."""
 
     batch: Annotated[int, option("--batch-size", "N", "Images in a pass of the stem.", min=1)] = 16

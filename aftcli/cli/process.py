@@ -107,7 +107,7 @@ def how_to_go_on(number: int, arguments: Sequence[str]) -> str:
 
 
 def what_is_wrong(error: Exception) -> str:
-    """What is said of an error that ends a command."""
+    """Say what is wrong, of an error that ends a command."""
     if isinstance(error, AftError):
         return str(error)
     if isinstance(error, OSError) and error.errno in REFUSED:

@@ -45,7 +45,7 @@ def device(name: str) -> torch.device:
 
 
 def workers(wanted: int | None) -> int:
-    """How many processes decode images: half the cores, at most 8."""
+    """Choose how many processes decode images: half the cores, at most 8."""
     return min(max((os.cpu_count() or 2) // 2, 1), 8) if wanted is None else wanted
 
 
@@ -115,7 +115,7 @@ def source(
 
 
 def engine(name: str, precision: str, quiet: bool) -> Accelerate:
-    """What makes classifiers fast, its names checked before one is loaded."""
+    """Return a function that makes classifiers fast; names are checked before one is loaded."""
     from aftcli.engine.accelerate import accelerated, check_engine
 
     check_engine(name, precision)
@@ -131,7 +131,7 @@ def engine(name: str, precision: str, quiet: bool) -> Accelerate:
 
 
 def noting(quiet: bool) -> Callable[[str], None]:
-    """What tells the user what is not an error, on stderr."""
+    """Return a function that prints notes to stderr."""
     return lambda text: None if quiet else complain(text)
 
 
@@ -169,7 +169,7 @@ def targets(f: Classifier, maps: TargetMaps) -> list[int]:
 
 
 def input_of(f: Classifier, subject: Subject) -> Tensor:
-    """What the model gets of a picture, shape (1, 3, H, W)."""
+    """Make the model's input of a picture, shape (1, 3, H, W)."""
     from aftcli.data.images import to_input
 
     return to_input(subject.picture, f.preprocessing).to(f.device)

@@ -28,7 +28,7 @@ from aftcli.version import __version__
 
 
 class Wanted(NamedTuple):
-    """What of an evaluation is wanted: tables by number, measures, readings, further parts."""
+    """Parts of an evaluation that are wanted: tables by number, measures, readings, others."""
 
     tables: tuple[int, ...]
     metrics: tuple[str, ...]
@@ -39,7 +39,7 @@ class Wanted(NamedTuple):
 
 
 class How(NamedTuple):
-    """How it is done: decoding processes, images in a pass, anew, without progress, engine.
+    """Settings of a run: decoding processes, images in a pass, again, without progress, engine.
 
     `note` is told what was assumed.
     """
@@ -53,7 +53,7 @@ class How(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was found: the tables, and what they were made of."""
+    """Results: the tables, and what they were made of."""
 
     tables: Tables
     measured: list[Measured]
