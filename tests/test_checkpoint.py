@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from command import aft
+from command import aft, usage_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -129,8 +129,6 @@ def test_several_layers_are_tuned_together_by_the_command(study, tmp_path):
     [
         (("--no-masks", "--lam", "2"), "--lam and --no-masks exclude each other"),
         (("--no-masks", "--consistency", "2"), "--consistency and --no-masks exclude each other"),
-        (("--objective", "cams"), "unknown objective 'cams'; nearest: cam"),
-        (("--classification", "soft"), "unknown classification term 'soft'"),
         (("--consistency", "-1"), "consistency must be 0 or more, got -1"),
         (("--layer", "fc", "--layer", "conv_head+bn2"), "can't be tuned together with conv_head"),
     ],
@@ -265,18 +263,14 @@ def test_a_new_head_keeps_its_classes(tmp_path, x):
     ("options", "message"),
     [
         (("--cam", "layercam"), "there are no masks by layercam (there is efficientnet_lite0-grad"),
-        (("--cam", "gradcan"), "unknown method 'gradcan'; nearest: gradcam"),
         (("--model", "vgg16"), "there are no masks of vgg16"),
         (("--lam", "-1"), "lambda must be 0 or more, got -1"),
         (("--lr", "0"), "the learning rate must be above 0"),
         (("--held-out", "1"), "the held-out share must lie in [0, 1)"),
-        (("--cache", "ram"), "unknown cache 'ram'; nearest: auto"),
         (("--cache", "memory", "--augment"), "leave --cache out"),
-        (("--precision", "fp8"), "unknown precision 'fp8'"),
         (("--precision", "fp16"), "--precision fp16 can't be used on a CPU; use bf16"),
         (("--no-masks", "--cam", "gradcam"), "--no-masks and --cam exclude each other"),
         (("--split", "val"), "--split goes with --no-masks"),
-        (("--export", "tflite"), "unknown format 'tflite' in --export; there is onnx"),
         (("elsewhere",), "elsewhere: there is no such folder"),
         (("elsewhere", "--no-masks"), "elsewhere: there is no such folder"),
     ],
@@ -290,6 +284,24 @@ def test_wrong_arguments_are_one_line_and_leave_nothing(study, options, message)
     assert [p for p in sorted(run.rglob("*")) if p.suffix != ".lock"] == [
         p for p in before if p.suffix != ".lock"
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--cam", "gradcan"), "unknown method 'gradcan'; nearest: gradcam"),
+        (("--objective", "cams"), "'cams' is not one of 'tuner', 'cam'"),
+        (("--classification", "soft"), "'soft' is not one of 'labels', 'distillation'"),
+        (("--cache", "ram"), "'ram' is not one of 'auto', 'memory', 'disk', 'off'"),
+        (("--precision", "fp8"), "'fp8' is not one of"),
+        (("--export", "tflite"), "'tflite' is not one of 'onnx'"),
+    ],
+)
+def test_wrong_words_name_the_choices_and_leave_nothing(study, options, message):
+    run = study / "run"
+    before = sorted(run.rglob("*"))
+    assert message in usage_error(aft("finetune", *options, "--run", run))
+    assert sorted(run.rglob("*")) == before
 
 
 def test_without_masks_the_error_says_how_to_make_them(tmp_path):
