@@ -82,11 +82,27 @@ def test_a_split_that_is_missing_or_there_twice_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("part_a", "part_b"), ("train2017", "val2017"), ("testset", "trainset"), ("fold1",)]
+    "names",
+    [
+        ("part_a", "part_b"),
+        ("train2017", "val2017"),
+        ("testset", "trainset"),
+        ("fold1",),
+        ("images_train", "images_val"),
+    ],
 )
 def test_what_looks_like_splits_under_other_names_is_refused(tmp_path, names):
     with pytest.raises(AftError, match=f"look like splits, not like classes .{names[0]}"):
         open_data_set(layout(tmp_path / "data", *names), None, FRUIT)
+
+
+def test_words_of_splits_are_refused_where_the_classes_are_not_known(tmp_path):
+    root = folders(tmp_path / "data", *(f"images_{s}/{c}" for s in ("train", "val") for c in "ab"))
+    with pytest.raises(AftError, match="look like splits, not like classes .images_train"):
+        open_data_set(root, None, FRUIT)
+    # One picture of its own makes a class of a folder with such a word.
+    root = folders(tmp_path / "other", "crash_test", "steam_train")
+    assert open_data_set(root, None, FRUIT).classes == ("crash_test", "steam_train")
 
 
 def test_classes_with_folders_of_their_own_are_classes(tmp_path):

@@ -310,11 +310,17 @@ def _refuse_unknown_splits(path: Path, folders: list[str], classes: Classes) -> 
     by_name = named and (len(named) == len(folders) or len(inner) > 1)
     known = [_known(names, classes) for names in inner]
     by_class = len(inner) == len(folders) and all(known) and sum(known) > 1
-    if by_name or (by_class and not _known(folders, classes)):
+    # Such as images_train and images_val, where no picture lies beside the folders in them.
+    by_word = len(inner) == len(folders) > 1 and all(map(_has_word_of_split, folders))
+    if by_name or ((by_class or by_word) and not _known(folders, classes)):
         raise AftError(
             f"{path}: its folders look like splits, not like classes ({listed(folders)}); call "
             "them train, val and test, or name one of them as the data set"
         )
+
+
+def _has_word_of_split(name: str) -> bool:
+    return any(split_kind(word) for word in re.split(r"[\W_\d]+", name) if word)
 
 
 def _known(names: list[str], classes: Classes) -> int:
