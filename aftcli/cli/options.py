@@ -282,7 +282,7 @@ class Run:
             show_envvar=False,
         ),
     ] = "auto"
-    quiet: Annotated[bool, option("--quiet", "", "No progress.")] = False
+    quiet: Annotated[bool, option("--quiet", "", "No progress, no notes.")] = False
     debug: Annotated[bool, option("--debug", "", "Show the traceback of an error.")] = False
 
 
