@@ -122,27 +122,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         tensors: by name.
         metadata: text by name.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with durable(path) as temporary:
-        try:
-            save_file(plain, temporary, dict(metadata))
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        # save_file leaves it to its owner alone.
-        temporary.chmod(0o666 & ~_umask())
+        # Not save_file: it writes another temporary file, which a kill would leave behind.
+        temporary.write_bytes(save(plain, dict(metadata)))
 
 
 def _no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def file_stem(model: str, what: str) -> str:
