@@ -45,7 +45,7 @@ def leftovers(folder):
 
 
 def usage_error(result):
-    """What is wrong with a command line, without the frame around it; no other output."""
+    """Return what is wrong with a command line, without the frame around it; no other output."""
     assert (result.code, result.out) == (2, ""), result
     usage, _, *frame = result.err.splitlines()
     assert usage.startswith("Usage: aft")

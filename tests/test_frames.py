@@ -47,7 +47,7 @@ def white_box(pixels):
 
 
 def seen_white(path):
-    """Where the network sees white: the pixels themselves say where the object is."""
+    """Return where the network sees white: the pixels themselves say where the object is."""
     return to_input(read_image(path), PREP)[0, 0] > 0
 
 

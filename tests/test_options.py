@@ -1,4 +1,4 @@
-"""What options do beside others: notes on those without effect, numbers, names of outputs."""
+"""Options beside others: notes on those without effect, numbers, names of outputs."""
 
 import itertools
 import json
@@ -57,7 +57,7 @@ def idle_commands(monkeypatch):
 
 
 def notes(*arguments):
-    """What a command says on stderr, which does not end it."""
+    """Return what a command says on stderr, which does not end it."""
     result = aft(*arguments)
     assert result.code in (0, None), result.err
     return result.err.splitlines()

@@ -20,7 +20,7 @@ from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Asked, Study, find_studies
 from aftcli.evaluation.tables import Sources, Tables, rows_of
 from aftcli.evaluation.timing import device_name
-from aftcli.report import terminal as foreign
+from aftcli.report import terminal
 from aftcli.report.formats import watch
 from aftcli.report.grids import Shown
 from aftcli.report.terminal import progress
@@ -79,7 +79,7 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
     first = processes.index == 0
     if first and not how.quiet:
         for text in dict.fromkeys(note for study in studies for note in study.data_set.notes):
-            foreign.complain(text)
+            terminal.complain(text)
     measured = []
     if wanted.figures or {3, 4} & set(wanted.tables):
         for study in studies:
@@ -110,9 +110,9 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
 def _say_broken(measured: list[Measured]) -> None:
     broken = {b.path: b for m in measured for r in m.results.values() for b in r.broken}
     for path, each in list(broken.items())[:20]:
-        foreign.complain(f"left out {path}: {each.reason}")
+        terminal.complain(f"left out {path}: {each.reason}")
     if len(broken) > 20:
-        foreign.complain(f"left out {len(broken) - 20} more")
+        terminal.complain(f"left out {len(broken) - 20} more")
 
 
 def _settings(run: Path, studies: list[Study], wanted: Wanted) -> dict[str, Any]:
@@ -175,5 +175,5 @@ def write_figures(found: Found, run: Path, shown: Shown, images: list[str], say:
     pictures = draw_all(found.measured, run / "results" / "figures", images, found.maskings)
     page = write_page(run / "results" / "report.html", found.tables, shown, pictures)
     for path in (*(p.path for p in pictures), page):
-        foreign.say(f"wrote {path}", aside=not say)
+        terminal.say(f"wrote {path}", aside=not say)
     return page
