@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.head import LinearHead
+from aftcli.core.cut import LinearHead
 from aftcli.core.inputs import check_shape, class_indices, first_activation
 from aftcli.core.methods import method as find_method
 from aftcli.core.networks import outside_inference_mode

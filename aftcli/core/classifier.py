@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from aftcli.core.cut import cut, last_layer
-from aftcli.core.head import LinearHead, linear_head
+from aftcli.core.cut import LinearHead, cut, last_layer, linear_head
 from aftcli.core.networks import copied, outside_inference_mode, unwrapped
 from aftcli.errors import AftError, nearest
 
@@ -291,7 +290,7 @@ class Classifier(nn.Module):
 
     @cached_property
     def linear_head(self) -> LinearHead | None:
-        """The head split at its first linear layer, where it can be (see core/head.py)."""
+        """The head split at its first linear layer, where it can be (see core/cut.py)."""
         return linear_head(self.head, self.activation_shape)
 
     def weights(self) -> dict[str, Tensor]:
