@@ -24,7 +24,7 @@ from aftcli.data.images import View, read_image, to_input, view_of
 from aftcli.data.maps import fit_map
 from aftcli.errors import AftError
 from aftcli.report import explain as report
-from aftcli.report import names, pictures
+from aftcli.report import names
 from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft import explain as engine
 from aftcli.tft.explain import Explanation
@@ -202,10 +202,10 @@ def test_the_overlay_of_an_empty_and_a_full_mask():
     picture = Image.new("RGB", (100, 60), "#336699")
     view = view_of(picture.size, small_float().preprocessing)
     ramp = torch.linspace(0, 1, 32).expand(32, 32)
-    nothing = pictures.overlay(picture, view, ramp, torch.zeros(32, 32, dtype=torch.bool))
+    nothing = report.overlay(picture, view, ramp, torch.zeros(32, 32, dtype=torch.bool))
     assert nothing.tobytes() == picture.tobytes()
     everything = np.asarray(
-        pictures.overlay(picture, view, ramp, torch.ones(32, 32, dtype=torch.bool))
+        report.overlay(picture, view, ramp, torch.ones(32, 32, dtype=torch.bool))
     )
     left, top, right, bottom = (round(edge) for edge in view.box(picture.size))
     # Turbo runs from dark blue to dark red.
@@ -225,20 +225,20 @@ def test_colours_of_an_overlay_reach_beyond_a_few_bright_pixels():
     bright[5, 7:9] = 1
     told = (values / 0.2).clamp(max=1)
     told[5, 7:9] = 1
-    shown = np.asarray(pictures.overlay(picture, view, bright, everywhere)).astype(int)
-    expected = np.asarray(pictures.overlay(picture, view, told, everywhere)).astype(int)
+    shown = np.asarray(report.overlay(picture, view, bright, everywhere)).astype(int)
+    expected = np.asarray(report.overlay(picture, view, told, everywhere)).astype(int)
     assert abs(shown - expected).max() <= 3
     # A map with many high scores is shown as it is.
     bright[:10] = 1
-    assert (np.asarray(pictures.overlay(picture, view, bright, everywhere))[-1] != shown[-1]).any()
+    assert (np.asarray(report.overlay(picture, view, bright, everywhere))[-1] != shown[-1]).any()
 
 
 def test_strips_of_a_tall_overlay_meet(monkeypatch):
     picture, ramp = Image.new("RGB", (70, 70)), torch.rand(32, 32)
     view = view_of(picture.size, small_float().preprocessing)
-    whole = pictures.overlay(picture, view, ramp, ramp > 0.5).tobytes()
-    monkeypatch.setattr(pictures, "STRIP", 9)
-    assert pictures.overlay(picture, view, ramp, ramp > 0.5).tobytes() == whole
+    whole = report.overlay(picture, view, ramp, ramp > 0.5).tobytes()
+    monkeypatch.setattr(report, "STRIP", 9)
+    assert report.overlay(picture, view, ramp, ramp > 0.5).tobytes() == whole
 
 
 def test_the_table(f, folder):

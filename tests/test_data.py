@@ -265,7 +265,7 @@ from aftcli.core.classifier import Preprocessing
 from aftcli.data.images import read_image
 from aftcli.data.images import to_input
 from aftcli.data.images import view_of
-from aftcli.report.pictures import overlay
+from aftcli.report.explain import overlay
 
 def paint(path):
     image = read_image(path)

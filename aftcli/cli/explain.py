@@ -32,9 +32,8 @@ if TYPE_CHECKING:
 
     from aftcli.core.classifier import Classifier
     from aftcli.engine.accelerate import Accelerate
-    from aftcli.report.explain import Report
+    from aftcli.report.explain import Report, Subject
     from aftcli.report.names import Setting
-    from aftcli.report.pictures import Subject
     from aftcli.settings import Search
 
     Explain = Callable[[Classifier, Subject], list[Report]]
@@ -295,8 +294,8 @@ def _each_image(
     """
     from aftcli.data.images import read_image, view_of
     from aftcli.report import explain as report
+    from aftcli.report.explain import Subject
     from aftcli.report.names import stems
-    from aftcli.report.pictures import Subject
     from aftcli.report.terminal import progress
 
     keep_freed_memory()

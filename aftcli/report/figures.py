@@ -18,8 +18,8 @@ from aftcli.evaluation.batch import Unit
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.files import durable, file_stem, make_folder
+from aftcli.report.explain import Subject, cam_title, draw_rpi, overlay, seen_part
 from aftcli.report.names import stems
-from aftcli.report.pictures import Subject, cam_title, draw_rpi, overlay, seen_part
 from aftcli.tft.explain import Explanation, explain
 from aftcli.tft.threshold import relative_probability_increase
 
