@@ -169,7 +169,7 @@ def test_an_error_is_told_alone_and_notes_beside_images_that_failed():
 
 
 def test_the_table_of_dependent_options_knows_the_commands():
-    from aftcli.cli.idle import IDLE
+    from aftcli.cli.app import IDLE
 
     assert set(IDLE) <= set(COMMANDS)
     for name, rules in IDLE.items():

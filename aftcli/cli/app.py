@@ -1,5 +1,7 @@
 """The command line: `aft` with its commands, and how each of them ends.
 
+A note on stderr says which options have no effect beside others (IDLE).
+
 Torch is imported by the commands that need it.
 """
 
@@ -10,20 +12,203 @@ import io
 import os
 import sys
 import warnings
-from typing import Annotated, TextIO
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple, TextIO
 
 import typer
+from typer.core import TyperCommand
 
 import aftcli
-from aftcli.cli.evaluate import METRICS_HELP, TABLES, evaluate
+from aftcli.cli.evaluate import METRICS_HELP, TABLES, evaluate, tables
 from aftcli.cli.explain import explain, tft
 from aftcli.cli.finetune import finetune
-from aftcli.cli.idle import Command
 from aftcli.cli.masks import gen_masks
-from aftcli.cli.options import METHODS_HELP, grouped
+from aftcli.cli.options import METHODS_HELP, Run, grouped
 from aftcli.cli.process import INTERRUPTED, Stopping, flush, what_is_wrong
+from aftcli.core.methods import METHODS, named
 from aftcli.errors import AftError, AftWarning
 from aftcli.report.terminal import complain, say_traceback
+
+Values = Mapping[str, Any]  # of a command's options, by their first spelling
+
+
+class When(NamedTuple):
+    """A condition: in words, as they follow "has no effect", and of the values given."""
+
+    words: str
+    holds: Callable[[Values], bool]
+
+
+class Idle(NamedTuple):
+    """Options that have no effect under a condition."""
+
+    options: tuple[str, ...]
+    when: When
+
+
+def _without(*others: str) -> When:
+    *most, last = others
+    words = f"without {', '.join(most)} or {last}" if most else f"without {last}"
+    return When(words, lambda given: not any(_is_set(given[other]) for other in others))
+
+
+def _with(other: str) -> When:
+    return When(f"with {other}", lambda given: _is_set(given[other]))
+
+
+def _is_set(value: object) -> bool:
+    """Check that an option says something: 0 is a value, a flag that is off is none."""
+    return value is not None and value is not False and value != []
+
+
+def _cells(only_named: bool = False) -> Idle:
+    """Tell of --cells on CAMs; without --cam the methods are CAMs, or not known yet."""
+
+    def of_cams(given: Values) -> bool:
+        methods = named(given["--cam"] or [])
+        known = bool(methods) or not only_named
+        return known and all(METHODS[name].family == "cam" for name in methods)
+
+    return Idle(("--cells",), When("on CAMs, which are of cells anyway", of_cams))
+
+
+def _without_tables(*numbers: int, parts: tuple[str, ...] = ()) -> When:
+    """Return the condition that no table of these numbers is asked for, and no further part."""
+    *most, last = map(str, numbers)
+    words = f"without table {', '.join(most)} or {last}" if most else f"without table {last}"
+
+    def holds(given: Values) -> bool:
+        wanted = set(numbers) & set(tables(given["--table"]))
+        return not wanted and not any(_is_set(given[part]) for part in parts)
+
+    return When(f"{words}, or {', '.join(parts)}" if parts else words, holds)
+
+
+def _in_long_form(given: Values) -> bool:
+    """Check that JSON or CSV is printed, which hold all there is, and no page is written."""
+    return (given["--json"] or given["--format"] in ("json", "csv")) and not given["--figures"]
+
+
+def _without_published(given: Values) -> bool:
+    """Check that no table has published numbers; JSON and CSV list them in any case."""
+    return not {3, 4, 5} & set(tables(given["--table"])) and not (
+        given["--json"] or given["--format"] in ("json", "csv")
+    )
+
+
+# By command. What is refused together with another option is not here.
+IDLE: dict[str, tuple[Idle, ...]] = {
+    "explain": (
+        Idle(("--thresholds", "--threshold-mode", "--search"), _without("--tft")),
+        Idle(("--masking", "--fill"), _without("--tft", "--threshold", "--mute")),
+        _cells(),
+    ),
+    "tft": (
+        Idle(("--absolute",), _without("--map")),
+        Idle(("--layer", "--cam", "--cells"), _with("--map")),
+        _cells(),
+    ),
+    "gen-masks": (
+        Idle(
+            (
+                *("DATASET", "--split", "--model", "--checkpoint", "--classes", "--layer"),
+                *("--cam", "--limit", "--thresholds", "--masking", "--fill", "--threshold-mode"),
+                *("--search", "--run", "--overwrite", "--strict", "--device", "--engine"),
+                *("--precision", "--batch-size", "--workers"),
+            ),
+            _with("--show"),
+        ),
+    ),
+    "finetune": (
+        Idle(("--objective",), _with("--no-masks")),
+        Idle(
+            ("--patience",),
+            When("with --held-out 0", lambda given: given["--held-out"] == 0),
+        ),
+    ),
+    "evaluate": (
+        Idle(("--image",), _without("--figures")),
+        Idle(("--format",), _with("--json")),
+        Idle(("--metrics", "--baselines"), _without_tables(3)),
+        Idle(("--masking",), _without_tables(3, 5, parts=("--sanity", "--figures"))),
+        Idle(("--overwrite",), _without_tables(3, 4, 5, parts=("--sanity", "--figures"))),
+        Idle(("--ci",), _without_tables(3, 4, parts=("--sanity",))),
+        Idle(
+            ("--ci",),
+            When("on JSON and CSV, which always hold the intervals", _in_long_form),
+        ),
+        Idle(("--paper",), When("without table 3, 4 or 5", _without_published)),
+        _cells(only_named=True),
+    ),
+}
+
+
+def idle(command: str, values: Values, given: set[str]) -> list[str]:
+    """Say which of the options given have no effect.
+
+    Args:
+        command: its name.
+        values: of all its options.
+        given: the spellings of those on the command line.
+
+    Returns:
+        Sentences, each option in one at the most.
+    """
+    said: list[str] = []
+    left = set(given)
+    for options, when in IDLE.get(command, ()):
+        named = [option for option in options if option in left]
+        if named and _holds(when, values):
+            left -= set(named)
+            verb = "has" if len(named) == 1 else "have"
+            said.append(f"{', '.join(named)} {verb} no effect {when.words}")
+    return said
+
+
+def _holds(when: When, values: Values) -> bool:
+    try:
+        return when.holds(values)
+    except AftError:  # of a value that the command refuses itself
+        return False
+
+
+class Command(TyperCommand):
+    """A command that says on stderr, at its end, which of the options given had no effect."""
+
+    def get_help_option(self, ctx: typer.Context) -> Any:  # type: ignore[override] # noqa: ANN401
+        """Return --help, shown among the options of how the command runs."""
+        found = super().get_help_option(ctx)
+        if found is not None:
+            found.rich_help_panel, found.metavar = Run.PANEL, ""
+        return found
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override] # noqa: ANN401
+        """Run the command, then say it; an error is told alone."""
+        try:
+            result = super().invoke(ctx)
+        except typer.Exit:
+            self._say(ctx)
+            raise
+        self._say(ctx)
+        return result
+
+    def _say(self, ctx: typer.Context) -> None:
+        values, given = {}, set()
+        for parameter in self.params:
+            name = str(parameter.name)
+            spelling = parameter.opts[0]
+            if parameter.param_type_name == "argument":
+                spelling = str(getattr(parameter, "metavar", None) or name).strip("[]")
+            values[spelling] = ctx.params.get(name)
+            source = ctx.get_parameter_source(name)
+            # Not of the environment: what is set there is meant for all commands.
+            if source is not None and source.name == "COMMANDLINE":
+                given.add(spelling)
+        # One process speaks for all of a run.
+        if not ctx.params.get("quiet") and os.environ.get("RANK", "0") == "0":
+            for sentence in idle(str(self.name), values, given):
+                complain(sentence)
+
 
 app = typer.Typer(
     name="aft",
