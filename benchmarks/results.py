@@ -30,7 +30,7 @@ from aftcli.evaluation.tables import (
     Table4Row,
     Tables,
 )
-from aftcli.evaluation.timing import Table5Row
+from aftcli.evaluation.trials import Table5Row
 from aftcli.report.formats import markdown_lines
 from aftcli.report.grids import Shown, grids
 

@@ -24,7 +24,7 @@ from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError
 from aftcli.evaluation.measures import TABLE3
-from aftcli.evaluation.sanity import randomised, sanity, similarity
+from aftcli.evaluation.trials import randomised, sanity, similarity
 from aftcli.report.formats import FORMATS
 
 T = (0.0, 0.3, 0.6)

@@ -19,7 +19,7 @@ from aftcli.evaluation.measures import VARIANTS, extras_of
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Asked, Study, find_studies
 from aftcli.evaluation.tables import Sources, Tables, rows_of
-from aftcli.evaluation.timing import device_name
+from aftcli.evaluation.trials import device_name
 from aftcli.report import terminal
 from aftcli.report.formats import watch
 from aftcli.report.grids import Shown

@@ -10,15 +10,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.models import load_classifier
 from aftcli.core.weights import card_classes, read_card
 from aftcli.data.blocks import pack, unpack
-from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set
 from aftcli.errors import AftError
 from aftcli.settings import Search
@@ -392,15 +388,3 @@ def _trained_on(made: dict[str, Any]) -> tuple[str, str, int] | None:
         root, kind, split = Path(made["data_set"]), made["data_kind"], made["split"]
         return data_name(root, kind, split), split, int(made["images"])
     return None
-
-
-def some_inputs(study: Study, count: int) -> Tensor:
-    """Read inputs of so many images, spread over a study's data set, shape (N, 3, H, W)."""
-    few = study.data_set.limited(count)
-    inputs = []
-    for i in range(len(few.samples)):
-        with contextlib.suppress(AftError):
-            inputs.append(to_input(read_image(few.path(i)), study.f.preprocessing))
-    if not inputs:
-        raise AftError(f"{few.root}: holds no image that could be read")
-    return torch.cat(inputs).to(study.f.device)

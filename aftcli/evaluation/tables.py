@@ -21,9 +21,8 @@ from aftcli.evaluation.measures import PAPER, VARIANTS
 from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.results import Values
 from aftcli.evaluation.run import Measured
-from aftcli.evaluation.sanity import sanity_rows
 from aftcli.evaluation.study import Study
-from aftcli.evaluation.timing import Table5Row, table5
+from aftcli.evaluation.trials import Table5Row, sanity_rows, table5
 from aftcli.tft import rounding
 
 Interval = tuple[float, float]
