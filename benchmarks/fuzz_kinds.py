@@ -146,7 +146,6 @@ def imported() -> None:
 
     from aftcli.aft import run as finetune  # noqa: F401
     from aftcli.cli import app as cli  # noqa: F401
-    from aftcli.cli import study as report_study  # noqa: F401
     from aftcli.engine import onnx as engine_onnx  # noqa: F401
     from aftcli.report import formats as report_evaluate  # noqa: F401
     from aftcli.report import masks as report_masks  # noqa: F401

@@ -68,7 +68,7 @@ def chelsea(lite0):
 def processes():
     """Processes that start quickly, forked from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.cli.study"]
+    reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.report.formats"]
     context.set_forkserver_preload(
         ["stored", "trained", "faulty", "aftcli.evaluation.metrics", "timm", *reports]
     )

@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,29 @@ def test_imports_run_downwards_only(path):
     assert place in PLACES, f"give {place} its place in ORDER"
     (floor,) = (i for i, places in enumerate(ORDER) if place in places)
     assert own_imports(path) <= {place}.union(*ORDER[floor + 1 :])
+
+
+def test_a_folder_has_three_to_eight_files_of_at_most_400_lines():
+    counts = Counter(path.parent for path in FILES if not path.name.startswith("__"))
+    assert len(counts) == 10  # nine packages and the ground
+    assert {folder.name: n for folder, n in counts.items() if not 3 <= n <= 8} == {}
+    lines = {path.name: len(path.read_text().splitlines()) for path in FILES}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
+def test_no_module_imports_itself_through_others():
+    modules = {".".join(["aftcli", *p.relative_to(PACKAGE).parts])[:-3]: p for p in FILES}
+    # A module, or a name of one.
+    imported = {m: imports_of(path) for m, path in modules.items()}
+    below = {
+        module: {n for name in names for n in (name, name.rpartition(".")[0]) if n in modules}
+        for module, names in imported.items()
+    }
+    assert "aftcli.core.cut" in below["aftcli.core.classifier"]  # the graph has edges
+    while below:
+        leaves = {module for module, others in below.items() if not others & set(below)}
+        assert leaves, f"a circle among {sorted(below)}"
+        below = {module: others for module, others in below.items() if module not in leaves}
 
 
 @named(FILES)

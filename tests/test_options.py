@@ -13,7 +13,6 @@ from PIL import Image
 from stored import NAMES, small_float
 
 from aftcli.cli.app import app
-from aftcli.cli.study import Found
 from aftcli.data.images import read_image, to_input
 from aftcli.report.grids import Tables
 
@@ -47,9 +46,9 @@ def objects(*arguments):
 @pytest.fixture
 def idle_commands(monkeypatch):
     """Commands that take their options and have nothing to do."""
-    found = Found(Tables(), [], ("binary",))
-    monkeypatch.setattr("aftcli.cli.study.evaluate", lambda *_: found)
-    monkeypatch.setattr("aftcli.cli.study.write_figures", lambda *_: None)
+    monkeypatch.setattr("aftcli.evaluation.study.find_studies", lambda *_: [])
+    monkeypatch.setattr("aftcli.cli.evaluate.evaluated", lambda *_: Tables())
+    monkeypatch.setattr("aftcli.report.formats.write_figures", lambda *_: None)
     monkeypatch.setattr("aftcli.aft.jobs.control_jobs", lambda *_: [])
     monkeypatch.setattr("aftcli.aft.jobs.mask_jobs", lambda *_: [])
     monkeypatch.setattr("aftcli.report.masks.show_store", lambda *_: None)

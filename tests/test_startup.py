@@ -19,6 +19,7 @@ from aftcli.cli.process import kept_from_collector
 from aftcli.core.models import find_device, imagenet_classes
 from aftcli.engine import accelerate
 from aftcli.errors import AftError
+from aftcli.evaluation import measures, tables
 from aftcli.report import explain as report
 from aftcli.report.formats import FORMATS
 from aftcli.tft import search
@@ -124,6 +125,8 @@ def test_names_known_without_torch_are_those_of_the_registries():
     assert get_args(evaluate.Format) == tuple(FORMATS)
     assert get_args(evaluate.Readings) == ("both", *settings.MASKINGS)
     assert explain.OUTPUTS == tuple(report.OUTPUTS)
+    asked = set().union(*(table.asked for table in tables.TABLES.values()))
+    assert asked == {*map(str, measures.TABLES), "sanity"}
     assert get_args(options.Engine) == accelerate.CHOICES
     assert get_args(options.Precision) == tuple(accelerate.TOLERANCES)
     assert get_args(finetune.Objective) == tuple(loss.OBJECTIVES) == tuple(settings.OBJECTIVES)

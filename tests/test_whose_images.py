@@ -13,11 +13,13 @@ from aftcli.aft.jobs import control_job, control_jobs, mask_job
 from aftcli.aft.recipes import in_situation
 from aftcli.aft.run import Options, Tuned, fine_tune
 from aftcli.aft.training import choose_held_out
-from aftcli.cli.study import How, Wanted, evaluate
+from aftcli.cli.evaluate import TableOutput, evaluated
+from aftcli.cli.options import EvaluateRun
 from aftcli.core.weights import read_card
 from aftcli.data.blocks import Processes, content_of, pack, unpack
 from aftcli.errors import AftError
 from aftcli.evaluation import study as evaluate_jobs
+from aftcli.evaluation.run import Plan
 from aftcli.evaluation.study import Asked, find_studies
 from aftcli.report.formats import as_csv, as_dict, as_text
 from aftcli.report.grids import Shown
@@ -164,11 +166,12 @@ def test_images_that_were_trained_on_are_said(images, tmp_path, capsys):
     shutil.copytree(images / "train", renamed)
     for path in renamed.rglob("*.png"):
         path.rename(path.with_name(f"x{path.name}"))
-    wanted, how = Wanted((3, 4), ("average_drop",), ("soft",)), How(0, quiet=True)
+    plan, output = Plan(("soft",), workers=0), TableOutput(metrics="average_drop")
+    how = EvaluateRun(run=run, quiet=True)
 
     def tables_of(where, split=None):
         asked = Asked(Source(), data=where, split=split)
-        return evaluate(run, asked, wanted, how, Processes()).tables
+        return evaluated(find_studies(run, asked), plan, output, how, Processes())
 
     same = {"dataset": "renamed", "model": "small", "n": 18}
     for where, split in ((renamed, None), (images, "train")):

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand
 
 import aftcli
-from aftcli.cli.evaluate import METRICS_HELP, TABLES, evaluate, tables
+from aftcli.cli.evaluate import METRICS_HELP, evaluate, tables
 from aftcli.cli.explain import explain, tft
 from aftcli.cli.finetune import finetune
 from aftcli.cli.masks import gen_masks
@@ -27,6 +27,7 @@ from aftcli.cli.options import METHODS_HELP, Run, grouped
 from aftcli.cli.process import INTERRUPTED, Stopping, flush, what_is_wrong
 from aftcli.core.methods import METHODS, named
 from aftcli.errors import AftError, AftWarning
+from aftcli.evaluation.measures import EVALUATED, MEASURED, TABLES
 from aftcli.report.terminal import complain, say_traceback
 
 Values = Mapping[str, Any]  # of a command's options, by their first spelling
@@ -91,7 +92,7 @@ def _in_long_form(given: Values) -> bool:
 
 def _without_published(given: Values) -> bool:
     """Check that no table has published numbers; JSON and CSV list them in any case."""
-    return not {3, 4, 5} & set(tables(given["--table"])) and not (
+    return not set(EVALUATED) & set(tables(given["--table"])) and not (
         given["--json"] or given["--format"] in ("json", "csv")
     )
 
@@ -131,8 +132,8 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         Idle(("--format",), _with("--json")),
         Idle(("--metrics", "--baselines"), _without_tables(3)),
         Idle(("--masking",), _without_tables(3, 5, parts=("--sanity", "--figures"))),
-        Idle(("--overwrite",), _without_tables(3, 4, 5, parts=("--sanity", "--figures"))),
-        Idle(("--ci",), _without_tables(3, 4, parts=("--sanity",))),
+        Idle(("--overwrite",), _without_tables(*EVALUATED, parts=("--sanity", "--figures"))),
+        Idle(("--ci",), _without_tables(*MEASURED, parts=("--sanity",))),
         Idle(
             ("--ci",),
             When("on JSON and CSV, which always hold the intervals", _in_long_form),
@@ -278,7 +279,8 @@ def _is_value(following: list[str]) -> bool:
     """Tell if what follows `--table` is its value: not the end, an option, or the data set."""
     if not following or following[0].startswith("-"):
         return False
-    return following[0] in TABLES or not os.path.lexists(following[0])
+    known = following[0] == "all" or following[0] in map(str, TABLES)
+    return known or not os.path.lexists(following[0])
 
 
 def _run(stopping: Stopping) -> str | int | None:

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from aftcli.cli import setup
 from aftcli.cli.options import Data, EvaluateRun, Maps, Network, Printed, option, usage, words
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
-from aftcli.evaluation.measures import MEASURES, measures
+from aftcli.evaluation.measures import (
+    EVALUATED,
+    MEASURED,
+    MEASURES,
+    TABLES,
+    VARIANTS,
+    extras_of,
+    measures,
+)
 from aftcli.settings import Fill, Masking, Mode, read_thresholds
+
+if TYPE_CHECKING:
+    from aftcli.data.blocks import Processes
+    from aftcli.engine.accelerate import Accelerate
+    from aftcli.evaluation.run import Plan
+    from aftcli.evaluation.study import Study
+    from aftcli.evaluation.tables import Tables
 
 Format = Literal["table", "json", "csv", "markdown", "latex"]  # as in aftcli.report.formats
 Readings = Literal["both", "binary", "soft"]
-TABLES = ("1", "2", "3", "4", "5", "all")
-
 METRICS_HELP = f"--metrics takes {', '.join(MEASURES)}; or all."
 
 
@@ -30,12 +44,12 @@ def tables(text: str | None) -> tuple[int, ...]:
     (3, 4, 5)
     """
     if text is None:
-        return (3, 4)
-    names = [part.strip() for part in text.split(",")]
+        return MEASURED
+    names, known = [part.strip() for part in text.split(",")], [*map(str, TABLES), "all"]
     for name in names:
-        if name not in TABLES:
-            raise AftError(f"there is no table {name!r}; --table takes {', '.join(TABLES)}")
-    return (3, 4, 5) if "all" in names else tuple(sorted({int(name) for name in names}))
+        if name not in known:
+            raise AftError(f"there is no table {name!r}; --table takes {', '.join(known)}")
+    return EVALUATED if "all" in names else tuple(sorted({int(name) for name in names}))
 
 
 @dataclass(frozen=True)
@@ -72,8 +86,8 @@ class TableOutput(Printed):
         option(
             "--table",
             "LIST",
-            "Of 1 cut-offs, 2 data sets, 3 measures of maps, 4 accuracies, 5 seconds a map; all, "
-            "or alone: 3,4,5. Default: 3,4.",
+            f"Of {', '.join(f'{n} {shows}' for n, shows in TABLES.items())}; all, or alone: "
+            f"{','.join(map(str, EVALUATED))}. Default: {','.join(map(str, MEASURED))}.",
             callback=usage(tables),
         ),
     ] = None
@@ -124,25 +138,78 @@ def evaluate(
     setup.check(network, data.dataset)
     values = read_thresholds(thresholds.thresholds) if thresholds.thresholds else None
 
-    from aftcli.cli import study
-    from aftcli.evaluation.study import Asked
-    from aftcli.report.formats import FORMATS
+    from aftcli.evaluation.study import Asked, find_studies
+    from aftcli.report import formats
     from aftcli.report.grids import Shown
 
     processes, device = setup.processes(run.device)
-    note = setup.noting(run.quiet or processes.index > 0)
-    source = setup.source(network, network.layer, setup.device(device), note)
+    quiet = run.quiet or processes.index > 0
+    source = setup.source(network, network.layer, setup.device(device), setup.noting(quiet))
     searched = (values, thresholds.fill, thresholds.mode)
     asked = Asked(source, cams, data.dataset, data.split, data.limit, *searched, maps.cells)
     keep_freed_memory()
-    accelerate = setup.engine(run.engine, "no", run.quiet or processes.index > 0)
-    work = (setup.workers(run.workers), run.batch, run.overwrite, run.quiet, accelerate)
-    how = study.How(*work, setup.noting(run.quiet))
-    parts = (output.baselines, output.sanity, output.figures)
-    columns = (tables(output.table), measures(output.metrics), thresholds.maskings)
-    found = study.evaluate(run.run, asked, study.Wanted(*columns, *parts), how, processes)
+    plan = _plan(thresholds, output, run, setup.engine(run.engine, "no", quiet))
+    found = evaluated(find_studies(run.run, asked), plan, output, run, processes)
     if processes.index == 0:
         words, shown = "json" if output.json else output.format_, Shown(output.ci, output.paper)
-        FORMATS[words](found.tables, shown)
+        formats.FORMATS[words](found, shown)
         if output.figures:
-            study.write_figures(found, run.run, shown, output.image or [], words == "table")
+            formats.write_figures(found, run.run, shown, output.image or [], words != "table")
+
+
+def _plan(
+    thresholds: StoredThresholds, output: TableOutput, run: EvaluateRun, accelerate: Accelerate
+) -> Plan:
+    from aftcli.evaluation.run import Plan
+
+    return Plan(
+        thresholds.maskings,
+        extras_of(measures(output.metrics), output.baselines),
+        setup.workers(run.workers),
+        run.batch,
+        run.overwrite,
+        accelerate=accelerate,
+        note=setup.noting(run.quiet),
+    )
+
+
+def evaluated(
+    studies: list[Study], plan: Plan, output: TableOutput, run: EvaluateRun, processes: Processes
+) -> Tables:
+    """Evaluate studies, showing progress, and make the tables in the first process.
+
+    Raises:
+        AftError: see `evaluate_study`.
+    """
+    from aftcli.evaluation.run import evaluate_study
+    from aftcli.evaluation.tables import Sources, Tables, rows_of
+    from aftcli.report import formats
+    from aftcli.report.terminal import progress
+
+    first, numbers, metrics = processes.index == 0, tables(output.table), measures(output.metrics)
+    if first:
+        for text in dict.fromkeys(note for each in studies for note in each.data_set.notes):
+            setup.noting(run.quiet)(text)
+    measured = []
+    if output.figures or set(MEASURED) & set(numbers):
+        for study in studies:
+            events = evaluate_study(study, run.run, plan, processes)
+            measured.append(formats.watch(events, run.quiet or not first))
+    if not first:
+        return Tables()
+    formats.say_broken(measured)
+    sources = Sources(
+        run.run,
+        studies,
+        measured,
+        metrics,
+        [v for v in VARIANTS if v != "fixed" or output.baselines],
+        plan.maskings[0],
+        plan.overwrite,
+        plan.accelerate,
+        processes,
+        partial(progress, quiet=run.quiet),
+    )
+    rows = rows_of([*map(str, numbers), *["sanity"] * output.sanity], sources)
+    kinds = {study.data_name: study.data_set.kind for study in studies}
+    return Tables(rows, formats.settings_of(sources, plan.maskings), kinds, measured)

@@ -142,6 +142,17 @@ def extras_of(names: Iterable[str], baselines: bool) -> frozenset[str]:
     return frozenset(needed | ({BASELINES} if baselines else set()))
 
 
+# The tables by the number that asks for them, as help names them; `tables.TABLES` has their rows.
+TABLES = {
+    1: "cut-offs",
+    2: "data sets",
+    3: "measures of maps",
+    4: "accuracies",
+    5: "seconds a map",
+}
+MEASURED = (3, 4)  # made of measured maps; the default
+EVALUATED = (*MEASURED, 5)  # all that the network must run for
+
 MODELS = ("ResNet-50", "VGG-16")
 
 PAPER_VARIANTS = ("original", "tft", "aft")

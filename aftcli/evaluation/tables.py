@@ -282,11 +282,13 @@ class Tables:
         rows: of each table, by a key of TABLES.
         settings: of the evaluation, plain values.
         kinds: of data sets, by name.
+        measured: the results that the rows were made of.
     """
 
     rows: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     kinds: dict[str, str] = field(default_factory=dict)
+    measured: Sequence[Measured] = ()
 
 
 Record = dict[str, Any]

@@ -5,23 +5,38 @@ from __future__ import annotations
 import base64
 import csv
 import json
+import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from aftcli.evaluation.measures import published_records
 from aftcli.evaluation.run import Measured, Step
-from aftcli.evaluation.tables import TABLES, Tables, lines_of
+from aftcli.evaluation.tables import TABLES, Sources, Tables, lines_of
+from aftcli.evaluation.trials import device_name
 from aftcli.files import durable
-from aftcli.report.figures import Picture
+from aftcli.report.figures import Picture, draw_all
 from aftcli.report.grids import LOOKS, Grid, Shown, grids
-from aftcli.report.terminal import PassesColumn, PlainColumn, cell, csv_cell, html, latex, markdown
+from aftcli.report.terminal import (
+    PassesColumn,
+    PlainColumn,
+    cell,
+    complain,
+    csv_cell,
+    html,
+    latex,
+    markdown,
+    say,
+)
+from aftcli.version import __version__
 
 
 def watch(steps: Iterator[Step | Measured], quiet: bool) -> Measured:
@@ -46,6 +61,53 @@ def watch(steps: Iterator[Step | Measured], quiet: bool) -> Measured:
                 tasks[step.what] = bar.add_task(step.what, total=step.total)
             bar.advance(tasks[step.what], step.images)
     raise AssertionError("the evaluation ended without its results")
+
+
+def say_broken(measured: Sequence[Measured]) -> None:
+    """Say on stderr which images were left out."""
+    broken = {b.path: b for m in measured for r in m.results.values() for b in r.broken}
+    for path, each in list(broken.items())[:20]:
+        complain(f"left out {path}: {each.reason}")
+    if len(broken) > 20:
+        complain(f"left out {len(broken) - 20} more")
+
+
+def settings_of(sources: Sources, maskings: Sequence[str]) -> dict[str, Any]:
+    """Return all that is needed to make tables again, as plain values."""
+    import timm
+    import torchvision
+
+    return {
+        "command": shlex.join(["aft", *sys.argv[1:]]),
+        "run": str(sources.run),
+        "studies": [
+            {
+                "model": study.f.name,
+                "layer": study.f.layer_name,
+                "weights": study.variants[0].weights,
+                "dataset": study.data_name,
+                "split": study.data_set.split,
+                "images": len(study.data_set.samples),
+                "cams": list(study.cams),
+                "thresholds": list(study.search.thresholds),
+                "fill": study.search.fill,
+                "threshold_mode": study.search.mode,
+                "cells": study.cells,
+                "tuned": [v.path.name for v in study.variants if v.path],
+            }
+            for study in sources.studies
+        ],
+        "maskings": list(maskings),
+        "metrics": list(sources.metrics),
+        "device": device_name(sources.studies[0].f.device),
+        "versions": {
+            "aft": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "timm": timm.__version__,
+        },
+    }
 
 
 def as_text(tables: Tables, shown: Shown) -> None:
@@ -173,6 +235,23 @@ figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; border:
 figcaption { color: #555; font-size: 0.85rem; }
 pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; }
 """
+
+
+def write_figures(tables: Tables, run: Path, shown: Shown, images: list[str], aside: bool) -> None:
+    """Draw the figures and write the page of all, in `<run>/results`.
+
+    Args:
+        tables: of the evaluation, with its measures.
+        run: where it lives.
+        shown: how tables are shown.
+        images: of Figure 3, by a part of their names; empty for some, spread.
+        aside: say what was written on stderr: stdout is the tables'.
+    """
+    results = run / "results"
+    pictures = draw_all(tables.measured, results / "figures", images, tables.settings["maskings"])
+    page = write_page(results / "report.html", tables, shown, pictures)
+    for path in (*(p.path for p in pictures), page):
+        say(f"wrote {path}", aside=aside)
 
 
 def write_page(path: Path, tables: Tables, shown: Shown, pictures: Sequence[Picture]) -> Path:
