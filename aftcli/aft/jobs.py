@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +18,21 @@ from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.models import with_new_head
 from aftcli.core.networks import outside_inference_mode
-from aftcli.data.sets import DataSet, Sample, format_of, not_its_classes, open_data_set, spread
+from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set
 from aftcli.errors import AftError
 from aftcli.files import file_stem
 from aftcli.tft.hdf5 import Rows, join_float
 from aftcli.tft.masks import MaskStore
-from aftcli.tft.stores import Source, advice, check_made_for, chunks_of, find_stores, open_stores
+from aftcli.tft.stores import (
+    Source,
+    StoredImages,
+    advice,
+    check_made_for,
+    chunks_of,
+    find_stores,
+    open_stores,
+    stored_images,
+)
 from aftcli.tft.threshold import FILLS, cut_off, masked_image, threshold_map
 
 
@@ -171,7 +180,7 @@ def _control_of_masks(
                 f"{first.path.parent}: the masks are of different images ({both}), so there is no "
                 "control of both; make them of the same ones, or move one to another --run"
             )
-    found = _stored_images(first, f, data, limit)
+    found = stored_images(first, f, data, limit)
     return Job(f, found.data_set, earlier=_earlier(f, earlier), contents=found.contents)
 
 
@@ -198,7 +207,7 @@ def mask_job(
     """
     made = store.settings
     check_made_for(store, f)
-    found = _stored_images(store, f, data, limit)
+    found = stored_images(store, f, data, limit)
     searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
     return Job(
         f,
@@ -211,7 +220,7 @@ def mask_job(
     )
 
 
-def _masks(store: MaskStore, f: Classifier, images: _StoredImages) -> Masks:
+def _masks(store: MaskStore, f: Classifier, images: StoredImages) -> Masks:
     """Take the masks of some of a store's images."""
     made, picked = store.settings, images.picked
     kept = zip(*map(_kept, images.chunks), strict=True)
@@ -232,98 +241,10 @@ def _earlier(f: Classifier, names: Sequence[str]) -> Earlier | None:
     return earlier_layers(f, names) if names else None
 
 
-class _StoredImages(NamedTuple):
-    """The images of a mask store, or some of them.
-
-    Attributes:
-        data_set: the images.
-        picked: their places in the store.
-        chunks: the whole store.
-    """
-
-    data_set: DataSet
-    picked: list[int]
-    chunks: list[Rows]
-
-    @property
-    def contents(self) -> list[int]:
-        """Return the contents of the images' files (`content_of`)."""
-        found: list[int] = np.concatenate([c.content for c in self.chunks])[self.picked].tolist()
-        return found
-
-
 def _images_of(store: MaskStore) -> list[tuple[Any, ...]]:
     """Return name, label and content of each image."""
     columns = [(c.path, c.label, c.content) for c in chunks_of(store)]
     return [row for each in columns for row in zip(*(c.tolist() for c in each), strict=True)]
-
-
-def _stored_images(
-    store: MaskStore, f: Classifier, data: Path | None, limit: int | None
-) -> _StoredImages:
-    """Find a store's images in their data set; arguments and errors as of `mask_job`."""
-    _labels(store, f)  # known without reading the whole store
-    store.verify()
-    if not len(store):
-        raise AftError(f"{store.path}: holds no image that could be read")
-    chunks, picked = chunks_of(store), spread(len(store), limit)
-    data_set = _data_set(store, f, data, _samples(store, f, chunks, picked))
-    different = store.changed(data_set, picked)
-    if different:
-        raise AftError(
-            f"{store.path}: {len(different)} images have changed since the masks were made (first: "
-            f"{different[0]}); make them again with aft gen-masks --overwrite"
-        )
-    return _StoredImages(data_set, picked, chunks)
-
-
-def _samples(
-    store: MaskStore, f: Classifier, chunks: list[Rows], picked: list[int]
-) -> list[Sample]:
-    """Return some of a store's images with their classes of f; check that f has these."""
-    paths = np.concatenate([c.path for c in chunks])
-    labels = np.concatenate([c.label for c in chunks])
-    index = _labels(store, f)
-    if index is not None:
-        if labels.max() >= len(index):
-            raise AftError(f"{store.path}: has labels beyond its {len(index)} classes")
-        labels = index[labels]
-    samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
-    used = [*(sample.label for sample in samples), *(c.class_index.max() for c in chunks)]
-    if max(used) >= len(f.classes):
-        raise AftError(f"{store.path}: has labels beyond the {len(f.classes)} classes of {f.name}")
-    return samples
-
-
-def _data_set(
-    store: MaskStore, f: Classifier, data: Path | None, samples: Sequence[Sample]
-) -> DataSet:
-    """Return a store's data set with these images, where it is now."""
-    made = store.settings
-    given = None if data is None else open_data_set(data, made["split"] or None, f.classes)
-    root = given.root if given else Path(made["data_set"])
-    if not root.is_dir():
-        raise AftError(
-            f"{root}: the data set of {store.path} is no longer there; say where it is: "
-            "aft finetune DATASET"
-        )
-    named, notes = (given.named, given.notes) if given else (None, ())
-    kind, split = made["data_kind"], made["split"]
-    return DataSet(kind, root, split, f.classes.names, True, samples, named, notes)
-
-
-def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
-    """Find the classifier's class of each label of a store; None where labels are its classes."""
-    made = store.settings
-    if made["labels"] == "model":
-        return None
-    # Masks may have been made before anyone named the network's classes.
-    found = f.classes.match(made["classes"])
-    if None in found:
-        raise AftError(
-            f"{store.path}: the labels of these images are no classes of {f.name}{advice(f)}"
-        )
-    return np.array(found)
 
 
 def _kept(rows: Rows) -> tuple[np.ndarray, ...]:

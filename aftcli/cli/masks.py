@@ -102,6 +102,6 @@ def _show(output: MaskOutput) -> None:
     if output.show is None:
         raise AftError("name a DATASET to make masks of, or --show FILE to see what a file holds")
 
-    from aftcli.report import masks as report_masks
+    from aftcli.report.masks import show_store
 
-    report_masks.show_store(output.show, output.json)
+    show_store(output.show, output.json)

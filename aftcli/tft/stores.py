@@ -1,7 +1,8 @@
-"""The mask stores of a run, and the classifiers that they were made with."""
+"""The mask stores of a run, the classifiers that they were made with, and their images."""
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from aftcli.core.classifier import Classes, Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.models import load_classifier
+from aftcli.data.sets import DataSet, Sample, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.tft.hdf5 import Rows
 from aftcli.tft.masks import MaskStore, differences
@@ -120,6 +122,105 @@ def stored_contents(store: MaskStore) -> list[int]:
 def chunks_of(store: MaskStore) -> list[Rows]:
     """Read a store, some thousand rows at a time."""
     return [store.rows(i, min(i + 4096, len(store))) for i in range(0, len(store), 4096)]
+
+
+class StoredImages(NamedTuple):
+    """The images of a mask store, or some of them.
+
+    Attributes:
+        data_set: the images.
+        picked: their places in the store.
+        chunks: the whole store.
+    """
+
+    data_set: DataSet
+    picked: list[int]
+    chunks: list[Rows]
+
+    @property
+    def contents(self) -> list[int]:
+        """Return the contents of the images' files (`content_of`)."""
+        found: list[int] = np.concatenate([c.content for c in self.chunks])[self.picked].tolist()
+        return found
+
+
+def stored_images(
+    store: MaskStore, f: Classifier, data: Path | None, limit: int | None
+) -> StoredImages:
+    """Find a store's images in their data set, checked.
+
+    Args:
+        store: of `aft gen-masks`.
+        f: the classifier.
+        data: where the data set is now; default where it was.
+        limit: take so many images, spread over the store.
+
+    Raises:
+        AftError: the store is damaged, has labels of other classes, its data set is gone, or
+            images have changed.
+    """
+    _labels(store, f)  # known without reading the whole store
+    store.verify()
+    if not len(store):
+        raise AftError(f"{store.path}: holds no image that could be read")
+    chunks, picked = chunks_of(store), spread(len(store), limit)
+    data_set = _data_set(store, f, data, _samples(store, f, chunks, picked))
+    different = store.changed(data_set, picked)
+    if different:
+        raise AftError(
+            f"{store.path}: {len(different)} images have changed since the masks were made (first: "
+            f"{different[0]}); make them again with aft gen-masks --overwrite"
+        )
+    return StoredImages(data_set, picked, chunks)
+
+
+def _samples(
+    store: MaskStore, f: Classifier, chunks: list[Rows], picked: list[int]
+) -> list[Sample]:
+    """Return some of a store's images with their classes of f; check that f has these."""
+    paths = np.concatenate([c.path for c in chunks])
+    labels = np.concatenate([c.label for c in chunks])
+    index = _labels(store, f)
+    if index is not None:
+        if labels.max() >= len(index):
+            raise AftError(f"{store.path}: has labels beyond its {len(index)} classes")
+        labels = index[labels]
+    samples = [Sample(os.fsdecode(bytes(paths[i])), int(labels[i])) for i in picked]
+    used = [*(sample.label for sample in samples), *(c.class_index.max() for c in chunks)]
+    if max(used) >= len(f.classes):
+        raise AftError(f"{store.path}: has labels beyond the {len(f.classes)} classes of {f.name}")
+    return samples
+
+
+def _data_set(
+    store: MaskStore, f: Classifier, data: Path | None, samples: Sequence[Sample]
+) -> DataSet:
+    """Return a store's data set with these images, where it is now."""
+    made = store.settings
+    given = None if data is None else open_data_set(data, made["split"] or None, f.classes)
+    root = given.root if given else Path(made["data_set"])
+    if not root.is_dir():
+        raise AftError(
+            f"{root}: the data set of {store.path} is no longer there; say where it is: "
+            "aft finetune DATASET"
+        )
+    named, notes = (given.named, given.notes) if given else (None, ())
+    kind, split = made["data_kind"], made["split"]
+    return DataSet(kind, root, split, f.classes.names, True, samples, named, notes)
+
+
+def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
+    """Find the classifier's class of each label of a store; None where labels are its classes."""
+    made = store.settings
+    if made["labels"] == "model":
+        return None
+    # Masks may have been made before anyone named the network's classes.
+    found = f.classes.match(made["classes"])
+    if None in found:
+        raise AftError(
+            f"{store.path}: the labels of these images are no classes of {f.name}{advice(f)}"
+        )
+    return np.array(found)
 
 
 def advice(f: Classifier) -> str:
