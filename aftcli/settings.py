@@ -82,8 +82,7 @@ def read_thresholds(text: str) -> tuple[float, ...]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise AftError(f"thresholds {text!r} can't be read; {form}") from None
-    if not all(0 <= value <= 1 for value in values):
-        raise AftError(f"thresholds {text!r} must lie in [0, 1]; {form}")
-    if any(b <= a for a, b in zip(values, values[1:], strict=False)):
-        raise AftError(f"thresholds {text!r} must increase; {form}")
-    return values
+    try:
+        return Search(values).thresholds
+    except AftError as error:
+        raise AftError(f"{error}; {form}") from None
