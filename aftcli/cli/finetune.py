@@ -148,11 +148,11 @@ def finetune(
     _check(data, maps, training)
     setup.check(network, data.dataset)
 
-    from aftcli.aft import jobs as finetune_jobs
-    from aftcli.aft import run as tuning
+    from aftcli.aft.jobs import control_jobs, mask_jobs
     from aftcli.aft.recipes import in_situation
+    from aftcli.aft.run import fine_tune
     from aftcli.engine.export import check_onnx
-    from aftcli.report import tuned as report_tuned
+    from aftcli.report.tuned import export, print_tuned, watch
 
     if output.export:
         check_onnx()
@@ -167,14 +167,14 @@ def finetune(
     keep_freed_memory()
     if data.no_masks:
         own = (data.dataset, data.split, data.limit, training.seed)
-        jobs = finetune_jobs.control_jobs(run.run, source, *own)
+        jobs = control_jobs(run.run, source, *own)
     else:
-        jobs = finetune_jobs.mask_jobs(run.run, source, cams, data.dataset, data.limit)
-    events = tuning.fine_tune(jobs, run.run, settings, options, accelerator)
-    tuned = report_tuned.watch(events, run.quiet or not first)
+        jobs = mask_jobs(run.run, source, cams, data.dataset, data.limit)
+    events = fine_tune(jobs, run.run, settings, options, accelerator)
+    tuned = watch(events, run.quiet or not first)
     if first:
-        exported = [report_tuned.export(t.path) for t in tuned] if output.export else []
-        report_tuned.print_tuned(tuned, exported, output.json)
+        exported = [export(t.path) for t in tuned] if output.export else []
+        print_tuned(tuned, exported, output.json)
 
 
 def _check(data: TrainingData, maps: Methods, training: Training) -> None:

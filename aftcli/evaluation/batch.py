@@ -8,7 +8,7 @@ of which there is only the original view.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -248,8 +248,7 @@ def _scores(
         some.class_index.repeat(len(cams)),
         some.probability.repeat(len(cams)),
         torch.arange(count, device=cut.device).repeat(len(cams)),
-        masking,
-        wanted.fill,
+        replace(wanted.search or Search(), masking=masking, fill=wanted.fill),
     )
     found = {}
     for i, cam in enumerate(cams):

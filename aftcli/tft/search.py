@@ -91,21 +91,14 @@ class Distinct(NamedTuple):
 WHOLE = -1
 
 
-def distinct_masks(
-    attribution: Tensor, cut: Tensor, owner: list[int], masking: str, share_empty: bool
-) -> Distinct:
+def distinct_masks(attribution: Tensor, cut: Tensor, owner: list[int], search: Search) -> Distinct:
     """Find equal masks, so that each distinct masked image is run once.
 
     Masks shrink as tau grows, so two of one map are equal if they keep as many pixels; those
-    of different maps of one image are compared.
-
-    Args:
-        attribution: I, shape (N, H, W).
-        cut: from `cut_off`, shape (N, |T|).
-        owner: which image each map is of.
-        masking: a key of MASKINGS.
-        share_empty: empty masks of all images give the same masked image.
+    of different maps of one image are compared. Empty masks of all images give the same masked
+    image, unless it shows the image blurred. Args as of `masked_probabilities`.
     """
+    masking, share_empty = search.masking, search.fill != "blur"
     steps = range(cut.shape[1])
     # The only copy from the device: it decides which masked images are packed into batches.
     kept = areas(attribution, cut).tolist()
@@ -151,8 +144,7 @@ def masked_probabilities(
     class_index: Tensor,
     y: Tensor,
     owner: Tensor,
-    masking: str,
-    fill: str,
+    search: Search,
 ) -> Tensor:
     """Return y_hat^c of each threshold of each map, (N, |T|); equal masks are scored once.
 
@@ -164,15 +156,14 @@ def masked_probabilities(
         class_index: c, shape (N,).
         y: y^c of the whole image, shape (N,).
         owner: which input each map is of, shape (N,).
-        masking: a key of MASKINGS.
-        fill: a key of FILLS.
+        search: gives masking and fill.
     """
-    pairs, source = distinct_masks(attribution, cut, owner.tolist(), masking, fill != "blur")
-    filled = FILLS[fill](f, x)
+    pairs, source = distinct_masks(attribution, cut, owner.tolist(), search)
+    filled = FILLS[search.fill](f, x)
     rows = []
     places = torch.tensor(pairs, dtype=torch.long).view(-1, 2).to(x.device)
     for n, t in (part.unbind(1) for part in places.split(BATCH) if len(part)):
-        weight = MASKINGS[masking](threshold_map(attribution[n], cut[n, t]))
+        weight = MASKINGS[search.masking](threshold_map(attribution[n], cut[n, t]))
         image = owner[n]
         rows.append(probabilities(f(masked_image(x[image], weight, filled[image])).float()))
     if not rows:
@@ -291,7 +282,7 @@ def search_threshold(
 
     def score(steps: Tensor) -> Tensor:
         known = (cut.gather(1, steps), classes, probability, owner)
-        return masked_probabilities(f, x, attribution, *known, search.masking, search.fill)
+        return masked_probabilities(f, x, attribution, *known, search)
 
     y_hat = SEARCHES[search.search](score, probability, len(search.thresholds))
     rpi = relative_probability_increase(y_hat, probability[:, None])
