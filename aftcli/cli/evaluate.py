@@ -176,15 +176,11 @@ def _plan(
 def evaluated(
     studies: list[Study], plan: Plan, output: TableOutput, run: EvaluateRun, processes: Processes
 ) -> Tables:
-    """Evaluate studies, showing progress, and make the tables in the first process.
-
-    Raises:
-        AftError: see `evaluate_study`.
-    """
+    """Evaluate studies, showing progress, and make the tables in the first process."""
     from aftcli.evaluation.run import evaluate_study
     from aftcli.evaluation.tables import Sources, Tables, rows_of
     from aftcli.report import formats
-    from aftcli.report.terminal import progress
+    from aftcli.report.terminal import progress, say_left_out
 
     first, numbers, metrics = processes.index == 0, tables(output.table), measures(output.metrics)
     if first:
@@ -197,7 +193,7 @@ def evaluated(
             measured.append(formats.watch(events, run.quiet or not first))
     if not first:
         return Tables()
-    formats.say_broken(measured)
+    say_left_out(b for m in measured for result in m.results.values() for b in result.broken)
     sources = Sources(
         run.run,
         studies,

@@ -278,20 +278,7 @@ def _each_image(
     output: Files,
     run: ImageRun,
 ) -> None:
-    """Explain every image that can be read; say of each other one what is wrong with it.
-
-    Args:
-        ready: gives the classifier.
-        found: the images.
-        explain_image: explains one and writes its files.
-        settings: of the search.
-        output: where files go, and how results are printed.
-        run: without progress, with tracebacks.
-
-    Raises:
-        typer.Exit: some could not be explained.
-        AftError: the result can't be printed.
-    """
+    """Explain every image that can be read; say of each other one what is wrong with it."""
     from aftcli.data.images import read_image, view_of
     from aftcli.report import explain as report
     from aftcli.report.explain import Subject

@@ -178,11 +178,7 @@ def finetune(
 
 
 def _check(data: TrainingData, maps: Methods, training: Training) -> None:
-    """Check that nothing is asked for that needs masks, or their images, where it does not fit.
-
-    Raises:
-        AftError: something is.
-    """
+    """Check that nothing is asked for that needs masks, or their images, where it does not fit."""
     if data.no_masks and maps.cam:
         raise AftError("--no-masks and --cam exclude each other: a control has no CAM")
     if data.split and not data.no_masks:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from aftcli.data.images import View
 from aftcli.errors import AftError
 from aftcli.files import replacing
 from aftcli.report.names import PLAIN, Suffixes
-from aftcli.report.terminal import cell, say
+from aftcli.report.terminal import cell, say, stdout_console
 from aftcli.settings import Search
 from aftcli.tft.explain import Explanation
 
@@ -265,9 +264,6 @@ OUTPUTS: dict[str, tuple[str, Writer]] = {
 
 def print_table(results: Sequence[dict[str, Any]]) -> None:
     """Print what `as_dict` gives as a table, then the files written."""
-    console = Console(emoji=False, highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 1000
     tft = any("tft" in result for result in results)
     fixed = any("fixed" in result for result in results)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -288,7 +284,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         if found := result.get("tft") or result.get("fixed"):
             cells += [f"{found['probability']:.4f}", f"{found['area']:.1%}"]
         table.add_row(*map(cell, cells))
-    console.print(table)
+    stdout_console(1000).print(table)
     for result in results:
         for path in result["outputs"].values():
             say(f"wrote {path}")

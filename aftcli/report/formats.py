@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
 from aftcli.evaluation.measures import published_records
@@ -26,34 +25,23 @@ from aftcli.files import durable
 from aftcli.report.figures import Picture, draw_all
 from aftcli.report.grids import LOOKS, Grid, Shown, grids
 from aftcli.report.terminal import (
-    PassesColumn,
-    PlainColumn,
     cell,
-    complain,
     csv_cell,
     html,
     latex,
     markdown,
+    progress_bar,
     say,
+    stdout_console,
 )
 from aftcli.version import __version__
 
 
 def watch(steps: Iterator[Step | Measured], quiet: bool) -> Measured:
     """Run to the end, showing progress on stderr."""
-    console = Console(stderr=True)
-    bar = Progress(
-        PlainColumn(),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        PassesColumn(),
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )
+    columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, Any] = {}
-    with bar:
+    with progress_bar(*columns, quiet=quiet) as bar:
         for step in steps:
             if isinstance(step, Measured):
                 return step
@@ -61,15 +49,6 @@ def watch(steps: Iterator[Step | Measured], quiet: bool) -> Measured:
                 tasks[step.what] = bar.add_task(step.what, total=step.total)
             bar.advance(tasks[step.what], step.images)
     raise AssertionError("the evaluation ended without its results")
-
-
-def say_broken(measured: Sequence[Measured]) -> None:
-    """Say on stderr which images were left out."""
-    broken = {b.path: b for m in measured for r in m.results.values() for b in r.broken}
-    for path, each in list(broken.items())[:20]:
-        complain(f"left out {path}: {each.reason}")
-    if len(broken) > 20:
-        complain(f"left out {len(broken) - 20} more")
 
 
 def settings_of(sources: Sources, maskings: Sequence[str]) -> dict[str, Any]:
@@ -112,9 +91,7 @@ def settings_of(sources: Sources, maskings: Sequence[str]) -> dict[str, Any]:
 
 def as_text(tables: Tables, shown: Shown) -> None:
     """Print the tables for the terminal."""
-    console = Console(emoji=False, highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 400
+    console = stdout_console(400)
     for grid in grids(tables, shown):
         console.print(cell(grid.title, "bold"), soft_wrap=True)
         table = Table(box=None, pad_edge=False, header_style="bold")

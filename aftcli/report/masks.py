@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from aftcli.core.classifier import Classes
 from aftcli.data.blocks import Broken, Processes
 from aftcli.data.sets import format_of
 from aftcli.errors import AftError
-from aftcli.report.terminal import PassesColumn, PlainColumn, cell, complain, say
+from aftcli.report.terminal import cell, progress_bar, say, say_left_out, stdout_console
 from aftcli.tft.generate import Done
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.threshold import first_maximum, raised
@@ -109,31 +108,20 @@ class Watched(NamedTuple):
 
 def watch(steps: Iterator[Done], total: int, processes: Processes, quiet: bool) -> Watched:
     """Run to the end, showing images/s, the time left, mean tau* and the share of RPI > 0."""
-    console = Console(stderr=True)
     share = -(-total // processes.count)
-    bar = Progress(
-        PlainColumn(),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[means]}"),
-        PassesColumn(),
-        console=console,
-        transient=True,
-        disable=quiet or processes.index > 0 or not console.is_terminal,
-    )
+    speed, means = TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[means]}")
+    columns = (BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn(), means)
     before = next(steps, None)
     known = before.images if before else 0
     start, images, tau, raised, maps = time.monotonic(), 0, 0.0, 0, 0
-    with bar:
+    with progress_bar(*columns, quiet=quiet or processes.index > 0) as bar:
         task = bar.add_task("masks", total=share, completed=known, speed="", means="")
         for done in steps:
             images, tau = images + done.images, tau + done.tau
             raised, maps = raised + done.raised, maps + done.maps
-            speed = f"{images / max(time.monotonic() - start, 1e-9):.1f} images/s"
-            means = f"tau* {tau / maps:.2f}, RPI > 0 in {raised / maps:.0%}" if maps else ""
-            bar.update(task, completed=known + images, speed=speed, means=means)
+            said = f"tau* {tau / maps:.2f}, RPI > 0 in {raised / maps:.0%}" if maps else ""
+            each = f"{images / max(time.monotonic() - start, 1e-9):.1f} images/s"
+            bar.update(task, completed=known + images, speed=each, means=said)
     return Watched(images, time.monotonic() - start, known)
 
 
@@ -152,10 +140,7 @@ def print_stores(paths: list[Path], watched: Watched, json_: bool) -> None:
         _print_summaries(summaries)
         if speed:
             say(f"{watched.images} images in {watched.seconds:.0f} s, {speed:.2f} images/s")
-    for broken in summaries[0].broken[:20]:
-        complain(f"left out {broken.path}: {broken.reason}")
-    if len(summaries[0].broken) > 20:
-        complain(f"left out {len(summaries[0].broken) - 20} more")
+    say_left_out(summaries[0].broken)
 
 
 def show_store(path: Path, json_: bool) -> None:
@@ -177,7 +162,7 @@ def show_store(path: Path, json_: bool) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for key, value in settings.items():
         table.add_row(cell(key), cell(_shown(value)))
-    _console().print(table)
+    stdout_console(200).print(table)
     _print_summaries([summary])
     for broken in summary.broken:
         say(f"left out {broken.path}: {broken.reason}")
@@ -233,7 +218,7 @@ def _print_summaries(summaries: list[StoreSummary]) -> None:
         counts = (str(s.images), str(len(s.broken)))
         row = (s.cam, *counts, *figures, f"{s.bytes_per_image:.0f}", s.path)
         table.add_row(*map(cell, row))
-    _console().print(table)
+    stdout_console(200).print(table)
     labels = summaries[0].labels
     if len(labels) <= 30:
         synonyms = summaries[0].synonyms
@@ -243,8 +228,3 @@ def _print_summaries(summaries: list[StoreSummary]) -> None:
     else:
         counted = f"{len(labels)} with {min(labels.values())} to {max(labels.values())} images each"
     say(f"classes: {counted}")
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=200)

@@ -7,13 +7,16 @@ import sys
 import traceback
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from aftcli.errors import AftError
+
+if TYPE_CHECKING:
+    from aftcli.data.blocks import Broken
 
 # Also what reverses the direction of text: a terminal would show another name.
 REVERSING = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
@@ -55,6 +58,15 @@ def complain(problem: str) -> None:
     # With stderr closed, print would go to stdout.
     if sys.stderr is not None:
         print(f"aft: {plain(problem)}", file=sys.stderr)
+
+
+def say_left_out(images: Iterable[Broken]) -> None:
+    """Say on stderr which images could not be read, each once, at most twenty."""
+    broken = {each.path: each for each in images}
+    for path, each in list(broken.items())[:20]:
+        complain(f"left out {path}: {each.reason}")
+    if len(broken) > 20:
+        complain(f"left out {len(broken) - 20} more")
 
 
 def say_traceback(
@@ -165,18 +177,25 @@ class PlainColumn(TextColumn):
         return cell(self.text_format.format(task=task))
 
 
+def stdout_console(width: int) -> Console:
+    """Make the console of tables; without a terminal lines have so many columns at the most."""
+    console = Console(emoji=False, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = width
+    return console
+
+
+def progress_bar(*columns: ProgressColumn, quiet: bool) -> Progress:
+    """Make a bar on stderr that leaves nothing behind, and shows nothing without a terminal."""
+    console = Console(stderr=True)
+    disable = quiet or not console.is_terminal
+    return Progress(
+        PlainColumn(), *columns, PassesColumn(), console=console, transient=True, disable=disable
+    )
+
+
 def progress(items: Iterable[T], what: str, total: int, quiet: bool) -> Iterable[T]:
     """Show progress on stderr while the items are worked on; nothing without a terminal."""
-    console = Console(stderr=True)
-    bar = Progress(
-        PlainColumn(),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeRemainingColumn(),
-        PassesColumn(),
-        console=console,
-        transient=True,
-        disable=quiet or not console.is_terminal,
-    )
-    with bar:
+    count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
+    with progress_bar(BarColumn(), count, TimeRemainingColumn(), quiet=quiet) as bar:
         yield from bar.track(items, total, description=what)

@@ -17,7 +17,7 @@ from aftcli.aft.recipes import situation_of
 from aftcli.aft.run import Begun, Event, Tuned
 from aftcli.aft.training import Epoch, Measured, Step
 from aftcli.files import durable
-from aftcli.report.terminal import PlainColumn, cell, say
+from aftcli.report.terminal import PlainColumn, cell, say, stdout_console
 
 
 class _Watch:
@@ -151,10 +151,7 @@ def print_tuned(tuned: list[Tuned], exported: list[Path], json_: bool) -> None:
             result["onnx"] = str(path)
         print(json.dumps(results, indent=2), flush=True)
         return
-    console = Console(emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = 200
-    console.print(_table(results))
+    stdout_console(200).print(_table(results))
     for each, result in zip(tuned, results, strict=True):
         done = "there already" if each.before else "wrote"
         say(f"{done} {result['path']}")
