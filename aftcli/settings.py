@@ -48,15 +48,21 @@ class Search:
     search: str = "exact"
 
     def __post_init__(self) -> None:
-        listed = ", ".join(f"{tau:g}" for tau in self.thresholds) or "none"
-        if not self.thresholds or not all(0 <= tau <= 1 for tau in self.thresholds):
-            raise AftError(f"thresholds must lie in [0, 1], got {listed}")
-        if any(b <= a for a, b in zip(self.thresholds, self.thresholds[1:], strict=False)):
-            raise AftError(f"thresholds must increase, got {listed}")
+        if wrong := _wrong(self.thresholds):
+            listed = ", ".join(f"{tau:g}" for tau in self.thresholds) or "none"
+            raise AftError(f"thresholds {wrong}, got {listed}")
         check_name("masking", self.masking, MASKINGS)
         check_name("fill", self.fill, FILLS)
         check_name("threshold mode", self.mode, MODES)
         check_name("search", self.search, SEARCHES)
+
+
+def _wrong(thresholds: tuple[float, ...]) -> str:
+    """Say what is wrong with thresholds, or nothing."""
+    if not thresholds or not all(0 <= tau <= 1 for tau in thresholds):
+        return "must lie in [0, 1]"
+    falls = any(b <= a for a, b in zip(thresholds, thresholds[1:], strict=False))
+    return "must increase" if falls else ""
 
 
 def read_thresholds(text: str) -> tuple[float, ...]:
@@ -82,7 +88,6 @@ def read_thresholds(text: str) -> tuple[float, ...]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise AftError(f"thresholds {text!r} can't be read; {form}") from None
-    try:
-        return Search(values).thresholds
-    except AftError as error:
-        raise AftError(f"{error}; {form}") from None
+    if wrong := _wrong(values):
+        raise AftError(f"thresholds {text!r} {wrong}; {form}")
+    return values
