@@ -414,6 +414,7 @@ def copy_of(run, folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["memory", "disk", "off"])
 def test_masked_images_are_cached_like_whole_ones(colours, tmp_path, cache):
     from aftcli.aft.run import Options
@@ -488,6 +489,7 @@ def test_the_recipe_is_that_of_the_situation():
         in_situation(lam=-1.0)
 
 
+@pytest.mark.slow
 def test_small_data_sets_get_as_many_steps():
     few = finetune_defaults.SITUATIONS["few"].settings
     # 90 images are trained on in 3 steps of 32 an epoch.

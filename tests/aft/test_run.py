@@ -99,6 +99,7 @@ def leftovers(run):
     )
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(
     images, masks, uninterrupted, processes, tmp_path
 ):
@@ -141,6 +142,7 @@ def launched(count, images, run, cache):
     return run / "tuned/small-gradcam.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "cache"), [(2, "memory"), (3, "disk"), (2, "off")])
 def test_several_processes_give_the_weights_of_one(
     images, masks, uninterrupted, tmp_path, count, cache
@@ -194,6 +196,7 @@ def stop_after(images, run, count, accelerator=None):
     events.close()
 
 
+@pytest.mark.slow
 def test_a_damaged_state_begins_anew(images, masks, uninterrupted, tmp_path):
     torch.set_num_threads(1)
     for trial, damage in enumerate(

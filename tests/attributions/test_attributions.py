@@ -75,6 +75,7 @@ def test_a_map_is_of_its_class(method):
     assert (one - other).abs().max() > 0.05
 
 
+@pytest.mark.slow
 @extra
 def test_methods_explain_lite0_from_the_command_line(tmp_path):
     """Those that are quick; the others differ in nothing but the name."""
@@ -134,6 +135,7 @@ def test_cells_are_asked_for_on_the_command_line(tmp_path):
     assert cells["cells"] and "cells" not in pixels
 
 
+@pytest.mark.slow
 @extra
 def test_a_threshold_of_a_map_of_pixels_comes_with_advice(tmp_path, capsys):
     done = aft("tft", CHELSEA, "--method", "deeplift", "--method", "gradcam", "--out", tmp_path)
@@ -229,6 +231,7 @@ def test_only_cams_are_exported():
         traced(small("linear").f, "layercam-fusion")
 
 
+@pytest.mark.slow
 @extra
 def test_masks_and_tables_of_a_method(tmp_path):
     """gen-masks and evaluate on a data set of two pictures."""

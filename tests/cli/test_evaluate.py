@@ -27,6 +27,8 @@ from aftcli.report.formats import FORMATS
 from tests.helpers.command import aft, usage_error
 from tests.reference import metrics as slow
 
+pytestmark = pytest.mark.slow
+
 T = (0.0, 0.3, 0.6)
 
 

@@ -596,6 +596,7 @@ def test_a_result_that_can_not_be_printed(f, flags):
     assert second == "aft: the result can't be printed (No space left on device)"
 
 
+@pytest.mark.slow
 def test_a_process_whose_reader_leaves(folder):
     """All of it: the embedded classifier, the output of a process without a terminal."""
     draw("a.png")
@@ -638,6 +639,7 @@ app.main()
 )
 
 
+@pytest.mark.slow
 def test_a_process_without_stderr_says_nothing_else_on_stdout(folder):
     draw("a.png")
     command = shlex.join([*AFT, "explain", "a.png", "gone.png", "--json"])
@@ -646,6 +648,7 @@ def test_a_process_without_stderr_says_nothing_else_on_stdout(folder):
     assert [found["image"] for found in json.loads(silent.stdout)] == ["a.png"]
 
 
+@pytest.mark.slow
 def test_interrupted_by_a_signal(folder):
     for i in range(40):
         draw(f"in/{i}.png")

@@ -258,6 +258,7 @@ def compare_ablations(f, model, layer, x, count):
     return len(ways)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layer", "ways"),
     [("resnet18", "layer4.1", 4), ("vgg11", "features.19", 3), ("squeezenet1_0", "features.12", 1)],
@@ -277,6 +278,7 @@ def test_ablation_of_a_published_network_equals_zeroing_channels_in_it(name, lay
     assert compare_ablations(f, uncut(f, model), layer, x, count=5) == ways
 
 
+@pytest.mark.slow
 def test_ablation_of_lite0_equals_zeroing_channels_in_it(lite0, uncut_lite0, chelsea):
     f = copy.deepcopy(lite0).double()
     model = uncut(f, copy.deepcopy(uncut_lite0))

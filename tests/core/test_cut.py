@@ -80,11 +80,13 @@ def network(request):
     return request.param, f, model, torch.randn(2, 3, *f.preprocessing.size)
 
 
+@pytest.mark.slow
 def test_parts_equal_the_uncut_network_bit_for_bit(network):
     _, f, model, x = network
     assert_bit_identical(f, model, x)
 
 
+@pytest.mark.slow
 def test_default_layer_is_the_last_convolutional_one(network):
     name, f, _, _ = network
     assert (f.layer_name, f.activation_shape) == NETWORKS[name]
@@ -92,6 +94,7 @@ def test_default_layer_is_the_last_convolutional_one(network):
     assert (len(f.classes), f.name) == (1000, name)
 
 
+@pytest.mark.slow
 def test_other_layers_can_be_cut_bit_for_bit(network):
     name, default, model, x = network
     for layer in OTHER_LAYERS.get(name, []):

@@ -16,6 +16,8 @@ from aftcli.core.models import load_classifier
 from tests.helpers.compare import uncut
 from tests.reference import paper as reference
 
+pytestmark = pytest.mark.slow
+
 METHODS = {
     "gradcam": (pytorch_grad_cam.GradCAM, torchcam.methods.GradCAM),
     "layercam": (pytorch_grad_cam.LayerCAM, torchcam.methods.LayerCAM),

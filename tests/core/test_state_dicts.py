@@ -81,6 +81,7 @@ def test_the_message_that_all_weights_are_missing_shows_what_their_names_begin_w
         load_classifier("squeezenet1_1", path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("googlenet", 224), ("inception_v3", 299)])
 def test_networks_load_without_the_heads_that_only_training_uses(name, size, tmp_path):
     torch.manual_seed(0)

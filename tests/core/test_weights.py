@@ -15,6 +15,8 @@ from aftcli.core.weights import checkpoint_of, read_card, restore
 from aftcli.files import write_tensors
 from tests.helpers.command import aft, usage_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def x(tuned):

@@ -255,6 +255,7 @@ def test_pillows_limit_is_an_error_its_warning_is_not(tmp_path, monkeypatch):
         read_image(tmp_path / "x.png")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_a_large_picture_is_in_memory_about_twice(tmp_path):
     noise(60, 45).resize((6000, 4500)).save(tmp_path / "large.jpg")
@@ -295,6 +296,7 @@ def pictures():
     return [read_image(IMAGES / f"{name}.jpg") for name in names] + [noise(*s) for s in SIZES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "vgg16", "mobilenet_v3_large", "inception_v3"])
 def test_x_equals_torchvisions(name):
     from torchvision.models import get_model_weights
@@ -305,6 +307,7 @@ def test_x_equals_torchvisions(name):
         assert torch.equal(to_input(picture, prep)[0], transform(picture)), picture.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "interpolation"),
     [

@@ -269,6 +269,7 @@ def evaluated(run, *options):
     return aft("evaluate", "--run", run, "--table", "4", *options)
 
 
+@pytest.mark.slow
 def test_names_of_a_users_network_are_given_once(network, tmp_path):
     run = made(network, tmp_path / "run", "--classes", network / "names.txt")
     done = aft("finetune", "--run", run, "--epochs", "1", "--json")
@@ -279,6 +280,7 @@ def test_names_of_a_users_network_are_given_once(network, tmp_path):
     assert evaluated(run).code in (0, None)
 
 
+@pytest.mark.slow
 def test_names_of_a_users_network_may_be_given_later(network, tmp_path):
     run = made(network, tmp_path / "run")
     names = ("--classes", network / "names.txt")

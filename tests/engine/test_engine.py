@@ -397,6 +397,7 @@ def test_otherwise_the_stem_runs_as_it_is(name, passes):
     assert fast_stem(f, f.stem, name, passes, silent) is f.stem
 
 
+@pytest.mark.slow
 def test_an_earlier_stem(lite0, chelsea):
     earlier = earlier_layers(lite0, ("blocks.6",))
     run = fast_stem(lite0, earlier.stem, "onnxruntime", note=lambda text: None)
@@ -408,6 +409,7 @@ def test_an_earlier_stem(lite0, chelsea):
 # The commands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "onnxruntime"])
 def test_explain_says_the_same_on_each_engine(name, tmp_path):
     def explained(*options):
@@ -429,6 +431,7 @@ def test_explain_says_the_same_on_each_engine(name, tmp_path):
             assert a == pytest.approx(b, **near), tau
 
 
+@pytest.mark.slow
 def test_a_note_goes_to_stderr_unless_it_is_quiet(tmp_path, empty_cache):
     arguments = ("explain", PHOTOS[0], "--engine", "onnxruntime", "--json", "--out", tmp_path / "o")
     first = aft(*arguments)

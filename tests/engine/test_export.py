@@ -31,6 +31,7 @@ def session_of(model):
     return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.slow
 def test_the_graph_equals_torch_on_real_images(exported, tuned):
     f = load_classifier(checkpoint=tuned)
     session = session_of(exported)
@@ -46,6 +47,7 @@ def test_the_graph_equals_torch_on_real_images(exported, tuned):
         assert attribution.max() > 0.9 and attribution.shape == (len(images), 224, 224)
 
 
+@pytest.mark.slow
 def test_the_graph_says_what_it_is(exported):
     session = session_of(exported)
     assert [(i.name, i.shape[1:]) for i in session.get_inputs()] == [("x", [3, 224, 224])]
@@ -57,6 +59,7 @@ def test_the_graph_says_what_it_is(exported):
     onnx.checker.check_model(onnx.load(exported), full_check=True)
 
 
+@pytest.mark.slow
 def test_the_example_of_the_docs_runs_without_torch(exported, tuned, tmp_path):
     page = (ROOT / "docs/serving.md").read_text("utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
@@ -128,6 +131,7 @@ def test_a_method_without_a_fixed_graph_is_an_error():
             traced(small(kind).f.float(), method)
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named(tuned, monkeypatch):
     from aftcli.report.tuned import export
 

@@ -62,6 +62,7 @@ def assert_same(found, expected):
         assert found[method][1:] == expected[method][1:]
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(images, uninterrupted, processes, tmp_path):
     rng, kills, rounds = random.Random(0), 0, 0
     for timed in ("first", "second"):
@@ -269,6 +270,7 @@ def test_blocks_cover_all_images_once():
         assert len(spans) <= 4000 or count < 128_000
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes_gives_the_store_of_one(tmp_path):
     # More than one block of 32 images, so that the second process has work.
     root = make_images(tmp_path / "fruit", each=11)

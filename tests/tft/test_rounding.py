@@ -155,6 +155,7 @@ def test_the_tolerance_is_what_decisions_say():
     assert "log-odds rise by more than 1e-4" in page and LOG_ODDS == 1e-4
 
 
+@pytest.mark.slow
 def test_the_readmes_first_command_prints_one_number_by_each_engine(tmp_path):
     """It did print .2191, .2037 and .2036: one pixel scores tau to six digits."""
     photo = str(ROOT / "docs" / "images" / "chelsea.jpg")

@@ -580,6 +580,7 @@ def test_maps_of_real_images_equal_the_definition_and_one_by_one(real, lite0, un
         assert_near(alone[0], maps[n], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_search_of_real_images_equals_algorithm_1_and_one_by_one(masking, real, lite0, uncut_lite0):
     x, class_index, maps = real

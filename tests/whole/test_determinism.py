@@ -17,6 +17,8 @@ from tests.helpers.faulty import COMMANDS, aft, arguments, content
 from tests.helpers.stored import generate, generate_as_one_of, small_float
 from tests.helpers.trained import make_colours
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

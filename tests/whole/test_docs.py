@@ -46,6 +46,7 @@ def test_set_up_commands_are_as_agreed():
     ]
 
 
+@pytest.mark.slow
 def test_python_example_runs(monkeypatch, capsys):
     (example,) = re.findall(r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.M | re.S)
     monkeypatch.chdir(ROOT)

@@ -21,6 +21,8 @@ from tests.helpers import faulty
 from tests.helpers.faulty import COMMANDS, At, aft, arguments, content
 from tests.helpers.trained import make_colours
 
+pytestmark = pytest.mark.slow
+
 HINT = "the same command goes on where it stopped"
 WRITES = {"gen-masks": "masks", "finetune": "tuned", "evaluate": "results"}
 # A moment when decoding workers are at work.

@@ -27,6 +27,8 @@ from tests.helpers import bombs, mutants
 from tests.helpers.command import aft
 from tests.helpers.stored import generate, make_images, small_float
 
+pytestmark = pytest.mark.slow
+
 SEEDS = st.integers(0, 2**32)
 PICTURES = {name: make() for name, make in mutants.PICTURES.items()}
 MAPS = {name: make() for name, make in mutants.MAPS.items()}

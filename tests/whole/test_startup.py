@@ -67,6 +67,7 @@ def test_a_model_of_torchvision_needs_no_timm(tmp_path, squeezenet):
     assert {"torch", "torchvision", "PIL"} <= packages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("explain", "--tft"), ("tft",)], ids="-".join)
 def test_explanations_import_nothing_of_other_commands(tmp_path, command):
     code, said, packages = run(tmp_path, *command, PHOTO, "--thresholds", "0.5")

@@ -424,6 +424,7 @@ CARDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", CARDS)
 def test_a_hostile_card_is_refused(tuned, tmp_path, what, monkeypatch):
     def refuse(*arguments, **options):
@@ -438,11 +439,13 @@ def test_a_hostile_card_is_refused(tuned, tmp_path, what, monkeypatch):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 
+@pytest.mark.slow
 def test_a_card_with_its_seal_is_read(tuned, tmp_path):
     carded(tuned, tmp_path / "card.safetensors", lambda card: card.update(more="text"))
     load_classifier(checkpoint=tmp_path / "card.safetensors")
 
 
+@pytest.mark.slow
 def test_a_tuned_network_with_weights_that_are_no_numbers(tuned, tmp_path):
     from aftcli.core.classifier import tensors_hash
 
