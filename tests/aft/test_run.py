@@ -165,6 +165,7 @@ def test_the_same_command_again_finds_it_done(images, run):
     assert tuned(events).card == first.card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "lam", "difference"),
     [
@@ -231,6 +232,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_later(images, run, uninterr
     assert_same(tuned(tune(images, run)).path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_training_learns(images, run):
     events = tune(
         images, run, settings={**PAPER, "learning_rate": 1e-2, "epochs": 60, "patience": 0}

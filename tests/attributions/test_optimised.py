@@ -133,6 +133,7 @@ def literal_search(model, x, c, masking, mask):
     return mask
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_map_is_the_descent_from_the_base_map(net):
     a = net.f.activation(net.x)
@@ -200,6 +201,7 @@ def test_blur_is_a_gaussian_with_edges_repeated():
     assert_close(blurred(x), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_objective_falls_on_a_photograph(lite0, chelsea, monkeypatch):
     monkeypatch.setattr(optimised, "ITERATIONS", 1)

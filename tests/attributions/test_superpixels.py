@@ -121,6 +121,7 @@ def test_sampled_kernel_shap_is_near_the_shapley_values(monkeypatch):
     assert np.linalg.norm(found - expected) < 0.05 * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_xrai_adds_the_densest_region_first(kind, monkeypatch):
     pytest.importorskip("saliency")
@@ -168,6 +169,7 @@ def test_xrai_of_one_colour_has_one_region(monkeypatch):
 NAMES = [("lime", "sklearn"), ("kernel_shap", "shap"), ("xrai", "saliency")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "package"), NAMES)
 def test_batch_is_its_images_and_nothing_else_changes(name, package, monkeypatch):
     pytest.importorskip(package)

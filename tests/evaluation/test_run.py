@@ -474,6 +474,7 @@ def evaluate_as_one_of(index, count, barrier, root, run):
     run_all(study_of(root), run, processes=Processes(index, count, barrier.wait))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_find_what_one_finds(whole, data, tmp_path, processes, count):
     barrier = processes.Barrier(count)

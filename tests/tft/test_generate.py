@@ -90,6 +90,7 @@ def test_twenty_kills_at_random_moments_change_nothing(images, uninterrupted, pr
         assert not list((run / "masks").glob("*.parts"))
 
 
+@pytest.mark.slow
 def test_a_torn_part_is_made_again(images, uninterrupted, tmp_path):
     torch.set_num_threads(1)
     rng = random.Random(4)

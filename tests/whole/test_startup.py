@@ -58,6 +58,7 @@ def squeezenet(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_model_of_torchvision_needs_no_timm(tmp_path, squeezenet):
     options = ("--model", "squeezenet1_1", "--checkpoint", squeezenet, "--save", "map,mask")
     code, said, packages = run(tmp_path, "explain", PHOTO, *options)
