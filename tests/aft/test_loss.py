@@ -196,12 +196,14 @@ RECIPES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_every_recipe_goes_on_from_any_step(recipe):
     f, examples = examples_of()
     assert_goes_on_from_any_step(f, examples, settings(epochs=2, held_out=0.3, **recipe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_every_recipe_lowers_what_it_minimises(recipe):
     f, examples = examples_of()

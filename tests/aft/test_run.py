@@ -38,6 +38,8 @@ from tests.helpers.trained import (
     tuned,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
@@ -99,7 +101,6 @@ def leftovers(run):
     )
 
 
-@pytest.mark.slow
 def test_twenty_kills_at_random_moments_change_nothing(
     images, masks, uninterrupted, processes, tmp_path
 ):
@@ -142,7 +143,6 @@ def launched(count, images, run, cache):
     return run / "tuned/small-gradcam.safetensors"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("count", "cache"), [(2, "memory"), (3, "disk"), (2, "off")])
 def test_several_processes_give_the_weights_of_one(
     images, masks, uninterrupted, tmp_path, count, cache
@@ -165,7 +165,6 @@ def test_the_same_command_again_finds_it_done(images, run):
     assert tuned(events).card == first.card
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "lam", "difference"),
     [
@@ -197,7 +196,6 @@ def stop_after(images, run, count, accelerator=None):
     events.close()
 
 
-@pytest.mark.slow
 def test_a_damaged_state_begins_anew(images, masks, uninterrupted, tmp_path):
     torch.set_num_threads(1)
     for trial, damage in enumerate(
@@ -232,7 +230,6 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_later(images, run, uninterr
     assert_same(tuned(tune(images, run)).path, uninterrupted)
 
 
-@pytest.mark.slow
 def test_training_learns(images, run):
     events = tune(
         images, run, settings={**PAPER, "learning_rate": 1e-2, "epochs": 60, "patience": 0}

@@ -93,6 +93,7 @@ def test_methods_explain_lite0_from_the_command_line(tmp_path):
         assert values.min() >= 0 and 0.9 < values.max() <= 1
 
 
+@pytest.mark.slow
 @extra
 @every_method
 def test_masks_of_a_store_are_of_the_map_that_it_keeps(method):

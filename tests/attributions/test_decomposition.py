@@ -112,6 +112,7 @@ def without_biases(request):
     return f
 
 
+@pytest.mark.slow
 def test_relevance_is_conserved_in_whole_networks(without_biases):
     f = without_biases
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -290,6 +291,7 @@ def test_a_gate_takes_no_relevance():
     assert_close(found.sum((1, 2, 3)), y, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [METHODS[name].load() for name in NAMES], ids=NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_each_image_alone(method, kind, monkeypatch):
@@ -343,6 +345,7 @@ def test_a_weighted_sum_of_branches_has_no_rule():
         METHODS["lrp"].load()(f, f.activation(x), class_index, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [METHODS[name].load() for name in NAMES], ids=NAMES)
 def test_lite0_has_a_map(method, lite0, chelsea):
     with torch.no_grad():

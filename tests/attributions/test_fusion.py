@@ -199,6 +199,7 @@ def test_the_model_is_untouched_and_trained_weights_are_seen(staged):
     assert_close(trained, layer_cam_fusion(copy.deepcopy(f), f.activation(x), class_index, x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_parts_do_not_outlive_their_classifier():
     _, _, f, x, class_index = small("linear")

@@ -51,6 +51,7 @@ def test_integrated_gradients_sum_to_the_change_of_the_score(kind):
     assert torch.allclose(found.sum((1, 2, 3)), change, atol=2e-3 * float(change.abs().max()))
 
 
+@pytest.mark.slow
 def test_integrated_gradients_of_lite0_sum_to_the_change_of_the_score(lite0, chelsea):
     c = torch.tensor([282])
     with torch.no_grad():
@@ -76,6 +77,7 @@ def test_deep_lift_of_lite0_sums_to_the_change_of_the_score(lite0, chelsea):
     assert abs(found.sum() - change) < 1e-3 * abs(change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "vgg16"])
 def test_deep_lift_of_torchvisions_networks_sums_to_the_change_of_the_score(name):
     """Their ReLUs run several times, or write in place: captum alone refuses or errs."""
@@ -173,6 +175,7 @@ def test_smooth_grad_is_a_literal_mean_of_gradients():
         assert_near(found[n], expected)
 
 
+@pytest.mark.slow
 def test_gradient_shap_sums_to_the_expected_change_of_the_score():
     s = small("linear")
     found = gradient.signed_gradient_shap(s.f, s.class_index, s.x, draws=6400).sum((1, 2, 3))

@@ -82,6 +82,7 @@ def test_objective_is_its_equation(net):
         assert_close(masking.objective(masks).tolist(), expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_direction_is_the_integrated_gradient(net):
     x, c = net.x[:1], net.class_index[:1]

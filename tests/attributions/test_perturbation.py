@@ -16,6 +16,7 @@ def few_masks(monkeypatch):
     monkeypatch.setattr(perturbation, "MASKS", 90)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("stride", [1 / 4, 3 / 4])
 def test_occlusion_is_the_mean_drop_of_the_windows(kind, stride, monkeypatch):

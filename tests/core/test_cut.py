@@ -337,6 +337,7 @@ def test_an_output_without_spatial_dimensions_is_refused(resnet18):
         cut_classifier(resnet18, "fc")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "swin_t"])
 def test_a_transformer_is_refused(name):
     with pytest.raises(AftError, match="it is a transformer, not a CNN"):

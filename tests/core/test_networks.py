@@ -108,6 +108,7 @@ def counterpart(model):
     return plain
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_an_unusual_network_is_explained_like_a_plain_one_with_its_weights(name):
@@ -174,6 +175,7 @@ def test_a_network_that_holds_a_lock_can_be_cut_itself():
 # Inference mode
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "kernelshap"])
 def test_maps_in_inference_mode_are_those_outside(method):
@@ -213,6 +215,7 @@ def test_a_network_made_and_explained_in_inference_mode_gives_the_map_it_gives_o
         cut_classifier(model, preprocessing=PREPROCESSING, own=True)
 
 
+@pytest.mark.slow
 def test_a_whole_run_in_inference_mode_gives_what_it_gives_outside(tmp_path):
     root = make_colours(tmp_path / "data", each=4)
 
@@ -253,6 +256,7 @@ def test_gradients_stay_off_where_the_caller_has_switched_them_off():
 STEPWISE = ("omcam", "xrai", "kernelshap")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)

@@ -125,6 +125,7 @@ def test_a_class_called_train_is_a_class(tmp_path):
     assert data.split == "train" and "took train as a split; aeroplane, boat" in data.notes[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stray", [".ipynb_checkpoints", "__MACOSX", "empty"])
 def test_hidden_and_empty_folders_are_skipped_and_said(tmp_path, stray):
     root = layout(tmp_path / "data", "train")
@@ -294,6 +295,7 @@ def test_names_of_a_users_network_may_be_given_later(network, tmp_path):
     assert evaluated(run).code in (0, None)
 
 
+@pytest.mark.slow
 def test_a_val_split_that_can_not_be_measured_is_said(network, tmp_path):
     run = made(network, tmp_path / "run", "--classes", network / "names.txt")
     folders(network / "data/val", "quince")

@@ -162,6 +162,7 @@ def only(images, n):
     return Images(images.x[one], images.label[one], images.index[one], images.regions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_measure_of_every_view_equals_the_loop(mode):
     f = small_float()
@@ -338,6 +339,7 @@ def test_a_second_call_finds_the_results(whole, data, tmp_path, monkeypatch):
     same(whole, again)
 
 
+@pytest.mark.slow
 def test_a_result_with_more_measures_will_do_and_one_with_fewer_is_made_again(
     whole, data, tmp_path, monkeypatch
 ):

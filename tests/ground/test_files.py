@@ -59,6 +59,7 @@ def refused(target):
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
 def test_every_command_works_without_locks_and_says_so(tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
@@ -108,6 +109,7 @@ def test_a_store_that_the_system_refuses_is_not_to_be_made_again(tmp_path, monke
     assert "overwrite" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_without_locks_a_second_process_is_refused_by_name(target, processes, without):
     held, release = processes.Event(), processes.Event()
     child = processes.Process(target=hold_without, args=(target, held, release))

@@ -151,6 +151,7 @@ def test_one_cam_is_added_without_touching_the_other(images, uninterrupted, tmp_
     assert_same(content(tmp_path), uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "difference"),
     [

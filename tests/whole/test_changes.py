@@ -17,6 +17,8 @@ from tests.helpers.stored import generate, make_images, small_float
 from tests.helpers.trained import make_colours, masks_of, tune
 from tests.tft.test_generate import assert_same, content, stop_after
 
+pytestmark = pytest.mark.slow
+
 
 def repaint(path, seed=7):
     """Another picture of the same size in pixels and, for PNG of noise, nearly in bytes."""

@@ -167,6 +167,7 @@ def test_what_tunes_prints_no_name_raw(run, folder, monkeypatch):
     assert missing.err.startswith("aft: ")
 
 
+@pytest.mark.slow
 def test_explanations_print_no_name_raw(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     images = folder / FRUIT / "val"

@@ -24,6 +24,8 @@ from aftcli.tft.stores import Source
 from tests.helpers.stored import generate, small_float
 from tests.helpers.trained import SETTINGS, make_colours
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
@@ -101,7 +103,6 @@ def test_a_control_can_not_be_of_other_images_than_the_masks(images, tmp_path):
         control_jobs(run, Source())
 
 
-@pytest.mark.slow
 def test_a_control_trained_otherwise_is_refused_and_the_difference_named(images, tmp_path):
     run = tmp_path / "run"
     # Before there are masks, the control takes the whole split.
@@ -126,7 +127,6 @@ def test_a_control_trained_otherwise_is_refused_and_the_difference_named(images,
     assert len(find_studies(run, Asked(Source()))[0].variants) == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tuned", [False, True])
 def test_two_data_sets_in_one_run_are_not_evaluated_as_one(images, tmp_path, tuned):
     run = tmp_path / "run"
