@@ -108,6 +108,7 @@ def test_the_map_that_is_trained_is_the_map_that_is_explained(kind, cam):
     assert_near(out.tuned[0].detach(), expected, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "mlp", "mixing", "conv"])
 @pytest.mark.parametrize("cam", TRAINABLE)
 def test_the_gradient_of_the_map_is_that_of_the_literal_loop(kind, cam):

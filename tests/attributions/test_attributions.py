@@ -124,6 +124,7 @@ def test_cells_are_means_of_what_they_cover():
     assert to_cells(means, activation) is means
 
 
+@pytest.mark.slow
 @extra
 def test_cells_are_asked_for_on_the_command_line(tmp_path):
     given = ("explain", CHELSEA, "--cam", "deeplift", "--json", "--save", "map", "--out", tmp_path)

@@ -75,6 +75,7 @@ def residual(seed, bias=True):
     return model, f, x, torch.tensor([0, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_their_equations(name):
     model, f, x, class_index = residual(0)

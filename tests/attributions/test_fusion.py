@@ -224,6 +224,7 @@ def test_a_stem_that_can_not_be_looked_into_is_an_error(monkeypatch):
         layer_cam_fusion(f, f.activation(x), class_index, x)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_stages_of_lite0(lite0, chelsea):
     c = lite0(chelsea).argmax(1)

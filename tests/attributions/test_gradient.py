@@ -43,6 +43,7 @@ def test_integrated_gradients_are_a_literal_sum_of_gradients(kind):
         assert_near(found[n], expected, 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_integrated_gradients_sum_to_the_change_of_the_score(kind):
     s = small(kind)

@@ -88,6 +88,7 @@ def expected_of(f, path, methods, settings=None, **options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masking", ["binary", "soft"])
 def test_explain_tft_says_and_writes_what_the_engine_finds(real, folder, masking):
     settings = Search(THRESHOLDS, masking, "mean", "percentile")
@@ -304,6 +305,7 @@ def test_several_targets_and_the_likeliest(f):
     assert [by_name[found["class_name"]] for found in named] == [f["probability"] for f in named]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "share"),
     [(("--mute", "60"), 0.4), (("--mute", "0"), 1), (("--mute", "100"), 0), ((), 1)],
@@ -387,6 +389,7 @@ def test_a_name_that_is_no_text(f, folder):
     assert len(leftovers(folder / "aft-out")) == 1
 
 
+@pytest.mark.slow
 def test_class_names_are_printed_as_they_are(f, folder, monkeypatch):
     odd = ("[red]x[/red]", "a $\\foo$ b", "猫")
     object.__setattr__(f.classes, "names", odd)

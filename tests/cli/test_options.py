@@ -130,11 +130,13 @@ NO_EFFECT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "expected"), NO_EFFECT, ids=lambda each: str(each)[:60])
 def test_options_that_depend_on_others_are_named(idle_commands, arguments, expected):
     assert notes(*arguments) == [f"aft: {each}" for each in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -180,6 +182,7 @@ def test_the_table_of_dependent_options_knows_the_commands():
     assert options - with_show == {"--show", "--json", "--quiet", "--debug"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [("--threshold", "0.4"), ("--mute", "70"), ("--mute", "0")])
 @pytest.mark.parametrize("masking", ["binary", "soft"])
 @pytest.mark.parametrize("fill", ["mean", "black"])
@@ -284,6 +287,7 @@ def test_each_setting_has_pictures_of_its_own(folder):
     assert leftovers(folder / "aft-out") == files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [("--tft",), ("--threshold", "0.4"), ("--mute", "40")])
 def test_all_that_a_threshold_changes_has_names_of_its_own(cut):
     options = ("--target", "pear", "--save", "overlay,figure,map,mask")
@@ -295,6 +299,7 @@ def test_all_that_a_threshold_changes_has_names_of_its_own(cut):
     assert {kind: Path(path).read_bytes() for kind, path in plain["outputs"].items()} == before
 
 
+@pytest.mark.slow
 def test_names_say_the_settings_in_short():
     for options, expected in (
         (("--tft",), "tft"),

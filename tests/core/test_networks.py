@@ -126,6 +126,7 @@ def test_an_unusual_network_is_explained_like_a_plain_one_with_its_weights(name)
         assert_near(fast(x), plain(x), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", [name for name in UNUSUAL if "script" not in name])
 def test_rules_of_layers_see_the_weights_that_an_unusual_network_computes(name):

@@ -50,6 +50,7 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", QUICK)
 def test_activations_and_logits_are_those_of_the_network(name, kind):
@@ -100,6 +101,7 @@ def test_inputs_of_another_size_run_all_the_same(name):
     assert_near(accelerated(f, name, note=lambda text: None)(x), model(x), CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("masking", MASKINGS)
 @pytest.mark.parametrize("name", QUICK)

@@ -194,6 +194,7 @@ def test_every_measure_of_every_view_equals_the_loop(mode):
     assert raised >= 3  # thresholds that are not the first are compared too
 
 
+@pytest.mark.slow
 def test_a_batch_equals_its_images_one_by_one():
     f = small_float()
     images = some_images(f, 5)
@@ -351,6 +352,7 @@ def test_a_result_with_more_measures_will_do_and_one_with_fewer_is_made_again(
     assert "original/road" in more.results["original", UNITS[0]].columns
 
 
+@pytest.mark.slow
 def test_measures_that_were_computed_are_kept_and_found_again(whole, data, tmp_path, monkeypatch):
     run, study = tmp_path / "run", study_of(data)
     adcc, road = frozenset({"adcc"}), frozenset({"road"})
@@ -435,6 +437,7 @@ def test_what_changes_is_made_again(whole, data, tmp_path, monkeypatch):
     assert len(seen) == 12 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 5, 11, 17, 23])
 def test_an_interrupted_evaluation_goes_on(whole, data, tmp_path, monkeypatch, steps):
     seen = counted(monkeypatch)

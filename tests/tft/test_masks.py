@@ -39,6 +39,7 @@ def test_float16_and_correction_give_every_float32_back():
     assert np.array_equal(join_float(half, correction).view(np.int32), exact.view(np.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_records_equal_the_python_api_image_by_image(images, run, method):
     f = small_float()
@@ -58,6 +59,7 @@ def test_records_equal_the_python_api_image_by_image(images, run, method):
             assert torch.equal(store.full_mask(i), expected.mask[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["value", "percentile"])
 @pytest.mark.parametrize("masking", ["binary", "soft"])
 def test_the_full_mask_is_rebuilt_exactly(images, tmp_path, mode, masking):

@@ -95,6 +95,7 @@ PICTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("command", ["explain", "tft"])
 def test_pictures(small, command, name):
@@ -269,6 +270,7 @@ MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     message = complaint("explain", CHELSEA, "--model", name)
@@ -298,6 +300,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name):
     assert LAYERS[name] in complaint("explain", CHELSEA, "--layer", name)
@@ -408,6 +411,7 @@ CHECKPOINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoints(weights, name):
     create, message = CHECKPOINTS[name]

@@ -294,6 +294,7 @@ def test_spreadsheets_get_text_not_formulas(start):
     assert foreign.csv_cell("fruit=1") == "fruit=1"
 
 
+@pytest.mark.slow
 def test_a_terminal_of_its_own_gets_no_name_raw(run, folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -107,6 +107,7 @@ WORDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [*WRONG, *WORDS])
 def test_wrong_usage_is_told_without_torch(tmp_path, command):
     code, said, packages = run(tmp_path, *command.format(photo=PHOTO).split())
