@@ -119,6 +119,7 @@ def test_tau_and_rpi_stay_the_same(name, masking, seed):
     assert (found.rpi - expected.rpi).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUICK)
 def test_tau_of_photographs_stays_the_same(name, lite0, chelsea):
     fast = accelerated(lite0, name, note=lambda text: None)
@@ -277,6 +278,7 @@ def test_a_network_is_exported_once(empty_cache, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["weights", "structure", "size"])
 def test_another_network_is_exported_anew(change, empty_cache):
     f, _ = network()
@@ -293,6 +295,7 @@ def test_another_network_is_exported_anew(change, empty_cache):
         assert_near(fast(x), model(x), CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [b"", b"not a graph", None])
 def test_a_damaged_file_is_exported_anew(damage, empty_cache):
     accelerated(network()[0], "onnxruntime", note=lambda text: None)
@@ -305,6 +308,7 @@ def test_a_damaged_file_is_exported_anew(damage, empty_cache):
     assert len(file.read_bytes()) == len(whole)
 
 
+@pytest.mark.slow
 def test_an_exchanged_file_is_found_out(empty_cache):
     """Another network's graph under this one's name gives other results, so it is not used."""
     accelerated(network("linear", 0)[0], "onnxruntime", note=lambda text: None)
@@ -318,6 +322,7 @@ def test_an_exchanged_file_is_found_out(empty_cache):
     assert "differ" in notes[0]
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("AFT_CACHE", str(tmp_path / "file"))

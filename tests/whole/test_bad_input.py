@@ -438,6 +438,7 @@ def test_class_files(weights, name):
     assert message in complained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
 def test_a_checkpoint_with_classes_of_its_own_works(weights, wrapper):
     """The counterpart of the above: they fail for what is wrong with them alone."""

@@ -158,6 +158,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_hostile_store_is_refused_in_one_line(store, what):
     np.zeros(15, np.float32).tofile("elsewhere.bin")
@@ -190,6 +191,7 @@ def test_a_setting_that_was_changed_is_noticed(store, name):
         MaskStore(store)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "apple/../../secret.png"])
 def test_names_in_a_store_do_not_leave_the_data_set(tmp_path, name):
     images = make_colours(tmp_path / "colours")
@@ -363,6 +365,7 @@ CHECKPOINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 @pytest.mark.parametrize("what", CHECKPOINTS)
