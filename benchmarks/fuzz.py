@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fuzz_kinds
 from fuzz_kinds import Case, Kind

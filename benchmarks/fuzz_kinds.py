@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import mutants as m
 import torch
 from PIL import Image
 
 from aftcli.core import models
+from tests.helpers import mutants as m
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
@@ -351,7 +351,7 @@ _SAVED = ("--checkpoint", TUNED, "--json", "--save", "")
 
 def large(folder: Path, wanted: set[str]) -> list[Kind]:
     """Pictures of 100 megapixels and decompression bombs, each once."""
-    import bombs
+    from tests.helpers import bombs
 
     loaded_once()
     imported()

@@ -11,8 +11,6 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest  # noqa: E402
-from command import aft  # noqa: E402
-from compare import uncut  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from aftcli.aft.recipes import SITUATIONS  # noqa: E402
@@ -21,6 +19,8 @@ from aftcli.data.images import (
     read_image,  # noqa: E402
     to_input,  # noqa: E402
 )
+from tests.helpers.command import aft  # noqa: E402
+from tests.helpers.compare import uncut  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 # By their wnids: tiger cat, espresso, missile.
@@ -68,13 +68,12 @@ def chelsea(lite0):
 def processes():
     """Processes that start quickly, forked from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
+    helpers = [f"tests.helpers.{name}" for name in ("stored", "trained", "faulty")]
     reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.report.formats"]
-    context.set_forkserver_preload(
-        ["stored", "trained", "faulty", "aftcli.evaluation.metrics", "timm", *reports]
-    )
+    context.set_forkserver_preload([*helpers, "aftcli.evaluation.metrics", "timm", *reports])
     # Python 3.11's server looks for what it preloads on its own path only.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.path.dirname(__file__))
+        patch.setenv("PYTHONPATH", str(ROOT))
         forkserver.ensure_running()
     return context
 

@@ -1,0 +1,136 @@
+"""Inputs and classes that callers give: taken where their meaning is plain, refused otherwise."""
+
+import pytest
+import torch
+from torch import nn
+
+from aftcli.aft.jobs import Job
+from aftcli.aft.loss import Recipe
+from aftcli.aft.run import fine_tune
+from aftcli.core.cam import attribution_map
+from aftcli.core.classifier import Preprocessing, cut_classifier
+from aftcli.errors import AftError
+from aftcli.settings import Search
+from aftcli.tft.explain import explain, explain_map
+from aftcli.tft.generate import tune_batch
+from aftcli.tft.search import fine_tune_threshold
+from tests.helpers.compare import assert_near
+from tests.helpers.small import CLASSES, SIZE, small, small_model
+
+SETTINGS = Search((0.2, 0.5))
+
+
+def given_maps(count=1):
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, *SIZE, dtype=torch.float64, generator=generator)
+
+
+# What a caller calls with (classifier, inputs, classes).
+CALLS = {
+    "attribution_map": lambda f, x, c: attribution_map(f, x, c, "gradcam"),
+    "fine_tune_threshold": lambda f, x, c: fine_tune_threshold(f, x, given_maps(len(x)), c).rpi,
+    "explain": lambda f, x, c: explain(f, x, ["gradcam"], c)[0].attribution[None],
+    "explain_map": lambda f, x, c: explain_map(f, x, given_maps(), c, 1, SETTINGS)[0].tft.rpi,
+}
+
+
+@pytest.mark.parametrize("call", ["attribution_map", "fine_tune_threshold"])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_each_image_of_a_batch_needs_one_class(call, count):
+    s = small("linear")
+    with pytest.raises(AftError, match=r"class_index must have shape \(3,\), one class for each"):
+        CALLS[call](s.f, s.x, torch.ones(count, dtype=torch.long))
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_plain_number_is_the_class_of_one_image(call):
+    s = small("linear")
+    found = CALLS[call](s.f, s.x[:1], 3)
+    assert torch.equal(found, CALLS[call](s.f, s.x[:1], torch.tensor([3])))
+    assert torch.equal(found, CALLS[call](s.f, s.x[:1], torch.tensor([3], dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([-1], "class -1 is out of range: the classes of Sequential are 0..4"),
+        ([CLASSES], "class 5 is out of range"),
+        ([1.0], "must be integers, got torch.float32"),
+        ([True], "must be integers, got torch.bool"),
+        (["cat"], "must be integers, got list"),
+    ],
+)
+def test_what_is_no_class_is_refused(call, wrong, message):
+    s = small("linear")
+    with pytest.raises(AftError, match=message):
+        CALLS[call](s.f, s.x[:1], wrong)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_inputs_of_another_form_are_refused(call):
+    s = small("linear")
+    with pytest.raises(AftError, match=r"got \(3, 20, 28\); for one image pass x\[None\]"):
+        CALLS[call](s.f, s.x[0], [1])
+    with pytest.raises(AftError, match="x must be a tensor of shape .*, got list"):
+        CALLS[call](s.f, s.x.tolist(), [1])
+
+
+@pytest.mark.parametrize("call", ["attribution_map", "explain"])
+def test_inputs_of_another_type_or_colour_are_refused(call):
+    s = small("linear")
+    with pytest.raises(AftError, match="it has torch.float32 instead of torch.float64; to_input"):
+        CALLS[call](s.f, s.x[:1].float(), [1])
+    with pytest.raises(AftError, match="it has 1 channels instead of 3 channels"):
+        CALLS[call](s.f, s.x[:1, :1], [1])
+
+
+def test_explain_takes_one_image_and_no_more_classes_than_there_are():
+    s = small("linear")
+    with pytest.raises(AftError, match="x must hold 1 image, got 3"):
+        explain(s.f, s.x, ["gradcam"])
+    with pytest.raises(AftError, match=r"top_k must lie in 1..5, the classes of Sequential; got 6"):
+        explain(s.f, s.x[:1], ["gradcam"], top_k=6)
+
+
+def one_output():
+    """A network whose only output is a logit, and the same with a row of zeros before it."""
+    model, two = small_model("linear", 0), small_model("linear", 0)
+    model.fc, two.fc = nn.Linear(8, 1).double(), nn.Linear(8, 2).double()
+    with torch.no_grad():
+        two.fc.weight.copy_(torch.cat([torch.zeros(1, 8), model.fc.weight]))
+        two.fc.bias.copy_(torch.cat([torch.zeros(1), model.fc.bias]))
+    preprocessing = Preprocessing(size=SIZE)
+    return [cut_classifier(m, "conv2+bn2+relu2", preprocessing=preprocessing) for m in (model, two)]
+
+
+def tune_without_masks(f, x, run):
+    return list(fine_tune([Job(f, None)], run, Recipe()))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, x, run: explain(f, x, ["gradcam"]),
+        lambda f, x, run: explain_map(f, x, given_maps()),
+        lambda f, x, run: fine_tune_threshold(f, x, given_maps(), 0),
+        lambda f, x, run: tune_batch(f, x, ["gradcam"], SETTINGS),
+        lambda f, x, run: attribution_map(f, x, 0, "rise"),
+        lambda f, x, run: attribution_map(f, x, 0, "lime"),
+        lambda f, x, run: attribution_map(f, x, 0, "omcam"),
+        tune_without_masks,
+    ],
+)
+def test_the_probability_of_the_only_output_is_refused(call, tmp_path):
+    f, _ = one_output()
+    with pytest.raises(AftError, match="the network has one output, so its class has probability"):
+        call(f, small("linear").x[:1], tmp_path)
+
+
+def test_a_row_of_zeros_gives_the_only_output_its_sigmoid():
+    """The advice of the message; the map, which no probability enters, stays as it was."""
+    f, two = one_output()
+    x = small("linear").x[:1]
+    (found,) = explain(two, x, ["gradcam"], 1)
+    assert_near(found.probability, f(x).sigmoid().item(), 1e-6)
+    assert_near(found.attribution, attribution_map(f, x, 0, "gradcam")[0])

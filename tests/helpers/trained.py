@@ -1,0 +1,112 @@
+"""Small trainings, for the tests of fine-tuning and the processes that they kill."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from aftcli.aft.jobs import control_job, mask_job
+from aftcli.aft.loss import Batch
+from aftcli.aft.recipes import in_situation
+from aftcli.aft.run import Options, Tuned, fine_tune
+from aftcli.aft.training import Epoch
+from aftcli.tft.masks import MaskStore
+from tests.helpers.stored import NAMES, generate, small_float
+
+
+class Direct:
+    """Examples that pass the stem batch by batch."""
+
+    def __init__(self, f, x, labels, masks=None, explained=None, hidden=None):
+        self.f, self.x, self.labels, self.masks = f, x, labels, masks
+        self.explained = labels if explained is None else explained
+        self.hidden = hidden
+        self.names = [f"image {i}" for i in range(len(x))]
+        self.usable = range(len(x))
+        self.seen = []
+
+    def batches(self, wanted, epoch):
+        for indices in wanted:
+            rows = torch.tensor(list(indices))
+            self.seen.append((epoch, tuple(indices)))
+            with torch.no_grad():
+                features = self.f.stem(self.x[rows])
+            batch = Batch((features,), self.labels[rows])
+            if self.masks is not None:
+                batch = batch._replace(masks=(self.masks[rows],), class_index=self.explained[rows])
+            if self.hidden is not None:
+                with torch.no_grad():
+                    batch = batch._replace(masked=(self.f.stem(self.hidden[rows]),))
+            yield batch
+
+
+def make_colours(root, each=6, seed=0):
+    """Class folders that can be told apart, in train/ and val/."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", each), ("val", 2)):
+        for c, name in enumerate(NAMES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 90, (40, 52, 3), dtype=np.uint8)
+                top, left = rng.integers(0, 24, 2)
+                pixels[top : top + 14, left : left + 14, c] += 150
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+# Equation 8 as it is printed; without it the settings are those of few images a class.
+PAPER = {"consistency": 0.0, "classification": "labels", "blend": 1.0}
+SETTINGS = {"epochs": 3, "batch": 5, "held_out": 0.2, "learning_rate": 1e-3}
+
+
+def masks_of(root, run, cam="gradcam"):
+    """Make the masks of a data set's train split once; the store."""
+    generate(root, run, (cam,))
+    return MaskStore(Path(run) / f"masks/small-{cam}.h5")
+
+
+def tune(root, run, lam=0.5, options=None, accelerator=None, settings=None, cam="gradcam"):
+    """Fine-tune the small network on a run's masks, or without where lam is None; the events."""
+    f = small_float()
+    if lam is None:
+        job = control_job(f, Path(root), None, None)
+    else:
+        job = mask_job(MaskStore(Path(run) / f"masks/small-{cam}.h5"), f)
+    chosen = in_situation(lam=lam, **{**SETTINGS, **(settings or {})})
+    options = options or Options(workers=0, save_every=0)
+    return list(fine_tune([job], Path(run), chosen, options, accelerator))
+
+
+def tuned(events):
+    """The checkpoint that a run of `tune` has written."""
+    (found,) = (e for e in events if isinstance(e, Tuned))
+    return found
+
+
+def epochs(events):
+    return [e for e in events if isinstance(e, Epoch)]
+
+
+def tune_and_exit(root, run, cache="memory"):
+    """What a process that will be killed does."""
+    torch.set_num_threads(1)
+    tune(root, run, options=Options(cache, workers=0, save_every=0))
+
+
+def main():
+    """One of several processes, started by torchrun: -m tests.helpers.trained ROOT RUN CACHE."""
+    import sys
+
+    torch.set_num_threads(1)
+    root, run, cache = sys.argv[1:]
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
+    tune(root, run, options=Options(cache, workers=0), accelerator=accelerator)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Explanations of one image: what `explain` shares between maps must not change them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from aftcli.core.cam import attribution_map
+from aftcli.core.methods import CAMS
+from aftcli.settings import Search
+from aftcli.tft.explain import explain, explain_map
+from aftcli.tft.search import fine_tune_threshold
+from tests.helpers.compare import assert_near
+from tests.helpers.small import SIZE, small
+
+SETTINGS = [
+    Search(),
+    Search((0.2, 0.5, 0.8), "soft", "black", "percentile"),
+    Search(masking="binary", fill="blur"),
+]
+
+
+def assert_same_explanation(explanation, f, x, class_index, attribution, settings):
+    c = torch.tensor([class_index])
+    assert explanation.class_index == class_index
+    assert explanation.probability == pytest.approx(f(x).softmax(1)[0, class_index].item())
+    assert_near(explanation.attribution, attribution[0])
+    assert explanation.thresholds == settings.thresholds
+    alone = fine_tune_threshold(
+        f,
+        x,
+        attribution,
+        c,
+        settings.thresholds,
+        settings.masking,
+        settings.fill,
+        settings.mode,
+    )
+    assert explanation.tft.tau == alone.tau
+    assert_near(1 + explanation.tft.rpi, 1 + alone.rpi, 1e-6)
+    assert_near(explanation.tft.attribution, alone.attribution)
+    assert torch.equal(explanation.tft.mask, alone.mask)
+    assert_near(explanation.tft.probabilities, alone.probabilities, 1e-6)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_methods_and_classes_together_equal_each_alone(settings):
+    s = small("linear", 1)
+    x, methods, targets = s.x[:1], list(CAMS), [3, 0]
+    found = explain(s.f, x, methods, targets, settings=settings)
+    asked = [(method, c) for method in methods for c in targets]
+    assert [(e.cam, e.class_index) for e in found] == asked
+    for explanation, (method, c) in zip(found, asked, strict=True):
+        attribution = attribution_map(s.f, x, torch.tensor([c]), method)
+        assert_same_explanation(explanation, s.f, x, c, attribution, settings)
+
+
+def test_without_targets_the_most_probable_classes_are_explained():
+    s = small("mlp", 2)
+    x = s.x[1:2]
+    ranked = s.f(x)[0].argsort(descending=True).tolist()
+    assert [e.class_index for e in explain(s.f, x, ["gradcam"])] == ranked[:1]
+    best = explain(s.f, x, ["gradcam", "layercam"], top_k=3)
+    assert [e.class_index for e in best] == ranked[:3] * 2
+    assert all(e.tft is None and e.thresholds == () for e in best)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_map_from_elsewhere_is_searched_for_each_class(settings):
+    s = small("mlp", 3)
+    x, attribution = s.x[:1], torch.rand(1, *SIZE, dtype=torch.float64)
+    found = explain_map(s.f, x, attribution, [4, 1], settings=settings)
+    assert [(e.cam, e.class_index) for e in found] == [("map", 4), ("map", 1)]
+    for explanation in found:
+        c = explanation.class_index
+        assert_same_explanation(explanation, s.f, x, c, attribution, settings)
+
+
+def test_one_pass_of_the_stem_serves_all_methods_and_classes():
+    s = small("linear", 4)
+    passes = []
+    s.f.stem.register_forward_hook(lambda module, args, out: passes.append(len(args[0])))
+    plain = [method for method in CAMS if method != "scorecam"]
+    explain(s.f, s.x[:1], plain, targets=[0, 1, 2])
+    assert passes == [1]
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.5, 1.0])
+def test_a_fixed_threshold_mutes_what_is_below_it(tau):
+    s = small("linear", 5)
+    attribution = torch.rand(SIZE, dtype=torch.float64)
+    attribution[2, 3] = tau
+    by_value = [[v if v >= tau else 0 for v in row] for row in attribution.tolist()]
+
+    def muted(mode):
+        settings = Search((tau,), mode=mode)
+        [found] = explain_map(s.f, s.x[:1], attribution[None], [1], settings=settings)
+        return found.tft.attribution[0]
+
+    assert muted("value").tolist() == by_value
+    kept = (muted("percentile") > 0).sum().item()
+    assert kept == pytest.approx((1 - tau) * attribution.numel(), abs=1)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_fixed_threshold_is_a_search_of_this_one(settings):
+    s = small("mlp", 6)
+    asked = (s.f, s.x[:1], ["gradcam", "layercam"], [2, 0])
+    one = replace(settings, thresholds=(0.4,))
+    searched = explain(*asked, settings=one)
+    for found, expected in zip(explain(*asked, settings=one, fixed=True), searched, strict=True):
+        assert found.tft is None and found.cut is found.fixed
+        assert found.thresholds == (0.4,)
+        assert all(map(torch.equal, found.fixed, expected.tft))
