@@ -1,7 +1,7 @@
 """Run the test suite with the lowest or the newest versions of the dependencies.
 
-    python benchmarks/versions.py --lowest --venv .venv-lowest --json versions.json
-    python3.13 benchmarks/versions.py --newest --venv .venv-newest --json versions.json
+    python -m benchmarks versions --lowest --venv .venv-lowest --json versions.json
+    python3.13 -m benchmarks versions --newest --venv .venv-newest --json versions.json
 
 `--lowest` takes of each dependency of pyproject.toml, those of the dev extra too, the very version
 that its `>=` names; what they depend on is the newest that fits. AFT_SHARED tells the tests where
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LOWEST, _ = SETS = ("lowest", "newest")
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)>=(?P<version>[\w.]+)")
 
@@ -135,7 +135,3 @@ def main() -> int:
         runs = [other for other in runs if (other["python"], other["set"]) != like]
         args.json.write_text(json.dumps([*runs, run], indent=2) + "\n")
     return run["exit_code"]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

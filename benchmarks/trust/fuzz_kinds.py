@@ -1,4 +1,4 @@
-"""What benchmarks/fuzz.py damages, and the commands that meet it."""
+"""Files that the benchmark fuzz damages, and the commands that meet them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from PIL import Image
 
 from aftcli.core import models
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+NOT_COMPARED = {"path", "seconds", "images_per_second", "bytes_per_image", "figure", "outputs"}
 PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
 STORE = "run/masks/efficientnet_lite0-gradcam.h5"
 TUNED = "run/tuned/efficientnet_lite0-gradcam.safetensors"
@@ -83,6 +84,13 @@ class Kind:
     case: Callable[[random.Random], Case]
     usual: float = 0.0
     one_line: bool = field(default=True)
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """Return a result without what differs between runs."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if k not in NOT_COMPARED}
+    return [plain(v) for v in value] if isinstance(value, list) else value
 
 
 def forked(work: Callable[[], object]) -> None:
@@ -245,8 +253,6 @@ def killed_before(target: str, arguments: tuple[str, ...], folder: Path) -> None
 
 def usual(folder: Path, wanted: set[str]) -> list[Kind]:
     """All kinds, or those wanted, with their real files made in a folder."""
-    from fuzz import plain
-
     loaded_once()
     imported()
     photo = (ROOT / "docs/images/rocket.jpg").read_bytes()
@@ -261,7 +267,7 @@ def usual(folder: Path, wanted: set[str]) -> list[Kind]:
     kinds.append(Kind("--classes", 3, partial(class_names, original=_imagenet(), photo=photo)))
     kinds += _state_dicts(photo)
     if not wanted or any(w in RUNS for w in wanted):
-        kinds += _runs(folder, photo, plain)
+        kinds += _runs(folder, photo)
     return [k for k in kinds if not wanted or any(w in k.name for w in wanted)]
 
 
@@ -285,7 +291,7 @@ def _state_dicts(photo: bytes) -> Iterator[Kind]:
         yield Kind(f"--checkpoint {name}", 4, case, 2.0)
 
 
-def _runs(folder: Path, photo: bytes, plain: Callable[[Any], Any]) -> Iterator[Kind]:
+def _runs(folder: Path, photo: bytes) -> Iterator[Kind]:
     """Stores, parts, states and checkpoints of runs."""
     from aftcli.data import blocks
 

@@ -1,6 +1,6 @@
-"""What benchmarks/peers.py times: each part runs in a process of its own.
+"""Calls that the benchmark peers times: each part runs in a process of its own.
 
-    python benchmarks/peers_calls.py PART '{"model": "resnet50", ...}'
+    python -m benchmarks.speed.peers_calls PART '{"model": "resnet50", ...}'
 
 All contestants explain one network at one layer, cut for ours and whole for the peers, in eval
 mode, with the class given. The peers are called as their own documentation does; their hooks are
@@ -23,7 +23,16 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from peers import (
+from PIL import Image
+from torch import Tensor, nn
+
+from aftcli import attribution_map, explain, load_classifier, read_image, to_input
+from aftcli.core.classifier import Classifier, Preprocessing
+from aftcli.data.sets import open_data_set
+from aftcli.engine.accelerate import accelerated
+from aftcli.settings import THRESHOLDS, Search
+from aftcli.tft.search import fine_tune_threshold
+from benchmarks.speed.peers import (
     CAMS,
     CAPTUM,
     ENGINES,
@@ -35,15 +44,6 @@ from peers import (
     contestants,
     rotated,
 )
-from PIL import Image
-from torch import Tensor, nn
-
-from aftcli import attribution_map, explain, load_classifier, read_image, to_input
-from aftcli.core.classifier import Classifier, Preprocessing
-from aftcli.data.sets import open_data_set
-from aftcli.engine.accelerate import accelerated
-from aftcli.settings import THRESHOLDS, Search
-from aftcli.tft.search import fine_tune_threshold
 
 PAUSE = 0.1  # seconds before each call: no thread of the contestant before is still spinning
 QUICK_CALL = 1.0  # seconds; calls below are repeated
@@ -336,9 +336,8 @@ def tft_once(model: str, data: str, contestant: str) -> dict[str, Any]:
 
 def masks_ours(model: str, data: str, limit: int, contestant: str) -> dict[str, Any]:
     """Seconds of gen-masks, and of its floor: the passes alone, at their best."""
-    from gen_masks import best_forward, measure
-
     from aftcli.cli.process import keep_freed_memory
+    from benchmarks.speed.gen_masks import best_forward, measure
 
     keep_freed_memory()  # as the command does; the floor gains from it as well
     f = accelerated(load(model), ENGINES[contestant])

@@ -1,7 +1,7 @@
-"""Damaged files by the thousand, through the real commands, each in a process of its own.
+"""Give damaged files by the thousand to the real commands, each in a process of its own.
 
-    python benchmarks/fuzz.py [--mutants 5000] [--seed 0] [--kinds explain,store] [--json FILE]
-    python benchmarks/fuzz.py --large    # pictures of 100 megapixels, decompression bombs
+    python -m benchmarks fuzz [--mutants 5000] [--seed 0] [--kinds explain,store] [--json FILE]
+    python -m benchmarks fuzz --large    # pictures of 100 megapixels, decompression bombs
 
 Right outcomes are a result, or one line on stderr and exit code 1. A finding is anything else: a
 traceback, a crash, more than 10 s, more than 2 GB, NaN in a result, a file half-written or left
@@ -32,15 +32,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+# The suite damages files by the same means.
+sys.path.insert(0, str(next((Path(__file__).parents[2] / "tests").rglob("mutants.py")).parent))
 
-import fuzz_kinds
-from fuzz_kinds import Case, Kind
+from benchmarks.trust import fuzz_kinds
+from benchmarks.trust.fuzz_kinds import Case, Kind, plain
 
 SECONDS = 10.0
 MEGABYTES = 2048
 OWN_ADDRESSES = 6 * 2**30  # bytes that a process may reserve beyond what it starts with
-NOT_COMPARED = {"path", "seconds", "images_per_second", "bytes_per_image", "figure", "outputs"}
 
 
 @dataclass
@@ -149,13 +149,6 @@ def ended(running: Running, wait_status: int) -> Ended:
 def no_constant(text: str) -> None:
     """Refuse what JSON has no numbers for."""
     raise ValueError(f"{text} in JSON")
-
-
-def plain(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """A result without what differs between runs."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items() if k not in NOT_COMPARED}
-    return [plain(v) for v in value] if isinstance(value, list) else value
 
 
 def judge(running: Running, end: Ended) -> tuple[str, str]:
@@ -331,7 +324,3 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps({"seed": args.seed, "rows": rows}, indent=1))
     sys.exit(any(row["findings"] for row in rows))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""Whether the same command gives the same bytes, and how far other circumstances change them.
+"""Compare what the same commands give again, and with other threads, batches and engines.
 
-    python benchmarks/determinism.py DATA/imagenet [--limit 64] [--work FOLDER] [--json FILE]
+    python -m benchmarks determinism DATA/imagenet [--limit 64] [--work FOLDER] [--json FILE]
 
 Runs gen-masks, finetune and evaluate again, on two processes, with other numbers of decoding
 workers, threads and images in a batch, and by other engines, on efficientnet_lite0. DATA has train
@@ -265,7 +265,3 @@ def main() -> None:
             print("\n".join(shown(name, found)), flush=True)
             if asked.json:
                 asked.json.write_text(json.dumps(document, indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""Throughput of gen-masks against its floor, decoding included.
+"""Measure the throughput of gen-masks against its floor, decoding included.
 
-    python benchmarks/gen_masks.py DATA/imagenet [--limit 96] [--models efficientnet_lite0 resnet50]
+    python -m benchmarks gen_masks DATA/imagenet [--limit 96] [--models efficientnet_lite0 resnet50]
 
 The floor is (1 + distinct masks of an image) x the model's best measured batch forward: what the
 network alone must cost. Decoding, maps, masks, packing and storing come on top; the ratio
@@ -104,7 +104,3 @@ def main() -> None:
             f"({ratios[0]:.3f} .. {ratios[-1]:.3f}) |",
             flush=True,
         )
-
-
-if __name__ == "__main__":
-    main()

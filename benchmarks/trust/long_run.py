@@ -1,6 +1,6 @@
-"""A long gen-masks: memory and open files from the first images to the last.
+"""Watch memory and open files over a long gen-masks, from the first images to the last.
 
-    python benchmarks/long_run.py DATA/imagenet/val [--images 20000] [--json FILE]
+    python -m benchmarks long_run DATA/imagenet/val [--images 20000] [--json FILE]
 
 The real images are repeated under other names (hard links, else copies) in class folders of
 their own until there are as many as asked for. While `aft gen-masks` runs, what its processes
@@ -136,7 +136,3 @@ def main() -> None:
             "samples": samples,
         }
         args.json.write_text(json.dumps(found, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,10 @@
 """Time ours against pytorch-grad-cam, torchcam, captum and plain loops.
 
-    python benchmarks/peers.py --images DATA/imagenet --out peers.json --page peers.md
+    python -m benchmarks peers --images DATA/imagenet --out peers.json --page
 
 Contestants take turns in each run, another one first each time. What the file has is not measured
-again; without --images the page is made anew from it. The calls are in peers_calls.py; this process
-imports no torch, which would count in its children's memory.
+again. --page makes the file's figures those of docs/benchmarks.md, also without --images. The calls
+are in peers_calls.py; this process imports no torch, which would count in its children's memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pathlib import Path
 from statistics import correlation, mean, median
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).parent
+from benchmarks import pages
+
+ROOT = Path(__file__).parents[2]
 AFT, AFT_TORCH = "aft (onnxruntime)", "aft (torch)"
 ENGINES = {AFT: "onnxruntime", AFT_TORCH: "torch"}
 GRAD_CAM, TORCHCAM, CAPTUM = PEERS = ("pytorch-grad-cam", "torchcam", "captum")
@@ -99,12 +101,13 @@ def run_process(command: Sequence[str]) -> dict[str, Any]:
     """What a process prints last, read as JSON, and its peak memory in MiB (Linux)."""
     print(*command[1:], file=sys.stderr, flush=True)
     environment = {**os.environ, "TQDM_DISABLE": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    options = {"stdout": subprocess.PIPE, "text": True, "env": environment, "cwd": ROOT}
+    with subprocess.Popen(command, **options) as process:
         out = process.stdout.read() if process.stdout else ""
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command[1:3])} failed: {process.returncode}")
+        raise SystemExit(f"{' '.join(command[1:4])} failed: {process.returncode}")
     return {**json.loads(out.splitlines()[-1]), "peak": usage.ru_maxrss // 1024}
 
 
@@ -121,7 +124,7 @@ def peaks(rounds: Sequence[dict[str, Any]]) -> dict[str, int]:
 def call(part: str, model: str, args: argparse.Namespace, **options: object) -> dict[str, Any]:
     """Run a part of peers_calls.py."""
     words = json.dumps({"model": model, "data": str(args.images.resolve()), **options})
-    return run_process([sys.executable, str(HERE / "peers_calls.py"), part, words])
+    return run_process([sys.executable, "-m", "benchmarks.speed.peers_calls", part, words])
 
 
 def measure_cams(model: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -180,7 +183,7 @@ def measure_masks(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_finetune(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """An epoch with cached features, against a loop that runs the whole network each step."""
-    script = [sys.executable, str(HERE / "finetune.py"), str(args.images)]
+    script = [sys.executable, "-m", "benchmarks", "finetune", str(args.images.resolve())]
     command = [*script, "--limit", str(args.limit), "--part"]
     parts = {
         AFT_TORCH: partial(run_process, [*command, "ours"]),
@@ -350,15 +353,14 @@ def machine_lines(record: dict[str, Any]) -> list[str]:
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """Machine, versions, data, command and date, without a path of the machine."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    paths = {str(args.images): "DATA", str(args.out): args.out.name, str(args.page): "PAGE"}
+    paths = {str(args.images): "DATA", str(args.out): args.out.name}
     return {
         "cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name")),
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
         "data": args.images.name,
-        "command": "python benchmarks/" + " ".join(paths.get(word, word) for word in words),
+        "command": " ".join(paths.get(word, word) for word in sys.argv),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -385,15 +387,11 @@ def main() -> None:
     parser.add_argument("--slow-runs", type=int, default=1, help="of the section slow")
     parser.add_argument("--limit", type=int, default=96, help="images of masks and finetune")
     parser.add_argument("--out", type=Path, default=Path("peers.json"))
-    parser.add_argument("--page", type=Path, help="write the markdown section")
+    parser.add_argument("--page", action="store_true", help="keep as the page's figures")
     parser.add_argument("--overwrite", action="store_true", help="measure again what is there")
     args = parser.parse_args()
     record = json.loads(args.out.read_text()) if args.out.exists() else {}
     if args.images:
         measure_all(record, args)
     if args.page:
-        args.page.write_text(page(record))
-
-
-if __name__ == "__main__":
-    main()
+        pages.keep("benchmarks", "peers", page(record).strip())
