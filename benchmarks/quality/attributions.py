@@ -64,7 +64,7 @@ def aft(words: list[str], processes: int = 1) -> str:
 
 
 def weights_of(network: str, out: Path) -> list[str]:
-    """Options for a network; random weights where published ones would be downloaded."""
+    """Return options for a network; random weights where published ones would be downloaded."""
     if network == "efficientnet_lite0":
         return []
     path = out / f"{network}-random.pth"
@@ -75,7 +75,7 @@ def weights_of(network: str, out: Path) -> list[str]:
 
 
 def table(data: Path, out: Path, images: int, slow_images: int, processes: int) -> None:
-    """Plain maps and TFT of all methods, as `aft evaluate` gives them, by pixels and by cells."""
+    """Measure plain maps and TFT of all methods by `aft evaluate`, by pixels and by cells."""
     quick = [name for name in METHODS if name not in SLOW]
     pixels = [name for name in quick if METHODS[name].of_pixels]
     runs = [
@@ -102,7 +102,7 @@ def table(data: Path, out: Path, images: int, slow_images: int, processes: int) 
 
 
 def chance(data: Path, out: Path, images: int) -> None:
-    """The same measures of maps that know nothing: what the search finds in random numbers."""
+    """Measure maps that know nothing: what the search finds in random numbers."""
     f = load_classifier()
     data_set = open_data_set(data / "imagenet", None, f.classes, default="val").limited(images)
     generator = torch.Generator().manual_seed(0)
@@ -131,7 +131,7 @@ def chance(data: Path, out: Path, images: int) -> None:
 def rows_of(
     found: list[TftResult], where: tuple[str, str, str, str]
 ) -> tuple[list[Table3Row], list[Difference]]:
-    """What `aft evaluate` says of searches: plain maps, TFT and their paired differences."""
+    """Return what `aft evaluate` says of searches: plain maps, TFT and their paired differences."""
     y = torch.cat([r.probability for r in found])
     # T begins with 0, which mutes nothing: Original.
     curve = torch.cat([r.probabilities for r in found])
@@ -150,7 +150,7 @@ def rows_of(
 
 
 def works(data: Path, out: Path, networks: list[str], explained_only: list[str]) -> None:
-    """Each method on each network: explained with TFT, and evaluated on one image."""
+    """Run each method on each network: explain with TFT, evaluate on one image."""
     (out / "works").mkdir(exist_ok=True)
     for network in networks:
         # CAM needs pooling and one linear layer.
@@ -182,7 +182,7 @@ def try_out(data: Path, out: Path, network: str, names: list[str], evaluated: bo
 
 
 def processor_time(whose: int) -> float:
-    """Seconds of all cores, which other jobs of the machine do not change much."""
+    """Measure the seconds of all cores, which other jobs of the machine do not change much."""
     used = resource.getrusage(whose)
     return used.ru_utime + used.ru_stime
 
@@ -230,7 +230,7 @@ def one(network: str, name: str, out: Path) -> None:
 
 
 def costs(out: Path, networks: list[str]) -> None:
-    """Seconds and memory of a map by every method on every network."""
+    """Measure seconds and memory of a map by every method on every network."""
     for network in networks:
         for name in METHODS:
             kept = out / "costs" / f"{network}-{name}.json"

@@ -27,7 +27,7 @@ COMMANDS = (
 
 
 def make_photos(folder: Path) -> None:
-    """Crops of the photographs, as ImageNet lies on disk."""
+    """Cut the photographs into a data set, as ImageNet lies on disk."""
     for wnid, name in PHOTOS.items():
         with Image.open(ROOT / f"docs/images/{name}.jpg") as image:
             width, height = image.size

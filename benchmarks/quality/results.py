@@ -66,7 +66,7 @@ class Study(NamedTuple):
 
 
 def studies(data: Path) -> list[Study]:
-    """What is evaluated."""
+    """Return what is evaluated."""
     cams = " ".join(f"--cam {cam}" for cam in CAMS)
     imagenet, voc = data / "imagenet", data / "voc" / "VOCdevkit"
     lite, squeeze = "efficientnet_lite0-imagenet", "squeezenet1_0-imagenet"
@@ -105,7 +105,7 @@ def studies(data: Path) -> list[Study]:
 
 
 def evaluation(study: Study) -> str:
-    """The command that prints a study's tables."""
+    """Return the command that prints a study's tables."""
     limit = f"--limit {study.images} " if study.images else ""
     tables = "--table 2,3,4,5 --baselines --ci"
     return f"aft evaluate --run {study.run} {limit}{tables} --metrics {METRICS}"
@@ -120,12 +120,12 @@ def run(command: str, folder: Path) -> str:
 
 
 def rows(kind: type, records: list[dict[str, Any]]) -> list[Any]:
-    """Records of aft's JSON as the rows that they were."""
+    """Return records of aft's JSON as the rows that they were."""
     return [kind(**{**r, "ci": tuple(r["ci"])} if r.get("ci") else r) for r in records]
 
 
 def tables_of(document: dict[str, Any], names: tuple[str, ...]) -> Tables:
-    """What the JSON of an evaluation holds, of some measures."""
+    """Return what the JSON of an evaluation holds, of some measures."""
     chosen = [r for r in document["table3"] if r["measure"] in names]
     pairs = [r for r in document["differences"] if r["measure"] in names]
     return Tables(
@@ -135,7 +135,7 @@ def tables_of(document: dict[str, Any], names: tuple[str, ...]) -> Tables:
 
 
 def passes(folder: Path) -> float:
-    """Masked images that TFT scores, an image and a method: the mean over a run's masks."""
+    """Return the mean of masked images that TFT scores, for an image and a method of a run."""
     from aftcli.tft.masks import MaskStore
 
     counts = []
@@ -197,20 +197,20 @@ def tables(folder: Path, made: list[tuple[Study, dict[str, Any]]]) -> Iterator[s
 
 
 def muted() -> list[tuple[str, float | None]]:
-    """Published muted shares."""
+    """Return the published muted shares."""
     from aftcli.core.methods import CAMS
 
     return [(cam, CAMS[cam].muted) for cam in CAMS]
 
 
 def shown(command: str) -> str:
-    """A command as others would write it."""
+    """Return a command as others would write it."""
     words = shlex.split(command)
     return shlex.join(w if "/data/" not in w else "DATA/" + w.split("/data/")[1] for w in words)
 
 
 def hours(folder: Path, made: list[tuple[Study, dict[str, Any]]]) -> Iterator[str]:
-    """What the paper's own setting would take."""
+    """Return what the paper's own setting would take."""
     searched = {study.title: passes(folder / study.run) for study, _ in made}
     least, most = min(searched.values()), max(searched.values())
     without, with_tft = TABLE5["gradcam"]

@@ -28,7 +28,7 @@ BATCH = 32
 
 
 def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
-    """Seconds of each epoch with cached features, and of filling the cache."""
+    """Measure the seconds of each epoch with cached features, and of filling the cache."""
     import torch
 
     from aftcli import load_classifier
@@ -61,7 +61,7 @@ def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
 
 
 def whole(data: Path, limit: int | None, strict: bool) -> dict[str, object]:
-    """Seconds of one epoch of a loop that runs the whole network."""
+    """Measure the seconds of one epoch of a loop that runs the whole network."""
     import torch
 
     from aftcli import load_classifier, read_image, to_input

@@ -26,7 +26,7 @@ from aftcli.tft.generate import generate_masks
 
 
 class Counted:
-    """Counts the images that pass through a classifier's forward."""
+    """Counter of the images that pass through a classifier's forward."""
 
     def __init__(self, f: Classifier) -> None:
         """Wrap the classifier's forward."""
@@ -42,7 +42,7 @@ class Counted:
 
 @torch.no_grad()
 def best_forward(f: Classifier, runs: int) -> tuple[float, int]:
-    """Seconds an image in the best batch size, median of runs, and that size."""
+    """Measure the seconds an image in the best batch size, median of runs, and that size."""
     best = (float("inf"), 0)
     for size in (8, 16, 32, 64):
         x = torch.randn(size, 3, *f.preprocessing.size)
@@ -57,7 +57,7 @@ def best_forward(f: Classifier, runs: int) -> tuple[float, int]:
 
 
 def measure(f: Classifier, data: DataSet, workers: int) -> tuple[float, float]:
-    """Seconds of a run, and network passes an image."""
+    """Measure the seconds of a run, and network passes an image."""
     counted = Counted(f)
     with tempfile.TemporaryDirectory() as run:
         start = time.perf_counter()

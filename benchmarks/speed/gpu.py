@@ -35,7 +35,7 @@ CONTESTANTS = {
 
 
 def run(f: Classifier, batches: list[Tensor]) -> tuple[float, Tensor, Tensor]:
-    """Seconds, tau* and probabilities of TFT by Grad-CAM of all batches."""
+    """Measure the seconds, tau* and probabilities of TFT by Grad-CAM of all batches."""
     settings = Search()
     tune_batch(f, batches[0].to(f.device), ["gradcam"], settings)
     _wait(f)

@@ -87,18 +87,18 @@ TARGETS = (
 
 
 def contestants(method: str) -> list[str]:
-    """Who has a method; ours first."""
+    """Return who has a method; ours first."""
     return [*ENGINES, *CAMS[method]]
 
 
 def rotated(names: Sequence[str], run: int) -> list[str]:
-    """The order of a run: another one first each time."""
+    """Return the order of a run: another one first each time."""
     first = run % len(names)
     return [*names[first:], *names[:first]]
 
 
 def run_process(command: Sequence[str]) -> dict[str, Any]:
-    """What a process prints last, read as JSON, and its peak memory in MiB (Linux)."""
+    """Return what a process prints last, read as JSON, and its peak memory in MiB (Linux)."""
     print(*command[1:], file=sys.stderr, flush=True)
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     options = {"stdout": subprocess.PIPE, "text": True, "env": environment, "cwd": ROOT}
@@ -112,12 +112,12 @@ def run_process(command: Sequence[str]) -> dict[str, Any]:
 
 
 def in_turn(parts: Mapping[str, Callable[[], dict[str, Any]]], runs: int) -> list[dict[str, Any]]:
-    """What each part gives in each run, another one first each time."""
+    """Return what each part gives in each run, another one first each time."""
     return [{name: parts[name]() for name in rotated(list(parts), run)} for run in range(runs)]
 
 
 def peaks(rounds: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Peak memory of each contestant, MiB."""
+    """Return the peak memory of each contestant, MiB."""
     return {name: max(r[name]["peak"] for r in rounds) for name in rounds[0]}
 
 
@@ -128,7 +128,7 @@ def call(part: str, model: str, args: argparse.Namespace, **options: object) -> 
 
 
 def measure_cams(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """CAMs of few passes: all in one process in turn; memory of Grad-CAM in one each."""
+    """Measure CAMs of few passes in one process in turn; memory of Grad-CAM in one each."""
     found = call("cams", model, args, runs=args.runs)
     alone = {"method": "gradcam", "batch": 1, "runs": 1}
     found["memory"] = {
@@ -142,7 +142,7 @@ def measure_cams(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_slow(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Ablation-CAM and Score-CAM: each contestant in a process of its own."""
+    """Measure Ablation-CAM and Score-CAM, each contestant in a process of its own."""
     batch = call("best_batch", model, args)["batch"]
     found: dict[str, Any] = {"times": {"one image": {}}, "memory": {}, "agreement": {}}
     for method in SLOW:
@@ -161,7 +161,7 @@ def measure_slow(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_tft(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """TFT of one image, with the map and without."""
+    """Measure TFT of one image, with the map and without."""
     found = call("tft", model, args, runs=args.runs, images=TFT_IMAGES)
     names = (*ENGINES, LOOP)
     memory = {n: call("tft_once", model, args, contestant=n)["peak"] for n in names}
@@ -169,7 +169,7 @@ def measure_tft(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_masks(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """gen-masks, its floor, and a plain loop."""
+    """Measure gen-masks, its floor, and a plain loop."""
     parts = {
         AFT: partial(call, "masks_ours", model, args, limit=args.limit, contestant=AFT),
         PLAIN: partial(call, "masks_loop", model, args, limit=args.limit),
@@ -182,7 +182,7 @@ def measure_masks(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_finetune(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """An epoch with cached features, against a loop that runs the whole network each step."""
+    """Measure an epoch with cached features, and a loop that runs the whole network each step."""
     script = [sys.executable, "-m", "benchmarks", "finetune", str(args.images.resolve())]
     command = [*script, "--limit", str(args.limit), "--part"]
     parts = {
@@ -264,19 +264,19 @@ class Ratio(NamedTuple):
 
 
 def best_peer(times: dict[str, list[float]]) -> str:
-    """The fastest of the others by its median."""
+    """Return the fastest of the others by its median."""
     others = [name for name in times if name not in ENGINES and name != FLOOR]
     return min(others, key=lambda name: median(times[name]))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A markdown table; the first column holds words, the others numbers."""
+    """Return a markdown table; the first column holds words, the others numbers."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
 def target_rows(results: dict[str, Any]) -> Iterator[list[str]]:
-    """Each target and whether it is met; those not measured yet say so."""
+    """Return each target and whether it is met; those not measured yet say so."""
     for what, place, peer, bound in TARGETS:
         section, model, group, method = place
         times = results.get(section, {}).get(model, {}).get("times")
@@ -296,7 +296,7 @@ def target_rows(results: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def section_lines(section: Section, results: dict[str, Any]) -> Iterator[str]:
-    """The tables of one section."""
+    """Return the tables of one section."""
     yield from (f"### {section.title}", "", section.text, "")
     for model, found in results.items():
         by_method = (times for group in found["times"].values() for times in group.values())
@@ -332,7 +332,7 @@ def _notes(found: dict[str, Any]) -> Iterator[str]:
 
 
 def page(record: dict[str, Any]) -> str:
-    """The section of a markdown page."""
+    """Return the section of a markdown page."""
     lines = ["## Against other tools", "", *machine_lines(record), RATIOS, ""]
     lines += table(["target", "wanted", "ratio", ""], target_rows(record["results"]))
     for name in (name for name in SECTIONS if name in record["results"]):
@@ -341,7 +341,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def machine_lines(record: dict[str, Any]) -> list[str]:
-    """Where and how a record was made."""
+    """Return where and how a record was made."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return [
         f"Machine: {record['cpu']}, {record['threads']} threads; {record['date']}.",
@@ -351,7 +351,7 @@ def machine_lines(record: dict[str, Any]) -> list[str]:
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions, data, command and date, without a path of the machine."""
+    """Return machine, versions, data, command and date, without a path of the machine."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
     paths = {str(args.images): "DATA", str(args.out): args.out.name}
     return {

@@ -45,7 +45,7 @@ OWN_ADDRESSES = 6 * 2**30  # bytes that a process may reserve beyond what it sta
 
 @dataclass
 class Outcome:
-    """What a command made of a mutant."""
+    """Outcome of a command on a mutant."""
 
     kind: str
     what: str  # "right", "error", or a finding
@@ -67,7 +67,7 @@ class Running:
 
 
 class Ended(NamedTuple):
-    """How a child ended."""
+    """End of a child."""
 
     code: int | None
     signal: int | None
@@ -78,7 +78,7 @@ class Ended(NamedTuple):
 
 
 def status(name: str) -> float:
-    """A figure of /proc/self/status in MB."""
+    """Return a figure of /proc/self/status in MB."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").open())
     return int(lines[name].split()[0]) / 1024
 
@@ -127,7 +127,7 @@ def start(kind: Kind, case: Case, folder: Path) -> tuple[int, Running]:
 
 
 def files_of(work: Path) -> set[str]:
-    """All files below a folder."""
+    """Return all files below a folder."""
     return {str(p.relative_to(work)) for p in work.rglob("*") if p.is_file()}
 
 
@@ -152,7 +152,7 @@ def no_constant(text: str) -> None:
 
 
 def judge(running: Running, end: Ended) -> tuple[str, str]:
-    """What an outcome is: "right", "error", or a finding and its detail."""
+    """Return what an outcome is: "right", "error", or a finding and its detail."""
     kind, lines = running.kind, end.err.splitlines()
     if end.signal is not None:
         name = signal.Signals(end.signal).name
@@ -181,7 +181,7 @@ def judge(running: Running, end: Ended) -> tuple[str, str]:
 
 
 def difference(found: Any, expected: Any, where: str = "") -> str:  # noqa: ANN401 - JSON
-    """Where two results differ first."""
+    """Return where two results differ first."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in sorted({*found, *expected}):
             if found.get(key) != expected.get(key):
@@ -194,7 +194,7 @@ def difference(found: Any, expected: Any, where: str = "") -> str:  # noqa: ANN4
 
 
 def damaged_files(running: Running) -> list[str]:
-    """New files that are temporary or not whole."""
+    """Return new files that are temporary or not whole."""
     left = []
     for name in sorted(files_of(running.work) - running.before):
         path = running.work / name
@@ -250,7 +250,7 @@ def save(running: Running, end: Ended, what: str, detail: str, keep: Path) -> No
 
 
 def table(outcomes: list[Outcome]) -> tuple[str, list[dict[str, Any]]]:
-    """Figures by kind, as text and as values."""
+    """Return the figures by kind, as text and as values."""
     by_kind: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_kind[outcome.kind].append(outcome)
@@ -277,7 +277,7 @@ def table(outcomes: list[Outcome]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def wanted_cases(kinds: list[Kind], mutants: int, seed: int) -> Iterator[tuple[Kind, Case]]:
-    """The mutants of all kinds by their shares, the same for the same seed."""
+    """Return the mutants of all kinds by their shares, the same for the same seed."""
     whole = sum(kind.share for kind in kinds)
     for kind in kinds:
         made = number = 0

@@ -111,7 +111,7 @@ def forked(work: Callable[[], object]) -> None:
 
 
 def command(arguments: tuple[str, ...], folder: Path) -> tuple[Any, float]:
-    """The result of an undamaged command, and its seconds."""
+    """Return the result of an undamaged command, and its seconds."""
     from aftcli.cli import app as cli
 
     def run() -> None:
@@ -170,7 +170,7 @@ def imported() -> None:
 
 
 def make_data(folder: Path) -> None:
-    """A small data set of ImageNet classes."""
+    """Make a small data set of ImageNet classes."""
     for name, photo in PHOTOS.items():
         with Image.open(ROOT / f"docs/images/{photo}.jpg") as image:
             small = image.convert("RGB").resize((300, 240))
@@ -183,7 +183,7 @@ def make_data(folder: Path) -> None:
 
 
 def picture(rng: random.Random, name: str, arguments: tuple[str, ...], original: bytes) -> Case:
-    """A mutant as what `aft explain` or `aft tft` explains."""
+    """Return a mutant as what `aft explain` or `aft tft` explains."""
     data, change = m.mutate(original, name, rng)
     kinds = rng.choice(("overlay", "overlay", "map,mask", "overlay,figure"))
     extra = ("--save", kinds, *(("--mute", "40") if arguments[0] == "explain" else ()))
@@ -191,7 +191,7 @@ def picture(rng: random.Random, name: str, arguments: tuple[str, ...], original:
 
 
 def given_map(rng: random.Random, originals: dict[str, bytes], photo: bytes) -> Case:
-    """A mutant as the map of `aft tft --map`."""
+    """Return a mutant as the map of `aft tft --map`."""
     name = rng.choice(sorted(originals))
     data, change = m.mutate(originals[name], name, rng)
     arguments = ("tft", "photo.jpg", "--map", name, "--json", "--out", "out", "--save", "map")
@@ -199,7 +199,7 @@ def given_map(rng: random.Random, originals: dict[str, bytes], photo: bytes) -> 
 
 
 def in_folder(rng: random.Random, originals: dict[str, bytes], photo: bytes) -> Case:
-    """Mutants among good pictures of a data set."""
+    """Return mutants among good pictures of a data set."""
     files = {"data/cat/good.jpg": photo, "data/dog/good.jpg": photo}
     changes = []
     for i in range(IN_FOLDER):
@@ -214,7 +214,7 @@ def in_folder(rng: random.Random, originals: dict[str, bytes], photo: bytes) -> 
 def within(
     rng: random.Random, base: Path, names: list[str], arguments: tuple[str, ...], expected: object
 ) -> Case:
-    """One file of a run damaged."""
+    """Return a case with one file of a run damaged."""
     name = rng.choice(names)
     suffix = ".safetensors" if name.endswith(".state") else Path(name).suffix
     data, change = m.mutate((base / name).read_bytes(), f"x{suffix}", rng)
@@ -224,14 +224,14 @@ def within(
 def checkpoint(
     rng: random.Random, name: str, original: bytes, photo: bytes, expected: object
 ) -> Case:
-    """A damaged checkpoint."""
+    """Return a damaged checkpoint."""
     data, change = m.mutate(original, name, rng)
     arguments = ("explain", "photo.jpg", "--checkpoint", name, "--json", "--save", "")
     return Case(arguments, {name: data, "photo.jpg": photo}, change, None, expected)
 
 
 def class_names(rng: random.Random, original: bytes, photo: bytes) -> Case:
-    """Damaged class names."""
+    """Return damaged class names."""
     data, change = m.mutate(original, "names.txt", rng)
     arguments = ("explain", "photo.jpg", "--classes", "names.txt", "--json", "--save", "")
     return Case(arguments, {"names.txt": data, "photo.jpg": photo}, change)
@@ -252,7 +252,7 @@ def killed_before(target: str, arguments: tuple[str, ...], folder: Path) -> None
 
 
 def usual(folder: Path, wanted: set[str]) -> list[Kind]:
-    """All kinds, or those wanted, with their real files made in a folder."""
+    """Return all kinds, or those wanted, with their real files made in a folder."""
     loaded_once()
     imported()
     photo = (ROOT / "docs/images/rocket.jpg").read_bytes()
@@ -292,7 +292,7 @@ def _state_dicts(photo: bytes) -> Iterator[Kind]:
 
 
 def _runs(folder: Path, photo: bytes) -> Iterator[Kind]:
-    """Stores, parts, states and checkpoints of runs."""
+    """Return the kinds of stores, parts, states and checkpoints of runs."""
     from aftcli.data import blocks
 
     blocks.BLOCK = 4
@@ -357,7 +357,7 @@ _SAVED = ("--checkpoint", TUNED, "--json", "--save", "")
 
 
 def large(folder: Path, wanted: set[str]) -> list[Kind]:
-    """Pictures of 100 megapixels and decompression bombs, each once."""
+    """Return pictures of 100 megapixels and decompression bombs, each once."""
     import bombs
 
     loaded_once()

@@ -42,7 +42,7 @@ def repeat(data: Path, folder: Path, count: int) -> None:
 
 
 def held(process: psutil.Process, parts: Path) -> dict[str, float]:
-    """What a process and its children hold now, and how many blocks are done."""
+    """Return what a process and its children hold now, and how many blocks are done."""
     own, *children = [process, *process.children(recursive=True)]
     return {
         "blocks": len(list(parts.glob("0*"))) if parts.is_dir() else 0,
@@ -71,12 +71,12 @@ def watch(command: list[str], parts: Path, every: float) -> tuple[list[dict[str,
 
 
 def mean(samples: list[dict[str, float]], key: str) -> float:
-    """Mean of some samples."""
+    """Return the mean of some samples."""
     return float(np.mean([sample[key] for sample in samples]))
 
 
 def equal_rows(path: Path) -> dict[str, int]:
-    """Whether all names of an image have the same row."""
+    """Return whether all names of an image have the same row."""
     with MaskStore(path) as store:
         store.verify()
         rows = store.rows(0, len(store))

@@ -31,13 +31,13 @@ REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)>=(?P<version>[\w.]+)")
 
 
 def requirements() -> list[str]:
-    """What the package and its dev extra require, as pyproject.toml has it."""
+    """Return what the package and its dev extra require, as pyproject.toml has it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [*project["dependencies"], *project["optional-dependencies"]["dev"]]
 
 
 def lowest(requirement: str) -> str:
-    """The lowest version that a requirement admits, pinned.
+    """Return the lowest version that a requirement admits, pinned.
 
     >>> lowest("h5py>=3.12.1")
     'h5py==3.12.1'
@@ -63,14 +63,14 @@ def install(python: Path, which: str, pins: Iterable[str]) -> None:
 
 
 def installed(python: Path) -> dict[str, str]:
-    """Each package's version, by its name in lower case."""
+    """Return each package's version, by its name in lower case."""
     command = (python, "-m", "pip", "list", "--format", "json", "--exclude-editable")
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return {package["name"].lower(): package["version"] for package in json.loads(out)}
 
 
 def run_tests(python: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """Counts, names of what failed, and minutes of a run of pytest."""
+    """Return counts, names of what failed, and minutes of a run of pytest."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         start = time.perf_counter()
