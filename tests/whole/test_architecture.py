@@ -135,7 +135,7 @@ def test_nothing_hooks_into_networks(path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((PACKAGE.parent / "benchmarks").glob("*.py")), ids=lambda path: path.name
+    "path", sorted((PACKAGE.parent / "benchmarks").rglob("*.py")), ids=lambda path: path.name
 )
 def test_what_benchmarks_import_is_there(path):
     for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Damaged files: the right result or one line, whatever the bytes are (benchmarks/fuzz.py)."""
+"""Damaged files: the right result or one line, whatever the bytes are (the benchmark fuzz)."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Compare the engines and precisions on a GPU, and with a CPU's results.
 
-    python benchmarks/gpu.py DATA/imagenet [--model efficientnet_lite0] [--device cuda] [--limit 64]
+    python -m benchmarks gpu DATA/imagenet [--model efficientnet_lite0] [--device cuda] [--limit 64]
 
 Prints images/s of TFT by Grad-CAM for each engine and precision, the share of images whose tau* is
 that of the plain network on the CPU, and the largest difference of a probability. `--device cpu`
@@ -35,7 +35,7 @@ CONTESTANTS = {
 
 
 def run(f: Classifier, batches: list[Tensor]) -> tuple[float, Tensor, Tensor]:
-    """Seconds, tau* and probabilities of TFT by Grad-CAM of all batches."""
+    """Measure the seconds, tau* and probabilities of TFT by Grad-CAM of all batches."""
     settings = Search()
     tune_batch(f, batches[0].to(f.device), ["gradcam"], settings)
     _wait(f)
@@ -75,7 +75,3 @@ def main() -> None:
         same = float((own_tau == tau).float().mean())
         error = float((own_y - y_hat).abs().max())
         print(f"| {name} | {len(x) / seconds:.1f} | {same:.1%} | {error:.1e} |", flush=True)
-
-
-if __name__ == "__main__":
-    main()

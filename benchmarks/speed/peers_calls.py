@@ -1,6 +1,6 @@
-"""What benchmarks/peers.py times: each part runs in a process of its own.
+"""Calls that the benchmark peers times: each part runs in a process of its own.
 
-    python benchmarks/peers_calls.py PART '{"model": "resnet50", ...}'
+    python -m benchmarks.speed.peers_calls PART '{"model": "resnet50", ...}'
 
 All contestants explain one network at one layer, cut for ours and whole for the peers, in eval
 mode, with the class given. The peers are called as their own documentation does; their hooks are
@@ -23,7 +23,16 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from peers import (
+from PIL import Image
+from torch import Tensor, nn
+
+from aftcli import attribution_map, explain, load_classifier, read_image, to_input
+from aftcli.core.classifier import Classifier, Preprocessing
+from aftcli.data.sets import open_data_set
+from aftcli.engine.accelerate import accelerated
+from aftcli.settings import THRESHOLDS, Search
+from aftcli.tft.search import fine_tune_threshold
+from benchmarks.speed.peers import (
     CAMS,
     CAPTUM,
     ENGINES,
@@ -35,15 +44,6 @@ from peers import (
     contestants,
     rotated,
 )
-from PIL import Image
-from torch import Tensor, nn
-
-from aftcli import attribution_map, explain, load_classifier, read_image, to_input
-from aftcli.core.classifier import Classifier, Preprocessing
-from aftcli.data.sets import open_data_set
-from aftcli.engine.accelerate import accelerated
-from aftcli.settings import THRESHOLDS, Search
-from aftcli.tft.search import fine_tune_threshold
 
 PAUSE = 0.1  # seconds before each call: no thread of the contestant before is still spinning
 QUICK_CALL = 1.0  # seconds; calls below are repeated
@@ -64,13 +64,13 @@ Timed = Callable[[int], float]
 
 
 def load(name: str) -> Classifier:
-    """Our classifier; the same weights at each call."""
+    """Return our classifier, with the same weights at each call."""
     torch.manual_seed(0)
     return load_classifier(name, weights=name == "efficientnet_lite0")
 
 
 def whole_network(name: str, f: Classifier) -> nn.Module:
-    """The uncut network on the very weights of f, trainable as its library makes it."""
+    """Return the uncut network on the very weights of f, trainable as its library makes it."""
     with torch.device("meta"):
         whole = NETWORKS[name]()
     whole.load_state_dict(f.weights(), assign=True)
@@ -78,20 +78,20 @@ def whole_network(name: str, f: Classifier) -> nn.Module:
 
 
 def image_paths(f: Classifier, data: str, count: int) -> list[Path]:
-    """Images, spread over the data set."""
+    """Return paths of images, spread over the data set."""
     data_set = open_data_set(Path(data), None, f.classes).limited(count)
     return [data_set.path(i) for i in range(len(data_set.samples))]
 
 
 def inputs(f: Classifier, data: str, count: int) -> Tensor:
-    """Real images, shape (count, 3, H, W)."""
+    """Return real images, shape (count, 3, H, W)."""
     paths = image_paths(f, data, count)
     return torch.cat([to_input(read_image(path), f.preprocessing) for path in paths])
 
 
 @torch.no_grad()
 def predicted(f: Classifier, x: Tensor) -> Tensor:
-    """The predicted classes, shape (N,); one by one, not to raise the peak of memory."""
+    """Return the predicted classes, shape (N,); one by one, not to raise the peak of memory."""
     return torch.cat([f(x_n[None]).argmax(1) for x_n in x])
 
 
@@ -107,7 +107,7 @@ class Subject:
         self.layer = self.whole.get_submodule(LAYERS[name])
 
     def ours(self, contestant: str) -> Classifier:
-        """The classifier on the engine of one of ours."""
+        """Return the classifier on the engine of one of ours."""
         if contestant not in self._fast:
             self._fast[contestant] = accelerated(self.f, ENGINES[contestant])
         return self._fast[contestant]
@@ -175,7 +175,7 @@ OPENERS: dict[str, Callable[[Subject, str, str], AbstractContextManager[Call]]] 
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-    """Seconds of one call, after a pause."""
+    """Measure the seconds of one call, after a pause."""
     time.sleep(PAUSE)
     start = time.perf_counter()
     call()
@@ -183,7 +183,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def take_turns(timed: Mapping[str, Timed], runs: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in each run: one after the other, another one first each run."""
+    """Measure the seconds of each contestant in each run, another one first each time."""
     names = list(timed)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
@@ -203,7 +203,7 @@ def _timed_map(subject: Subject, method: str, count: int, contestant: str) -> Ti
 
 
 def cams(model: str, data: str, runs: int) -> dict[str, Any]:
-    """Seconds of every CAM that takes few passes, and how far the maps agree."""
+    """Measure the seconds of every CAM that takes few passes, and how far the maps agree."""
     subject = Subject(model, data, max(SHAPES.values()))
     times: dict[str, dict[str, Any]] = {group: {} for group in SHAPES}
     for group, count in SHAPES.items():
@@ -224,14 +224,14 @@ def _agreement(subject: Subject, method: str) -> dict[str, list[float]]:
 
 
 def correlations(one: Tensor, two: Tensor) -> list[float]:
-    """Correlation of each pair of maps, shape (N, H, W); those of constant maps are left out."""
+    """Return the correlation of each pair of maps, shape (N, H, W), but for constant maps."""
     rows = (torch.stack(pair).flatten(1) for pair in zip(one, two, strict=True))
     return [float(torch.corrcoef(row)[0, 1]) for row in rows if bool((row.std(1) > 0).all())]
 
 
 @torch.no_grad()
 def best_batch(model: str, data: str) -> dict[str, Any]:
-    """The batch size in which the uncut network passes most images a second."""
+    """Return the batch size in which the uncut network passes most images a second."""
     subject = Subject(model, data, 1)
     speed = {}
     for size in (16, 32, 64):
@@ -244,7 +244,7 @@ def best_batch(model: str, data: str) -> dict[str, Any]:
 def once(
     model: str, data: str, contestant: str, method: str, count: int, batch: int, runs: int
 ) -> dict[str, Any]:
-    """One contestant alone: seconds of a call, or the first of it where that takes long."""
+    """Measure the seconds of a call by one contestant alone; one call where that takes long."""
     subject = Subject(model, data, count, batch)
     with OPENERS[contestant](subject, contestant, method) as call:
         if method not in QUICK:  # else the call itself is the best way of warming up
@@ -262,7 +262,7 @@ def once(
 
 @torch.no_grad()
 def serial_search(network: nn.Module, x: Tensor, attribution: Tensor, c: Tensor) -> list[float]:
-    """RPI of each threshold by Algorithm 1 as a loop: one masked image after the other."""
+    """Return the RPI of each threshold by Algorithm 1 as a loop over single masked images."""
     y = network(x).softmax(1)[0, c]
     rpi = []
     for tau in THRESHOLDS:
@@ -295,7 +295,7 @@ def _search(subject: Subject, contestant: str, maps: Sequence[Tensor]) -> Callab
 
 
 def tft(model: str, data: str, runs: int, images: int) -> dict[str, Any]:
-    """Seconds of TFT of one image, images taking turns, and whether all find the same tau*."""
+    """Measure the seconds of TFT of one image, images in turn, and count the same tau*."""
     subject = Subject(model, data, images)
     pairs = zip(subject.x.split(1), subject.c.split(1), strict=True)
     maps = [attribution_map(subject.f, *pair, "gradcam") for pair in pairs]
@@ -318,7 +318,7 @@ def tft(model: str, data: str, runs: int, images: int) -> dict[str, Any]:
 
 
 def _same_tau(ours: Callable[[int], Any], loop: Callable[[int], Any], images: int) -> int:
-    """For how many images tau* is the same; where it is not, it must be a tie but for rounding."""
+    """Count the images with the same tau*; the others must be ties but for rounding."""
     same = 0
     for i in range(images):
         step, rpi = int(ours(i).rpi.argmax()), loop(i)
@@ -328,17 +328,16 @@ def _same_tau(ours: Callable[[int], Any], loop: Callable[[int], Any], images: in
 
 
 def tft_once(model: str, data: str, contestant: str) -> dict[str, Any]:
-    """One map and search by one contestant alone, for its memory."""
+    """Run one map and search by one contestant alone, for its memory."""
     subject = Subject(model, data, 1)
     _map_and_search(subject, contestant)(0)
     return {}
 
 
 def masks_ours(model: str, data: str, limit: int, contestant: str) -> dict[str, Any]:
-    """Seconds of gen-masks, and of its floor: the passes alone, at their best."""
-    from gen_masks import best_forward, measure
-
+    """Measure the seconds of gen-masks, and of its floor: the passes alone, at their best."""
     from aftcli.cli.process import keep_freed_memory
+    from benchmarks.speed.gen_masks import best_forward, measure
 
     keep_freed_memory()  # as the command does; the floor gains from it as well
     f = accelerated(load(model), ENGINES[contestant])
@@ -351,7 +350,7 @@ def masks_ours(model: str, data: str, limit: int, contestant: str) -> dict[str, 
 
 
 def masks_loop(model: str, data: str, limit: int) -> dict[str, Any]:
-    """Seconds of a plain loop over batches: decode, Grad-CAM, all masked images, argmax."""
+    """Measure a plain loop over batches: decode, Grad-CAM, all masked images, argmax."""
     f = load(model)
     whole = whole_network(model, f)
     layer, to_x = whole.get_submodule(LAYERS[model]), _transform(f.preprocessing)

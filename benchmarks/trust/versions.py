@@ -1,7 +1,7 @@
 """Run the test suite with the lowest or the newest versions of the dependencies.
 
-    python benchmarks/versions.py --lowest --venv .venv-lowest --json versions.json
-    python3.13 benchmarks/versions.py --newest --venv .venv-newest --json versions.json
+    python -m benchmarks versions --lowest --venv .venv-lowest --json versions.json
+    python3.13 -m benchmarks versions --newest --venv .venv-newest --json versions.json
 
 `--lowest` takes of each dependency of pyproject.toml, those of the dev extra too, the very version
 that its `>=` names; what they depend on is the newest that fits. AFT_SHARED tells the tests where
@@ -25,19 +25,19 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LOWEST, _ = SETS = ("lowest", "newest")
 REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)>=(?P<version>[\w.]+)")
 
 
 def requirements() -> list[str]:
-    """What the package and its dev extra require, as pyproject.toml has it."""
+    """Return what the package and its dev extra require, as pyproject.toml has it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [*project["dependencies"], *project["optional-dependencies"]["dev"]]
 
 
 def lowest(requirement: str) -> str:
-    """The lowest version that a requirement admits, pinned.
+    """Return the lowest version that a requirement admits, pinned.
 
     >>> lowest("h5py>=3.12.1")
     'h5py==3.12.1'
@@ -63,14 +63,14 @@ def install(python: Path, which: str, pins: Iterable[str]) -> None:
 
 
 def installed(python: Path) -> dict[str, str]:
-    """Each package's version, by its name in lower case."""
+    """Return each package's version, by its name in lower case."""
     command = (python, "-m", "pip", "list", "--format", "json", "--exclude-editable")
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return {package["name"].lower(): package["version"] for package in json.loads(out)}
 
 
 def run_tests(python: Path, arguments: Sequence[str]) -> dict[str, Any]:
-    """Counts, names of what failed, and minutes of a run of pytest."""
+    """Return counts, names of what failed, and minutes of a run of pytest."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         start = time.perf_counter()
@@ -135,7 +135,3 @@ def main() -> int:
         runs = [other for other in runs if (other["python"], other["set"]) != like]
         args.json.write_text(json.dumps([*runs, run], indent=2) + "\n")
     return run["exit_code"]
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

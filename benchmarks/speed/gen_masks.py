@@ -1,6 +1,6 @@
-"""Throughput of gen-masks against its floor, decoding included.
+"""Measure the throughput of gen-masks against its floor, decoding included.
 
-    python benchmarks/gen_masks.py DATA/imagenet [--limit 96] [--models efficientnet_lite0 resnet50]
+    python -m benchmarks gen_masks DATA/imagenet [--limit 96] [--models efficientnet_lite0 resnet50]
 
 The floor is (1 + distinct masks of an image) x the model's best measured batch forward: what the
 network alone must cost. Decoding, maps, masks, packing and storing come on top; the ratio
@@ -26,7 +26,7 @@ from aftcli.tft.generate import generate_masks
 
 
 class Counted:
-    """Counts the images that pass through a classifier's forward."""
+    """Counter of the images that pass through a classifier's forward."""
 
     def __init__(self, f: Classifier) -> None:
         """Wrap the classifier's forward."""
@@ -42,7 +42,7 @@ class Counted:
 
 @torch.no_grad()
 def best_forward(f: Classifier, runs: int) -> tuple[float, int]:
-    """Seconds an image in the best batch size, median of runs, and that size."""
+    """Measure the seconds an image in the best batch size, median of runs, and that size."""
     best = (float("inf"), 0)
     for size in (8, 16, 32, 64):
         x = torch.randn(size, 3, *f.preprocessing.size)
@@ -57,7 +57,7 @@ def best_forward(f: Classifier, runs: int) -> tuple[float, int]:
 
 
 def measure(f: Classifier, data: DataSet, workers: int) -> tuple[float, float]:
-    """Seconds of a run, and network passes an image."""
+    """Measure the seconds of a run, and network passes an image."""
     counted = Counted(f)
     with tempfile.TemporaryDirectory() as run:
         start = time.perf_counter()
@@ -104,7 +104,3 @@ def main() -> None:
             f"({ratios[0]:.3f} .. {ratios[-1]:.3f}) |",
             flush=True,
         )
-
-
-if __name__ == "__main__":
-    main()

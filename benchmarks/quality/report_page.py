@@ -1,6 +1,6 @@
 """Make docs/images/report.png: the page of `aft evaluate --figures` in a browser, offline.
 
-    python benchmarks/report_page.py [--out DIR] [--browser chromium]
+    python -m benchmarks report_page [--out DIR] [--browser chromium]
 
 The data set is cut from the photographs in docs/images: four crops of each to train on, one to
 evaluate on. Its numbers say nothing; the picture shows what the page looks like.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
 SIZE = (1240, 2050)
 COMMANDS = (
@@ -27,7 +27,7 @@ COMMANDS = (
 
 
 def make_photos(folder: Path) -> None:
-    """Crops of the photographs, as ImageNet lies on disk."""
+    """Cut the photographs into a data set, as ImageNet lies on disk."""
     for wnid, name in PHOTOS.items():
         with Image.open(ROOT / f"docs/images/{name}.jpg") as image:
             width, height = image.size
@@ -59,7 +59,3 @@ def main() -> None:
     with Image.open(shot) as image:
         small = image.convert("RGB").quantize(128)
         small.save(ROOT / "docs/images/report.png", optimize=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Time an epoch of fine-tuning against loops that run the whole network.
 
-    python benchmarks/finetune.py DATA/imagenet
+    python -m benchmarks finetune DATA/imagenet
 
 All train w1, w2 and the tuner of efficientnet_lite0 by eq. 8 with batches of 32, on random masks,
 which cost what real ones do. Each part runs in a process of its own:
@@ -28,7 +28,7 @@ BATCH = 32
 
 
 def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
-    """Seconds of each epoch with cached features, and of filling the cache."""
+    """Measure the seconds of each epoch with cached features, and of filling the cache."""
     import torch
 
     from aftcli import load_classifier
@@ -61,7 +61,7 @@ def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
 
 
 def whole(data: Path, limit: int | None, strict: bool) -> dict[str, object]:
-    """Seconds of one epoch of a loop that runs the whole network."""
+    """Measure the seconds of one epoch of a loop that runs the whole network."""
     import torch
 
     from aftcli import load_classifier, read_image, to_input
@@ -130,7 +130,8 @@ def main() -> None:
     rounds: dict[str, list[dict]] = {"ours": [], "plain": [], "strict": []}
     for _ in range(args.runs):
         for part in rounds:
-            command = [sys.executable, __file__, str(args.data), "--part", part]
+            command = [sys.executable, "-m", "benchmarks", "finetune", str(args.data)]
+            command += ["--part", part]
             command += ["--limit", str(args.limit)] if args.limit else []
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rounds[part].append(json.loads(done.stdout.splitlines()[-1]))
@@ -148,7 +149,3 @@ def main() -> None:
             f"{max(seconds):.2f}), {statistics.median(ratios):.1f} times ours "
             f"({min(ratios):.1f} .. {max(ratios):.1f})"
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What benchmarks/fuzz.py damages, and the commands that meet it."""
+"""Files that the benchmark fuzz damages, and the commands that meet them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from PIL import Image
 from aftcli.core import models
 from tests.helpers import mutants as m
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+NOT_COMPARED = {"path", "seconds", "images_per_second", "bytes_per_image", "figure", "outputs"}
 PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
 STORE = "run/masks/efficientnet_lite0-gradcam.h5"
 TUNED = "run/tuned/efficientnet_lite0-gradcam.safetensors"
@@ -85,6 +86,13 @@ class Kind:
     one_line: bool = field(default=True)
 
 
+def plain(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """Return a result without what differs between runs."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if k not in NOT_COMPARED}
+    return [plain(v) for v in value] if isinstance(value, list) else value
+
+
 def forked(work: Callable[[], object]) -> None:
     """Do something in a process of its own: this one must stay without threads."""
     process = os.fork()
@@ -103,7 +111,7 @@ def forked(work: Callable[[], object]) -> None:
 
 
 def command(arguments: tuple[str, ...], folder: Path) -> tuple[Any, float]:
-    """The result of an undamaged command, and its seconds."""
+    """Return the result of an undamaged command, and its seconds."""
     from aftcli.cli import app as cli
 
     def run() -> None:
@@ -161,7 +169,7 @@ def imported() -> None:
 
 
 def make_data(folder: Path) -> None:
-    """A small data set of ImageNet classes."""
+    """Make a small data set of ImageNet classes."""
     for name, photo in PHOTOS.items():
         with Image.open(ROOT / f"docs/images/{photo}.jpg") as image:
             small = image.convert("RGB").resize((300, 240))
@@ -174,7 +182,7 @@ def make_data(folder: Path) -> None:
 
 
 def picture(rng: random.Random, name: str, arguments: tuple[str, ...], original: bytes) -> Case:
-    """A mutant as what `aft explain` or `aft tft` explains."""
+    """Return a mutant as what `aft explain` or `aft tft` explains."""
     data, change = m.mutate(original, name, rng)
     kinds = rng.choice(("overlay", "overlay", "map,mask", "overlay,figure"))
     extra = ("--save", kinds, *(("--mute", "40") if arguments[0] == "explain" else ()))
@@ -182,7 +190,7 @@ def picture(rng: random.Random, name: str, arguments: tuple[str, ...], original:
 
 
 def given_map(rng: random.Random, originals: dict[str, bytes], photo: bytes) -> Case:
-    """A mutant as the map of `aft tft --map`."""
+    """Return a mutant as the map of `aft tft --map`."""
     name = rng.choice(sorted(originals))
     data, change = m.mutate(originals[name], name, rng)
     arguments = ("tft", "photo.jpg", "--map", name, "--json", "--out", "out", "--save", "map")
@@ -190,7 +198,7 @@ def given_map(rng: random.Random, originals: dict[str, bytes], photo: bytes) -> 
 
 
 def in_folder(rng: random.Random, originals: dict[str, bytes], photo: bytes) -> Case:
-    """Mutants among good pictures of a data set."""
+    """Return mutants among good pictures of a data set."""
     files = {"data/cat/good.jpg": photo, "data/dog/good.jpg": photo}
     changes = []
     for i in range(IN_FOLDER):
@@ -205,7 +213,7 @@ def in_folder(rng: random.Random, originals: dict[str, bytes], photo: bytes) -> 
 def within(
     rng: random.Random, base: Path, names: list[str], arguments: tuple[str, ...], expected: object
 ) -> Case:
-    """One file of a run damaged."""
+    """Return a case with one file of a run damaged."""
     name = rng.choice(names)
     suffix = ".safetensors" if name.endswith(".state") else Path(name).suffix
     data, change = m.mutate((base / name).read_bytes(), f"x{suffix}", rng)
@@ -215,14 +223,14 @@ def within(
 def checkpoint(
     rng: random.Random, name: str, original: bytes, photo: bytes, expected: object
 ) -> Case:
-    """A damaged checkpoint."""
+    """Return a damaged checkpoint."""
     data, change = m.mutate(original, name, rng)
     arguments = ("explain", "photo.jpg", "--checkpoint", name, "--json", "--save", "")
     return Case(arguments, {name: data, "photo.jpg": photo}, change, None, expected)
 
 
 def class_names(rng: random.Random, original: bytes, photo: bytes) -> Case:
-    """Damaged class names."""
+    """Return damaged class names."""
     data, change = m.mutate(original, "names.txt", rng)
     arguments = ("explain", "photo.jpg", "--classes", "names.txt", "--json", "--save", "")
     return Case(arguments, {"names.txt": data, "photo.jpg": photo}, change)
@@ -243,9 +251,7 @@ def killed_before(target: str, arguments: tuple[str, ...], folder: Path) -> None
 
 
 def usual(folder: Path, wanted: set[str]) -> list[Kind]:
-    """All kinds, or those wanted, with their real files made in a folder."""
-    from fuzz import plain
-
+    """Return all kinds, or those wanted, with their real files made in a folder."""
     loaded_once()
     imported()
     photo = (ROOT / "docs/images/rocket.jpg").read_bytes()
@@ -260,7 +266,7 @@ def usual(folder: Path, wanted: set[str]) -> list[Kind]:
     kinds.append(Kind("--classes", 3, partial(class_names, original=_imagenet(), photo=photo)))
     kinds += _state_dicts(photo)
     if not wanted or any(w in RUNS for w in wanted):
-        kinds += _runs(folder, photo, plain)
+        kinds += _runs(folder, photo)
     return [k for k in kinds if not wanted or any(w in k.name for w in wanted)]
 
 
@@ -284,8 +290,8 @@ def _state_dicts(photo: bytes) -> Iterator[Kind]:
         yield Kind(f"--checkpoint {name}", 4, case, 2.0)
 
 
-def _runs(folder: Path, photo: bytes, plain: Callable[[Any], Any]) -> Iterator[Kind]:
-    """Stores, parts, states and checkpoints of runs."""
+def _runs(folder: Path, photo: bytes) -> Iterator[Kind]:
+    """Return the kinds of stores, parts, states and checkpoints of runs."""
     from aftcli.data import blocks
 
     blocks.BLOCK = 4
@@ -350,7 +356,7 @@ _SAVED = ("--checkpoint", TUNED, "--json", "--save", "")
 
 
 def large(folder: Path, wanted: set[str]) -> list[Kind]:
-    """Pictures of 100 megapixels and decompression bombs, each once."""
+    """Return pictures of 100 megapixels and decompression bombs, each once."""
     from tests.helpers import bombs
 
     loaded_once()

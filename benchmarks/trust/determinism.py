@@ -1,6 +1,6 @@
-"""Whether the same command gives the same bytes, and how far other circumstances change them.
+"""Compare what the same commands give again, and with other threads, batches and engines.
 
-    python benchmarks/determinism.py DATA/imagenet [--limit 64] [--work FOLDER] [--json FILE]
+    python -m benchmarks determinism DATA/imagenet [--limit 64] [--work FOLDER] [--json FILE]
 
 Runs gen-masks, finetune and evaluate again, on two processes, with other numbers of decoding
 workers, threads and images in a batch, and by other engines, on efficientnet_lite0. DATA has train
@@ -95,7 +95,7 @@ class Runs:
         return run
 
     def as_it_is(self, name: str, cams: tuple[str, ...]) -> Path:
-        """Masks by the network as it is written, without an engine."""
+        """Make masks by the network as it is written, without an engine."""
         f = load_classifier("efficientnet_lite0")
         data = open_data_set(self.data, None, f.classes).limited(self.limit)
         run = self.work / name / "run"
@@ -105,7 +105,7 @@ class Runs:
 
 
 def digests(run: Path) -> dict[str, str]:
-    """SHA-256 of a run's files, and of the tables beside it."""
+    """Return the SHA-256 of a run's files, and of the tables beside it."""
     return {
         str(path.relative_to(run.parent)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(run.parent.rglob("*"))
@@ -115,7 +115,7 @@ def digests(run: Path) -> dict[str, str]:
 
 
 def compared(a: Path, b: Path) -> dict[str, Any]:
-    """Which files of two studies are equal, and how far the others differ."""
+    """Return which files of two studies are equal, and how far the others differ."""
     first, second = digests(a), digests(b)
     names = sorted({*first, *second} - (set(TABLES) - set(second)))
     other = [name for name in names if first.get(name) != second.get(name)]
@@ -131,7 +131,7 @@ def compared(a: Path, b: Path) -> dict[str, Any]:
 
 
 def greatest_difference(a: Path, b: Path) -> float:
-    """Between the tensors of two files."""
+    """Return the greatest difference between the tensors of two files."""
     first, second = load_file(a), load_file(b)
     pairs = ((first[name], second[name]) for name in first)
     return max(
@@ -151,7 +151,7 @@ def stores(a: Path, b: Path) -> dict[str, dict[str, Any]]:
 
 
 def store_difference(a: Path, b: Path) -> dict[str, Any]:
-    """How many images have the same tau* and mask, and how far the numbers differ."""
+    """Return how many images have the same tau* and mask, and how far the numbers differ."""
     with MaskStore(a) as one, MaskStore(b) as two:
         x, y = one.rows(0, len(one)), two.rows(0, len(two))
     maps = [join_float(rows.attribution, rows.correction) for rows in (x, y)]
@@ -179,7 +179,7 @@ def store_difference(a: Path, b: Path) -> dict[str, Any]:
 
 
 def conditions(runs: Runs) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """What is compared, by name, each with what runs it."""
+    """Return what is compared, by name, each with what runs it."""
     base = cache(lambda: runs.study("base", FORMATS))
     yield "the same commands again", lambda: compared(base(), runs.study("again", FORMATS))
     yield "2 processes (torchrun)", lambda: compared(base(), runs.study("two", processes=2))
@@ -210,7 +210,7 @@ def conditions(runs: Runs) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 
 
 def shown(name: str, found: dict[str, Any]) -> list[str]:
-    """A comparison as lines of a plain table."""
+    """Return a comparison as lines of a plain table."""
     lines = [name]
     if "files" in found:
         lines.append(f"  {found['equal']} of {found['files']} files equal")
@@ -265,7 +265,3 @@ def main() -> None:
             print("\n".join(shown(name, found)), flush=True)
             if asked.json:
                 asked.json.write_text(json.dumps(document, indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""Damaged files by the thousand, through the real commands, each in a process of its own.
+"""Give damaged files by the thousand to the real commands, each in a process of its own.
 
-    python benchmarks/fuzz.py [--mutants 5000] [--seed 0] [--kinds explain,store] [--json FILE]
-    python benchmarks/fuzz.py --large    # pictures of 100 megapixels, decompression bombs
+    python -m benchmarks fuzz [--mutants 5000] [--seed 0] [--kinds explain,store] [--json FILE]
+    python -m benchmarks fuzz --large    # pictures of 100 megapixels, decompression bombs
 
 Right outcomes are a result, or one line on stderr and exit code 1. A finding is anything else: a
 traceback, a crash, more than 10 s, more than 2 GB, NaN in a result, a file half-written or left
@@ -32,20 +32,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import fuzz_kinds
-from fuzz_kinds import Case, Kind
+from benchmarks.trust import fuzz_kinds
+from benchmarks.trust.fuzz_kinds import Case, Kind, plain
 
 SECONDS = 10.0
 MEGABYTES = 2048
 OWN_ADDRESSES = 6 * 2**30  # bytes that a process may reserve beyond what it starts with
-NOT_COMPARED = {"path", "seconds", "images_per_second", "bytes_per_image", "figure", "outputs"}
 
 
 @dataclass
 class Outcome:
-    """What a command made of a mutant."""
+    """Outcome of a command on a mutant."""
 
     kind: str
     what: str  # "right", "error", or a finding
@@ -67,7 +64,7 @@ class Running:
 
 
 class Ended(NamedTuple):
-    """How a child ended."""
+    """End of a child."""
 
     code: int | None
     signal: int | None
@@ -78,7 +75,7 @@ class Ended(NamedTuple):
 
 
 def status(name: str) -> float:
-    """A figure of /proc/self/status in MB."""
+    """Return a figure of /proc/self/status in MB."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").open())
     return int(lines[name].split()[0]) / 1024
 
@@ -127,7 +124,7 @@ def start(kind: Kind, case: Case, folder: Path) -> tuple[int, Running]:
 
 
 def files_of(work: Path) -> set[str]:
-    """All files below a folder."""
+    """Return all files below a folder."""
     return {str(p.relative_to(work)) for p in work.rglob("*") if p.is_file()}
 
 
@@ -151,15 +148,8 @@ def no_constant(text: str) -> None:
     raise ValueError(f"{text} in JSON")
 
 
-def plain(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """A result without what differs between runs."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items() if k not in NOT_COMPARED}
-    return [plain(v) for v in value] if isinstance(value, list) else value
-
-
 def judge(running: Running, end: Ended) -> tuple[str, str]:
-    """What an outcome is: "right", "error", or a finding and its detail."""
+    """Return what an outcome is: "right", "error", or a finding and its detail."""
     kind, lines = running.kind, end.err.splitlines()
     if end.signal is not None:
         name = signal.Signals(end.signal).name
@@ -188,7 +178,7 @@ def judge(running: Running, end: Ended) -> tuple[str, str]:
 
 
 def difference(found: Any, expected: Any, where: str = "") -> str:  # noqa: ANN401 - JSON
-    """Where two results differ first."""
+    """Return where two results differ first."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in sorted({*found, *expected}):
             if found.get(key) != expected.get(key):
@@ -201,7 +191,7 @@ def difference(found: Any, expected: Any, where: str = "") -> str:  # noqa: ANN4
 
 
 def damaged_files(running: Running) -> list[str]:
-    """New files that are temporary or not whole."""
+    """Return new files that are temporary or not whole."""
     left = []
     for name in sorted(files_of(running.work) - running.before):
         path = running.work / name
@@ -257,7 +247,7 @@ def save(running: Running, end: Ended, what: str, detail: str, keep: Path) -> No
 
 
 def table(outcomes: list[Outcome]) -> tuple[str, list[dict[str, Any]]]:
-    """Figures by kind, as text and as values."""
+    """Return the figures by kind, as text and as values."""
     by_kind: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_kind[outcome.kind].append(outcome)
@@ -284,7 +274,7 @@ def table(outcomes: list[Outcome]) -> tuple[str, list[dict[str, Any]]]:
 
 
 def wanted_cases(kinds: list[Kind], mutants: int, seed: int) -> Iterator[tuple[Kind, Case]]:
-    """The mutants of all kinds by their shares, the same for the same seed."""
+    """Return the mutants of all kinds by their shares, the same for the same seed."""
     whole = sum(kind.share for kind in kinds)
     for kind in kinds:
         made = number = 0
@@ -331,7 +321,3 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps({"seed": args.seed, "rows": rows}, indent=1))
     sys.exit(any(row["findings"] for row in rows))
-
-
-if __name__ == "__main__":
-    main()

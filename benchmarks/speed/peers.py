@@ -1,10 +1,10 @@
 """Time ours against pytorch-grad-cam, torchcam, captum and plain loops.
 
-    python benchmarks/peers.py --images DATA/imagenet --out peers.json --page peers.md
+    python -m benchmarks peers --images DATA/imagenet --out peers.json --page
 
 Contestants take turns in each run, another one first each time. What the file has is not measured
-again; without --images the page is made anew from it. The calls are in peers_calls.py; this process
-imports no torch, which would count in its children's memory.
+again. --page makes the file's figures those of docs/benchmarks.md, also without --images. The calls
+are in peers_calls.py; this process imports no torch, which would count in its children's memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from pathlib import Path
 from statistics import correlation, mean, median
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).parent
+from benchmarks import pages
+
+ROOT = Path(__file__).parents[2]
 AFT, AFT_TORCH = "aft (onnxruntime)", "aft (torch)"
 ENGINES = {AFT: "onnxruntime", AFT_TORCH: "torch"}
 GRAD_CAM, TORCHCAM, CAPTUM = PEERS = ("pytorch-grad-cam", "torchcam", "captum")
@@ -85,47 +87,48 @@ TARGETS = (
 
 
 def contestants(method: str) -> list[str]:
-    """Who has a method; ours first."""
+    """Return who has a method; ours first."""
     return [*ENGINES, *CAMS[method]]
 
 
 def rotated(names: Sequence[str], run: int) -> list[str]:
-    """The order of a run: another one first each time."""
+    """Return the order of a run: another one first each time."""
     first = run % len(names)
     return [*names[first:], *names[:first]]
 
 
 def run_process(command: Sequence[str]) -> dict[str, Any]:
-    """What a process prints last, read as JSON, and its peak memory in MiB (Linux)."""
+    """Return what a process prints last, read as JSON, and its peak memory in MiB (Linux)."""
     print(*command[1:], file=sys.stderr, flush=True)
     environment = {**os.environ, "TQDM_DISABLE": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    options = {"stdout": subprocess.PIPE, "text": True, "env": environment, "cwd": ROOT}
+    with subprocess.Popen(command, **options) as process:
         out = process.stdout.read() if process.stdout else ""
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command[1:3])} failed: {process.returncode}")
+        raise SystemExit(f"{' '.join(command[1:4])} failed: {process.returncode}")
     return {**json.loads(out.splitlines()[-1]), "peak": usage.ru_maxrss // 1024}
 
 
 def in_turn(parts: Mapping[str, Callable[[], dict[str, Any]]], runs: int) -> list[dict[str, Any]]:
-    """What each part gives in each run, another one first each time."""
+    """Return what each part gives in each run, another one first each time."""
     return [{name: parts[name]() for name in rotated(list(parts), run)} for run in range(runs)]
 
 
 def peaks(rounds: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Peak memory of each contestant, MiB."""
+    """Return the peak memory of each contestant, MiB."""
     return {name: max(r[name]["peak"] for r in rounds) for name in rounds[0]}
 
 
 def call(part: str, model: str, args: argparse.Namespace, **options: object) -> dict[str, Any]:
     """Run a part of peers_calls.py."""
     words = json.dumps({"model": model, "data": str(args.images.resolve()), **options})
-    return run_process([sys.executable, str(HERE / "peers_calls.py"), part, words])
+    return run_process([sys.executable, "-m", "benchmarks.speed.peers_calls", part, words])
 
 
 def measure_cams(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """CAMs of few passes: all in one process in turn; memory of Grad-CAM in one each."""
+    """Measure CAMs of few passes in one process in turn; memory of Grad-CAM in one each."""
     found = call("cams", model, args, runs=args.runs)
     alone = {"method": "gradcam", "batch": 1, "runs": 1}
     found["memory"] = {
@@ -139,7 +142,7 @@ def measure_cams(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_slow(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Ablation-CAM and Score-CAM: each contestant in a process of its own."""
+    """Measure Ablation-CAM and Score-CAM, each contestant in a process of its own."""
     batch = call("best_batch", model, args)["batch"]
     found: dict[str, Any] = {"times": {"one image": {}}, "memory": {}, "agreement": {}}
     for method in SLOW:
@@ -158,7 +161,7 @@ def measure_slow(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_tft(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """TFT of one image, with the map and without."""
+    """Measure TFT of one image, with the map and without."""
     found = call("tft", model, args, runs=args.runs, images=TFT_IMAGES)
     names = (*ENGINES, LOOP)
     memory = {n: call("tft_once", model, args, contestant=n)["peak"] for n in names}
@@ -166,7 +169,7 @@ def measure_tft(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_masks(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """gen-masks, its floor, and a plain loop."""
+    """Measure gen-masks, its floor, and a plain loop."""
     parts = {
         AFT: partial(call, "masks_ours", model, args, limit=args.limit, contestant=AFT),
         PLAIN: partial(call, "masks_loop", model, args, limit=args.limit),
@@ -179,8 +182,8 @@ def measure_masks(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_finetune(model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """An epoch with cached features, against a loop that runs the whole network each step."""
-    script = [sys.executable, str(HERE / "finetune.py"), str(args.images)]
+    """Measure an epoch with cached features, and a loop that runs the whole network each step."""
+    script = [sys.executable, "-m", "benchmarks", "finetune", str(args.images.resolve())]
     command = [*script, "--limit", str(args.limit), "--part"]
     parts = {
         AFT_TORCH: partial(run_process, [*command, "ours"]),
@@ -261,19 +264,19 @@ class Ratio(NamedTuple):
 
 
 def best_peer(times: dict[str, list[float]]) -> str:
-    """The fastest of the others by its median."""
+    """Return the fastest of the others by its median."""
     others = [name for name in times if name not in ENGINES and name != FLOOR]
     return min(others, key=lambda name: median(times[name]))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A markdown table; the first column holds words, the others numbers."""
+    """Return a markdown table; the first column holds words, the others numbers."""
     lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
 def target_rows(results: dict[str, Any]) -> Iterator[list[str]]:
-    """Each target and whether it is met; those not measured yet say so."""
+    """Return each target and whether it is met; those not measured yet say so."""
     for what, place, peer, bound in TARGETS:
         section, model, group, method = place
         times = results.get(section, {}).get(model, {}).get("times")
@@ -293,7 +296,7 @@ def target_rows(results: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def section_lines(section: Section, results: dict[str, Any]) -> Iterator[str]:
-    """The tables of one section."""
+    """Return the tables of one section."""
     yield from (f"### {section.title}", "", section.text, "")
     for model, found in results.items():
         by_method = (times for group in found["times"].values() for times in group.values())
@@ -329,7 +332,7 @@ def _notes(found: dict[str, Any]) -> Iterator[str]:
 
 
 def page(record: dict[str, Any]) -> str:
-    """The section of a markdown page."""
+    """Return the section of a markdown page."""
     lines = ["## Against other tools", "", *machine_lines(record), RATIOS, ""]
     lines += table(["target", "wanted", "ratio", ""], target_rows(record["results"]))
     for name in (name for name in SECTIONS if name in record["results"]):
@@ -338,7 +341,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def machine_lines(record: dict[str, Any]) -> list[str]:
-    """Where and how a record was made."""
+    """Return where and how a record was made."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return [
         f"Machine: {record['cpu']}, {record['threads']} threads; {record['date']}.",
@@ -348,17 +351,16 @@ def machine_lines(record: dict[str, Any]) -> list[str]:
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions, data, command and date, without a path of the machine."""
+    """Return machine, versions, data, command and date, without a path of the machine."""
     info = Path("/proc/cpuinfo").read_text().splitlines()
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    paths = {str(args.images): "DATA", str(args.out): args.out.name, str(args.page): "PAGE"}
+    paths = {str(args.images): "DATA", str(args.out): args.out.name}
     return {
         "cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name")),
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in PACKAGES},
         "data": args.images.name,
-        "command": "python benchmarks/" + " ".join(paths.get(word, word) for word in words),
+        "command": " ".join(paths.get(word, word) for word in sys.argv),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -385,15 +387,11 @@ def main() -> None:
     parser.add_argument("--slow-runs", type=int, default=1, help="of the section slow")
     parser.add_argument("--limit", type=int, default=96, help="images of masks and finetune")
     parser.add_argument("--out", type=Path, default=Path("peers.json"))
-    parser.add_argument("--page", type=Path, help="write the markdown section")
+    parser.add_argument("--page", action="store_true", help="keep as the page's figures")
     parser.add_argument("--overwrite", action="store_true", help="measure again what is there")
     args = parser.parse_args()
     record = json.loads(args.out.read_text()) if args.out.exists() else {}
     if args.images:
         measure_all(record, args)
     if args.page:
-        args.page.write_text(page(record))
-
-
-if __name__ == "__main__":
-    main()
+        pages.keep("benchmarks", "peers", page(record).strip())

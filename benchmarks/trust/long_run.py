@@ -1,6 +1,6 @@
-"""A long gen-masks: memory and open files from the first images to the last.
+"""Watch memory and open files over a long gen-masks, from the first images to the last.
 
-    python benchmarks/long_run.py DATA/imagenet/val [--images 20000] [--json FILE]
+    python -m benchmarks long_run DATA/imagenet/val [--images 20000] [--json FILE]
 
 The real images are repeated under other names (hard links, else copies) in class folders of
 their own until there are as many as asked for. While `aft gen-masks` runs, what its processes
@@ -42,7 +42,7 @@ def repeat(data: Path, folder: Path, count: int) -> None:
 
 
 def held(process: psutil.Process, parts: Path) -> dict[str, float]:
-    """What a process and its children hold now, and how many blocks are done."""
+    """Return what a process and its children hold now, and how many blocks are done."""
     own, *children = [process, *process.children(recursive=True)]
     return {
         "blocks": len(list(parts.glob("0*"))) if parts.is_dir() else 0,
@@ -71,12 +71,12 @@ def watch(command: list[str], parts: Path, every: float) -> tuple[list[dict[str,
 
 
 def mean(samples: list[dict[str, float]], key: str) -> float:
-    """Mean of some samples."""
+    """Return the mean of some samples."""
     return float(np.mean([sample[key] for sample in samples]))
 
 
 def equal_rows(path: Path) -> dict[str, int]:
-    """Whether all names of an image have the same row."""
+    """Return whether all names of an image have the same row."""
     with MaskStore(path) as store:
         store.verify()
         rows = store.rows(0, len(store))
@@ -136,7 +136,3 @@ def main() -> None:
             "samples": samples,
         }
         args.json.write_text(json.dumps(found, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""Write "Methods beyond CAMs" of docs/results.md: TFT for every family, on three networks.
+"""Measure every family of methods with TFT, on three networks, for docs/results.md.
 
-    python benchmarks/attributions.py DATA [--out DIR] [--images N]
+    python -m benchmarks attributions DATA [--out DIR] [--images N]
 
 DATA holds `imagenet/val` and `imagenet/val_boxes.csv`. Plain maps and TFT of every method are
 measured with EfficientNet-Lite0 on N images (`table`); every method is run from the command line,
@@ -15,14 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +38,14 @@ from aftcli.engine.accelerate import accelerated
 from aftcli.evaluation import metrics
 from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.tables import Difference, Table3Row
-from aftcli.report.grids import READINGS
 from aftcli.tft.search import TftResult, fine_tune_threshold
+from benchmarks import pages
+from benchmarks.quality.attributions_tables import MEASURED, NETWORKS, machine, tables
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "results.md"
-HEADING = "## Methods beyond CAMs"
+ROOT = Path(__file__).parents[2]
 PHOTO = ROOT / "docs" / "images" / "chelsea.jpg"
-NETWORKS = ("efficientnet_lite0", "resnet50", "vgg16")
-MEASURED = "average_increase,average_drop,area,energy,pointing"
-PACKAGES = ("torch", "torchvision", "timm", "captum", "zennit", "saliency", "scikit-image")
 TURNS = 5
 REFERENCE = "layercam"  # on fewer images too, beside the slow methods
-# What was thresholded, by the ends of files' names.
-KINDS = {
-    "": "As they are",
-    "cells": "Averaged over cells (`--cells`)",
-    "percentile": "As they are, cut by rank (`--threshold-mode percentile`)",
-}
 SLOW = ("xrai", "occlusion", "lime", "omcam", "rise", "kernelshap", "scorecam")  # last
 
 
@@ -77,7 +64,7 @@ def aft(words: list[str], processes: int = 1) -> str:
 
 
 def weights_of(network: str, out: Path) -> list[str]:
-    """Options for a network; random weights where published ones would be downloaded."""
+    """Return options for a network; random weights where published ones would be downloaded."""
     if network == "efficientnet_lite0":
         return []
     path = out / f"{network}-random.pth"
@@ -88,7 +75,7 @@ def weights_of(network: str, out: Path) -> list[str]:
 
 
 def table(data: Path, out: Path, images: int, slow_images: int, processes: int) -> None:
-    """Plain maps and TFT of all methods, as `aft evaluate` gives them, by pixels and by cells."""
+    """Measure plain maps and TFT of all methods by `aft evaluate`, by pixels and by cells."""
     quick = [name for name in METHODS if name not in SLOW]
     pixels = [name for name in quick if METHODS[name].of_pixels]
     runs = [
@@ -115,7 +102,7 @@ def table(data: Path, out: Path, images: int, slow_images: int, processes: int) 
 
 
 def chance(data: Path, out: Path, images: int) -> None:
-    """The same measures of maps that know nothing: what the search finds in random numbers."""
+    """Measure maps that know nothing: what the search finds in random numbers."""
     f = load_classifier()
     data_set = open_data_set(data / "imagenet", None, f.classes, default="val").limited(images)
     generator = torch.Generator().manual_seed(0)
@@ -144,7 +131,7 @@ def chance(data: Path, out: Path, images: int) -> None:
 def rows_of(
     found: list[TftResult], where: tuple[str, str, str, str]
 ) -> tuple[list[Table3Row], list[Difference]]:
-    """What `aft evaluate` says of searches: plain maps, TFT and their paired differences."""
+    """Return what `aft evaluate` says of searches: plain maps, TFT and their paired differences."""
     y = torch.cat([r.probability for r in found])
     # T begins with 0, which mutes nothing: Original.
     curve = torch.cat([r.probabilities for r in found])
@@ -163,7 +150,7 @@ def rows_of(
 
 
 def works(data: Path, out: Path, networks: list[str], explained_only: list[str]) -> None:
-    """Each method on each network: explained with TFT, and evaluated on one image."""
+    """Run each method on each network: explain with TFT, evaluate on one image."""
     (out / "works").mkdir(exist_ok=True)
     for network in networks:
         # CAM needs pooling and one linear layer.
@@ -195,7 +182,7 @@ def try_out(data: Path, out: Path, network: str, names: list[str], evaluated: bo
 
 
 def processor_time(whose: int) -> float:
-    """Seconds of all cores, which other jobs of the machine do not change much."""
+    """Measure the seconds of all cores, which other jobs of the machine do not change much."""
     used = resource.getrusage(whose)
     return used.ru_utime + used.ru_stime
 
@@ -243,15 +230,16 @@ def one(network: str, name: str, out: Path) -> None:
 
 
 def costs(out: Path, networks: list[str]) -> None:
-    """Seconds and memory of a map by every method on every network."""
+    """Measure seconds and memory of a map by every method on every network."""
     for network in networks:
         for name in METHODS:
             kept = out / "costs" / f"{network}-{name}.json"
             if not kept.exists():
                 kept.parent.mkdir(exist_ok=True)
-                words = [sys.executable, __file__, str(out), "--one", network, name]
+                words = [sys.executable, "-m", "benchmarks", "attributions", str(out), "--one"]
                 done = subprocess.run(
-                    [*words, "--out", str(out)],
+                    [*words, network, name, "--out", str(out)],
+                    cwd=ROOT,
                     capture_output=True,
                     text=True,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -261,125 +249,8 @@ def costs(out: Path, networks: list[str]) -> None:
                 kept.write_text(done.stdout or json.dumps({"error": failed}))
 
 
-def interval(value: float, ci: tuple[float, float] | None) -> str:
-    """A value and its interval."""
-    low, high = ci or (float("nan"), float("nan"))
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def of_masking(documents: dict[str, Any], masking: str, kind: str) -> Iterator[str]:
-    """One table: maps of one kind, a key of KINDS, under one reading of the paper."""
-    yield f"**{KINDS[kind]}: {READINGS[masking]}**"
-    yield ""
-    kinds = ("Original", "TFT", "TFT - Original")
-    columns = [f"{measure}, {kind}" for measure in ("inc", "drop") for kind in kinds]
-    yield f"| method | images | {' | '.join(columns)} | area, TFT |"
-    yield f"|---|--:|{'--:|' * (len(columns) + 1)}"
-    titles = {name: entry.title for name, entry in METHODS.items()}
-    titles["random"] = "random cells" if kind == "cells" else "random pixels"
-    order = list(titles)
-    for stem in sorted(documents, key=lambda stem: order.index(method_of(stem))):
-        if kind_of(stem) != kind:
-            continue
-        document = documents[stem]
-        rows = [Table3Row(**row) for row in document["table3"] if row["masking"] == masking]
-        value = {(r.measure, r.variant): r for r in rows}
-        changes = [Difference(**d) for d in document["differences"] if d["masking"] == masking]
-        change = {d.measure: d for d in changes if (d.variant, d.against) == ("tft", "original")}
-        row = [titles[method_of(stem)], str(rows[0].n)]
-        for measure in ("average_increase", "average_drop"):
-            both = (value[measure, variant] for variant in ("original", "tft"))
-            row += (interval(each.value, each.ci) for each in both)
-            found = change[measure]
-            row.append(interval(found.difference, found.ci) + (" \\*" if found.is_clear else ""))
-        row.append(f"{value['area', 'tft'].value:.2f}")
-        yield f"| {' | '.join(row)} |"
-    yield ""
-
-
-def kind_of(stem: str) -> str:
-    """The key of KINDS that a file's name ends on."""
-    end = stem.rpartition("-")[2]
-    return end if end in KINDS else ""
-
-
-def method_of(stem: str) -> str:
-    """The method of a file's name: layercam-32 and lrp-cells are of layercam and lrp.
-
-    >>> method_of("lrp-epsilon-cells"), method_of("layercam-32"), method_of("layercam-fusion")
-    ('lrp-epsilon', 'layercam', 'layercam-fusion')
-    """
-    name, _, end = stem.rpartition("-")
-    return name if end in KINDS or end.isdigit() else stem
-
-
-def page(out: Path) -> Iterator[str]:
-    """The section."""
-    documents = {p.stem: json.loads(p.read_text()) for p in sorted((out / "table").glob("*.json"))}
-    yield HEADING
-    yield ""
-    yield "Written by `python benchmarks/attributions.py DATA`; do not edit."
-    yield ""
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    machine = f"AMD EPYC, {os.cpu_count()} threads, {platform.machine()}"
-    yield f"Machine: {machine}. Versions: python {platform.python_version()}, {versions}."
-    yield ""
-    yield (ROOT / "benchmarks" / "attributions_text.md").read_text(encoding="utf-8").strip()
-    yield ""
-    yield "```console"
-    most = max(row["n"] for document in documents.values() for row in document["table3"])
-    yield (
-        f"$ aft evaluate DATA/imagenet --limit {most} --table 3 --metrics {MEASURED} --cam METHOD"
-    )
-    yield "```"
-    yield ""
-    for kind in KINDS:
-        for masking in ("binary", "soft"):
-            yield from of_masking(documents, masking, kind)
-    yield (
-        "EfficientNet-Lite0, ImageNet's validation images, spread over the classes; intervals of "
-        "95 % by bootstrap over images; \\*: that of the paired difference excludes 0. inc: Average"
-        " Increase, more is better; drop: Average Drop, less is better; area: pixels kept."
-    )
-    yield ""
-    yield "**Every method on three networks, from the command line**"
-    yield ""
-    yield (
-        "`aft explain docs/images/chelsea.jpg --cam METHOD --tft`: tau\\* and RPI; then, where "
-        "there is no +, `aft evaluate` on one image. ResNet-50 and VGG-16 have random weights. CAM "
-        "does not fit VGG-16."
-    )
-    yield ""
-    yield f"| method | {' | '.join(NETWORKS)} |"
-    yield f"|---|{'--:|' * len(NETWORKS)}"
-    for name, entry in METHODS.items():
-        paths = [out / "works" / f"{network}-{name}.json" for network in NETWORKS]
-        found = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
-        yield f"| {entry.title} | {' | '.join(map(told, found))} |"
-    yield ""
-    yield "**A map of EfficientNet-Lite0: processor seconds, one thread; memory beyond Grad-CAM's**"
-    yield ""
-    yield "| method | passes without gradients | seconds | MB |"
-    yield "|---|--:|--:|--:|"
-    for name, entry in METHODS.items():
-        path = out / "costs" / f"{NETWORKS[0]}-{name}.json"
-        if path.exists():
-            passes = "one a channel" if entry.passes is None else str(entry.passes)
-            cost = json.loads(path.read_text())
-            cells_ = (passes, f"{cost['seconds']:.2f}", f"{cost['megabytes']:.0f}")
-            yield f"| {entry.title} | {' | '.join(cells_)} |"
-    yield ""
-
-
-def told(found: dict[str, Any]) -> str:
-    """What became of a method on a network."""
-    if not found:
-        return "-"
-    return f"{found['tau']:g}, {found['rpi']:.3f}" + ("" if found["evaluated"] else " +")
-
-
 def main() -> None:
-    """Measure what is asked for; write the section when all is there."""
+    """Measure what is asked for; keep the page's figures when all is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("attributions-run"))
@@ -409,9 +280,5 @@ def main() -> None:
         if part == "picture":
             picture(out)
         if part == "page":
-            before = PAGE.read_text(encoding="utf-8").split(HEADING)[0].rstrip()
-            PAGE.write_text("\n".join([before, "", *page(out)]), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+            pages.keep("results", "attributions_machine", machine())
+            pages.keep("results", "attributions", "\n".join(tables(out)).rstrip())

@@ -1,0 +1,1 @@
+"""Benchmarks of aft: `python -m benchmarks` lists them."""

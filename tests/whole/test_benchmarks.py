@@ -1,0 +1,123 @@
+"""Benchmarks are one tool: each is listed, each page is what its figures and template give."""
+
+import ast
+import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as tool
+from benchmarks import pages
+
+ROOT = Path(tool.__file__).parents[1]
+FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *FILES]
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_a_page_is_what_its_figures_and_template_give(page):
+    stored = (ROOT / "docs" / f"{page}.md").read_text("utf-8")
+    assert stored == pages.made(page), f"run python -m benchmarks pages {page}"
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_a_template_names_each_part_of_its_figures_once(page):
+    names = re.findall(r"{{(.*?)}}", pages.template(page))
+    assert sorted(names) == sorted(pages.figures(page))
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_no_table_of_figures_is_in_text(page):
+    for blocks in pages.figures(page).values():
+        assert not [b for b in blocks if isinstance(b, str) and b.startswith("|")]
+
+
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_figures_survive_being_rendered_and_kept(page, tmp_path, monkeypatch):
+    before = pages.made(page)
+    stored = (ROOT / "benchmarks" / f"{pages.PAGES[page]}.json").read_bytes()
+    for path in (f"{pages.PAGES[page]}.json", f"{pages.PAGES[page]}_text.md"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((ROOT / "benchmarks" / path).read_bytes())
+    monkeypatch.setattr(pages, "HERE", tmp_path)
+    for part, blocks in pages.figures(page).items():
+        pages.keep(page, part, pages.rendered(blocks))
+    assert pages.made(page) == before
+    assert (tmp_path / f"{pages.PAGES[page]}.json").read_bytes() == stored
+    pages.keep(page, next(iter(pages.figures(page))), "| a | b |\n|---|---|\n| x \\| y |  |\n")
+    assert "\n| a | b |\n|---|---|\n| x \\| y |  |\n" in pages.made(page) != before
+
+
+def test_each_cell_of_a_table_is_a_value():
+    markdown = "one\n| a |  | c |\n| --- | --: | --: |\n| 1 | | 0.10 |\n\n| no | table |"
+    text, table, *rest = pages.taken_apart(markdown)
+    assert table == {
+        "head": ["a", "", "c"],
+        "rule": "| --- | --: | --: |",
+        "rows": [["1", None, "0.10"]],
+    }
+    assert (text, rest) == ("one", ["", "| no | table |"])
+    assert pages.rendered([text, table, *rest]) == markdown
+
+
+def run(*words):
+    command = [sys.executable, "-m", "benchmarks", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_all_benchmarks_are_listed_with_one_line_each():
+    named = {
+        path.stem for path in FILES if re.search(r"^def main\(", path.read_text("utf-8"), re.M)
+    }
+    lines = re.findall(r"^  (\w+) +(\S.*\.)$", run().stdout, re.M)
+    assert sorted(name for name, _ in lines) == sorted(named - {"__main__"})
+    assert all(len(f"  {name}  {line}") <= 120 for name, line in lines)
+
+
+def test_a_wrong_name_is_told_with_the_names_there_are():
+    done = run("peer")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("peer: ") and "\n  peers " in done.stderr
+
+
+def test_pages_are_written_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "pages", "benchmarks"])
+    assert tool.main() is None
+    assert capsys.readouterr().out == "docs/benchmarks.md\n"
+    (written,) = tmp_path.iterdir()
+    assert written.read_bytes() == (ROOT / "docs" / "benchmarks.md").read_bytes()
+
+
+def test_a_benchmark_gets_the_words_behind_its_name(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "finetune", "--help"])
+    with pytest.raises(SystemExit):
+        tool.main()
+    usage = " ".join(capsys.readouterr().out.split())
+    assert usage.startswith("usage: python -m benchmarks finetune ") and "--limit" in usage
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_name_benchmarks_that_are_there(path):
+    text = path.read_text("utf-8")
+    names = re.findall(r"-m\s+benchmarks ([a-z]\w+)", text)
+    assert set(names) <= {*tool.benchmarks(), "pages"}
+    assert not re.search(r"python\S* benchmarks/", text)
+
+
+def test_benchmarks_import_each_other_in_no_circle():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES}
+    graph = {}
+    for path in FILES:
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom):
+                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        graph[".".join(path.relative_to(ROOT).with_suffix("").parts)] = found & names
+    assert graph["benchmarks.trust.fuzz"] == {"benchmarks.trust.fuzz_kinds"}
+    TopologicalSorter(graph).prepare()
