@@ -27,12 +27,12 @@ from aftcli.aft.loss import Recipe, check_settings
 from aftcli.aft.recipes import situation_of
 from aftcli.aft.training import Epoch, Measured, State, Step, Training
 from aftcli.core.cam import Tuner
-from aftcli.core.classifier import check_several, tensors_hash
+from aftcli.core.classifier import check_several
 from aftcli.core.networks import outside_inference_mode
 from aftcli.core.weights import card_classes, checkpoint_of, read_card
 from aftcli.data.blocks import Broken, content_hash, contents_of, pack, stamp_of, unpack
 from aftcli.errors import AftError
-from aftcli.files import durable, locked, make_folder, sweep, write_tensors
+from aftcli.files import durable, locked, make_folder, sweep, tensors_hash, write_tensors
 from aftcli.tft.masks import refuse_other_settings
 from aftcli.version import __version__
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aftcli.core.cam import TUNERS, Tuner
-from aftcli.core.classifier import Classes, Classifier, Preprocessing, tensors_hash
+from aftcli.core.classifier import Classes, Classifier, Preprocessing
 from aftcli.core.methods import METHODS
 from aftcli.errors import AftError, check_name, first_line
-from aftcli.files import check_checkpoint
+from aftcli.files import check_checkpoint, tensors_hash
 
 FORMAT_VERSION = 1
 

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
 from torch import Tensor
 
-from aftcli.core.classifier import tensors_hash
 from aftcli.data.blocks import Broken
 from aftcli.evaluation.measures import BASELINES
-from aftcli.files import write_tensors
+from aftcli.files import read_sealed, write_sealed
 
 FORMAT_VERSION = 1
+
+HEAD = "aft_result"
 
 
 class View(NamedTuple):
@@ -91,23 +90,18 @@ class Result(NamedTuple):
         columns: tensors by their names in the file; none where no image could be read.
         broken: images that could not be read.
         identity: what it was computed from.
+        extras: of the measures among them that cost much.
     """
 
     columns: dict[str, Tensor]
     broken: list[Broken]
     identity: dict[str, Any]
+    extras: frozenset[str]
 
     @property
     def values(self) -> Values | None:
         """The columns of an evaluation; None where no image could be read."""
         return Values.of(self.columns) if self.columns else None
-
-
-class _Stored(NamedTuple):
-    """A file's result and its extras."""
-
-    result: Result
-    extras: frozenset[str]
 
 
 class ResultFile:
@@ -176,8 +170,8 @@ class ResultFile:
         broken, extras = [b for part in whole for b in part.broken], self.extras
         there = self._stored(self.path)
         # Only images that did not fit into memory can be readable once and not again.
-        if there and [b.path for b in there.result.broken] == [b.path for b in broken]:
-            columns, extras = columns | there.result.columns, extras | there.extras
+        if there and [b.path for b in there.broken] == [b.path for b in broken]:
+            columns, extras = columns | there.columns, extras | there.extras
         self._write(self.path, columns, broken, extras)
         self._clear_parts(extras)
         return True
@@ -210,35 +204,16 @@ class ResultFile:
         extras: frozenset[str],
     ) -> None:
         head = {"identity": self.identity, "broken": broken, "extras": sorted(extras)}
-        text = json.dumps(head)
-        # One entry: safetensors writes several in an order that changes from run to run.
-        sealed = {"head": text, "sha256": _seal(text, columns)}
-        write_tensors(path, columns, {"aft_result": json.dumps(sealed)})
+        write_sealed(path, columns, HEAD, head)
 
     def _read(self, path: Path) -> Result | None:
         stored = self._stored(path)
-        return stored.result if stored and self.extras <= stored.extras else None
+        return stored if stored and self.extras <= stored.extras else None
 
-    def _stored(self, path: Path) -> _Stored | None:
-        """Read a file, whatever is wanted; None if it is missing or damaged."""
-        if not path.is_file():
+    def _stored(self, path: Path) -> Result | None:
+        """Read a file, whatever is wanted; None if it is missing, damaged or of other inputs."""
+        columns, head = read_sealed(path, HEAD) or ({}, {})
+        if head.get("identity") != self.identity:
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-            # Not load_file: its tensors are the file itself, which may change.
-            columns = dict(sorted(load(path.read_bytes()).items()))
-            sealed = json.loads(metadata["aft_result"])
-            text, seal = sealed["head"], sealed["sha256"]
-            head = json.loads(text)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-            return None
-        if seal != _seal(text, columns) or head["identity"] != self.identity:
-            return None
-        result = Result(columns, [Broken(*b) for b in head["broken"]], head["identity"])
-        return _Stored(result, frozenset(head["extras"]))
-
-
-def _seal(head: str, columns: Mapping[str, Tensor]) -> str:
-    """Hash both, so that a flipped bit in either is found."""
-    return hashlib.sha256((head + tensors_hash(columns)).encode()).hexdigest()
+        broken = [Broken(*b) for b in head["broken"]]
+        return Result(columns, broken, self.identity, frozenset(head["extras"]))
