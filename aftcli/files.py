@@ -131,6 +131,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         temporary.write_bytes(save(plain, dict(metadata)))
 
 
+def values_hash(values: Mapping[str, Any]) -> str:
+    """Compute the SHA-256 of plain values, as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """Compute the SHA-256 of tensors, their names, shapes and types."""
     digest = hashlib.sha256()

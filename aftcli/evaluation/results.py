@@ -8,7 +8,6 @@ another file, and a second call finds the first one's.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from aftcli.data.blocks import Broken
 from aftcli.evaluation.measures import BASELINES
-from aftcli.files import read_sealed, write_sealed
+from aftcli.files import read_sealed, values_hash, write_sealed
 
 FORMAT_VERSION = 1
 
@@ -117,9 +116,9 @@ class ResultFile:
     def __init__(
         self, folder: Path, stem: str, identity: Mapping[str, Any], extras: frozenset[str]
     ) -> None:
-        text = json.dumps({"format_version": FORMAT_VERSION, **identity}, sort_keys=True)
-        self.identity: dict[str, Any] = json.loads(text)
-        self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        whole = {"format_version": FORMAT_VERSION, **identity}
+        self.identity: dict[str, Any] = json.loads(json.dumps(whole, sort_keys=True))
+        self.key = values_hash(whole)[:12]
         self.folder, self.stem, self.extras = folder, stem, extras
         self.path = folder / f"{stem}-{self.key}.safetensors"
         self.parts = folder / f".{'-'.join([stem, self.key, *sorted(extras)])}.parts"
