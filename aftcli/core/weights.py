@@ -163,8 +163,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         _check_archive(path)
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             saved: object = load_file(path)
         else:
             saved = torch.load(path, map_location="cpu", weights_only=True)

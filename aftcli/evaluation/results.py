@@ -123,9 +123,10 @@ class ResultFile:
         self.path = folder / f"{stem}-{self.key}.safetensors"
         self.parts = folder / f".{'-'.join([stem, self.key, *sorted(extras)])}.parts"
 
-    def read(self) -> Result | None:
-        """Read the result; None if it is missing, damaged or lacks what is wanted."""
-        return self._read(self.path)
+    def read(self, span: range | None = None) -> Result | None:
+        """Read the result, or a block of it; None if missing, damaged or without its extras."""
+        stored = self._stored(self.path if span is None else self._part(span))
+        return stored if stored and self.extras <= stored.extras else None
 
     def lacking(self) -> ResultFile | None:
         """Return the file of what is still to be measured, joined later; None if all is there."""
@@ -144,7 +145,7 @@ class ResultFile:
 
     def has(self, span: range) -> bool:
         """Tell if a block of images is done."""
-        return self._read(self._part(span)) is not None
+        return self.read(span) is not None
 
     def write(self, columns: Mapping[str, Tensor]) -> None:
         """Store a result that has no parts."""
@@ -159,7 +160,7 @@ class ResultFile:
 
     def join(self, spans: Iterable[range]) -> bool:
         """Make one file of all blocks and of the measures there; False if a block is damaged."""
-        read = [self._read(self._part(span)) for span in spans]
+        read = [self.read(span) for span in spans]
         whole = [part for part in read if part is not None]
         if len(whole) < len(read):
             return False
@@ -204,10 +205,6 @@ class ResultFile:
     ) -> None:
         head = {"identity": self.identity, "broken": broken, "extras": sorted(extras)}
         write_sealed(path, columns, HEAD, head)
-
-    def _read(self, path: Path) -> Result | None:
-        stored = self._stored(path)
-        return stored if stored and self.extras <= stored.extras else None
 
     def _stored(self, path: Path) -> Result | None:
         """Read a file, whatever is wanted; None if it is missing, damaged or of other inputs."""
