@@ -1,15 +1,16 @@
-"""Files that are written whole or not at all, and locks that end with their process."""
+"""Files that are written whole or not at all, seals, and locks that end with their process."""
 
 from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import platform
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +129,57 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     with durable(path) as temporary:
         # Not save_file: it writes another temporary file, which a kill would leave behind.
         temporary.write_bytes(save(plain, dict(metadata)))
+
+
+def values_hash(values: Mapping[str, Any]) -> str:
+    """Compute the SHA-256 of plain values, as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Compute the SHA-256 of tensors, their names, shapes and types."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_sealed(
+    path: Path, tensors: Mapping[str, Tensor], name: str, head: Mapping[str, Any]
+) -> None:
+    """Write tensors and plain values whole or not at all, with a hash of both.
+
+    Args:
+        path: of the safetensors file.
+        tensors: by name.
+        name: of the metadata's entry for the values.
+        head: plain values, such as the settings that the tensors were computed with.
+    """
+    text = json.dumps(head)
+    # One entry: safetensors writes several in an order that changes from run to run.
+    sealed = {"head": text, "sha256": _seal(text, tensors)}
+    write_tensors(path, tensors, {name: json.dumps(sealed)})
+
+
+def read_sealed(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Read the tensors and the head of a sealed file; None if it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
+
+    with suppress(SafetensorError, OSError, ValueError, KeyError, TypeError):
+        with safe_open(path, "pt") as file:
+            sealed = json.loads(file.metadata()[name])
+        # Not load_file: its tensors are the file itself, which may change.
+        tensors = dict(sorted(load(path.read_bytes()).items()))
+        if sealed["sha256"] == _seal(sealed["head"], tensors):
+            return tensors, json.loads(sealed["head"])
+    return None
+
+
+def _seal(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Hash both, so that a flipped bit in either is found."""
+    return hashlib.sha256((text + tensors_hash(tensors)).encode()).hexdigest()
 
 
 def _no_link(path: str, flags: int) -> int:

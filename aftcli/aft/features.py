@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aftcli.aft.loss import Features
-from aftcli.core.classifier import Classifier, tensors_hash
+from aftcli.core.classifier import Classifier
 from aftcli.data.blocks import Broken, Loaded, load_blocks, stamp_of
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, nearest
-from aftcli.files import make_folder, write_tensors
+from aftcli.files import make_folder, tensors_hash, write_tensors
 
 CACHES = ("auto", "memory", "disk", "off")
 

@@ -6,19 +6,15 @@ same command resumes from it and reaches the same weights, bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from aftcli.aft.examples import Cached, Gathering, Note
 from aftcli.aft.examples import Options as Options
@@ -27,14 +23,24 @@ from aftcli.aft.loss import Recipe, check_settings
 from aftcli.aft.recipes import situation_of
 from aftcli.aft.training import Epoch, Measured, State, Step, Training
 from aftcli.core.cam import Tuner
-from aftcli.core.classifier import check_several, tensors_hash
+from aftcli.core.classifier import check_several
 from aftcli.core.networks import outside_inference_mode
 from aftcli.core.weights import card_classes, checkpoint_of, read_card
 from aftcli.data.blocks import Broken, content_hash, contents_of, pack, stamp_of, unpack
 from aftcli.errors import AftError
-from aftcli.files import durable, locked, make_folder, sweep, write_tensors
+from aftcli.files import (
+    durable,
+    locked,
+    make_folder,
+    read_sealed,
+    sweep,
+    write_sealed,
+    write_tensors,
+)
 from aftcli.tft.masks import refuse_other_settings
 from aftcli.version import __version__
+
+HEAD = "aft_state"
 
 OVERHEAD = 0.05  # share of the time that storing them may take
 
@@ -155,40 +161,16 @@ class _Files:
         return card
 
     def save(self, training: Training) -> None:
-        _write_state(self.state, training.state(), self.identity)
+        tensors, values = training.state()
+        write_sealed(self.state, tensors, HEAD, {"values": values, "identity": self.identity})
 
     def restore(self, training: Training) -> None:
         """Return to the stored state, if there is one that is whole."""
-        stored = _read_state(self.state)
+        stored = read_sealed(self.state, HEAD)
         if stored:
-            state, identity = stored
-            refuse_other_settings(self.path, identity, self.identity)
-            training.restore(state)
-
-
-def _write_state(path: Path, state: State, identity: Mapping[str, Any]) -> None:
-    """Write a training's state and what decides its result, sealed."""
-    metadata = {"values": json.dumps(state.values), "identity": json.dumps(identity)}
-    write_tensors(path, state.tensors, {**metadata, "sha256": _seal(metadata, state.tensors)})
-
-
-def _read_state(path: Path) -> tuple[State, dict[str, Any]] | None:
-    """Read a file of `_write_state`; None if it is missing or damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            read = file.metadata()
-            values, identity = json.loads(read["values"]), json.loads(read["identity"])
-        # Not load_file: its tensors are the file itself, which may change.
-        tensors = safetensors.torch.load(path.read_bytes())
-        whole = read["sha256"] == _seal({k: read[k] for k in ("values", "identity")}, tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        return None
-    return (State(tensors, values), identity) if whole else None
-
-
-def _seal(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    text = json.dumps(metadata, sort_keys=True) + tensors_hash(tensors)
-    return hashlib.sha256(text.encode()).hexdigest()
+            tensors, head = stored
+            refuse_other_settings(self.path, head["identity"], self.identity)
+            training.restore(State(tensors, head["values"]))
 
 
 Event = Begun | Cached | Note | Step | Epoch | Tuned
@@ -282,8 +264,7 @@ def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> I
     if first:
         tuner = training.tail.tuner
         kept = tuner if isinstance(tuner, Tuner) else None
-        tensors, metadata = checkpoint_of(training.classifier(job.cam), kept, card)
-        write_tensors(files.path, tensors, metadata)
+        write_tensors(files.path, *checkpoint_of(training.classifier(job.cam), kept, card))
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     if first and examples.hidden:

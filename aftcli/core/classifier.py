@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from aftcli.core.cut import LinearHead, cut, last_layer, linear_head
 from aftcli.core.networks import copied, outside_inference_mode, unwrapped
 from aftcli.errors import AftError, nearest
+from aftcli.files import tensors_hash
 
 LARGEST = 4096  # pixels of a side that a file may ask for
 
@@ -194,15 +194,6 @@ def check_several(classes: int) -> None:
             "needs two classes or more: train it on as many, or give its last layer a first row of "
             "zeros (weights and bias), then class 1 has the sigmoid of the old output"
         )
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """Compute the SHA-256 of tensors, their names, shapes and types."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class Engine(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
@@ -15,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aftcli.core.cam import TUNERS, Tuner
-from aftcli.core.classifier import Classes, Classifier, Preprocessing, tensors_hash
+from aftcli.core.classifier import Classes, Classifier, Preprocessing
 from aftcli.core.methods import METHODS
 from aftcli.errors import AftError, check_name, first_line
-from aftcli.files import check_checkpoint
+from aftcli.files import check_checkpoint, tensors_hash, values_hash
 
 FORMAT_VERSION = 1
 
@@ -43,17 +42,10 @@ def checkpoint_of(
         "preprocessing": f.preprocessing.as_dict(),
         "digest": tensors_hash(tensors),
     }
-    return tensors, {CARD: _sealed({**card, **own})}
-
-
-def _sealed(card: Mapping[str, Any]) -> str:
-    """Write JSON with a hash of itself: one flipped bit would be other settings."""
-    text = json.dumps(card, sort_keys=True)
-    return json.dumps({"card": json.loads(text), "sha256": _hash(text)}, sort_keys=True)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    whole = {**card, **own}
+    # One flipped bit would be other settings.
+    sealed = {"card": whole, "sha256": values_hash(whole)}
+    return tensors, {CARD: json.dumps(sealed, sort_keys=True)}
 
 
 def read_card(path: Path) -> dict[str, Any] | None:
@@ -80,7 +72,7 @@ def read_card(path: Path) -> dict[str, Any] | None:
     try:
         read = json.loads(text)
         card: dict[str, Any] = read["card"]
-        whole = _hash(json.dumps(card, sort_keys=True)) == read["sha256"]
+        whole = values_hash(card) == read["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path) from error
     if not whole:
@@ -171,8 +163,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         _check_archive(path)
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             saved: object = load_file(path)
         else:
             saved = torch.load(path, map_location="cpu", weights_only=True)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx, nn
 
-from aftcli.core.classifier import Classifier, tensors_hash
+from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError, Unfit, first_line
-from aftcli.files import replacing
+from aftcli.files import replacing, tensors_hash
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

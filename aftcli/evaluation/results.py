@@ -8,7 +8,6 @@ another file, and a second call finds the first one's.
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,16 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
 from torch import Tensor
 
-from aftcli.core.classifier import tensors_hash
 from aftcli.data.blocks import Broken
 from aftcli.evaluation.measures import BASELINES
-from aftcli.files import write_tensors
+from aftcli.files import read_sealed, values_hash, write_sealed
 
 FORMAT_VERSION = 1
+
+HEAD = "aft_result"
 
 
 class View(NamedTuple):
@@ -91,23 +89,18 @@ class Result(NamedTuple):
         columns: tensors by their names in the file; none where no image could be read.
         broken: images that could not be read.
         identity: what it was computed from.
+        extras: of the measures among them that cost much.
     """
 
     columns: dict[str, Tensor]
     broken: list[Broken]
     identity: dict[str, Any]
+    extras: frozenset[str]
 
     @property
     def values(self) -> Values | None:
         """The columns of an evaluation; None where no image could be read."""
         return Values.of(self.columns) if self.columns else None
-
-
-class _Stored(NamedTuple):
-    """A file's result and its extras."""
-
-    result: Result
-    extras: frozenset[str]
 
 
 class ResultFile:
@@ -123,16 +116,17 @@ class ResultFile:
     def __init__(
         self, folder: Path, stem: str, identity: Mapping[str, Any], extras: frozenset[str]
     ) -> None:
-        text = json.dumps({"format_version": FORMAT_VERSION, **identity}, sort_keys=True)
-        self.identity: dict[str, Any] = json.loads(text)
-        self.key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        whole = {"format_version": FORMAT_VERSION, **identity}
+        self.identity: dict[str, Any] = json.loads(json.dumps(whole, sort_keys=True))
+        self.key = values_hash(whole)[:12]
         self.folder, self.stem, self.extras = folder, stem, extras
         self.path = folder / f"{stem}-{self.key}.safetensors"
         self.parts = folder / f".{'-'.join([stem, self.key, *sorted(extras)])}.parts"
 
-    def read(self) -> Result | None:
-        """Read the result; None if it is missing, damaged or lacks what is wanted."""
-        return self._read(self.path)
+    def read(self, span: range | None = None) -> Result | None:
+        """Read the result, or a block of it; None if missing, damaged or without its extras."""
+        stored = self._stored(self.path if span is None else self._part(span))
+        return stored if stored and self.extras <= stored.extras else None
 
     def lacking(self) -> ResultFile | None:
         """Return the file of what is still to be measured, joined later; None if all is there."""
@@ -151,7 +145,7 @@ class ResultFile:
 
     def has(self, span: range) -> bool:
         """Tell if a block of images is done."""
-        return self._read(self._part(span)) is not None
+        return self.read(span) is not None
 
     def write(self, columns: Mapping[str, Tensor]) -> None:
         """Store a result that has no parts."""
@@ -166,7 +160,7 @@ class ResultFile:
 
     def join(self, spans: Iterable[range]) -> bool:
         """Make one file of all blocks and of the measures there; False if a block is damaged."""
-        read = [self._read(self._part(span)) for span in spans]
+        read = [self.read(span) for span in spans]
         whole = [part for part in read if part is not None]
         if len(whole) < len(read):
             return False
@@ -176,8 +170,8 @@ class ResultFile:
         broken, extras = [b for part in whole for b in part.broken], self.extras
         there = self._stored(self.path)
         # Only images that did not fit into memory can be readable once and not again.
-        if there and [b.path for b in there.result.broken] == [b.path for b in broken]:
-            columns, extras = columns | there.result.columns, extras | there.extras
+        if there and [b.path for b in there.broken] == [b.path for b in broken]:
+            columns, extras = columns | there.columns, extras | there.extras
         self._write(self.path, columns, broken, extras)
         self._clear_parts(extras)
         return True
@@ -210,35 +204,12 @@ class ResultFile:
         extras: frozenset[str],
     ) -> None:
         head = {"identity": self.identity, "broken": broken, "extras": sorted(extras)}
-        text = json.dumps(head)
-        # One entry: safetensors writes several in an order that changes from run to run.
-        sealed = {"head": text, "sha256": _seal(text, columns)}
-        write_tensors(path, columns, {"aft_result": json.dumps(sealed)})
+        write_sealed(path, columns, HEAD, head)
 
-    def _read(self, path: Path) -> Result | None:
-        stored = self._stored(path)
-        return stored.result if stored and self.extras <= stored.extras else None
-
-    def _stored(self, path: Path) -> _Stored | None:
-        """Read a file, whatever is wanted; None if it is missing or damaged."""
-        if not path.is_file():
+    def _stored(self, path: Path) -> Result | None:
+        """Read a file, whatever is wanted; None if it is missing, damaged or of other inputs."""
+        columns, head = read_sealed(path, HEAD) or ({}, {})
+        if head.get("identity") != self.identity:
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-            # Not load_file: its tensors are the file itself, which may change.
-            columns = dict(sorted(load(path.read_bytes()).items()))
-            sealed = json.loads(metadata["aft_result"])
-            text, seal = sealed["head"], sealed["sha256"]
-            head = json.loads(text)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-            return None
-        if seal != _seal(text, columns) or head["identity"] != self.identity:
-            return None
-        result = Result(columns, [Broken(*b) for b in head["broken"]], head["identity"])
-        return _Stored(result, frozenset(head["extras"]))
-
-
-def _seal(head: str, columns: Mapping[str, Tensor]) -> str:
-    """Hash both, so that a flipped bit in either is found."""
-    return hashlib.sha256((head + tensors_hash(columns)).encode()).hexdigest()
+        broken = [Broken(*b) for b in head["broken"]]
+        return Result(columns, broken, self.identity, frozenset(head["extras"]))

@@ -16,7 +16,7 @@ import numpy as np
 from aftcli.core.classifier import Preprocessing
 from aftcli.data.blocks import Broken
 from aftcli.errors import AftError
-from aftcli.files import durable
+from aftcli.files import durable, values_hash
 from aftcli.settings import Search
 
 # The type of each column and its axes after the first, which is the image. Equal letters are
@@ -162,8 +162,7 @@ def check_values(rows: Mapping[str, np.ndarray]) -> None:
 
 def seal_of(settings: Mapping[str, Any]) -> str:
     """Hash a store's settings, which HDF5 keeps without a checksum."""
-    text = json.dumps({k: v for k, v in settings.items() if k != SEAL}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return values_hash({k: v for k, v in settings.items() if k != SEAL})
 
 
 def read_settings(group: h5py.Group) -> dict[str, Any]:
