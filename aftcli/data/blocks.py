@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
-import multiprocessing
+import mmap
 import os
-import signal
+import pickle
 import threading
-import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from signal import SIG_DFL, SIG_IGN, SIGINT, SIGKILL, SIGTERM, signal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from aftcli.core.classifier import Preprocessing
 from aftcli.data.images import read_image, to_input
@@ -27,8 +31,9 @@ from aftcli.data.sets import DataSet
 from aftcli.errors import AftError
 from aftcli.files import durable
 
-T = TypeVar("T")
+AHEAD = 2  # blocks a worker that are decoded or wait to be taken
 
+SPARE = 2**16  # bytes an image: its name, what is wrong with it
 
 GONE = 0  # the content of what can't be read
 
@@ -43,9 +48,6 @@ class Broken(NamedTuple):
 
 class Loaded(NamedTuple):
     """A decoded block of images.
-
-    An array, not a tensor: workers would hand tensors over in shared memory, which containers
-    keep small.
 
     Attributes:
         block: its number.
@@ -64,25 +66,23 @@ class Loaded(NamedTuple):
     stamps: np.ndarray
 
 
-class _Blocks(Dataset[Loaded]):
-    """Blocks of images, decoded in the worker processes."""
+@dataclass(frozen=True)
+class _Decoder:
+    """Blocks of images, each decoded by its number.
 
-    def __init__(
-        self,
-        data_set: DataSet,
-        spans: Sequence[Sequence[int]],
-        todo: Sequence[int],
-        preprocessing: Preprocessing,
-    ) -> None:
-        self.data_set, self.spans, self.todo = data_set, spans, todo
-        self.preprocessing = preprocessing
+    Attributes:
+        data_set: what the images are of.
+        spans: the images of each block.
+        preprocessing: what makes them inputs.
+    """
 
-    def __len__(self) -> int:
-        return len(self.todo)
+    data_set: DataSet
+    spans: Sequence[Sequence[int]]
+    preprocessing: Preprocessing
 
-    def __getitem__(self, index: int) -> Loaded:
+    def __call__(self, block: int) -> Loaded:
         inputs, indices, seen, broken = [], [], [], []
-        for i in self.spans[self.todo[index]]:
+        for i in self.spans[block]:
             name, content = self.data_set.samples[i].name, GONE
             try:
                 path = self.data_set.path(i)
@@ -96,8 +96,12 @@ class _Blocks(Dataset[Loaded]):
                 broken.append(Broken(name, reason, content))
         x = torch.cat([torch.empty(0, 3, *self.preprocessing.size), *inputs])
         columns = np.array(seen, np.int64).reshape(-1, 3)
-        contents, stamps = columns[:, 0], columns[:, 1:]
-        return Loaded(self.todo[index], x.numpy(), indices, broken, contents, stamps)
+        return Loaded(block, x.numpy(), indices, broken, columns[:, 0], columns[:, 1:])
+
+    def bytes_of_block(self) -> int:
+        """Return the size of the largest block as `_decode_into` writes it, with room to spare."""
+        height, width = self.preprocessing.size
+        return max(map(len, self.spans)) * (3 * height * width * 4 + SPARE)
 
 
 def batches(loaded: Loaded, size: int, device: torch.device) -> Iterator[torch.Tensor]:
@@ -122,10 +126,6 @@ def batches(loaded: Loaded, size: int, device: torch.device) -> Iterator[torch.T
         ahead = following
 
 
-def _as_it_is(loaded: Any) -> Any:  # noqa: ANN401 - what torch declares
-    return loaded
-
-
 def load_blocks(
     preprocessing: Preprocessing,
     data_set: DataSet,
@@ -135,127 +135,79 @@ def load_blocks(
 ) -> Iterator[Loaded]:
     """Decode blocks of images, in worker processes.
 
+    Args:
+        preprocessing: what makes images inputs.
+        data_set: what the images are of.
+        spans: the images of each block.
+        todo: numbers of the blocks that are decoded.
+        workers: processes; 0 decodes in this one, as systems without fork do.
+
     Yields:
         Each block of `todo`, in its order.
+
+    Raises:
+        AftError: a worker died.
     """
-    if not todo:
+    decode = _Decoder(data_set, spans, preprocessing)
+    workers = min(workers, len(todo)) if hasattr(os, "fork") else 0
+    if not workers:
+        yield from map(decode, todo)
         return
-    loader: DataLoader[Loaded] = DataLoader(
-        _Blocks(data_set, spans, todo, preprocessing),
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=min(workers, len(todo)),
-        worker_init_fn=begin_worker,
-        # Forked workers see that their parent has died; those of a fork server live on.
-        multiprocessing_context="fork" if workers and hasattr(os, "fork") else None,
-    )
+    # Blocks come back in these, not through the pool's pipe: who reads that waits for ever for the
+    # rest of a block whose worker is killed amid it. Of no file: containers keep /dev/shm small.
+    size = decode.bytes_of_block()
+    places = [mmap.mmap(-1, size) for _ in range(AHEAD * workers)]
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_worker, (decode, places))
+    processes, died = pool._processes, False
+    jobs = zip(todo, itertools.cycle(range(len(places))), strict=False)
     try:
-        yield from awaited(loader)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
+        ahead = deque(pool.submit(_decode_into, *job) for job in islice(jobs, len(places)))
+        while ahead:
+            loaded = pickle.loads(places[ahead.popleft().result()])
+            ahead.extend(pool.submit(_decode_into, *job) for job in islice(jobs, 1))
+            yield loaded
+        died = bool(wait([process.sentinel for process in processes.values()], timeout=0))
+    except BrokenProcessPool:
+        died = True
+    finally:
+        for process in processes.values():
+            process.kill()
+        pool.shutdown()
+    if died:
+        others = {process.exitcode for process in processes.values()} - {-SIGKILL, -SIGTERM}
+        how = f"exited unexpectedly with code {others.pop()}" if others else "Killed"
         raise AftError(
-            f"a process that decodes images died ({str(error).splitlines()[0][:120].strip()}); the "
-            "same command goes on where it stopped, with fewer --workers if memory is short"
-        ) from error
+            f"a process that decodes images died ({how}); the same command goes on where it "
+            "stopped, with fewer --workers if memory is short"
+        )
 
 
-def begin_worker(_: int) -> None:
-    """Set up a worker process that leaves Ctrl-C to its parent and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin_worker(decode: Callable[[int], Loaded], places: Sequence[mmap.mmap]) -> None:
+    """Set up a worker process, which leaves Ctrl-C to its parent and ends with it."""
+    global _job
+    signal(SIGINT, SIG_IGN)
+    signal(SIGTERM, SIG_DFL)
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _job = decode, places
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+        parent.join()
+        os._exit(1)
 
 
-def _end_with(parent: int | None) -> None:
-    """End this process when its parent is gone.
-
-    torch's workers look for that too, but then wait until somebody takes their last block.
-    """
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def _decode_into(block: int, place: int) -> int:
+    """Decode a block in a worker process and write it to a place, which is returned."""
+    decode, places = _job
+    places[place].seek(0)
+    pickle.dump(decode(block), places[place], protocol=5)
+    return place
 
 
-class _Deaths:
-    """A guard that holds back what torch raises when a worker dies until a block is awaited.
-
-    torch raises it from a signal's handler, wherever the process is: amid a pass or a write,
-    whose error it then seems to be.
-    """
-
-    def __init__(self) -> None:
-        self.users, self.awaited = 0, False
-        self.missed: RuntimeError | None = None
-        self.tell: Callable[[int, FrameType | None], object] | None = None
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold deaths back; nothing changes where no loader of torch has set a handler."""
-        handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
-        if not callable(handler) or not _in_main_thread():
-            yield
-            return
-        if self.users == 0:
-            self.tell, self.missed = handler, None
-            signal.signal(signal.SIGCHLD, self._handle)
-        self.users += 1
-        try:
-            yield
-        finally:
-            self.users -= 1
-            if self.users == 0 and _in_main_thread():
-                signal.signal(signal.SIGCHLD, self.tell)
-
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        """Raise here what was held back, and whatever happens meanwhile."""
-        self.awaited = True
-        try:
-            missed, self.missed = self.missed, None
-            if missed:
-                raise missed
-            yield
-        finally:
-            self.awaited = False
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        assert self.tell
-        try:
-            # At once: nobody can be asked about a child that somebody else has waited for.
-            self.tell(number, frame)
-        except RuntimeError as error:
-            if self.awaited:
-                raise
-            self.missed = error
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
-
-
-_deaths = _Deaths()
-
-
-def awaited(loader: Iterable[T]) -> Iterator[T]:
-    """Iterate over a loader; raise the death of a worker only while a block is awaited."""
-    blocks = iter(loader)
-    with _deaths.held():
-        try:
-            while True:
-                with _deaths.told():
-                    try:
-                        block = next(blocks)
-                    except StopIteration:
-                        return
-                yield block
-        finally:
-            # Now, not when the iterator is collected: then nothing holds their deaths back.
-            end = getattr(blocks, "_shutdown_workers", None)
-            if end:
-                end()
+_job: tuple[Callable[[int], Loaded], Sequence[mmap.mmap]]  # of a worker process
 
 
 BLOCK = 32  # images stored at a time, at the least
