@@ -277,10 +277,7 @@ def test_data_sets_that_can_not_be_evaluated_are_refused(run, study, tmp_path):
     "options, said",
     [
         (("--table", "9"), "no table '9'"),
-        (
-            ("--format", "xml"),
-            "'--format': Value error, 'xml' is not one of 'table', 'json', 'csv'",
-        ),
+        (("--format", "xml"), "'--format': 'xml' is not one of 'table', 'json', 'csv'"),
         (("--metrics", "adccc"), "nearest: adcc"),
         (("--masking", "hard"), "'hard' is not one of 'both', 'binary', 'soft'"),
         (("--cam", "gradcamm"), "unknown method"),
@@ -293,7 +290,7 @@ def test_wrong_words_are_usage_errors_and_named(tmp_path, options, said):
 
 def test_wrong_thresholds_are_named(tmp_path):
     said = "must increase within [0, 1]"
-    assert said in refused("--run", tmp_path, "--thresholds", "0:2:1")
+    assert said in usage_error(aft("evaluate", "--run", tmp_path, "--thresholds", "0:2:1"))
 
 
 def test_an_unknown_image_of_figure_3_is_named(run, document):

@@ -45,7 +45,13 @@ class StoredThresholds:
     PANEL: ClassVar[str] = "Threshold search"
 
     thresholds: Annotated[
-        str | None, option("--thresholds", "LIST", "0:1:0.1 or 0,0.2,0.5. Default: the masks'.")
+        str | None,
+        option(
+            "--thresholds",
+            "LIST",
+            "0:1:0.1 or 0,0.2,0.5. Default: the masks'.",
+            callback=usage(read_thresholds),
+        ),
     ] = None
     masking: Annotated[
         Readings,

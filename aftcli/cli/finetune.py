@@ -6,7 +6,18 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from aftcli.cli import setup
-from aftcli.cli.options import Data, Methods, Printed, StudyRun, Weights, option, words
+from aftcli.cli.options import (
+    Data,
+    Methods,
+    Printed,
+    StudyRun,
+    Weights,
+    check_layers,
+    number,
+    option,
+    usage,
+    words,
+)
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
@@ -33,6 +44,7 @@ class TunedNetwork(Weights):
             "--layer",
             "NAME",
             "Default: the masks'. Repeated, all are tuned: the masks' last, earlier ones before.",
+            callback=usage(check_layers),
         ),
     ] = None
 
@@ -52,7 +64,9 @@ class TrainingData(Data):
     ] = False
     held_out: Annotated[
         float,
-        option("--held-out", "SHARE", "Share of the images that only chooses the epoch."),
+        number(
+            "--held-out", "SHARE", "held_out", "Share of the images that only chooses the epoch."
+        ),
     ] = 0.1
     augment: Annotated[
         bool, option("--augment", "", "Flip and crop at random; nothing is cached.")
@@ -66,7 +80,8 @@ class Training:
     PANEL: ClassVar[str] = "Training"
 
     lam: Annotated[
-        float | None, option("--lam", "L", "lambda of eq. 8, for a sum over the mask's cells.")
+        float | None,
+        number("--lam", "L", "lam", "lambda of eq. 8, for a sum over the mask's cells."),
     ] = None
     objective: Annotated[
         Objective,
@@ -74,7 +89,12 @@ class Training:
     ] = "tuner"
     consistency: Annotated[
         float | None,
-        option("--consistency", "W", "Weight of the loss on masked images; 0 is the paper."),
+        number(
+            "--consistency",
+            "W",
+            "consistency",
+            "Weight of the loss on masked images; 0 is the paper.",
+        ),
     ] = None
     classification: Annotated[
         Classification | None,
@@ -87,22 +107,30 @@ class Training:
     ] = None
     blend: Annotated[
         float | None,
-        option(
+        number(
             "--blend",
             "SHARE",
+            "blend",
             "How far to go to the trained weights, above 0 to 1; less keeps more accuracy.",
         ),
     ] = None
-    learning_rate: Annotated[float | None, option("--lr", "RATE", "Learning rate of Adam.")] = None
-    epochs: Annotated[int | None, option("--epochs", "N", "Epochs at the most.", min=1)] = None
-    batch: Annotated[int, option("--batch-size", "N", "Images in a step of training.", min=1)] = 32
+    learning_rate: Annotated[
+        float | None, number("--lr", "RATE", "learning_rate", "Learning rate of Adam.")
+    ] = None
+    epochs: Annotated[int | None, number("--epochs", "N", "epochs", "Epochs at the most.")] = None
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in a step of training.")] = (
+        32
+    )
     patience: Annotated[
         int,
-        option(
-            "--patience", "N", "Stop after N epochs without a better held-out loss; 0 never.", min=0
+        number(
+            "--patience",
+            "N",
+            "patience",
+            "Stop after N epochs without a better held-out loss; 0 never.",
         ),
     ] = 3
-    seed: Annotated[int, option("--seed", "N", "Seed of all randomness.", min=0)] = 0
+    seed: Annotated[int, number("--seed", "N", "seed", "Seed of all randomness.")] = 0
 
 
 @dataclass(frozen=True)

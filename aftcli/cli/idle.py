@@ -168,6 +168,18 @@ class Command(TyperCommand):
             found.rich_help_panel, found.metavar = Run.PANEL, ""
         return found
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer's own
+        """Read the command line; usage errors begin with what is wrong, not with pydantic's words.
+
+        Raises:
+            typer.BadParameter: a value is wrong.
+        """
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override] # noqa: ANN401
         """Run the command, then say it; an error is told alone."""
         try:

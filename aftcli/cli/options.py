@@ -14,7 +14,7 @@ from typer.models import OptionInfo
 
 from aftcli.core.methods import FAMILIES, METHODS, check_device, named
 from aftcli.errors import AftError
-from aftcli.settings import Fill, Masking, Mode, Search, SearchKind, read_thresholds
+from aftcli.settings import RANGES, Fill, Masking, Mode, Search, SearchKind, read_thresholds
 
 # As in aftcli.engine.accelerate.
 Engine = Literal["auto", "torch", "compile", "onnxruntime"]
@@ -63,11 +63,12 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def usage(read: Callable[[Any], object]) -> Callable[[Any], Any]:
-    """Make a callback to which what a reader refuses is a usage error."""
+    """Make a callback to which what a reader refuses is a usage error; it reads no None."""
 
     def checked(value: Any) -> Any:  # noqa: ANN401 - of any option
         try:
-            read(value)
+            if value is not None:
+                read(value)
         except AftError as error:
             raise typer.BadParameter(str(error)) from error
         return value
@@ -80,6 +81,11 @@ def option(names: str, metavar: str, help: str, **more: Any) -> Any:  # noqa: AN
     return typer.Option(*names.split(), metavar=metavar, help=help, **more)
 
 
+def number(names: str, metavar: str, field: str, help: str, **more: Any) -> Any:  # noqa: ANN401
+    """Make an option of a number; RANGES names its field."""
+    return option(names, metavar, help, callback=usage(RANGES[field].check), **more)
+
+
 def words(names: str, of: Any, help: str, default: bool = True, **more: Any) -> Any:  # noqa: ANN401
     """Make an option that takes a word of a Literal type, whose first may be the default."""
     first, *rest = get_args(of)
@@ -90,6 +96,12 @@ def words(names: str, of: Any, help: str, default: bool = True, **more: Any) -> 
 def _check_methods(words: list[str] | None) -> None:
     """Refuse unknown words; what is not installed is no matter of usage."""
     named(word for word in words or [] if word not in (*METHODS, *FAMILIES))
+
+
+def check_layers(names: str | list[str]) -> None:
+    """Refuse a layer without a name, which would be the default one."""
+    if "" in (names if isinstance(names, list) else [names]):
+        raise AftError("a layer has a name; leave --layer out for the default one")
 
 
 LowerPrecision = Annotated[
@@ -136,6 +148,7 @@ class Network(Weights):
             "--layer",
             "NAME",
             "Layer l by module name, several by +. Default: the last convolutional one.",
+            callback=usage(check_layers),
         ),
     ] = None
 
@@ -177,7 +190,7 @@ class TargetMaps(Maps):
             "--target", "CLASS", "Class, by name or index; repeatable. Default: the predicted one."
         ),
     ] = None
-    top_k: Annotated[int, option("--top-k", "N", "Explain the N likeliest.", min=1)] = 1
+    top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N likeliest.")] = 1
 
 
 @dataclass(frozen=True)
@@ -186,7 +199,10 @@ class Thresholds:
 
     PANEL: ClassVar[str] = "Threshold search"
 
-    thresholds: Annotated[str, option("--thresholds", "LIST", "0:1:0.1 or 0,0.2,0.5.")] = "0:1:0.1"
+    thresholds: Annotated[
+        str,
+        option("--thresholds", "LIST", "0:1:0.1 or 0,0.2,0.5.", callback=usage(read_thresholds)),
+    ] = "0:1:0.1"
     masking: Annotated[
         Masking,
         words(
@@ -241,7 +257,7 @@ class Data:
     ] = None
     limit: Annotated[
         int | None,
-        option("--limit", "N", "Take N images, spread over the classes.", min=1),
+        number("--limit", "N", "limit", "Take N images, spread over the classes."),
     ] = None
 
 
@@ -299,11 +315,11 @@ class StudyRun(Run):
     )
     workers: Annotated[
         int | None,
-        option(
+        number(
             "--workers",
             "N",
+            "workers",
             "Processes that decode images. Default: half the cores, at most 8.",
-            min=0,
         ),
     ] = None
 
@@ -312,4 +328,6 @@ class StudyRun(Run):
 class EvaluateRun(StudyRun):
     """Options of how an evaluation runs."""
 
-    batch: Annotated[int, option("--batch-size", "N", "Images in a pass of the stem.", min=1)] = 16
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in a pass of the stem.")] = (
+        16
+    )
