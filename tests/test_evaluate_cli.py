@@ -298,6 +298,24 @@ def test_an_unknown_image_of_figure_3_is_named(run, document):
     assert done.code == 1 and "--image zebra: no image" in done.err
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("zebra", "--image zebra: no image"), ("n02123159/0", "n02123159/0.png: is not a picture")],
+)
+def test_a_wrong_image_of_figure_3_is_refused_before_anything_is_measured(
+    study, tmp_path, monkeypatch, name, said
+):
+    """One that is not there, and one that can't be read."""
+
+    def measured(*_):
+        raise AssertionError("an image was measured first")
+
+    monkeypatch.setattr("aftcli.cli.study.evaluate_study", measured)
+    data = shutil.copytree(study / "data", tmp_path / "data")
+    (data / "val/n02123159/0.png").write_bytes(b"no picture")
+    assert said in refused(data, "--run", study / "run", "--figures", "--image", name)
+
+
 def test_tuned_networks_are_evaluated_without_their_masks(run, document, study, tmp_path):
     shutil.copytree(run / "tuned", tmp_path / "run/tuned")
     found = json.loads(again(tmp_path / "run", "--json").out)
@@ -314,6 +332,7 @@ def test_a_bare_table_option():
     assert with_table(["evaluate", "--table", long])[2] == long
     assert with_table(["evaluate", "--table=4"]) == ["evaluate", "--table=4"]
     assert tables("1,3") == (1, 3) and tables(None) == (3, 4) and tables("all") == (3, 4, 5)
+    assert tables("1,all") == (1, 3, 4, 5) and tables("all, 2,3") == (2, 3, 4, 5)
     with pytest.raises(AftError):
         tables("3,")
 

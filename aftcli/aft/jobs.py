@@ -18,7 +18,15 @@ from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.models import with_new_head
 from aftcli.core.networks import outside_inference_mode
-from aftcli.data.sets import DataSet, Sample, format_of, not_its_classes, open_data_set, spread
+from aftcli.data.sets import (
+    DataSet,
+    Sample,
+    format_of,
+    not_its_classes,
+    open_data_set,
+    refuse_one_class,
+    spread,
+)
 from aftcli.errors import AftError
 from aftcli.files import file_stem
 from aftcli.tft.hdf5 import Rows, join_float
@@ -364,9 +372,10 @@ def control_job(
         earlier: layers before f's that are tuned with it.
 
     Raises:
-        AftError: there is no such data set or split.
+        AftError: there is no such data set or split, or it has one class alone.
     """
     data_set = open_data_set(data, split, f.classes).limited(limit)
+    refuse_one_class(data_set)
     before = _earlier(f, earlier)
     if data_set.mapped:
         return Job(f, data_set, earlier=before)

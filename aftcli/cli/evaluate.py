@@ -26,8 +26,8 @@ def tables(text: str | None) -> tuple[int, ...]:
     Raises:
         AftError: there is no such table.
 
-    >>> tables("all")
-    (3, 4, 5)
+    >>> tables("all"), tables("1,all")
+    ((3, 4, 5), (1, 3, 4, 5))
     """
     if text is None:
         return (3, 4)
@@ -35,7 +35,8 @@ def tables(text: str | None) -> tuple[int, ...]:
     for name in names:
         if name not in TABLES:
             raise AftError(f"there is no table {name!r}; --table takes {', '.join(TABLES)}")
-    return (3, 4, 5) if "all" in names else tuple(sorted({int(name) for name in names}))
+    numbers = {int(name) for name in names if name != "all"}
+    return tuple(sorted(numbers | {3, 4, 5} if "all" in names else numbers))
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,11 @@ def evaluate(
     work = (setup.workers(run.workers), run.batch, run.overwrite, run.quiet, accelerate)
     how = study.How(*work, setup.noting(run.quiet))
     parts = (output.baselines, output.sanity, output.figures)
+    images = output.image or []
     columns = (tables(output.table), measures(output.metrics), thresholds.maskings)
-    found = study.evaluate(run.run, asked, study.Wanted(*columns, *parts), how, processes)
+    found = study.evaluate(run.run, asked, study.Wanted(*columns, *parts, images), how, processes)
     if processes.index == 0:
         words, shown = "json" if output.json else output.format_, Shown(output.ci, output.paper)
         FORMATS[words](found.tables, shown)
         if output.figures:
-            study.write_figures(found, run.run, shown, output.image or [], words == "table")
+            study.write_figures(found, run.run, shown, images, words == "table")

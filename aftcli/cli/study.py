@@ -6,7 +6,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from aftcli.evaluation.study import Asked, Study, find_studies
 from aftcli.evaluation.tables import Sources, Tables, rows_of
 from aftcli.evaluation.timing import device_name
 from aftcli.report import terminal
+from aftcli.report.figures import check_images
 from aftcli.report.formats import watch
 from aftcli.report.grids import Shown
 from aftcli.report.terminal import progress
@@ -28,7 +29,10 @@ from aftcli.version import __version__
 
 
 class Wanted(NamedTuple):
-    """Parts of an evaluation that are wanted: tables by number, measures, readings, others."""
+    """Parts of an evaluation that are wanted: tables by number, measures, readings, others.
+
+    `images` are those of Figure 3, by a part of their names.
+    """
 
     tables: tuple[int, ...]
     metrics: tuple[str, ...]
@@ -36,6 +40,7 @@ class Wanted(NamedTuple):
     baselines: bool = False
     sanity: bool = False
     figures: bool = False
+    images: Sequence[str] = ()
 
 
 class How(NamedTuple):
@@ -64,9 +69,11 @@ def evaluate(run: Path, asked: Asked, wanted: Wanted, how: How, processes: Proce
     """Evaluate the studies of a run, showing progress.
 
     Raises:
-        AftError: see `find_studies` and `evaluate_study`.
+        AftError: see `find_studies`, `check_images` and `evaluate_study`.
     """
     studies = find_studies(run, asked)
+    if wanted.figures:
+        check_images(studies, wanted.images)
     plan = Plan(
         wanted.maskings,
         extras_of(wanted.metrics, wanted.baselines),
