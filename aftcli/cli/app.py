@@ -49,10 +49,20 @@ def root(
     """See what a convolutional image classifier looked at: CAMs with fine-tuned thresholds."""
 
 
+DEFAULT = f"{METHODS_HELP} Default: a tuned --checkpoint's, otherwise"
+
+EPILOGS = {
+    "explain": f"{DEFAULT} layercam.",
+    "tft": f"{DEFAULT} gradcam.",
+    "gen_masks": f"{DEFAULT} gradcam.",
+    "finetune": "--cam takes the methods of aft gen-masks. Default: those of all masks.",
+    "evaluate": f"{METHODS_HELP} Default: those of all masks.\n\n{METRICS_HELP}",
+}
+
 for command in (explain, tft, gen_masks, finetune, evaluate):
     # Typer keeps the line breaks of all paragraphs but the first.
     text = "\n\n".join(" ".join(part.split()) for part in str(command.__doc__).split("\n\n"))
-    epilog = f"{METHODS_HELP}\n\n{METRICS_HELP}" if command is evaluate else METHODS_HELP
+    epilog = EPILOGS[command.__name__]
     app.command(cls=Command, help=text, epilog=epilog)(grouped(command))
 
 

@@ -79,8 +79,8 @@ class TableOutput(Printed):
         option(
             "--table",
             "LIST",
-            "Of 1 cut-offs, 2 data sets, 3 measures of maps, 4 accuracies, 5 seconds a map; all, "
-            "or alone: 3,4,5. Default: 3,4.",
+            "1 cut-offs, 2 data sets, 3 measures, 4 accuracies, 5 seconds; all or no LIST: 3,4,5. "
+            "Default: 3,4.",
             callback=usage(tables),
         ),
     ] = None
@@ -123,9 +123,9 @@ def evaluate(
 ) -> None:
     """Measure maps without and with TFT, and those of tuned networks: the paper's tables.
 
-    Takes all masks and tuned networks of RUN and the val split of their data set. Results are
-    kept in RUN/results: a second call finds them, an interrupted one resumes. Settings of TFT are
-    those of the masks by default. Runs on several processes under torchrun or accelerate launch.
+    Uses all masks and tuned networks of RUN, the settings of the masks, and the val split of their
+    data set. A second call reuses the results in RUN/results, an interrupted one resumes. torchrun
+    and accelerate launch run it in several processes.
     """
     cams = named(maps.cam or [])
     setup.check(network, data.dataset)

@@ -72,7 +72,7 @@ class CutMaps(TargetMaps):
         float | None, number("--threshold", "T", "threshold", "Mute scores below T, in [0, 1].")
     ] = None
     mute: Annotated[
-        float | None, number("--mute", "PERCENT", "mute", "Mute the lowest PERCENT of the map.")
+        float | None, number("--mute", "P", "mute", "Mute the lowest P percent of the map.")
     ] = None
 
 
@@ -113,8 +113,8 @@ class Files(Printed):
         option(
             "--save",
             "LIST",
-            "overlay, figure (the paper's Figure 3), map (.npy), mask (.png); or none. Default: "
-            "overlay, with a search figure too.",
+            "overlay, figure (Figure 3), map (.npy), mask (.png), or none. Default: overlay, with "
+            "a search figure too.",
             callback=usage(outputs),
         ),
     ] = None
@@ -139,8 +139,7 @@ def explain(
 ) -> None:
     """Show where the model looked for its prediction, or for any class.
 
-    With --tft the map is cut at the threshold, of --thresholds, at which the masked image raises
-    the class's probability most.
+    With --tft the map is cut where the class's probability rises most.
     """
     tft = thresholds.tft
     cut = muting(maps.threshold, maps.mute, tft)

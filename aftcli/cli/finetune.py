@@ -43,7 +43,7 @@ class TunedNetwork(Weights):
         option(
             "--layer",
             "NAME",
-            "Default: the masks'. Repeated, all are tuned: the masks' last, earlier ones before.",
+            "Repeat to tune several, the masks' layer last. Default: the masks' layer.",
             callback=usage(check_layers),
         ),
     ] = None
@@ -58,18 +58,15 @@ class TrainingData(Data):
         option(
             "--no-masks",
             "",
-            "The control: plain cross-entropy on the masks' images. A DATASET of other classes "
-            "gets a new last layer.",
+            "Train a control by plain cross-entropy. Other classes get a new last layer.",
         ),
     ] = False
     held_out: Annotated[
         float,
-        number(
-            "--held-out", "SHARE", "held_out", "Share of the images that only chooses the epoch."
-        ),
+        number("--held-out", "SHARE", "held_out", "Images that only choose the epoch."),
     ] = 0.1
     augment: Annotated[
-        bool, option("--augment", "", "Flip and crop at random; nothing is cached.")
+        bool, option("--augment", "", "Flip and crop at random, without a cache.")
     ] = False
 
 
@@ -81,11 +78,11 @@ class Training:
 
     lam: Annotated[
         float | None,
-        number("--lam", "L", "lam", "lambda of eq. 8, for a sum over the mask's cells."),
+        number("--lam", "L", "lam", "lambda of eq. 8, for a sum over the cells."),
     ] = None
     objective: Annotated[
         Objective,
-        words("--objective", Objective, "the tuner's output (paper) or the CAM itself learns."),
+        words("--objective", Objective, "what is compared with the mask; paper: tuner."),
     ] = "tuner"
     consistency: Annotated[
         float | None,
@@ -93,7 +90,7 @@ class Training:
             "--consistency",
             "W",
             "consistency",
-            "Weight of the loss on masked images; 0 is the paper.",
+            "Loss weight of masked images; paper: 0.",
         ),
     ] = None
     classification: Annotated[
@@ -111,23 +108,23 @@ class Training:
             "--blend",
             "SHARE",
             "blend",
-            "How far to go to the trained weights, above 0 to 1; less keeps more accuracy.",
+            "Share of the change in weights to keep, in (0, 1]; less keeps more accuracy.",
         ),
     ] = None
     learning_rate: Annotated[
         float | None, number("--lr", "RATE", "learning_rate", "Learning rate of Adam.")
     ] = None
-    epochs: Annotated[int | None, number("--epochs", "N", "epochs", "Epochs at the most.")] = None
-    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in a step of training.")] = (
-        32
-    )
+    epochs: Annotated[
+        int | None, number("--epochs", "N", "epochs", "Number of epochs at most.")
+    ] = None
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images a step.")] = 32
     patience: Annotated[
         int,
         number(
             "--patience",
             "N",
             "patience",
-            "Stop after N epochs without a better held-out loss; 0 never.",
+            "Stop after N epochs of no better loss; 0 never.",
         ),
     ] = 3
     seed: Annotated[int, number("--seed", "N", "seed", "Seed of all randomness.")] = 0
@@ -139,7 +136,7 @@ class TunedOutput(Printed):
 
     export: Annotated[
         Literal["onnx"] | None,
-        option("--export", "onnx", "Also write network and map as one graph, for other runtimes."),
+        option("--export", "onnx", "Also write network and map as one graph."),
     ] = None
 
 
@@ -149,7 +146,7 @@ class TuneRun(StudyRun):
 
     precision: Annotated[
         MixedPrecision,
-        words("--precision", MixedPrecision, "auto is accelerate launch's."),
+        words("--precision", MixedPrecision, "as launched."),
     ] = "auto"
     cache: Annotated[
         Cache,
@@ -167,10 +164,9 @@ def finetune(
 ) -> None:
     """Fine-tune the network so that its plain maps are as good as fine-tuned ones (AFT).
 
-    Takes the masks of aft gen-masks in RUN/masks and writes RUN/tuned/MODEL-CAM.safetensors, which
-    --checkpoint takes. Settings of training without a default here follow the number of images;
-    finetune prints them. Stopped at any point, the same command resumes. Runs on several processes
-    under torchrun or accelerate launch.
+    Uses the masks in RUN/masks and writes RUN/tuned/MODEL-CAM.safetensors, which --checkpoint
+    takes. Other defaults depend on the number of images and are printed. If it is stopped, the same
+    command resumes. torchrun and accelerate launch run it in several processes.
     """
     cams = named(maps.cam or [])
     _check(data, maps, training)

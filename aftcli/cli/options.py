@@ -27,8 +27,7 @@ METHODS_HELP = (
         f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
         for family in FAMILIES
     )
-    + "; all for every CAM, or a family's name. Default: a tuned --checkpoint's, otherwise "
-    "layercam to explain and gradcam to mask; finetune and evaluate take all masks."
+    + "; all for every CAM, or a family's name."
 )
 
 
@@ -104,9 +103,7 @@ def check_layers(names: str | list[str]) -> None:
         raise AftError("a layer has a name; leave --layer out for the default one")
 
 
-LowerPrecision = Annotated[
-    Precision, words("--precision", Precision, "faster on GPUs; results then differ.")
-]
+LowerPrecision = Annotated[Precision, words("--precision", Precision, "fast, less exact.")]
 
 
 @dataclass(frozen=True)
@@ -120,8 +117,8 @@ class Weights:
         option(
             "--model",
             "NAME",
-            "A torchvision CNN or timm:NAME. Default: of --checkpoint or masks, otherwise "
-            "efficientnet_lite0, offline.",
+            "A torchvision CNN or timm:NAME. Default: that of the checkpoint or masks, or "
+            "efficientnet_lite0.",
         ),
     ] = None
     checkpoint: Annotated[
@@ -129,12 +126,12 @@ class Weights:
         option(
             "--checkpoint",
             "FILE",
-            "What aft finetune wrote, or a state dict (.safetensors, .pth, .pt).",
+            "From aft finetune, or a state dict of the model.",
         ),
     ] = None
     classes: Annotated[
         Path | None,
-        option("--classes", "FILE", "Class names, one a line, literal."),
+        option("--classes", "FILE", "Class names, one a line."),
     ] = None
 
 
@@ -147,7 +144,7 @@ class Network(Weights):
         option(
             "--layer",
             "NAME",
-            "Layer l by module name, several by +. Default: the last convolutional one.",
+            "Name or names, a+b. Default: last convolution.",
             callback=usage(check_layers),
         ),
     ] = None
@@ -176,7 +173,7 @@ class Maps(Methods):
 
     cells: Annotated[
         bool,
-        option("--cells", "", "Average maps of pixels over the layer's cells."),
+        option("--cells", "", "Average pixel maps over the layer's cells."),
     ] = False
 
 
@@ -186,11 +183,9 @@ class TargetMaps(Maps):
 
     target: Annotated[
         list[str] | None,
-        option(
-            "--target", "CLASS", "Class, by name or index; repeatable. Default: the predicted one."
-        ),
+        option("--target", "CLASS", "Name or index; repeatable. Default: predicted."),
     ] = None
-    top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N likeliest.")] = 1
+    top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N most likely.")] = 1
 
 
 @dataclass(frozen=True)
@@ -242,8 +237,8 @@ class Data:
         Path | None,
         typer.Argument(
             metavar="[DATASET]",
-            help="Class folders, train/ and val/ of such (as ImageNet's), or a VOCdevkit. finetune "
-            "and evaluate know it from the masks.",
+            help="Class folders, train/ and val/ of them, or VOCdevkit. Default: that of the "
+            "masks, if any.",
             show_default=False,
         ),
     ] = None
@@ -252,7 +247,7 @@ class Data:
         option(
             "--split",
             "NAME",
-            "Part of the data set. Default: train, of evaluate val, where it has parts.",
+            "Part of it. Default: train, or val to evaluate.",
         ),
     ] = None
     limit: Annotated[
@@ -293,7 +288,7 @@ class Run:
         words(
             "--engine",
             Engine,
-            "same results but rounding.",
+            "equal up to rounding.",
             envvar="AFT_ENGINE",
             show_envvar=False,
         ),
@@ -308,9 +303,9 @@ class StudyRun(Run):
 
     run: Annotated[
         Path,
-        option("--run", "DIR", "Folder of a study: masks/, tuned/, results/."),
+        option("--run", "DIR", "With masks/, tuned/, results/."),
     ] = Path("aft-run")
-    overwrite: Annotated[bool, option("--overwrite", "", "Begin again instead of resuming.")] = (
+    overwrite: Annotated[bool, option("--overwrite", "", "Start again instead of resuming.")] = (
         False
     )
     workers: Annotated[
