@@ -383,7 +383,7 @@ def control_job(
     new = with_new_head(f, data_set.classes, seed)
     notes = data_set.notes
     if f.checkpoint:
-        notes += (f"{not_its_classes(data_set, f.classes, f.name)}; its last layer is made anew",)
+        notes += (f"{not_its_classes(data_set, f.classes, f.name)}; its last layer is replaced",)
         if not f.classes.own and not f.classes.wnids:
             notes += (f"to keep the last layer{advice(f)}",)
     data_set = replace(data_set, mapped=True, notes=notes)

@@ -149,7 +149,7 @@ class Classes:
     def match(self, names: Sequence[str]) -> list[int | None]:
         """Find the classes that a data set's names mean; None where there is none.
 
-        Names mean a class as they are written, else whatever the case, underscores and spaces,
+        Names mean a class as they are written, otherwise whatever the case, underscores and spaces,
         where just one name and one class are the same then. Of ImageNet's list they are wnids; or
         all of them are first synonyms.
 

@@ -156,7 +156,7 @@ def load_blocks(
             raise
         raise AftError(
             f"a process that decodes images died ({str(error).splitlines()[0][:120].strip()}); the "
-            "same command goes on where it stopped, with fewer --workers if memory is short"
+            "same command resumes where it stopped, with fewer --workers if memory is short"
         ) from error
 
 

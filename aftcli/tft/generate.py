@@ -159,7 +159,7 @@ class _Store:
         if different:
             raise AftError(
                 f"{self.path}: {len(different)} images have changed since it was made (first: "
-                f"{different[0]}); --overwrite makes it anew"
+                f"{different[0]}); --overwrite makes it again"
             )
 
     def has(self, span: range, data_set: DataSet) -> bool:
