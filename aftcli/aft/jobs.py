@@ -128,8 +128,8 @@ def control_jobs(
     for store in stores:
         if not job.new_head and _has_control(store, job.f):
             raise AftError(
-                f"{data}: has not the images of {store.path}, so a network tuned on it is no "
-                "control of one tuned with these masks; leave DATASET out to take theirs, or give "
+                f"{data}: does not hold the images of {store.path}, so a network tuned on it is no "
+                "control of one tuned with these masks; leave DATASET out to use theirs, or give "
                 "another --run"
             )
     return [job]

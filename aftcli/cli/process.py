@@ -119,7 +119,7 @@ def what_is_wrong(error: Exception) -> str:
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "gloo" in str(error):
         return (
-            "another process of this run has ended, see what it says; the same command resumes "
+            "another process of this run has ended, see its message; the same command resumes "
             "where it stopped"
         )
     return (
@@ -154,7 +154,7 @@ def keep_freed_memory() -> bool:
     setting is the whole process's, so commands make it, functions of the library do not.
 
     Returns:
-        Whether it took effect: it does on Linux with glibc.
+        True if it took effect: it does on Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

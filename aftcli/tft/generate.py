@@ -144,7 +144,7 @@ class _Store:
         return self.parts / f"{span.start:09d}-{span.stop:09d}"
 
     def finished(self) -> bool:
-        """Return whether the finished file exists; refuse one made with other settings."""
+        """Check that the finished file exists; refuse one made with other settings."""
         if not self.path.exists():
             return False
         with MaskStore(self.path) as store:
@@ -163,7 +163,7 @@ class _Store:
             )
 
     def has(self, span: range, data_set: DataSet) -> bool:
-        """Return whether a block is stored whole and its images are unchanged.
+        """Check that a block is stored whole and its images are unchanged.
 
         A block of other settings is refused.
         """

@@ -105,7 +105,7 @@ def _unreadable(path: Path, what: str, error: Exception) -> AftError:
     if isinstance(error, OSError) and error.errno:
         locks = "unset HDF5_USE_FILE_LOCKING" if "lock file" in str(error) else "look at its disk"
         return AftError(
-            f"{path}: can't be read ({os.strerror(error.errno)}), though it may be whole; make it "
+            f"{path}: can't be read ({os.strerror(error.errno)}), but may be undamaged; make it "
             f"readable or {locks}, then try again"
         )
     return AftError(
