@@ -111,7 +111,7 @@ def durable(path: Path) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:
         raise AftError(
             f"{path}: can't be written ({getattr(error, 'strerror', None) or error}); free space "
-            "or choose another --run; the same command goes on where it stopped"
+            "or choose another --run; the same command resumes where it stopped"
         ) from error
 
 
@@ -239,7 +239,7 @@ def locked(target: Path) -> Iterator[None]:
 def _unwritable(target: Path, error: OSError) -> AftError:
     return AftError(
         f"{target}: can't be written ({error.strerror}); make its folder writable, free space "
-        "or choose another --run; the same command goes on where it stopped"
+        "or choose another --run; the same command resumes where it stopped"
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from aftcli.errors import AftError, check_name
 
@@ -22,6 +23,64 @@ MASKINGS: tuple[str, ...] = get_args(Masking)
 FILLS: tuple[str, ...] = get_args(Fill)
 MODES: tuple[str, ...] = get_args(Mode)
 SEARCHES: tuple[str, ...] = get_args(SearchKind)
+
+
+class Range(NamedTuple):
+    """Interval that a finite number must lie in.
+
+    Attributes:
+        what: the number's name in messages.
+        low: its lower end.
+        high: its upper end.
+        above: the lower end is excluded.
+        below: the upper end is excluded.
+        unit: of the number, in messages.
+    """
+
+    what: str
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+    unit: str = ""
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"be above {self.low:g}" if self.above else f"be {self.low:g} or more"
+        ends = "(" if self.above else "[", ")" if self.below else "]"
+        return f"lie in {ends[0]}{self.low:g}, {self.high:g}{ends[1]}{self.unit}"
+
+    def check(self, value: float) -> None:
+        """Check a number.
+
+        Raises:
+            AftError: it lies outside, or is not finite.
+
+        >>> Range("the blend", 0, 1, above=True).check(1)
+        """
+        low = self.low < value if self.above else self.low <= value
+        high = value < self.high if self.below else value <= self.high
+        if not (low and high and math.isfinite(value)):
+            raise AftError(f"{self.what} must {self}, got {value:g}")
+
+
+# Of numbers that options and `aftcli.aft.loss.Recipe` take, by the names of their fields.
+RANGES = {
+    "threshold": Range("the threshold", 0, 1),
+    "mute": Range("the share", 0, 100, unit=" percent"),
+    "top_k": Range("the number of classes", 1),
+    "limit": Range("the number of images", 1),
+    "workers": Range("the number of workers", 0),
+    "lam": Range("lambda", 0),
+    "consistency": Range("consistency", 0),
+    "learning_rate": Range("the learning rate", 0, above=True),
+    "held_out": Range("the held-out share", 0, 1, below=True),
+    "blend": Range("the blend", 0, 1, above=True),
+    "epochs": Range("the number of epochs", 1),
+    "batch": Range("the batch size", 1),
+    "patience": Range("the patience", 0),
+    "seed": Range("the seed", 0),
+}
 
 
 @dataclass(frozen=True)

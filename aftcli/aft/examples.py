@@ -28,6 +28,12 @@ SAVE_EVERY = 30.0  # seconds between stored states, at the least
 StemPass = Callable[[Tensor], Tensor | tuple[Tensor, ...]]
 
 
+NEW_HEAD_ADVICE = (
+    "; the new last layer has the classes of the training images: add images of the other classes "
+    "to these, or move their folders out of the val split"
+)
+
+
 class Crop(NamedTuple):
     """A square part of an input, in shares of its sides, that may be mirrored."""
 
@@ -204,7 +210,8 @@ class Gathering:
         """Gather the val split, for the report only: nothing is chosen by it."""
         data_set, reason = validation_of(job.data_set, job.f.classes)
         if reason:
-            yield Note(f"val is not measured: {reason}{advice(job.f)}")
+            what_to_do = NEW_HEAD_ADVICE if job.new_head else advice(job.f)
+            yield Note(f"val is not measured: {reason}{what_to_do}")
         if data_set is None:
             return None
         yield from map(Note, data_set.notes)

@@ -18,7 +18,13 @@ from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.models import with_new_head
 from aftcli.core.networks import outside_inference_mode
-from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set
+from aftcli.data.sets import (
+    DataSet,
+    format_of,
+    not_its_classes,
+    open_data_set,
+    refuse_one_class,
+)
 from aftcli.errors import AftError
 from aftcli.files import file_stem
 from aftcli.tft.hdf5 import Rows, join_float
@@ -129,8 +135,8 @@ def control_jobs(
     for store in stores:
         if not job.new_head and _has_control(store, job.f):
             raise AftError(
-                f"{data}: has not the images of {store.path}, so a network tuned on it is no "
-                "control of one tuned with these masks; leave DATASET out to take theirs, or give "
+                f"{data}: does not hold the images of {store.path}, so a network tuned on it is no "
+                "control of one tuned with these masks; leave DATASET out to use theirs, or give "
                 "another --run"
             )
     return [job]
@@ -285,9 +291,10 @@ def control_job(
         earlier: layers before f's that are tuned with it.
 
     Raises:
-        AftError: there is no such data set or split.
+        AftError: there is no such data set or split, or it has one class alone.
     """
     data_set = open_data_set(data, split, f.classes).limited(limit)
+    refuse_one_class(data_set)
     before = _earlier(f, earlier)
     if data_set.mapped:
         return Job(f, data_set, earlier=before)
@@ -295,7 +302,7 @@ def control_job(
     new = with_new_head(f, data_set.classes, seed)
     notes = data_set.notes
     if f.checkpoint:
-        notes += (f"{not_its_classes(data_set, f.classes, f.name)}; its last layer is made anew",)
+        notes += (f"{not_its_classes(data_set, f.classes, f.name)}; its last layer is replaced",)
         if not f.classes.own and not f.classes.wnids:
             notes += (f"to keep the last layer{advice(f)}",)
     data_set = replace(data_set, mapped=True, notes=notes)

@@ -5,7 +5,6 @@ w0 stays as it is, so training sees its outputs only; `training` is the training
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from aftcli.core.cam import TUNERS, Tuner, normalise
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS, method
 from aftcli.errors import AftError, nearest
+from aftcli.settings import RANGES
 
 Features = tuple[Tensor, ...]  # what w0 hands to w1: one tensor for most networks
 
@@ -138,19 +138,10 @@ OBJECTIVES = {"tuner": Objective("tuner", _tuner), "cam": Objective("map", _map,
 
 def check_settings(settings: Recipe, cam: str | None = None) -> None:
     """Check the settings, and that masks of a method can be trained with them."""
-    lam, rate, share = settings.lam or 0.0, settings.learning_rate, settings.held_out
-    weight = settings.consistency
-    for fine, what in (
-        (lam >= 0 and math.isfinite(lam), f"lambda must be 0 or more, got {lam:g}"),
-        (weight >= 0 and math.isfinite(weight), f"consistency must be 0 or more, got {weight:g}"),
-        (rate > 0 and math.isfinite(rate), f"the learning rate must be above 0, got {rate:g}"),
-        (0 <= share < 1, f"the held-out share must lie in [0, 1), got {share:g}"),
-        (0 < settings.blend <= 1, f"the blend must lie in (0, 1], got {settings.blend:g}"),
-        (settings.epochs >= 1, f"the number of epochs must be 1 or more, got {settings.epochs}"),
-        (settings.batch >= 1, f"the batch size must be 1 or more, got {settings.batch}"),
-    ):
-        if not fine:
-            raise AftError(what)
+    for field in ("lam", "consistency", "learning_rate", "held_out", "blend", "epochs", "batch"):
+        value = getattr(settings, field)
+        if value is not None:
+            RANGES[field].check(value)
     for what, name, known in (
         ("objective", settings.objective, OBJECTIVES),
         ("classification term", settings.classification, CLASSIFICATIONS),

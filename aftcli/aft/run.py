@@ -230,7 +230,7 @@ def _tune(job: Job, settings: Recipe, gathering: Gathering) -> Iterator[Event]:
                 gathering.remove_left(job)
             if card_classes(card) != job.f.classes:
                 yield Note(
-                    f"{files.path}: was tuned before, under other names of its classes; "
+                    f"{files.path}: was already tuned, with other class names; "
                     "--classes FILE names them where it is used, --overwrite tunes it again"
                 )
             yield Tuned(files.path, card, True)

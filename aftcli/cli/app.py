@@ -183,6 +183,18 @@ class Command(TyperCommand):
             found.rich_help_panel, found.metavar = Run.PANEL, ""
         return found
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer's own
+        """Read the command line; usage errors begin with what is wrong, not with pydantic's words.
+
+        Raises:
+            typer.BadParameter: a value is wrong.
+        """
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override] # noqa: ANN401
         """Run the command, then say it; an error is told alone."""
         try:
@@ -235,10 +247,20 @@ def root(
     """See what a convolutional image classifier looked at: CAMs with fine-tuned thresholds."""
 
 
+DEFAULT = f"{METHODS_HELP} Default: a tuned --checkpoint's, otherwise"
+
+EPILOGS = {
+    "explain": f"{DEFAULT} layercam.",
+    "tft": f"{DEFAULT} gradcam.",
+    "gen_masks": f"{DEFAULT} gradcam.",
+    "finetune": "--cam takes the methods of aft gen-masks. Default: those of all masks.",
+    "evaluate": f"{METHODS_HELP} Default: those of all masks.\n\n{METRICS_HELP}",
+}
+
 for command in (explain, tft, gen_masks, finetune, evaluate):
     # Typer keeps the line breaks of all paragraphs but the first.
     text = "\n\n".join(" ".join(part.split()) for part in str(command.__doc__).split("\n\n"))
-    epilog = f"{METHODS_HELP}\n\n{METRICS_HELP}" if command is evaluate else METHODS_HELP
+    epilog = EPILOGS[command.__name__]
     app.command(cls=Command, help=text, epilog=epilog)(grouped(command))
 
 

@@ -40,8 +40,8 @@ def tables(text: str | None) -> tuple[int, ...]:
     Raises:
         AftError: there is no such table.
 
-    >>> tables("all")
-    (3, 4, 5)
+    >>> tables("all"), tables("1,all")
+    ((3, 4, 5), (1, 3, 4, 5))
     """
     if text is None:
         return MEASURED
@@ -49,7 +49,8 @@ def tables(text: str | None) -> tuple[int, ...]:
     for name in names:
         if name not in known:
             raise AftError(f"there is no table {name!r}; --table takes {', '.join(known)}")
-    return EVALUATED if "all" in names else tuple(sorted({int(name) for name in names}))
+    numbers = {int(name) for name in names if name != "all"}
+    return tuple(sorted(numbers | set(EVALUATED) if "all" in names else numbers))
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,13 @@ class StoredThresholds:
     PANEL: ClassVar[str] = "Threshold search"
 
     thresholds: Annotated[
-        str | None, option("--thresholds", "LIST", "0:1:0.1 or 0,0.2,0.5. Default: the masks'.")
+        str | None,
+        option(
+            "--thresholds",
+            "LIST",
+            "0:1:0.1 or 0,0.2,0.5. Default: the masks'.",
+            callback=usage(read_thresholds),
+        ),
     ] = None
     masking: Annotated[
         Readings,
@@ -86,7 +93,7 @@ class TableOutput(Printed):
         option(
             "--table",
             "LIST",
-            f"Of {', '.join(f'{n} {shows}' for n, shows in TABLES.items())}; all, or alone: "
+            f"{', '.join(f'{n} {shows}' for n, shows in TABLES.items())}; all or no LIST: "
             f"{','.join(map(str, EVALUATED))}. Default: {','.join(map(str, MEASURED))}.",
             callback=usage(tables),
         ),
@@ -130,9 +137,9 @@ def evaluate(
 ) -> None:
     """Measure maps without and with TFT, and those of tuned networks: the paper's tables.
 
-    Takes all masks and tuned networks of RUN and the val split of their data set. Results are
-    kept in RUN/results: a second call finds them, an interrupted one resumes. Settings of TFT are
-    those of the masks by default. Runs on several processes under torchrun or accelerate launch.
+    Uses all masks and tuned networks of RUN, the settings of the masks, and the val split of their
+    data set. A second call reuses the results in RUN/results, an interrupted one resumes. torchrun
+    and accelerate launch run it in several processes.
     """
     cams = named(maps.cam or [])
     setup.check(network, data.dataset)
@@ -149,7 +156,12 @@ def evaluate(
     asked = Asked(source, cams, data.dataset, data.split, data.limit, *searched, maps.cells)
     keep_freed_memory()
     plan = _plan(thresholds, output, run, setup.engine(run.engine, "no", quiet))
-    found = evaluated(find_studies(run.run, asked), plan, output, run, processes)
+    studies = find_studies(run.run, asked)
+    if output.figures:
+        from aftcli.report.figures import check_images
+
+        check_images(studies, output.image or [])
+    found = evaluated(studies, plan, output, run, processes)
     if processes.index == 0:
         words, shown = "json" if output.json else output.format_, Shown(output.ci, output.paper)
         formats.FORMATS[words](found, shown)

@@ -19,6 +19,7 @@ from aftcli.cli.options import (
     Run,
     TargetMaps,
     Thresholds,
+    number,
     option,
     usage,
 )
@@ -45,14 +46,20 @@ def outputs(text: str | None, tft: bool = False) -> tuple[str, ...]:
     """Read what to write.
 
     Raises:
-        AftError: a kind of output is unknown.
+        AftError: a kind of output is unknown, or none is named.
+
+    >>> outputs("map,mask"), outputs("none")
+    (('map', 'mask'), ())
     """
     if text is None:
         return ("overlay", "figure") if tft else ("overlay",)
     kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    for kind in kinds:
-        if kind not in OUTPUTS:
-            raise AftError(f"unknown output {kind!r} in --save; there are {', '.join(OUTPUTS)}")
+    if kinds == ("none",):
+        return ()
+    unknown = [kind for kind in kinds if kind not in OUTPUTS]
+    if unknown or not kinds:
+        what = f"unknown output {unknown[0]!r}" if unknown else "no output"
+        raise AftError(f"{what} in --save; there are {', '.join(OUTPUTS)}, or none alone")
     return kinds
 
 
@@ -61,10 +68,10 @@ class CutMaps(TargetMaps):
     """The maps, and where they are cut without a search."""
 
     threshold: Annotated[
-        float | None, option("--threshold", "T", "Mute scores below T, in [0, 1].")
+        float | None, number("--threshold", "T", "threshold", "Mute scores below T, in [0, 1].")
     ] = None
     mute: Annotated[
-        float | None, option("--mute", "PERCENT", "Mute the lowest PERCENT of the map.")
+        float | None, number("--mute", "P", "mute", "Mute the lowest P percent of the map.")
     ] = None
 
 
@@ -105,8 +112,8 @@ class Files(Printed):
         option(
             "--save",
             "LIST",
-            "Of overlay, figure (the paper's Figure 3), map (.npy), mask (.png). Default: overlay, "
-            "with --tft figure too.",
+            "overlay, figure (Figure 3), map (.npy), mask (.png), or none. Default: overlay, with "
+            "a search figure too.",
             callback=usage(outputs),
         ),
     ] = None
@@ -131,8 +138,7 @@ def explain(
 ) -> None:
     """Show where the model looked for its prediction, or for any class.
 
-    With --tft the map is cut at the threshold, of --thresholds, at which the masked image raises
-    the class's probability most.
+    With --tft the map is cut where the class's probability rises most.
     """
     tft = thresholds.tft
     cut = muting(maps.threshold, maps.mute, tft)
@@ -212,14 +218,10 @@ def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[floa
     """Read a fixed cut-off: (tau, mode) as `muted` takes it, or None.
 
     Raises:
-        AftError: more than one way of muting is asked for, or a value is out of range.
+        AftError: more than one way of muting is asked for.
     """
     if (threshold is not None) + (mute is not None) + tft > 1:
         raise AftError("--threshold, --mute and --tft exclude each other: give one")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise AftError(f"--threshold {threshold:g} must lie in [0, 1]")
-    if mute is not None and not 0 <= mute <= 100:
-        raise AftError(f"--mute {mute:g} must lie in [0, 100] percent")
     if threshold is not None:
         return threshold, "value"
     return (mute / 100, "percentile") if mute is not None else None

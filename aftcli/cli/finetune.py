@@ -6,7 +6,18 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from aftcli.cli import setup
-from aftcli.cli.options import Data, Methods, Printed, StudyRun, Weights, option, words
+from aftcli.cli.options import (
+    Data,
+    Methods,
+    Printed,
+    StudyRun,
+    Weights,
+    check_layers,
+    number,
+    option,
+    usage,
+    words,
+)
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
@@ -32,7 +43,8 @@ class TunedNetwork(Weights):
         option(
             "--layer",
             "NAME",
-            "Default: the masks'. Repeated, all are tuned: the masks' last, earlier ones before.",
+            "Repeat to tune several, the masks' layer last. Default: the masks' layer.",
+            callback=usage(check_layers),
         ),
     ] = None
 
@@ -46,16 +58,15 @@ class TrainingData(Data):
         option(
             "--no-masks",
             "",
-            "The control: plain cross-entropy on the masks' images. A DATASET of other classes "
-            "gets a new last layer.",
+            "Train a control by plain cross-entropy. Other classes get a new last layer.",
         ),
     ] = False
     held_out: Annotated[
         float,
-        option("--held-out", "SHARE", "Share of the images that only chooses the epoch."),
+        number("--held-out", "SHARE", "held_out", "Images that only choose the epoch."),
     ] = 0.1
     augment: Annotated[
-        bool, option("--augment", "", "Flip and crop at random; nothing is cached.")
+        bool, option("--augment", "", "Flip and crop at random, without a cache.")
     ] = False
 
 
@@ -66,15 +77,21 @@ class Training:
     PANEL: ClassVar[str] = "Training"
 
     lam: Annotated[
-        float | None, option("--lam", "L", "lambda of eq. 8, for a sum over the mask's cells.")
+        float | None,
+        number("--lam", "L", "lam", "lambda of eq. 8, for a sum over the cells."),
     ] = None
     objective: Annotated[
         Objective,
-        words("--objective", Objective, "the tuner's output (paper) or the CAM itself learns."),
+        words("--objective", Objective, "what is compared with the mask; paper: tuner."),
     ] = "tuner"
     consistency: Annotated[
         float | None,
-        option("--consistency", "W", "Weight of the loss on masked images; 0 is the paper."),
+        number(
+            "--consistency",
+            "W",
+            "consistency",
+            "Loss weight of masked images; paper: 0.",
+        ),
     ] = None
     classification: Annotated[
         Classification | None,
@@ -87,22 +104,30 @@ class Training:
     ] = None
     blend: Annotated[
         float | None,
-        option(
+        number(
             "--blend",
             "SHARE",
-            "How far to go to the trained weights, above 0 to 1; less keeps more accuracy.",
+            "blend",
+            "Share of the change in weights to keep, in (0, 1]; less keeps more accuracy.",
         ),
     ] = None
-    learning_rate: Annotated[float | None, option("--lr", "RATE", "Learning rate of Adam.")] = None
-    epochs: Annotated[int | None, option("--epochs", "N", "Epochs at the most.", min=1)] = None
-    batch: Annotated[int, option("--batch-size", "N", "Images in a step of training.", min=1)] = 32
+    learning_rate: Annotated[
+        float | None, number("--lr", "RATE", "learning_rate", "Learning rate of Adam.")
+    ] = None
+    epochs: Annotated[
+        int | None, number("--epochs", "N", "epochs", "Number of epochs at most.")
+    ] = None
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images a step.")] = 32
     patience: Annotated[
         int,
-        option(
-            "--patience", "N", "Stop after N epochs without a better held-out loss; 0 never.", min=0
+        number(
+            "--patience",
+            "N",
+            "patience",
+            "Stop after N epochs of no better loss; 0 never.",
         ),
     ] = 3
-    seed: Annotated[int, option("--seed", "N", "Seed of all randomness.", min=0)] = 0
+    seed: Annotated[int, number("--seed", "N", "seed", "Seed of all randomness.")] = 0
 
 
 @dataclass(frozen=True)
@@ -111,7 +136,7 @@ class TunedOutput(Printed):
 
     export: Annotated[
         Literal["onnx"] | None,
-        option("--export", "onnx", "Also write network and map as one graph, for other runtimes."),
+        option("--export", "onnx", "Also write network and map as one graph."),
     ] = None
 
 
@@ -121,7 +146,7 @@ class TuneRun(StudyRun):
 
     precision: Annotated[
         MixedPrecision,
-        words("--precision", MixedPrecision, "auto is accelerate launch's."),
+        words("--precision", MixedPrecision, "as launched."),
     ] = "auto"
     cache: Annotated[
         Cache,
@@ -139,10 +164,9 @@ def finetune(
 ) -> None:
     """Fine-tune the network so that its plain maps are as good as fine-tuned ones (AFT).
 
-    Takes the masks of aft gen-masks in RUN/masks and writes RUN/tuned/MODEL-CAM.safetensors, which
-    --checkpoint takes. Settings of training without a default here follow the number of images;
-    finetune prints them. Stopped at any point, the same command resumes. Runs on several processes
-    under torchrun or accelerate launch.
+    Uses the masks in RUN/masks and writes RUN/tuned/MODEL-CAM.safetensors, which --checkpoint
+    takes. Other defaults depend on the number of images and are printed. If it is stopped, the same
+    command resumes. torchrun and accelerate launch run it in several processes.
     """
     cams = named(maps.cam or [])
     _check(data, maps, training)

@@ -55,8 +55,8 @@ def gen_masks(
 ) -> None:
     """Find the best masks of a whole data set: the auxiliary data of AFT.
 
-    Writes RUN/masks/MODEL-CAM.h5. Stopped at any point, the same command resumes. Runs on several
-    processes or machines under torchrun or accelerate launch.
+    Writes RUN/masks/MODEL-CAM.h5. If it is stopped, the same command resumes. torchrun and
+    accelerate launch run it in several processes, also on several machines.
     """
     if output.show or data.dataset is None:
         return _show(output)

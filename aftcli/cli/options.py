@@ -14,7 +14,7 @@ from typer.models import OptionInfo
 
 from aftcli.core.methods import FAMILIES, METHODS, check_device, named
 from aftcli.errors import AftError
-from aftcli.settings import Fill, Masking, Mode, Search, SearchKind, read_thresholds
+from aftcli.settings import RANGES, Fill, Masking, Mode, Search, SearchKind, read_thresholds
 
 # As in aftcli.engine.accelerate.
 Engine = Literal["auto", "torch", "compile", "onnxruntime"]
@@ -27,8 +27,7 @@ METHODS_HELP = (
         f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
         for family in FAMILIES
     )
-    + "; all for every CAM, or a family's name. Default: a tuned --checkpoint's, otherwise "
-    "layercam to explain and gradcam to mask; finetune and evaluate take all masks."
+    + "; all for every CAM, or a family's name."
 )
 
 
@@ -63,11 +62,12 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def usage(read: Callable[[Any], object]) -> Callable[[Any], Any]:
-    """Make a callback to which what a reader refuses is a usage error."""
+    """Make a callback to which what a reader refuses is a usage error; it reads no None."""
 
     def checked(value: Any) -> Any:  # noqa: ANN401 - of any option
         try:
-            read(value)
+            if value is not None:
+                read(value)
         except AftError as error:
             raise typer.BadParameter(str(error)) from error
         return value
@@ -78,6 +78,11 @@ def usage(read: Callable[[Any], object]) -> Callable[[Any], Any]:
 def option(names: str, metavar: str, help: str, **more: Any) -> Any:  # noqa: ANN401
     """Make an option of typer's; metavar is empty for a flag."""
     return typer.Option(*names.split(), metavar=metavar, help=help, **more)
+
+
+def number(names: str, metavar: str, field: str, help: str, **more: Any) -> Any:  # noqa: ANN401
+    """Make an option of a number; RANGES names its field."""
+    return option(names, metavar, help, callback=usage(RANGES[field].check), **more)
 
 
 def words(names: str, of: Any, help: str, default: bool = True, **more: Any) -> Any:  # noqa: ANN401
@@ -92,9 +97,13 @@ def _check_methods(words: list[str] | None) -> None:
     named(word for word in words or [] if word not in (*METHODS, *FAMILIES))
 
 
-LowerPrecision = Annotated[
-    Precision, words("--precision", Precision, "faster on GPUs; results then differ.")
-]
+def check_layers(names: str | list[str]) -> None:
+    """Refuse a layer without a name, which would be the default one."""
+    if "" in (names if isinstance(names, list) else [names]):
+        raise AftError("a layer has a name; leave --layer out for the default one")
+
+
+LowerPrecision = Annotated[Precision, words("--precision", Precision, "fast, less exact.")]
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,8 @@ class Weights:
         option(
             "--model",
             "NAME",
-            "A torchvision CNN or timm:NAME. Default: of --checkpoint or masks, otherwise "
-            "efficientnet_lite0, offline.",
+            "A torchvision CNN or timm:NAME. Default: that of the checkpoint or masks, or "
+            "efficientnet_lite0.",
         ),
     ] = None
     checkpoint: Annotated[
@@ -117,12 +126,12 @@ class Weights:
         option(
             "--checkpoint",
             "FILE",
-            "What aft finetune wrote, or a state dict (.safetensors, .pth, .pt).",
+            "From aft finetune, or a state dict of the model.",
         ),
     ] = None
     classes: Annotated[
         Path | None,
-        option("--classes", "FILE", "Class names, one a line, literal."),
+        option("--classes", "FILE", "Class names, one a line."),
     ] = None
 
 
@@ -135,7 +144,8 @@ class Network(Weights):
         option(
             "--layer",
             "NAME",
-            "Layer l by module name, several by +. Default: the last convolutional one.",
+            "Name or names, a+b. Default: last convolution.",
+            callback=usage(check_layers),
         ),
     ] = None
 
@@ -163,7 +173,7 @@ class Maps(Methods):
 
     cells: Annotated[
         bool,
-        option("--cells", "", "Average maps of pixels over the layer's cells."),
+        option("--cells", "", "Average pixel maps over the layer's cells."),
     ] = False
 
 
@@ -173,11 +183,9 @@ class TargetMaps(Maps):
 
     target: Annotated[
         list[str] | None,
-        option(
-            "--target", "CLASS", "Class, by name or index; repeatable. Default: the predicted one."
-        ),
+        option("--target", "CLASS", "Name or index; repeatable. Default: predicted."),
     ] = None
-    top_k: Annotated[int, option("--top-k", "N", "Explain the N likeliest.", min=1)] = 1
+    top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N most likely.")] = 1
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,10 @@ class Thresholds:
 
     PANEL: ClassVar[str] = "Threshold search"
 
-    thresholds: Annotated[str, option("--thresholds", "LIST", "0:1:0.1 or 0,0.2,0.5.")] = "0:1:0.1"
+    thresholds: Annotated[
+        str,
+        option("--thresholds", "LIST", "0:1:0.1 or 0,0.2,0.5.", callback=usage(read_thresholds)),
+    ] = "0:1:0.1"
     masking: Annotated[
         Masking,
         words(
@@ -226,8 +237,8 @@ class Data:
         Path | None,
         typer.Argument(
             metavar="[DATASET]",
-            help="Class folders, train/ and val/ of such (as ImageNet's), or a VOCdevkit. finetune "
-            "and evaluate know it from the masks.",
+            help="Class folders, train/ and val/ of them, or VOCdevkit. Default: that of the "
+            "masks, if any.",
             show_default=False,
         ),
     ] = None
@@ -236,12 +247,12 @@ class Data:
         option(
             "--split",
             "NAME",
-            "Part of the data set. Default: train, of evaluate val, where it has parts.",
+            "Part of it. Default: train, or val to evaluate.",
         ),
     ] = None
     limit: Annotated[
         int | None,
-        option("--limit", "N", "Take N images, spread over the classes.", min=1),
+        number("--limit", "N", "limit", "Take N images, spread over the classes."),
     ] = None
 
 
@@ -277,7 +288,7 @@ class Run:
         words(
             "--engine",
             Engine,
-            "same results but rounding.",
+            "equal up to rounding.",
             envvar="AFT_ENGINE",
             show_envvar=False,
         ),
@@ -292,18 +303,18 @@ class StudyRun(Run):
 
     run: Annotated[
         Path,
-        option("--run", "DIR", "Folder of a study: masks/, tuned/, results/."),
+        option("--run", "DIR", "With masks/, tuned/, results/."),
     ] = Path("aft-run")
-    overwrite: Annotated[bool, option("--overwrite", "", "Begin again instead of resuming.")] = (
+    overwrite: Annotated[bool, option("--overwrite", "", "Start again instead of resuming.")] = (
         False
     )
     workers: Annotated[
         int | None,
-        option(
+        number(
             "--workers",
             "N",
+            "workers",
             "Processes that decode images. Default: half the cores, at most 8.",
-            min=0,
         ),
     ] = None
 
@@ -312,4 +323,6 @@ class StudyRun(Run):
 class EvaluateRun(StudyRun):
     """Options of how an evaluation runs."""
 
-    batch: Annotated[int, option("--batch-size", "N", "Images in a pass of the stem.", min=1)] = 16
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in a pass of the stem.")] = (
+        16
+    )

@@ -86,16 +86,16 @@ class Stopping:
 
 
 def how_to_go_on(number: int, arguments: Sequence[str]) -> str:
-    """Say that a command was stopped, and how it goes on.
+    """Say that a command was stopped, and how to resume it.
 
     Args:
         number: of the signal.
         arguments: of the command line.
 
     >>> how_to_go_on(signal.SIGINT, ["gen-masks", "photos"])
-    'interrupted; the same command goes on where it stopped'
+    'interrupted; the same command resumes where it stopped'
     >>> how_to_go_on(signal.SIGTERM, ["finetune", "--overwrite"])
-    'terminated; the same command without --overwrite goes on where it stopped'
+    'terminated; the same command without --overwrite resumes where it stopped'
     >>> how_to_go_on(signal.SIGINT, ["explain", "cat.jpg"])
     'interrupted'
     """
@@ -103,7 +103,7 @@ def how_to_go_on(number: int, arguments: Sequence[str]) -> str:
     if not set(arguments[:1]) & set(GO_ON):
         return said
     without = " without --overwrite" if "--overwrite" in arguments else ""
-    return f"{said}; the same command{without} goes on where it stopped"
+    return f"{said}; the same command{without} resumes where it stopped"
 
 
 def what_is_wrong(error: Exception) -> str:
@@ -119,7 +119,7 @@ def what_is_wrong(error: Exception) -> str:
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "gloo" in str(error):
         return (
-            "another process of this run has ended, see what it says; the same command goes on "
+            "another process of this run has ended, see its message; the same command resumes "
             "where it stopped"
         )
     return (
@@ -139,7 +139,7 @@ def flush() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        # Else it is tried once more, and fails, when the process ends.
+        # Otherwise it is tried once more, and fails, when the process ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             raise
@@ -154,7 +154,7 @@ def keep_freed_memory() -> bool:
     setting is the whole process's, so commands make it, functions of the library do not.
 
     Returns:
-        Whether it took effect: it does on Linux with glibc.
+        True if it took effect: it does on Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -178,5 +178,5 @@ def kept_from_collector() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-        # Else libraries take what is left at the end for a leak, and say so.
+        # Otherwise libraries take what is left at the end for a leak, and say so.
         atexit.register(gc.unfreeze)

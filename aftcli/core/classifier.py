@@ -148,9 +148,12 @@ class Classes:
     def match(self, names: Sequence[str]) -> list[int | None]:
         """Find the classes that a data set's names mean; None where there is none.
 
-        Names mean a class as they are written, else whatever the case, underscores and spaces,
+        Names mean a class as they are written, otherwise whatever the case, underscores and spaces,
         where just one name and one class are the same then. Of ImageNet's list they are wnids; or
         all of them are first synonyms.
+
+        Raises:
+            AftError: a name means several classes, which have the same name.
         """
         if self.wnids:
             known = {wnid: index for index, wnid in enumerate(self.wnids)}
@@ -160,6 +163,15 @@ class Classes:
             found = [first.get(_plain(name)) for name in names]
             whole = len(first) == len(self) and None not in found
             return found if whole else [None] * len(names)
+        counts = Counter(self.names)
+        for name in names:
+            if counts[name] > 1:
+                places = [str(i) for i in range(len(self)) if self.names[i] == name]
+                raise AftError(
+                    f"classes {' and '.join(places)} of the model are all named {name!r}, so it "
+                    "is unclear which is meant; give each class a name of its own, by --classes "
+                    "FILE, one a line"
+                )
         exact, near = _once(self.names), _once(map(_plain, self.names))
         alone = _once(map(_plain, names))
         return [

@@ -177,7 +177,7 @@ def load_blocks(
         others = {process.exitcode for process in processes.values()} - {-SIGKILL, -SIGTERM}
         how = f"exited unexpectedly with code {others.pop()}" if others else "Killed"
         raise AftError(
-            f"a process that decodes images died ({how}); the same command goes on where it "
+            f"a process that decodes images died ({how}); the same command resumes where it "
             "stopped, with fewer --workers if memory is short"
         )
 

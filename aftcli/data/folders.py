@@ -256,7 +256,7 @@ def find_split(path: Path, split: str | None, classes: Classes, default: str) ->
         return Split(_choose(path, folders, known, split or default), notes)
     if split in folders:
         raise AftError(
-            f"{path}: {split}/ is taken as a class, for it lies beside others "
+            f"{path}: {split}/ is taken as a class, because it lies beside others "
             f"({listed(others)}); leave --split out, or name the folder of the split itself"
         )
     if split:
@@ -268,7 +268,7 @@ def find_split(path: Path, split: str | None, classes: Classes, default: str) ->
 
 
 def _are_splits(path: Path, known: list[str], others: list[str]) -> bool:
-    """Tell whether folders with names of splits are such: classes may have these names too."""
+    """Tell if folders with names of splits are such: classes may have these names too."""
     if not others:
         return True
     holding = [name for name in known if _holds_folders(path / name)]
@@ -280,7 +280,7 @@ def _are_splits(path: Path, known: list[str], others: list[str]) -> bool:
 
 
 def _holds_folders(path: Path) -> bool:
-    """Tell whether a folder holds folders rather than pictures, as a split does."""
+    """Tell if a folder holds folders rather than pictures, as a split does."""
     pictures = sum(_is_picture(p.name) and not is_hidden(p.name) for p in path.iterdir())
     return len(_folders(path)[0]) > pictures
 

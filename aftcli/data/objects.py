@@ -114,7 +114,7 @@ class Objects:
         return turn.upright(labels) if stored else labels
 
     def _is_stored(self, size: Size | None, turn: Turn, path: Path, index: int, what: str) -> bool:
-        """Decide by an annotation's own size whether it is of the stored picture."""
+        """Tell by an annotation's own size if it is of the stored picture."""
         if turn.orientation == 1:
             return True
         name, boxes = self.data_set.samples[index].name, what == "boxes"

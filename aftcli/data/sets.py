@@ -336,6 +336,19 @@ def not_its_classes(data_set: DataSet, classes: Classes, name: str = "the model"
     )
 
 
+def refuse_one_class(data_set: DataSet) -> None:
+    """Refuse a data set of one class that is none of the model's.
+
+    Raises:
+        AftError: it is.
+    """
+    if not data_set.mapped and len(data_set.classes) == 1:
+        raise AftError(
+            f"{data_set.root}: has one class folder, {data_set.classes[0]}, and one class alone "
+            "can't be trained or evaluated; put the folders of other classes beside it"
+        )
+
+
 def map_to_model(names: Sequence[str], classes: Classes) -> list[int] | None:
     """Find the model's class of each name; None where not all of them are its classes."""
     found = [index for index in classes.match(names) if index is not None]

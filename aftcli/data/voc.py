@@ -44,7 +44,7 @@ class Voc(Format):
         return _open(root, split or default, classes, path) if root else None
 
     def has_split(self, root: Path, split: str) -> bool:
-        """Tell whether there is a list of this name."""
+        """Tell if there is a list of this name."""
         return (root / LISTS / f"{split}.txt").is_file()
 
     def areas(self, data_set: DataSet, index: int) -> list[float]:

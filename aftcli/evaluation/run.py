@@ -135,8 +135,8 @@ def evaluate_study(
                 for file in missing.values():
                     file.clear_parts()
                 raise AftError(
-                    f"{study.data_set.root}: files changed while they were evaluated; what was "
-                    "measured is thrown away, run the same command again"
+                    f"{study.data_set.root}: files changed while they were evaluated, so the "
+                    "results were discarded; run the same command again"
                 )
 
         if missing:

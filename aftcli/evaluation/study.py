@@ -15,7 +15,7 @@ from aftcli.core.methods import METHODS
 from aftcli.core.models import load_classifier
 from aftcli.core.weights import card_classes, read_card
 from aftcli.data.blocks import pack, unpack
-from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set
+from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set, refuse_one_class
 from aftcli.errors import AftError
 from aftcli.settings import Search
 from aftcli.tft.masks import MaskStore
@@ -338,6 +338,7 @@ def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
                 "was not trained on: aft evaluate DATASET"
             )
     data_set = open_data_set(path, split, f.classes, default="val")
+    refuse_one_class(data_set)
     if not data_set.mapped:
         raise AftError(f"{not_its_classes(data_set, f.classes, f.name)}{advice(f)}")
     return data_set.limited(asked.limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -62,7 +62,23 @@ def draw_all(
     return made
 
 
-def _chosen(study: Study, names: list[str]) -> list[int]:
+def check_images(studies: Iterable[Study], names: Sequence[str]) -> None:
+    """Check the images of Figure 3 before hours of work: each is in a data set and can be read.
+
+    Args:
+        studies: to be evaluated.
+        names: parts of the images' names.
+
+    Raises:
+        AftError: an image is not there, or can't be read.
+    """
+    for study in studies:
+        for i in _chosen(study, names) if names else ():
+            read_image(study.data_set.path(i))
+
+
+def _chosen(study: Study, names: Sequence[str]) -> list[int]:
+    """Find the places of the images of Figure 3 in a study's data set."""
     samples = study.data_set.samples
     if not names:
         return spread(len(samples), CHOSEN)
@@ -72,7 +88,8 @@ def _chosen(study: Study, names: list[str]) -> list[int]:
         if not fitting:
             known = nearest(name, [Path(sample.name).name for sample in samples])
             raise AftError(
-                f"--image {name}: no image of {study.data_set.root} is named so; {known}"
+                f"--image {name}: no image of {study.data_set.root} has this in its name; "
+                f"nearest: {known}"
             )
         found.append(fitting[0])
     return found

@@ -96,11 +96,11 @@ def _beginning(begun: Begun) -> tuple[str, str]:
     job = begun.job
     head = f" and a new head of {len(job.f.classes)} classes" if job.new_head else ""
     tuner = "" if job.masks is None else " and the tuner"
-    goes_on = f", going on after epoch {begun.epoch}" if begun.epoch else ""
+    resumed = f", resuming after epoch {begun.epoch}" if begun.epoch else ""
     layers = ", ".join([*(job.earlier.names if job.earlier else ()), job.f.layer_name])
     return (
         f"{job.name}: training {layers}{head}, what follows it{tuner} on {begun.train} "
-        f"images, {begun.held_out} held out{goes_on}",
+        f"images, {begun.held_out} held out{resumed}",
         _recipe(begun),
     )
 

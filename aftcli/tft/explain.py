@@ -49,7 +49,7 @@ class Explanation:
 
 
 def fits(f: Classifier, method: str) -> bool:
-    """Return whether a method can explain a classifier: CAM only fits some heads."""
+    """Check that a method can explain a classifier: CAM only fits some heads."""
     return method != "cam" or (
         f.linear_head is not None and f.linear_head.is_last and f.linear_head.is_mean
     )

@@ -144,7 +144,7 @@ class _Store:
         return self.parts / f"{span.start:09d}-{span.stop:09d}"
 
     def finished(self) -> bool:
-        """Return whether the finished file exists; refuse one made with other settings."""
+        """Check that the finished file exists; refuse one made with other settings."""
         if not self.path.exists():
             return False
         with MaskStore(self.path) as store:
@@ -159,11 +159,11 @@ class _Store:
         if different:
             raise AftError(
                 f"{self.path}: {len(different)} images have changed since it was made (first: "
-                f"{different[0]}); --overwrite makes it anew"
+                f"{different[0]}); --overwrite makes it again"
             )
 
     def has(self, span: range, data_set: DataSet) -> bool:
-        """Return whether a block is stored whole and its images are unchanged.
+        """Check that a block is stored whole and its images are unchanged.
 
         A block of other settings is refused.
         """

@@ -43,6 +43,12 @@ INFORMATION = frozenset(
     {"aft_version", "checkpoint", "class_names", "data_set", "complete", "digest", "seal"}
 )
 
+# Settings that are written only where they are not the default.
+UNWRITTEN = {"search": "exact", "precision": "no"}
+
+# Settings that class names change, and nothing else of a store.
+NAMING = frozenset({"classes", "images_hash", "labels"})
+
 
 class MaskRecord(NamedTuple):
     """Record of one image of a store; see `Rows`. `attribution` is exact float32, (h, w)."""
@@ -61,15 +67,26 @@ class MaskRecord(NamedTuple):
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Name the settings in which a store differs from what is asked for."""
-    named = []
-    for key in sorted({*found, *wanted} - INFORMATION):
-        if found.get(key) != wanted.get(key):
-            named.append(f"{key} is {_short(found.get(key))}, asked for {_short(wanted.get(key))}")
-    return named
+    found, wanted = UNWRITTEN | dict(found), UNWRITTEN | dict(wanted)
+    return [
+        f"{key} is {_short(found.get(key))}, asked for {_short(wanted.get(key))}"
+        for key in _differing(found, wanted)
+    ]
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    keys = sorted({*found, *wanted} - INFORMATION)
+    return [key for key in keys if found.get(key) != wanted.get(key)]
 
 
 def refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse to resume a file that was begun with other settings."""
+    named_since = (found.get("labels"), wanted.get("labels")) == ("data set", "model")
+    if named_since and NAMING.issuperset(_differing(found, wanted)):
+        raise AftError(
+            f"{path}: was begun before the classes had names, which change no mask; leave "
+            "--classes out here and pass it to aft finetune and aft evaluate, or use --overwrite"
+        )
     other = differences(found, wanted)
     if other:
         raise AftError(
@@ -88,7 +105,7 @@ def _unreadable(path: Path, what: str, error: Exception) -> AftError:
     if isinstance(error, OSError) and error.errno:
         locks = "unset HDF5_USE_FILE_LOCKING" if "lock file" in str(error) else "look at its disk"
         return AftError(
-            f"{path}: can't be read ({os.strerror(error.errno)}), though it may be whole; make it "
+            f"{path}: can't be read ({os.strerror(error.errno)}), but may be undamaged; make it "
             f"readable or {locks}, then try again"
         )
     return AftError(

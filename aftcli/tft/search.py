@@ -56,7 +56,7 @@ class TftResult(NamedTuple):
 
     @property
     def helps(self) -> Tensor:
-        """Return whether a threshold raises the probability by more than rounding, (N,), bool."""
+        """Tell where a threshold raises the probability by more than rounding, (N,), bool."""
         return raised(self.rpi, self.probability).any(1)
 
 

@@ -279,10 +279,7 @@ def test_data_sets_that_can_not_be_evaluated_are_refused(run, study, tmp_path):
     "options, said",
     [
         (("--table", "9"), "no table '9'"),
-        (
-            ("--format", "xml"),
-            "'--format': Value error, 'xml' is not one of 'table', 'json', 'csv'",
-        ),
+        (("--format", "xml"), "'--format': 'xml' is not one of 'table', 'json', 'csv'"),
         (("--metrics", "adccc"), "nearest: adcc"),
         (("--masking", "hard"), "'hard' is not one of 'both', 'binary', 'soft'"),
         (("--cam", "gradcamm"), "unknown method"),
@@ -295,12 +292,30 @@ def test_wrong_words_are_usage_errors_and_named(tmp_path, options, said):
 
 def test_wrong_thresholds_are_named(tmp_path):
     said = "must increase within [0, 1]"
-    assert said in refused("--run", tmp_path, "--thresholds", "0:2:1")
+    assert said in usage_error(aft("evaluate", "--run", tmp_path, "--thresholds", "0:2:1"))
 
 
 def test_an_unknown_image_of_figure_3_is_named(run, document):
     done = again(run, "--figures", "--image", "zebra", "--baselines")
     assert done.code == 1 and "--image zebra: no image" in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("zebra", "--image zebra: no image"), ("n02123159/0", "n02123159/0.png: is not a picture")],
+)
+def test_a_wrong_image_of_figure_3_is_refused_before_anything_is_measured(
+    study, tmp_path, monkeypatch, name, said
+):
+    """One that is not there, and one that can't be read."""
+
+    def measured(*_):
+        raise AssertionError("an image was measured first")
+
+    monkeypatch.setattr("aftcli.cli.study.evaluate_study", measured)
+    data = shutil.copytree(study / "data", tmp_path / "data")
+    (data / "val/n02123159/0.png").write_bytes(b"no picture")
+    assert said in refused(data, "--run", study / "run", "--figures", "--image", name)
 
 
 def test_tuned_networks_are_evaluated_without_their_masks(run, document, study, tmp_path):
@@ -319,6 +334,7 @@ def test_a_bare_table_option():
     assert with_table(["evaluate", "--table", long])[2] == long
     assert with_table(["evaluate", "--table=4"]) == ["evaluate", "--table=4"]
     assert tables("1,3") == (1, 3) and tables(None) == (3, 4) and tables("all") == (3, 4, 5)
+    assert tables("1,all") == (1, 3, 4, 5) and tables("all, 2,3") == (2, 3, 4, 5)
     with pytest.raises(AftError):
         tables("3,")
 

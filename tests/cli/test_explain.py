@@ -285,7 +285,7 @@ def test_all_methods_by_name(f):
     ],
 )
 def test_targets(real, target, index):
-    [found] = objects("explain", CHELSEA, "--target", target, "--save", "")
+    [found] = objects("explain", CHELSEA, "--target", target, "--save", "none")
     assert (found["class_index"], found["outputs"]) == (index, {})
     with torch.no_grad():
         y = real(to_input(read_image(CHELSEA), real.preprocessing)).softmax(1)[0]
@@ -449,7 +449,7 @@ def test_folders_globs_and_dashes(f, folder, monkeypatch):
     Path("in/notes.txt").write_text("no picture")
 
     def images(*arguments):
-        out = done(aft("explain", "--json", "--save", "", "--", *arguments))
+        out = done(aft("explain", "--json", "--save", "none", "--", *arguments))
         return [found["image"] for found in json.loads(out)]
 
     assert images("in") == ["in/-c.png", "in/b.png", "in/deep/er/a.JPG"]
@@ -480,7 +480,7 @@ def test_good_images_are_done_and_broken_ones_named(f, folder):
     assert third == "aft: in/zero.png: the file is empty"
     written = [f"{n}-pear-layercam-overlay.png" for n in "ac"]
     assert leftovers(folder / "aft-out") == written
-    again = aft("explain", "in", "gone.png", "--json", "--save", "")
+    again = aft("explain", "in", "gone.png", "--json", "--save", "none")
     assert (again.code, again.err) == (1, result.err)
     assert [found["image"] for found in json.loads(again.out)] == ["in/a.png", "in/c.png"]
 

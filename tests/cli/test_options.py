@@ -328,6 +328,7 @@ def test_the_longest_name_with_settings_can_be_written():
 def test_help_shows_few_options_at_once(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = aft(name, "--help").out.splitlines()
+    assert len(lines) <= {"explain": 60, "finetune": 75}.get(name, 90)
     starts = [i for i, line in enumerate(lines) if line.startswith("╭─")]
     ends = [i for i, line in enumerate(lines) if line.startswith("╰─")]
     spans = zip(starts, ends, strict=True)

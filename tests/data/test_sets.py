@@ -295,6 +295,56 @@ def test_names_of_a_users_network_may_be_given_later(network, tmp_path):
     assert evaluated(run).code in (0, None)
 
 
+def test_names_given_to_masks_without_are_refused_with_what_to_do(network, tmp_path):
+    run = made(network, tmp_path / "run")
+    (path,) = (run / "masks").glob("*.h5")
+    before = path.read_bytes()
+    given = ("--model", "squeezenet1_1", "--checkpoint", network / "own.pth")
+    asked = ("gen-masks", network / "data", "--run", run, "--thresholds", "0.3", *given)
+    done = aft(*asked, "--classes", network / "names.txt")
+    assert done.code == 1 and path.read_bytes() == before
+    assert "leave --classes out here and pass it to aft finetune and aft evaluate" in done.err
+    assert "asked for" not in done.err
+    # Other settings are still named.
+    done = aft(*asked[:-6], *given, "--classes", network / "names.txt")
+    assert done.code == 1 and "thresholds is [0.3], asked for" in done.err
+
+
+def test_classes_of_one_name_are_blamed_instead_of_the_folder(network, tmp_path):
+    (tmp_path / "twice.txt").write_text("\n".join([NAMES[0], NAMES[0], NAMES[1]]))
+    given = ("--model", "squeezenet1_1", "--checkpoint", network / "own.pth")
+    options = (*given, "--classes", tmp_path / "twice.txt", "--run", tmp_path / "run")
+    done = aft("gen-masks", network / "data", *options)
+    assert done.code == 1 and f"classes 0 and 1 of the model are all named {NAMES[0]!r}" in done.err
+    assert "--classes FILE" in done.err and "class folder" not in done.err
+    # Where no folder has that name, nothing is ambiguous.
+    data = folders(tmp_path / "data", NAMES[1])
+    assert open_data_set(data, None, Classes(("a", "a", NAMES[1]))).samples[0].label == 2
+
+
+def test_a_class_of_val_alone_is_no_reason_for_another_new_layer(lite0, tmp_path):
+    """The advice of a run with --no-masks does not lead back to it."""
+    data = folders(tmp_path / "data", "train/a", "train/b", "val/a", "val/c", each=2)
+    options = ("--no-masks", "--epochs", "1", "--workers", "0", "--run", tmp_path / "run")
+    done = aft("finetune", data, *options)
+    assert done.code in (0, None), done.err
+    (said,) = [line for line in done.err.splitlines() if "val is not measured" in line]
+    assert "is no class of the model: c" in said and "--no-masks" not in said
+    assert said.endswith("or move their folders out of the val split")
+
+
+def test_one_class_alone_is_refused_as_such(lite0, tmp_path):
+    data = folders(tmp_path / "data", "a", each=2)
+    options = ("--run", tmp_path / "run")
+    for command in (
+        ("finetune", data, "--no-masks"),
+        ("evaluate", data, "--cam", "gradcam"),
+    ):
+        done = aft(*command, *options)
+        assert done.code == 1 and "has one class folder, a, and one class alone" in done.err
+        assert "output" not in done.err
+
+
 @pytest.mark.slow
 def test_a_val_split_that_can_not_be_measured_is_said(network, tmp_path):
     run = made(network, tmp_path / "run", "--classes", network / "names.txt")

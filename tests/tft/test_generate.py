@@ -156,6 +156,7 @@ def test_one_cam_is_added_without_touching_the_other(images, uninterrupted, tmp_
     ("options", "difference"),
     [
         ({"settings": Search(masking="soft")}, "masking is binary, asked for soft"),
+        ({"settings": Search(search="fast")}, "settings: search is exact, asked for fast; use"),
         ({"settings": Search(thresholds=(0.0, 0.5))}, "thresholds is"),
         ({"limit": 4}, "images is 15, asked for 4"),
     ],

@@ -175,11 +175,6 @@ OPTIONS = {
     "--target": "unknown class ''",
     "--top-k 4": "--top-k 4: small has 3 classes",
     "--top-k 2 --target plum": "--target and --top-k exclude each other",
-    "--mute 101": "--mute 101 must lie in [0, 100] percent",
-    "--mute -1": "--mute -1 must lie in [0, 100] percent",
-    "--mute nan": "--mute nan must lie in [0, 100] percent",
-    "--threshold 1.5": "--threshold 1.5 must lie in [0, 1]",
-    "--threshold nan": "--threshold nan must lie in [0, 1]",
     "--threshold 0.5 --tft": "--threshold, --mute and --tft exclude each other",
     "--threshold 0.5 --mute 50": "--threshold, --mute and --tft exclude each other",
     "--device cuda:99": "device 'cuda:99' can't be used here",
@@ -203,6 +198,34 @@ WORDS = {
     "--search slow": "'slow' is not one of 'exact', 'fast'",
     "--engine torsh": "'torsh' is not one of 'auto', 'torch', 'compile', 'onnxruntime'",
     "--precision fp8": "'fp8' is not one of 'no', 'bf16', 'fp16'",
+    "--save": "no output in --save; there are overlay, figure, map, mask, or none alone",
+    "--save ,": "no output in --save",
+    "--save none,map": "unknown output 'none'",
+    "--layer": "a layer has a name; leave --layer out for the default one",
+}
+# So are numbers out of range.
+NUMBERS = {
+    "explain a.png --mute 101": "'--mute': the share must lie in [0, 100] percent, got 101",
+    "explain a.png --mute -1": "'--mute': the share must lie in [0, 100] percent, got -1",
+    "explain a.png --mute nan": "'--mute': the share must lie in [0, 100] percent, got nan",
+    "explain a.png --threshold 1.5": "'--threshold': the threshold must lie in [0, 1], got 1.5",
+    "explain a.png --threshold nan": "'--threshold': the threshold must lie in [0, 1], got nan",
+    "explain a.png --top-k 0": "'--top-k': the number of classes must be 1 or more, got 0",
+    "gen-masks . --limit 0": "'--limit': the number of images must be 1 or more, got 0",
+    "gen-masks . --workers -1": "'--workers': the number of workers must be 0 or more, got -1",
+    "evaluate --batch-size 0": "'--batch-size': the batch size must be 1 or more, got 0",
+    "finetune --lam -1": "'--lam': lambda must be 0 or more, got -1",
+    "finetune --consistency inf": "'--consistency': consistency must be 0 or more, got inf",
+    "finetune --lr -1": "'--lr': the learning rate must be above 0, got -1",
+    "finetune --lr 0": "'--lr': the learning rate must be above 0, got 0",
+    "finetune --held-out 2": "'--held-out': the held-out share must lie in [0, 1), got 2",
+    "finetune --held-out 1": "'--held-out': the held-out share must lie in [0, 1), got 1",
+    "finetune --blend 0": "'--blend': the blend must lie in (0, 1], got 0",
+    "finetune --epochs 0": "'--epochs': the number of epochs must be 1 or more, got 0",
+    "finetune --batch-size 0": "'--batch-size': the batch size must be 1 or more, got 0",
+    "finetune --patience -1": "'--patience': the patience must be 0 or more, got -1",
+    "finetune --seed -1": "'--seed': the seed must be 0 or more, got -1",
+    "finetune --layer x --layer=": "'--layer': a layer has a name",
 }
 WRITE = "write 0:1:0.1 or 0,0.2,0.5"
 THRESHOLDS = {
@@ -238,6 +261,14 @@ def test_wrong_words_are_usage_errors(small, options):
     assert leftovers(Path()) == before
 
 
+@pytest.mark.parametrize("command", NUMBERS)
+def test_numbers_out_of_range_are_usage_errors_that_name_the_range(command):
+    before = leftovers(Path())
+    said = usage_error(aft(*command.split()))
+    assert said.startswith(f"Error Invalid value for {NUMBERS[command]}")
+    assert leftovers(Path()) == before
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(small, options):
     make("file", b"not a folder")
@@ -254,8 +285,8 @@ def test_options(small, options):
 @pytest.mark.parametrize("text", THRESHOLDS)
 @pytest.mark.parametrize("command", ["explain", "tft"])
 def test_thresholds(small, command, text):
-    message = complaint(command, CHELSEA, f"--thresholds={text}")
-    assert message.startswith(f"thresholds {text!r}")
+    message = usage_error(aft(command, CHELSEA, f"--thresholds={text}"))
+    assert message.startswith(f"Error Invalid value for '--thresholds': thresholds {text!r}")
     assert THRESHOLDS[text] in message
     assert WRITE in message
 

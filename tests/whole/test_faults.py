@@ -23,7 +23,7 @@ from tests.helpers.trained import make_colours
 
 pytestmark = pytest.mark.slow
 
-HINT = "the same command goes on where it stopped"
+HINT = "the same command resumes where it stopped"
 WRITES = {"gen-masks": "masks", "finetune": "tuned", "evaluate": "results"}
 # A moment when decoding workers are at work.
 LOADING = {"gen-masks": At("pass", 9), "finetune": At("pass", 8), "evaluate": At("pass", 8)}
@@ -269,7 +269,7 @@ def test_stopped_amid_imports(whole, tmp_path, name, code, said):
         capture_output=True,
         text=True,
     )
-    hint = "the same command without --overwrite goes on where it stopped"
+    hint = "the same command without --overwrite resumes where it stopped"
     assert (done.returncode, done.stderr) == (code, f"aft: {said}; {hint}\n")
 
 

@@ -92,7 +92,7 @@ def test_a_control_can_not_be_of_other_images_than_the_masks(images, tmp_path):
     with pytest.raises(AftError, match=r"the masks are of train.*on val is no control.*--split"):
         control_jobs(run, Source(), split="val")
     other = make_colours(tmp_path / "other", each=4, seed=1)
-    with pytest.raises(AftError, match=r"other: has not the images of .*leave DATASET out"):
+    with pytest.raises(AftError, match=r"other: does not hold the images of .*leave DATASET out"):
         control_jobs(run, Source(), other)
     (job,) = control_jobs(tmp_path / "new", Source(), other)
     assert len(job.data_set.samples) == 12
