@@ -44,6 +44,7 @@ def state_of(f):
     return hooks, modules, [(p.requires_grad, p.grad) for p in f.parameters()], f.weights_hash()
 
 
+@pytest.mark.slow
 @extra
 @every_method
 def test_a_map_is_pure(method):

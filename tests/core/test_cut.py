@@ -111,6 +111,7 @@ def test_other_layers_can_be_cut_bit_for_bit(network):
             assert torch.equal(f.activation(x), seen[0])
 
 
+@pytest.mark.slow
 def test_weights_are_divided_into_w0_w1_and_w2_without_rest(network):
     name, f, model, _ = network
     parts = [dict(part.named_parameters()) for part in (f.stem, f.layer, f.head)]

@@ -333,6 +333,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["file"]
 
 
+@pytest.mark.slow
 def test_what_was_not_used_for_longest_leaves_the_cache(empty_cache, monkeypatch):
     for seed in range(3):
         accelerated(network(seed=seed)[0], "onnxruntime", note=lambda text: None)

@@ -15,6 +15,8 @@ from tests.conftest import ROOT
 from tests.helpers.command import aft
 from tests.helpers.small import KINDS, small
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 PHOTOS = [ROOT / f"docs/images/{name}.jpg" for name in ("chelsea", "coffee", "rocket")]
@@ -31,7 +33,6 @@ def session_of(model):
     return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.slow
 def test_the_graph_equals_torch_on_real_images(exported, tuned):
     f = load_classifier(checkpoint=tuned)
     session = session_of(exported)
@@ -47,7 +48,6 @@ def test_the_graph_equals_torch_on_real_images(exported, tuned):
         assert attribution.max() > 0.9 and attribution.shape == (len(images), 224, 224)
 
 
-@pytest.mark.slow
 def test_the_graph_says_what_it_is(exported):
     session = session_of(exported)
     assert [(i.name, i.shape[1:]) for i in session.get_inputs()] == [("x", [3, 224, 224])]
@@ -59,7 +59,6 @@ def test_the_graph_says_what_it_is(exported):
     onnx.checker.check_model(onnx.load(exported), full_check=True)
 
 
-@pytest.mark.slow
 def test_the_example_of_the_docs_runs_without_torch(exported, tuned, tmp_path):
     page = (ROOT / "docs/serving.md").read_text("utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
@@ -131,7 +130,6 @@ def test_a_method_without_a_fixed_graph_is_an_error():
             traced(small(kind).f.float(), method)
 
 
-@pytest.mark.slow
 def test_what_is_missing_is_named(tuned, monkeypatch):
     from aftcli.report.tuned import export
 
