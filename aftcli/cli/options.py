@@ -108,8 +108,8 @@ class Weights:
         option(
             "--model",
             "NAME",
-            "A torchvision CNN or timm:NAME. Default: of --checkpoint or masks, otherwise "
-            "efficientnet_lite0, offline.",
+            "efficientnet_lite0, 1, 2 (offline), a torchvision CNN or timm:NAME. Default: of "
+            "--checkpoint or masks, otherwise efficientnet_lite0.",
         ),
     ] = None
     checkpoint: Annotated[
