@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aftcli.data.sets import open_data_set as open_data_set
     from aftcli.engine.accelerate import accelerated as accelerated
     from aftcli.errors import AftError as AftError
+    from aftcli.evaluation.judges import Judge as Judge
     from aftcli.evaluation.measures import MEASURES as MEASURES
     from aftcli.evaluation.metrics import Average as Average
     from aftcli.evaluation.run import evaluate_study as evaluate_study
@@ -51,6 +52,7 @@ _HOMES = {
     "Classes": "aftcli.core.classifier",
     "Classifier": "aftcli.core.classifier",
     "Explanation": "aftcli.tft.explain",
+    "Judge": "aftcli.evaluation.judges",
     "MEASURES": "aftcli.evaluation.measures",
     "METHODS": "aftcli.core.methods",
     "MaskStore": "aftcli.tft.masks",

@@ -615,7 +615,7 @@ def test_a_table_is_its_rows_and_its_look(whole, data, tmp_path, monkeypatch, ca
         printed[name] = capsys.readouterr().out
     (record,) = json.loads(printed["json"])["doubts"]
     assert record == {"dataset": row.dataset, "doubt": row.doubt, "n": 12}
-    assert f"doubts,{row.dataset},,,,,,doubt,{row.doubt},,,12" in printed["csv"].splitlines()
+    assert f"doubts,{row.dataset},,,,,,doubt,{row.doubt},,,12," in printed["csv"].splitlines()
     assert all("accuracy" in text for text in printed.values())
     for name in ("table", "markdown", "latex"):
         assert "Doubts" in printed[name] and f"{row.doubt:.3f}" in printed[name]

@@ -10,7 +10,7 @@ from aftcli.cli.options import Data, EvaluateRun, Maps, Network, Printed, option
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
-from aftcli.evaluation.measures import MEASURES, measures
+from aftcli.evaluation.measures import MEASURES, judges, measures
 from aftcli.settings import Fill, Masking, Mode, read_thresholds
 
 Format = Literal["table", "json", "csv", "markdown", "latex"]  # as in aftcli.report.formats
@@ -87,6 +87,16 @@ class TableOutput(Printed):
             callback=usage(measures),
         ),
     ] = None
+    judge: Annotated[
+        list[str] | None,
+        option(
+            "--judge",
+            "NAME",
+            "Who else judges maps: mirror, the network on flipped images; a --model; a checkpoint "
+            "file, or MODEL=FILE; none. Repeatable. Default: mirror.",
+            callback=usage(judges),
+        ),
+    ] = None
     paper: Annotated[bool, option("--paper", "", "Show the published figures beside ours.")] = False
     baselines: Annotated[
         bool, option("--baselines", "", "Add a column of the fixed cut-offs of Table 1.")
@@ -104,6 +114,14 @@ class TableOutput(Printed):
         list[str] | None,
         option("--image", "NAME", "Image of Figure 3, by a part of its name; repeatable."),
     ] = None
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """Return the names of the judges, of whom only some measures of Table 3 ask."""
+        asked = 3 in tables(self.table) and any(
+            MEASURES[name].of_probabilities for name in measures(self.metrics)
+        )
+        return judges(self.judge) if asked else ()
 
 
 def evaluate(
@@ -133,7 +151,8 @@ def evaluate(
     note = setup.noting(run.quiet or processes.index > 0)
     source = setup.source(network, network.layer, setup.device(device), note)
     searched = (values, thresholds.fill, thresholds.mode)
-    asked = Asked(source, cams, data.dataset, data.split, data.limit, *searched, maps.cells)
+    asked_of = (data.dataset, data.split, data.limit, *searched, maps.cells, output.judges)
+    asked = Asked(source, cams, *asked_of)
     keep_freed_memory()
     accelerate = setup.engine(run.engine, "no", run.quiet or processes.index > 0)
     work = (setup.workers(run.workers), run.batch, run.overwrite, run.quiet, accelerate)

@@ -136,6 +136,9 @@ def _settings(run: Path, studies: list[Study], wanted: Wanted) -> dict[str, Any]
                 "fill": study.search.fill,
                 "threshold_mode": study.search.mode,
                 "cells": study.cells,
+                "judges": [
+                    {"name": judge.name, "weights": judge.weights} for judge in study.judges
+                ],
                 "tuned": [v.path.name for v in study.variants if v.path],
             }
             for study in studies

@@ -22,7 +22,8 @@ from aftcli.core.networks import copied
 from aftcli.data.blocks import Processes, content_hash
 from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.results import ResultFile
-from aftcli.evaluation.study import Study, Variant, some_inputs
+from aftcli.evaluation.study import Study, Variant
+from aftcli.evaluation.timing import some_inputs
 from aftcli.files import file_stem, make_folder
 from aftcli.settings import Search
 from aftcli.tft.search import search_threshold

@@ -10,17 +10,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.models import load_classifier
 from aftcli.core.weights import card_classes, read_card
 from aftcli.data.blocks import pack, unpack
-from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set
 from aftcli.errors import AftError
+from aftcli.evaluation.judges import Judge, load_judges
 from aftcli.settings import Search
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.stores import Source, advice, check_made_for, open_stores, stored_contents
@@ -58,6 +55,7 @@ class Study:
         search: settings of TFT, but for the masking.
         train: the data set that it was tuned on, by name, split and size; None if unknown.
         cells: maps of pixels are averaged over the activation's cells.
+        judges: say, beside each variant itself, what its masks keep.
     """
 
     f: Classifier
@@ -67,6 +65,12 @@ class Study:
     search: Search
     train: tuple[str, str, int] | None
     cells: bool = False
+    judges: tuple[Judge, ...] = ()
+
+    @cached_property
+    def judge_keys(self) -> dict[str, str]:
+        """The keys of the judges in results, by name."""
+        return {judge.name: judge.key(self.f) for judge in self.judges}
 
     @cached_property
     def data_name(self) -> str:
@@ -103,6 +107,7 @@ class Asked(NamedTuple):
         fill: what muted pixels show.
         mode: what thresholds cut.
         cells: average maps of pixels over the activation's cells.
+        judges: names of judges beside the networks themselves (`load_judges`).
     """
 
     source: Source = Source()
@@ -114,6 +119,7 @@ class Asked(NamedTuple):
     fill: str | None = None
     mode: str | None = None
     cells: bool = False
+    judges: Sequence[str] = ()
 
 
 class _Made(NamedTuple):
@@ -131,10 +137,18 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
         asked: what to take of it; default all.
 
     Raises:
-        AftError: there are neither masks nor tuned classifiers, they do not belong together, or
-            there are no images with labels among the classes.
+        AftError: there are neither masks nor tuned classifiers, they do not belong together,
+            there are no images with labels among the classes, or a judge knows none of these.
     """
     asked = asked or Asked()
+    studies = _studies(run, asked)
+    judges = load_judges(asked.judges, asked.source.device, asked.source.note)
+    for judge, study in product(judges, studies):
+        judge.check(study.f)
+    return [replace(study, judges=judges) for study in studies]
+
+
+def _studies(run: Path, asked: Asked) -> list[Study]:
     stores, tuned = open_stores(run, asked.source.model, asked.cams), _tuned(run, asked)
     if _is_empty(run) and asked.data is not None and asked.cams:
         return [_study_of_a_network(run, asked)]
@@ -392,15 +406,3 @@ def _trained_on(made: dict[str, Any]) -> tuple[str, str, int] | None:
         root, kind, split = Path(made["data_set"]), made["data_kind"], made["split"]
         return data_name(root, kind, split), split, int(made["images"])
     return None
-
-
-def some_inputs(study: Study, count: int) -> Tensor:
-    """Read inputs of so many images, spread over a study's data set, shape (N, 3, H, W)."""
-    few = study.data_set.limited(count)
-    inputs = []
-    for i in range(len(few.samples)):
-        with contextlib.suppress(AftError):
-            inputs.append(to_input(read_image(few.path(i)), study.f.preprocessing))
-    if not inputs:
-        raise AftError(f"{few.root}: holds no image that could be read")
-    return torch.cat(inputs).to(study.f.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import statistics
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from aftcli.core.cam import attribution_map
 from aftcli.core.classifier import Classifier
+from aftcli.data.images import read_image, to_input
 from aftcli.engine.accelerate import Accelerate, as_it_is
+from aftcli.errors import AftError
 from aftcli.evaluation.results import ResultFile
-from aftcli.evaluation.study import Study, some_inputs
+from aftcli.evaluation.study import Study
 from aftcli.files import durable, file_stem, make_folder
 from aftcli.settings import Search
 from aftcli.tft.search import search_threshold
@@ -173,3 +176,15 @@ def _known(path: Path) -> Table5Row | None:
 def _keep(path: Path, row: Table5Row) -> None:
     with durable(path) as temporary:
         temporary.write_text(json.dumps(asdict(row)), encoding="utf-8")
+
+
+def some_inputs(study: Study, count: int) -> Tensor:
+    """Read inputs of so many images, spread over a study's data set, shape (N, 3, H, W)."""
+    few = study.data_set.limited(count)
+    inputs = []
+    for i in range(len(few.samples)):
+        with contextlib.suppress(AftError):
+            inputs.append(to_input(read_image(few.path(i)), study.f.preprocessing))
+    if not inputs:
+        raise AftError(f"{few.root}: holds no image that could be read")
+    return torch.cat(inputs).to(study.f.device)

@@ -153,6 +153,7 @@ def masked_probabilities(
     owner: Tensor,
     masking: str,
     fill: str,
+    logits: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return y_hat^c of each threshold of each map, (N, |T|); equal masks are scored once.
 
@@ -166,7 +167,9 @@ def masked_probabilities(
         owner: which input each map is of, shape (N,).
         masking: a key of MASKINGS.
         fill: a key of FILLS.
+        logits: of masked images, where another network than f is asked for them.
     """
+    logits = logits or f
     pairs, source = distinct_masks(attribution, cut, owner.tolist(), masking, fill != "blur")
     filled = FILLS[fill](f, x)
     rows = []
@@ -174,7 +177,7 @@ def masked_probabilities(
     for n, t in (part.unbind(1) for part in places.split(BATCH) if len(part)):
         weight = MASKINGS[masking](threshold_map(attribution[n], cut[n, t]))
         image = owner[n]
-        rows.append(probabilities(f(masked_image(x[image], weight, filled[image])).float()))
+        rows.append(probabilities(logits(masked_image(x[image], weight, filled[image])).float()))
     if not rows:
         return y[:, None].repeat(1, cut.shape[1])
     source = source.to(x.device)
