@@ -39,6 +39,22 @@ def tables(text: str | None) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class Networks(Network):
+    """The network, and others that judge its maps."""
+
+    judge: Annotated[
+        list[str] | None,
+        option(
+            "--judge",
+            "NAME",
+            "Who else judges maps: mirror (default), a model, a checkpoint, MODEL=FILE, none; "
+            "repeatable.",
+            callback=usage(judges),
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
 class StoredThresholds:
     """The search of thresholds, as masks hold it."""
 
@@ -87,16 +103,6 @@ class TableOutput(Printed):
             callback=usage(measures),
         ),
     ] = None
-    judge: Annotated[
-        list[str] | None,
-        option(
-            "--judge",
-            "NAME",
-            "Who else judges maps: mirror, the network on flipped images; a --model; a checkpoint "
-            "file, or MODEL=FILE; none. Repeatable. Default: mirror.",
-            callback=usage(judges),
-        ),
-    ] = None
     paper: Annotated[bool, option("--paper", "", "Show the published figures beside ours.")] = False
     baselines: Annotated[
         bool, option("--baselines", "", "Add a column of the fixed cut-offs of Table 1.")
@@ -115,18 +121,10 @@ class TableOutput(Printed):
         option("--image", "NAME", "Image of Figure 3, by a part of its name; repeatable."),
     ] = None
 
-    @property
-    def judges(self) -> tuple[str, ...]:
-        """Return the names of the judges, of whom only some measures of Table 3 ask."""
-        asked = 3 in tables(self.table) and any(
-            MEASURES[name].of_probabilities for name in measures(self.metrics)
-        )
-        return judges(self.judge) if asked else ()
-
 
 def evaluate(
     data: Data,
-    network: Network,
+    network: Networks,
     maps: Maps,
     thresholds: StoredThresholds,
     output: TableOutput,
@@ -151,14 +149,15 @@ def evaluate(
     note = setup.noting(run.quiet or processes.index > 0)
     source = setup.source(network, network.layer, setup.device(device), note)
     searched = (values, thresholds.fill, thresholds.mode)
-    asked_of = (data.dataset, data.split, data.limit, *searched, maps.cells, output.judges)
-    asked = Asked(source, cams, *asked_of)
+    asked = Asked(source, cams, data.dataset, data.split, data.limit, *searched, maps.cells)
+    columns = (tables(output.table), measures(output.metrics), thresholds.maskings)
+    if 3 in columns[0] and any(MEASURES[name].of_probabilities for name in columns[1]):
+        asked = asked._replace(judges=judges(network.judge))
     keep_freed_memory()
     accelerate = setup.engine(run.engine, "no", run.quiet or processes.index > 0)
     work = (setup.workers(run.workers), run.batch, run.overwrite, run.quiet, accelerate)
     how = study.How(*work, setup.noting(run.quiet))
     parts = (output.baselines, output.sanity, output.figures)
-    columns = (tables(output.table), measures(output.metrics), thresholds.maskings)
     found = study.evaluate(run.run, asked, study.Wanted(*columns, *parts), how, processes)
     if processes.index == 0:
         words, shown = "json" if output.json else output.format_, Shown(output.ci, output.paper)
