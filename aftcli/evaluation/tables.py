@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,13 +145,6 @@ def _values(measured: Measured, variant: str, unit: Unit) -> tuple[Values, str] 
     return (values, view) if values and view in values.views else None
 
 
-def _units(measured: Measured) -> Iterator[Unit]:
-    """Yield units masking by masking, methods in the registry's order."""
-    units = dict.fromkeys(unit for _, unit in measured.results)
-    order = list(METHODS)
-    yield from sorted(units, key=lambda u: (u.masking, order.index(u.cam)))
-
-
 def values_of(
     measured: Measured, variant: str, unit: Unit, name: str, judge: str = SELF
 ) -> Tensor | None:
@@ -162,16 +156,21 @@ def values_of(
 def _places(
     measured: Measured, names: Sequence[str], judges: Sequence[str] | None
 ) -> Iterator[tuple[Unit, str, str]]:
-    """Yield each unit with each measure and each judge of it."""
+    """Yield units, masking by masking, methods in the registry's order, measures, judges."""
     known = [SELF, *measured.study.judge_keys]
-    asked = known if judges is None else judges
-    for judge in asked:
+    for judge in judges or ():
         check_name("judge", judge, known)
-    for unit in _units(measured):
-        for name in names:
-            for judge in asked:
-                if judge == SELF or MEASURES[name].of_probabilities:
-                    yield unit, name, judge
+    order, units = list(METHODS), {unit for _, unit in measured.results}
+    in_order = sorted(units, key=lambda unit: (unit.masking, order.index(unit.cam)))
+    for unit, name, judge in product(in_order, names, known if judges is None else judges):
+        if judge == SELF or MEASURES[name].of_probabilities:
+            yield unit, name, judge
+
+
+def _averaged(values: Tensor | None) -> tuple[float, Interval | None, int] | None:
+    """Return mean, interval and number of images; None of none."""
+    found = estimate(values) if values is not None else None
+    return (found.value, found.interval, found.n) if found and found.n else None
 
 
 def table3(
@@ -188,15 +187,11 @@ def table3(
         variants: keys of VARIANTS; those that there are of them.
         judges: names of the study's judges, and "self"; None for all.
     """
-    study = measured.study
-    rows = []
+    study, rows = measured.study, []
     for unit, name, judge in _places(measured, names, judges):
         where = (study.data_name, study.f.name, unit.cam, unit.masking)
         for variant in variants:
-            values = values_of(measured, variant, unit, name, judge)
-            found = estimate(values) if values is not None else None
-            if found and found.n:
-                numbers = (found.value, found.interval, found.n)
+            if numbers := _averaged(values_of(measured, variant, unit, name, judge)):
                 rows.append(Table3Row(*where, variant, name, *numbers, judge))
     return rows
 
@@ -208,18 +203,13 @@ def differences(
     judges: Sequence[str] | None = None,
 ) -> list[Difference]:
     """Pair variants image by image, by the same judge; arguments as of `table3`."""
-    study = measured.study
-    rows = []
+    study, rows = measured.study, []
+    pairs = [pair for pair in COMPARED if set(pair) <= set(variants)]
     for unit, name, judge in _places(measured, names, judges):
         where = (study.data_name, study.f.name, unit.cam, unit.masking)
-        for variant, against in COMPARED:
-            if variant not in variants or against not in variants:
-                continue
-            pair = _paired(measured, (variant, against), unit, name, judge)
-            found = estimate(pair) if pair is not None else None
-            if found and found.n:
-                numbers = (found.value, found.interval, found.n)
-                rows.append(Difference(*where, name, variant, against, *numbers, judge))
+        for one, two in pairs:
+            if numbers := _averaged(_paired(measured, (one, two), unit, name, judge)):
+                rows.append(Difference(*where, name, one, two, *numbers, judge))
     return rows
 
 
@@ -307,6 +297,7 @@ class Tables:
 
 
 Record = dict[str, Any]
+SAME = ("dataset", "model", "masking", "variant", "judge")  # of a record, in each of its lines
 
 
 def _value(record: Record) -> Iterator[Record]:
@@ -395,9 +386,6 @@ def rows_of(asked: Iterable[str], sources: Sources) -> dict[str, list[Any]]:
     """Make the rows of the tables that are asked for."""
     wanted = set(asked)
     return {name: list(t.rows(sources)) for name, t in TABLES.items() if t.asked & wanted}
-
-
-SAME = ("dataset", "model", "masking", "variant", "judge")  # of a record, in each of its lines
 
 
 def lines_of(name: str, records: Iterable[Record]) -> Iterator[Record]:
