@@ -414,11 +414,13 @@ def test_a_judge_is_asked_about_a_view_that_is_added_later(base, tmp_path):
 
 def test_judges_run_on_the_engine_too(base, tmp_path):
     folder, _ = base
-    asked = []
+    asked, passed = [], []
 
     def accelerate(f, count):
         asked.append((f.preprocessing.size, count))
-        return f
+        fast = f.with_engine(None)
+        fast.watch = lambda images: passed.append((f.preprocessing.size, images))
+        return fast
 
     judge = another()
     study = replace(
@@ -427,6 +429,8 @@ def test_judges_run_on_the_engine_too(base, tmp_path):
     run_all(study, tmp_path / "run", replace(PLAN, accelerate=accelerate))
     # Of 12 images: the whole one, and of six maps the plain, the fixed and the tuned view.
     assert asked[1] == ((36, 30), 12 * (1 + 6 * 3))
+    by_judge = sum(images for size, images in passed if size == (36, 30))
+    assert 12 < by_judge <= asked[1][1]
 
 
 def test_names_of_judges():
