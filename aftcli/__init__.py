@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from aftcli.tft.explain import Explanation as Explanation
     from aftcli.tft.explain import explain as explain
     from aftcli.tft.generate import generate_masks as generate_masks
+    from aftcli.tft.judges import Judge as Judge
     from aftcli.tft.masks import MaskStore as MaskStore
     from aftcli.tft.search import TftResult as TftResult
     from aftcli.tft.search import fine_tune_threshold as fine_tune_threshold
@@ -51,6 +52,7 @@ _HOMES = {
     "Classes": "aftcli.core.classifier",
     "Classifier": "aftcli.core.classifier",
     "Explanation": "aftcli.tft.explain",
+    "Judge": "aftcli.tft.judges",
     "MEASURES": "aftcli.evaluation.measures",
     "METHODS": "aftcli.core.methods",
     "MaskStore": "aftcli.tft.masks",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 
 class AftError(Exception):
@@ -23,13 +23,18 @@ def nearest(word: str, known: Iterable[str], n: int = 5) -> str:
         n: how many to name at the most.
 
     Returns:
-        The nearest words, or the first ones where none is near, joined by commas.
+        The nearest words, of equally near ones the first known first, or the first ones where
+        none is near, joined by commas.
 
     >>> nearest("grad-cam", ["gradcam", "layercam", "eigencam"], n=1)
     'gradcam'
     """
     words = {name.lower(): name for name in known}
     close = get_close_matches(word.lower(), words, n=n, cutoff=0.5)
+    close = sorted(
+        (name for name in words if name in close),
+        key=lambda name: -SequenceMatcher(None, name, word.lower()).ratio(),
+    )
     return ", ".join(words[name] for name in close or list(words)[:n])
 
 

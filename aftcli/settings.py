@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple, get_args
 
 from aftcli.errors import AftError, check_name
 
+SELF, MIRROR = "self", "mirror"  # judges: the network itself, and it on mirrored images
+
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(11))
 
 # Choices of `--objective` with the words of its help; `aft.loss.OBJECTIVES` has their functions.

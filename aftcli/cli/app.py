@@ -27,7 +27,7 @@ from aftcli.cli.options import METHODS_HELP, Run, grouped
 from aftcli.cli.process import INTERRUPTED, Stopping, flush, what_is_wrong
 from aftcli.core.methods import METHODS, named
 from aftcli.errors import AftError, AftWarning
-from aftcli.evaluation.measures import EVALUATED, MEASURED, TABLES
+from aftcli.evaluation.measures import EVALUATED, MEASURED, MEASURES, TABLES, measures
 from aftcli.report.terminal import complain, say_traceback
 
 Values = Mapping[str, Any]  # of a command's options, by their first spelling
@@ -97,6 +97,11 @@ def _without_published(given: Values) -> bool:
     )
 
 
+def _without_probabilities(given: Values) -> bool:
+    """Check that no measure of Table 3 is one that judges differ in."""
+    return not any(MEASURES[name].of_probabilities for name in measures(given["--metrics"]))
+
+
 # By command. What is refused together with another option is not here.
 IDLE: dict[str, tuple[Idle, ...]] = {
     "explain": (
@@ -130,7 +135,8 @@ IDLE: dict[str, tuple[Idle, ...]] = {
     "evaluate": (
         Idle(("--image",), _without("--figures")),
         Idle(("--format",), _with("--json")),
-        Idle(("--metrics", "--baselines"), _without_tables(3)),
+        Idle(("--metrics", "--baselines", "--judge"), _without_tables(3)),
+        Idle(("--judge",), When("on --metrics without probabilities", _without_probabilities)),
         Idle(("--masking",), _without_tables(3, 5, parts=("--sanity", "--figures"))),
         Idle(("--overwrite",), _without_tables(*EVALUATED, parts=("--sanity", "--figures"))),
         Idle(("--ci",), _without_tables(*MEASURED, parts=("--sanity",))),

@@ -18,6 +18,7 @@ from aftcli.evaluation.measures import (
     TABLES,
     VARIANTS,
     extras_of,
+    judges,
     measures,
 )
 from aftcli.settings import Fill, Masking, Mode, read_thresholds
@@ -51,6 +52,22 @@ def tables(text: str | None) -> tuple[int, ...]:
             raise AftError(f"there is no table {name!r}; --table takes {', '.join(known)}")
     numbers = {int(name) for name in names if name != "all"}
     return tuple(sorted(numbers | set(EVALUATED) if "all" in names else numbers))
+
+
+@dataclass(frozen=True)
+class Networks(Network):
+    """The network, and others that judge its maps."""
+
+    judge: Annotated[
+        list[str] | None,
+        option(
+            "--judge",
+            "NAME",
+            "Who else judges maps: mirror (default), a model, a checkpoint, MODEL=FILE, none; "
+            "repeatable.",
+            callback=usage(judges),
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +146,7 @@ class TableOutput(Printed):
 
 def evaluate(
     data: Data,
-    network: Network,
+    network: Networks,
     maps: Maps,
     thresholds: StoredThresholds,
     output: TableOutput,
@@ -154,6 +171,9 @@ def evaluate(
     source = setup.source(network, network.layer, setup.device(device), setup.noting(quiet))
     searched = (values, thresholds.fill, thresholds.mode)
     asked = Asked(source, cams, data.dataset, data.split, data.limit, *searched, maps.cells)
+    columns = (tables(output.table), measures(output.metrics), thresholds.maskings)
+    if 3 in columns[0] and any(MEASURES[name].of_probabilities for name in columns[1]):
+        asked = asked._replace(judges=judges(network.judge))
     keep_freed_memory()
     plan = _plan(thresholds, output, run, setup.engine(run.engine, "no", quiet))
     studies = find_studies(run.run, asked)

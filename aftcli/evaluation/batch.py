@@ -7,9 +7,10 @@ of which there is only the original view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,9 @@ from aftcli.core.methods import METHODS
 from aftcli.data.objects import Regions
 from aftcli.evaluation.measures import BASELINES, MEASURES, OBJECTS, Measure
 from aftcli.evaluation.metrics import drop
-from aftcli.evaluation.results import Values, View
+from aftcli.evaluation.results import Values, Verdict, View
 from aftcli.settings import Search
+from aftcli.tft.judges import Judge, judged, judged_masks
 from aftcli.tft.search import masked_probabilities
 from aftcli.tft.threshold import (
     cut_off,
@@ -49,12 +51,19 @@ class Wanted(NamedTuple):
         extras: of `aftcli.evaluation.measures.EXTRAS`, and "baselines".
         fill: what muted pixels show.
         cells: maps of pixels are averaged over the activation's cells.
+        judges: others than the network that say what a mask keeps, by `Judge.key`.
     """
 
     search: Search | None
     extras: frozenset[str] = frozenset()
     fill: str = "mean"
     cells: bool = False
+    judges: Mapping[str, Judge] = MappingProxyType({})
+
+    def asked(self, units: int) -> int:
+        """Count the images that a judge is asked about, at the most: a whole one, masked ones."""
+        views = 1 + (self.search is not None) + (BASELINES in self.extras)
+        return 1 + units * views
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,8 @@ def passes(wanted: Wanted, units: int) -> int:
     curve = len(wanted.search.thresholds) + 1 if wanted.search else 1
     views = 2 if wanted.search else 1
     extras = sum(m.passes for m in MEASURES.values() if m.extra in ("", *wanted.extras))
-    return 1 + units * (curve + views * extras)
+    mirrors = sum(judge.classifier is None for judge in wanted.judges.values())
+    return 1 + units * (curve + views * extras) + mirrors * wanted.asked(units)
 
 
 @torch.no_grad()
@@ -197,16 +207,19 @@ def measure_batch(
         maps[cam] = _Maps(f, cam, x, class_index, probability, images.index, attribution, regions)
     common = (images.index, images.label, class_index.cpu(), probability.cpu())
     known: dict[str, list[tuple[Muting, dict[str, Tensor]]]] = {cam: [] for cam in maps}
+    y = {key: judged(judge, f, x, class_index) for key, judge in wanted.judges.items()}
     found: dict[Unit, Values] = {}
     for masking in dict.fromkeys(unit.masking for unit in units):
         own = [unit.cam for unit in units if unit.masking == masking]
-        for cam, scored in _scores(maps, own, masking, wanted).items():
+        by_cam = _scores(maps, own, masking, wanted)
+        verdicts = _verdicts(maps, by_cam, masking, wanted, y)
+        for cam, scored in by_cam.items():
             views = {}
             for view, (muting, y_hat) in scored.views.items():
                 of_map = _of_maps(maps[cam], muting, wanted, known[cam])
                 views[view] = View(y_hat.cpu(), {name: v.cpu() for name, v in of_map.items()})
-            search = [None if v is None else v.cpu() for v in (scored.tau, scored.curve)]
-            found[Unit(cam, masking)] = Values(*common, views, *search)
+            tau, curve = (None if v is None else v.cpu() for v in (scored.tau, scored.curve))
+            found[Unit(cam, masking)] = Values(*common, views, tau, curve, verdicts[cam])
     return found
 
 
@@ -216,6 +229,10 @@ class _Scored(NamedTuple):
     views: dict[str, tuple[Muting, Tensor]]
     tau: Tensor | None = None
     curve: Tensor | None = None
+
+
+def _search(wanted: Wanted, masking: str) -> Search:
+    return replace(wanted.search or Search(), masking=masking, fill=wanted.fill)
 
 
 def _scores(
@@ -248,7 +265,7 @@ def _scores(
         some.class_index.repeat(len(cams)),
         some.probability.repeat(len(cams)),
         torch.arange(count, device=cut.device).repeat(len(cams)),
-        replace(wanted.search or Search(), masking=masking, fill=wanted.fill),
+        _search(wanted, masking),
     )
     found = {}
     for i, cam in enumerate(cams):
@@ -264,6 +281,43 @@ def _scores(
             tau = attribution.new_tensor(thresholds)[best]
             views["tft"] = (Muting(tau, mode), curve.gather(1, best[:, None])[:, 0])
             found[cam] = _Scored(views, tau, curve)
+    return found
+
+
+def _verdicts(
+    maps: dict[str, _Maps],
+    scored: dict[str, _Scored],
+    masking: str,
+    wanted: Wanted,
+    y: Mapping[str, Tensor],
+) -> dict[str, dict[str, Verdict]]:
+    """Ask the judges about the views of all methods; y is what they say of the whole images."""
+    found: dict[str, dict[str, Verdict]] = {cam: {} for cam in scored}
+    if not wanted.judges:
+        return found
+    some, repeats = maps[next(iter(scored))], len(scored)
+    count = len(some.x)
+    names = list(dict.fromkeys(name for each in scored.values() for name in each.views))
+    attribution, cuts = [maps[cam].attribution for cam in scored], []
+    for own, each in zip(attribution, scored.values(), strict=True):
+        # A view that this method lacks costs nothing as the plain one.
+        mutings = [each.views.get(name, each.views["original"])[0] for name in names]
+        cuts.append(torch.cat([cut_off(own, m.tau[:, None], m.mode) for m in mutings], 1))
+    for key, judge in wanted.judges.items():
+        y_hat = judged_masks(
+            judge,
+            some.f,
+            some.x,
+            torch.cat(attribution),
+            torch.cat(cuts),
+            some.class_index.repeat(repeats),
+            y[key].repeat(repeats),
+            torch.arange(count, device=some.x.device).repeat(repeats),
+            _search(wanted, masking),
+        ).cpu()
+        for (cam, each), own in zip(scored.items(), y_hat.split(count), strict=True):
+            of_view = dict(zip(names, own.T.contiguous(), strict=True))
+            found[cam][key] = Verdict(y[key].cpu(), {name: of_view[name] for name in each.views})
     return found
 
 
@@ -299,9 +353,20 @@ def _of_map(given: Given, extras: frozenset[str]) -> dict[str, Tensor]:
     return found
 
 
-def measure(values: Values, view: str, name: str) -> Tensor:
-    """Return one value an image of a measure, shape (N,)."""
+def measure(values: Values, view: str, name: str, judge: str | None = None) -> Tensor:
+    """Return one value an image of a measure, shape (N,), NaN where undefined.
+
+    Args:
+        values: of one method.
+        view: of its maps.
+        name: a key of MEASURES.
+        judge: the key of who gives y and y_hat; None for the network itself.
+    """
     own = values.views[view]
-    if MEASURES[name].of_probabilities:
-        return MEASURES[name].load()(own.y_hat, values.probability)
-    return own.measures[name]
+    if not MEASURES[name].of_probabilities:
+        return own.measures[name]
+    formula = MEASURES[name].load()
+    if judge is None:
+        return formula(own.y_hat, values.probability)
+    verdict = values.judges[judge]
+    return torch.where(verdict.y.isnan(), torch.nan, formula(verdict.y_hat[view], verdict.y))

@@ -5,11 +5,12 @@ Formulas: metrics.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from aftcli.errors import AftError, nearest
+from aftcli.settings import MIRROR, SELF
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,6 +107,9 @@ EXTRAS = tuple(dict.fromkeys(m.extra for m in MEASURES.values() if m.extra not i
 
 BASELINES = "baselines"  # an extra too: the view of fixed cut-offs, by all measures
 
+# Judges that are always at hand: the network itself, which no one needs to ask for, and the same
+# on the mirrored image (`aftcli.tft.judges`).
+
 # The columns of Table 3 and Table 4, beyond them the fixed shares of Table 1 and the control.
 VARIANTS = {
     "original": "Original",
@@ -114,6 +118,24 @@ VARIANTS = {
     "aft": "AFT",
     "control": "Control",
 }
+
+# By column of the tables: whose maps it is made of, and their view.
+SOURCES = {
+    "original": ("original", "original"),
+    "fixed": ("original", "fixed"),
+    "tft": ("original", "tft"),
+    "aft": ("aft", "original"),
+    "control": ("control", "original"),
+}
+
+COMPARED = (
+    ("tft", "original"),
+    ("tft", "fixed"),
+    ("aft", "original"),
+    ("aft", "tft"),
+    ("aft", "control"),
+    ("control", "original"),
+)
 
 
 def measures(text: str | None) -> tuple[str, ...]:
@@ -134,6 +156,26 @@ def measures(text: str | None) -> tuple[str, ...]:
                 f"{', '.join(MEASURES)}, or `all`"
             )
     return names
+
+
+MOST_JUDGES = 8  # each has a part in names of files
+
+
+def judges(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Read names of judges beside the network itself; None is the mirror, "none" is nobody.
+
+    Raises:
+        AftError: "none" stands beside others, or they are too many.
+
+    >>> judges(None), judges(["none"]), judges(["mirror", "self", "resnet50"])
+    (('mirror',), (), ('mirror', 'resnet50'))
+    """
+    asked = tuple(dict.fromkeys(name for name in names or [MIRROR] if name != SELF))
+    if "none" in asked and len(asked) > 1:
+        raise AftError("--judge none stands alone; leave it or the other judges out")
+    if len(asked) > MOST_JUDGES:
+        raise AftError(f"{len(asked)} judges; at most {MOST_JUDGES} are asked in one call")
+    return tuple(name for name in asked if name != "none")
 
 
 def extras_of(names: Iterable[str], baselines: bool) -> frozenset[str]:

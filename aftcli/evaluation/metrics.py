@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchmetrics.aggregation import MeanMetric
 
-from aftcli.tft import rounding
+from aftcli.tft.threshold import SCORE_ROUNDING, rises
 
 STEPS = 10  # of insertion and deletion: shares 0, 0.1, … 1 of the pixels
 
@@ -30,7 +30,7 @@ Probability = Callable[[Tensor], Tensor]
 def increase(y_hat: Tensor, y: Tensor) -> Tensor:
     """Return 1[y_hat^c > y^c] (§5.2), whose mean is Average Increase.
 
-    A difference within rounding is no increase (`aftcli.tft.rounding`).
+    A difference within rounding is no increase (`aftcli.tft.threshold.rises`).
 
     Args:
         y_hat: probability of class c for the masked image, shape (N,).
@@ -39,7 +39,7 @@ def increase(y_hat: Tensor, y: Tensor) -> Tensor:
     >>> increase(torch.tensor([0.75, 0.5]), torch.tensor([0.5, 0.5]))
     tensor([1., 0.])
     """
-    return rounding.rises(y_hat, y).float()
+    return rises(y_hat, y).float()
 
 
 def drop(y_hat: Tensor, y: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def order_of(attribution: Tensor) -> Tensor:
 
 def _graded(attribution: Tensor) -> Tensor:
     """Round scores to whole steps, shape (N, H W), so that rounding orders none."""
-    return (attribution.flatten(1) / rounding.SCORE).round()
+    return (attribution.flatten(1) / SCORE_ROUNDING).round()
 
 
 def ranks_of(attribution: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import glob
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from aftcli.data.blocks import Broken
 from aftcli.evaluation.measures import BASELINES
 from aftcli.files import read_sealed, values_hash, write_sealed
+from aftcli.tft.judges import JUDGED
 
 FORMAT_VERSION = 1
 
@@ -40,6 +41,18 @@ class View(NamedTuple):
     measures: dict[str, Tensor]
 
 
+class Verdict(NamedTuple):
+    """A judge's p(c | x), one value an image; NaN where it does not know the class c.
+
+    Attributes:
+        y: of the whole image, shape (N,).
+        y_hat: of the masked image, by the name of the view, shape (N,) each.
+    """
+
+    y: Tensor
+    y_hat: dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Values:
     """The measured values of some images, of one method under one reading of the paper.
@@ -52,6 +65,7 @@ class Values:
         views: by name: original, fixed, tft.
         tau: tau*, shape (N,); None without a search.
         curve: y_hat^c over T, shape (N, |T|); None without a search.
+        judges: what others than the network say, by their keys (`Judge.key`).
     """
 
     index: Tensor
@@ -61,6 +75,7 @@ class Values:
     views: dict[str, View]
     tau: Tensor | None = None
     curve: Tensor | None = None
+    judges: dict[str, Verdict] = field(default_factory=dict)
 
     def columns(self) -> dict[str, Tensor]:
         """Name the values as files do (docs/formats.md)."""
@@ -68,18 +83,27 @@ class Values:
         for name, view in self.views.items():
             of_view = {"y_hat": view.y_hat, **view.measures}
             own |= {f"{name}/{measure}": values for measure, values in of_view.items()}
+        for key, verdict in self.judges.items():
+            of_judge = {"y": verdict.y, **verdict.y_hat}
+            own |= {f"{key}/{view}": values for view, values in of_judge.items()}
         return own
 
     @classmethod
     def of(cls, columns: Mapping[str, Tensor]) -> Values:
         """Read the columns of a file."""
         views: dict[str, dict[str, Tensor]] = {}
+        judges: dict[str, dict[str, Tensor]] = {}
         for name in columns:
-            view, slash, measure = name.partition("/")
+            whose, slash, what = name.partition("/")
             if slash:
-                views.setdefault(view, {})[measure] = columns[name]
+                group = judges if whose.startswith(JUDGED) else views
+                group.setdefault(whose, {})[what] = columns[name]
         own = {name: value for name, value in columns.items() if "/" not in name}
-        return cls(**own, views={name: View(m.pop("y_hat"), m) for name, m in views.items()})
+        return cls(
+            **own,
+            views={name: View(m.pop("y_hat"), m) for name, m in views.items()},
+            judges={key: Verdict(m.pop("y"), m) for key, m in judges.items()},
+        )
 
 
 class Result(NamedTuple):
@@ -140,7 +164,8 @@ class ResultFile:
         if BASELINES in there.extras:
             new |= {BASELINES}
         elif BASELINES in new:
-            new |= there.extras
+            # Only those judges can be asked about the new view that are at hand.
+            new |= self.extras | _measures(there.extras)
         return ResultFile(self.folder, self.stem, self.identity, new)
 
     def has(self, span: range) -> bool:
@@ -171,7 +196,11 @@ class ResultFile:
         there = self._stored(self.path)
         # Only images that did not fit into memory can be readable once and not again.
         if there and [b.path for b in there.broken] == [b.path for b in broken]:
-            columns, extras = columns | there.columns, extras | there.extras
+            kept = there.extras
+            if BASELINES in extras - kept:
+                # A judge that was not asked about the new view is to be asked again.
+                kept = _measures(kept)
+            columns, extras = columns | there.columns, extras | kept
         self._write(self.path, columns, broken, extras)
         self._clear_parts(extras)
         return True
@@ -213,3 +242,8 @@ class ResultFile:
             return None
         broken = [Broken(*b) for b in head["broken"]]
         return Result(columns, broken, self.identity, frozenset(head["extras"]))
+
+
+def _measures(extras: frozenset[str]) -> frozenset[str]:
+    """Return the extras that are no judges."""
+    return frozenset(extra for extra in extras if not extra.startswith(JUDGED))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -189,6 +189,7 @@ def _files(
             }
             stem = f"{file_stem(study.f.name, cam)}-{variant.name}-{masking}"
             extras = plan.extras if searched else plan.extras - {BASELINES}
+            extras |= set(study.judge_keys.values())
             found[Unit(cam, masking)] = ResultFile(folder, stem, identity, extras)
     return found
 
@@ -237,15 +238,18 @@ def _blocks(
     if not todo:
         return
     f = variant.load()
-    wanted = Wanted(
-        study.search if variant.name == "original" else None,
-        frozenset().union(*(file.extras for file in files.values())),
-        study.search.fill,
-        study.cells,
-    )
+    extras = frozenset().union(*(file.extras for file in files.values()))
+    judges = {key: judge for judge in study.judges if (key := judge.key(study.f)) in extras}
+    searched = study.search if variant.name == "original" else None
+    wanted = Wanted(searched, extras, study.search.fill, study.cells, judges)
     own = sum(METHODS[cam].passes or 0 for cam in variant.cams)
     # Of all images, so that neither interruptions nor the number of processes change a result.
-    f = plan.accelerate(f, (passes(wanted, len(files)) + own) * len(study.data_set.samples))
+    images = len(study.data_set.samples)
+    f = plan.accelerate(f, (passes(wanted, len(files)) + own) * images)
+    for key, judge in judges.items():
+        if judge.classifier:
+            fast = plan.accelerate(judge.classifier, wanted.asked(len(files)) * images)
+            judges[key] = replace(judge, classifier=fast)
     for loaded in load_blocks(f.preprocessing, study.data_set, spans, todo, plan.workers):
         units, parts = lacking[loaded.block], []
         places = torch.tensor(loaded.indices).split(plan.batch)

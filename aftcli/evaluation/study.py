@@ -15,9 +15,17 @@ from aftcli.core.methods import METHODS
 from aftcli.core.models import load_classifier
 from aftcli.core.weights import card_classes, read_card
 from aftcli.data.blocks import pack, unpack
-from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set, refuse_one_class
+from aftcli.data.sets import (
+    DataSet,
+    data_name,
+    format_of,
+    not_its_classes,
+    open_data_set,
+    refuse_one_class,
+)
 from aftcli.errors import AftError
 from aftcli.settings import Search
+from aftcli.tft.judges import Judge, load_judges
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.stores import Source, advice, check_made_for, open_stores, stored_contents
 
@@ -54,6 +62,7 @@ class Study:
         search: settings of TFT, but for the masking.
         train: the data set that it was tuned on, by name, split and size; None if unknown.
         cells: maps of pixels are averaged over the activation's cells.
+        judges: say, beside each variant itself, what its masks keep.
     """
 
     f: Classifier
@@ -63,6 +72,12 @@ class Study:
     search: Search
     train: tuple[str, str, int] | None
     cells: bool = False
+    judges: tuple[Judge, ...] = ()
+
+    @cached_property
+    def judge_keys(self) -> dict[str, str]:
+        """The keys of the judges in results, by name."""
+        return {judge.name: judge.key(self.f) for judge in self.judges}
 
     @cached_property
     def data_name(self) -> str:
@@ -75,15 +90,6 @@ class Study:
         Evaluation always scores all thresholds, also where masks were made by a fast search.
         """
         return replace(self.search, masking=masking, search="exact")
-
-
-def data_name(root: Path, kind: str, split: str) -> str:
-    """Name a data set after its folder.
-
-    >>> data_name(Path("/data/imagenet/val"), "folders", "val")
-    'imagenet'
-    """
-    return format_of(kind).above(root, split).name or str(root)
 
 
 class Asked(NamedTuple):
@@ -99,6 +105,7 @@ class Asked(NamedTuple):
         fill: what muted pixels show.
         mode: what thresholds cut.
         cells: average maps of pixels over the activation's cells.
+        judges: names of judges beside the networks themselves (`load_judges`).
     """
 
     source: Source = Source()
@@ -110,6 +117,7 @@ class Asked(NamedTuple):
     fill: str | None = None
     mode: str | None = None
     cells: bool = False
+    judges: Sequence[str] = ()
 
 
 class _Made(NamedTuple):
@@ -127,12 +135,21 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
         asked: what to take of it; default all.
 
     Raises:
-        AftError: there are neither masks nor tuned classifiers, they do not belong together, or
-            there are no images with labels among the classes.
+        AftError: there are neither masks nor tuned classifiers, they do not belong together,
+            there are no images with labels among the classes, or a judge knows none of these.
     """
     asked = asked or Asked()
+    studies = _studies(run, asked)
+    judges = load_judges(asked.judges, asked.source.device, asked.source.note)
+    for judge, study in product(judges, studies):
+        judge.check(study.f)
+    return [replace(study, judges=judges) for study in studies]
+
+
+def _studies(run: Path, asked: Asked) -> list[Study]:
     stores, tuned = open_stores(run, asked.source.model, asked.cams), _tuned(run, asked)
-    if _is_empty(run) and asked.data is not None and asked.cams:
+    is_empty = not any((*run.glob("masks/*.h5"), *run.glob("tuned/*.safetensors")))
+    if is_empty and asked.data is not None and asked.cams:
         return [_study_of_a_network(run, asked)]
     if not stores and not tuned:
         whose = f" of {asked.source.model}" if asked.source.model else ""
@@ -148,11 +165,6 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
         own = [s for s in stores if s.settings["model"] == model]
         studies.append(_study(run, own, [m for m in tuned if m.card["model"] == model], asked))
     return studies
-
-
-def _is_empty(run: Path) -> bool:
-    """Check that a run holds neither masks nor tuned classifiers."""
-    return not any((run / "masks").glob("*.h5")) and not any((run / "tuned").glob("*.safetensors"))
 
 
 def _study_of_a_network(run: Path, asked: Asked) -> Study:
@@ -171,8 +183,7 @@ def _tuned(run: Path, asked: Asked) -> list[_Made]:
         card = read_card(path)
         if card is None:
             raise AftError(
-                f"{path}: is damaged, or was not written by aft finetune; move it away or tune "
-                "again"
+                f"{path}: is damaged, or not of aft finetune; move it away or tune again"
             )
         is_asked = card["cam"] is None or not asked.cams or card["cam"] in asked.cams
         if is_asked and asked.source.model in (None, card["model"]):
@@ -192,8 +203,7 @@ def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked)
     _check_pairs(f, tuned)
     made = _made_of(run, stores, tuned, asked)
     cams = tuple(cam for cam in METHODS if cam in known)
-    data_set = _data_set(f, made, asked)
-    variants = tuple(_variants(f, cams, tuned, asked))
+    data_set, variants = _data_set(f, made, asked), tuple(_variants(f, cams, tuned, asked))
     search = _search(run, stores, tuned, asked)
     return Study(f, data_set, cams, variants, search, _trained_on(made), asked.cells)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,36 +17,19 @@ from torch import Tensor
 from aftcli.core.methods import CAMS, METHODS
 from aftcli.data.blocks import Processes
 from aftcli.engine.accelerate import Accelerate, as_it_is
+from aftcli.errors import check_name
 from aftcli.evaluation.batch import Unit, measure
-from aftcli.evaluation.measures import PAPER, VARIANTS
+from aftcli.evaluation.measures import COMPARED, MEASURES, PAPER, SOURCES, VARIANTS
 from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.results import Values
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.evaluation.trials import Table5Row, sanity_rows, table5
-from aftcli.tft import rounding
+from aftcli.settings import SELF
+from aftcli.tft.threshold import MEASURE_ROUNDING
 
 Interval = tuple[float, float]
-
 FEW = 10  # images: below, resampling says little
-
-# By column of the tables: whose maps it is made of, and their view.
-SOURCES = {
-    "original": ("original", "original"),
-    "fixed": ("original", "fixed"),
-    "tft": ("original", "tft"),
-    "aft": ("aft", "original"),
-    "control": ("control", "original"),
-}
-
-COMPARED = (
-    ("tft", "original"),
-    ("tft", "fixed"),
-    ("aft", "original"),
-    ("aft", "tft"),
-    ("aft", "control"),
-    ("control", "original"),
-)
 
 
 @dataclass(frozen=True)
@@ -69,7 +53,10 @@ class Table2Row:
 
 @dataclass(frozen=True)
 class Table3Row:
-    """A measure of the maps of one variant: mean over n images, with its 95 % interval."""
+    """A measure of the maps of one variant: mean over n images, with its 95 % interval.
+
+    `judge` is who gives the probabilities, "self" the variant's network; other measures need none.
+    """
 
     dataset: str
     model: str
@@ -80,6 +67,7 @@ class Table3Row:
     value: float
     ci: Interval | None
     n: int
+    judge: str = SELF
 
 
 @dataclass(frozen=True)
@@ -96,6 +84,7 @@ class Difference:
     difference: float
     ci: Interval | None
     n: int
+    judge: str = SELF
 
     @property
     def is_clear(self) -> bool:
@@ -103,7 +92,7 @@ class Difference:
         if self.n < FEW or self.ci is None:
             return False
         low, high = self.ci
-        return low > rounding.MEASURE or high < -rounding.MEASURE
+        return low > MEASURE_ROUNDING or high < -MEASURE_ROUNDING
 
 
 @dataclass(frozen=True)
@@ -155,69 +144,86 @@ def _values(measured: Measured, variant: str, unit: Unit) -> tuple[Values, str] 
     return (values, view) if values and view in values.views else None
 
 
-def _units(measured: Measured) -> Iterator[Unit]:
-    """Yield units masking by masking, methods in the registry's order."""
-    units = dict.fromkeys(unit for _, unit in measured.results)
-    order = list(METHODS)
-    yield from sorted(units, key=lambda u: (u.masking, order.index(u.cam)))
-
-
-def values_of(measured: Measured, variant: str, unit: Unit, name: str) -> Tensor | None:
+def values_of(
+    measured: Measured, variant: str, unit: Unit, name: str, judge: str = SELF
+) -> Tensor | None:
     """Return one value an image of a measure, NaN where undefined; None where there are none."""
     found = _values(measured, variant, unit)
-    return measure(*found, name) if found else None
+    return measure(*found, name, measured.study.judge_keys.get(judge)) if found else None
 
 
-def table3(measured: Measured, names: Sequence[str], variants: Sequence[str]) -> list[Table3Row]:
+def _places(
+    measured: Measured, names: Sequence[str], judges: Sequence[str] | None
+) -> Iterator[tuple[Unit, str, str]]:
+    """Yield units, masking by masking, methods in the registry's order, measures, judges."""
+    known = [SELF, *measured.study.judge_keys]
+    for judge in judges or ():
+        check_name("judge", judge, known)
+    order, units = list(METHODS), {unit for _, unit in measured.results}
+    in_order = sorted(units, key=lambda unit: (unit.masking, order.index(unit.cam)))
+    for unit, name, judge in product(in_order, names, known if judges is None else judges):
+        if judge == SELF or MEASURES[name].of_probabilities:
+            yield unit, name, judge
+
+
+def _averaged(values: Tensor | None) -> tuple[float, Interval | None, int] | None:
+    """Return mean, interval and number of images; None of none."""
+    found = estimate(values) if values is not None else None
+    return (found.value, found.interval, found.n) if found and found.n else None
+
+
+def table3(
+    measured: Measured,
+    names: Sequence[str],
+    variants: Sequence[str],
+    judges: Sequence[str] | None = None,
+) -> list[Table3Row]:
     """Average the measures of maps (§5.2).
 
     Args:
         measured: the results of a study.
         names: keys of MEASURES.
         variants: keys of VARIANTS; those that there are of them.
+        judges: names of the study's judges, and "self"; None for all.
     """
-    study = measured.study
-    rows = []
-    for unit in _units(measured):
-        for name in names:
-            for variant in variants:
-                values = values_of(measured, variant, unit, name)
-                found = estimate(values) if values is not None else None
-                if found and found.n:
-                    where = (study.data_name, study.f.name, unit.cam, unit.masking, variant)
-                    rows.append(Table3Row(*where, name, found.value, found.interval, found.n))
+    study, rows = measured.study, []
+    for unit, name, judge in _places(measured, names, judges):
+        where = (study.data_name, study.f.name, unit.cam, unit.masking)
+        for variant in variants:
+            if numbers := _averaged(values_of(measured, variant, unit, name, judge)):
+                rows.append(Table3Row(*where, variant, name, *numbers, judge))
     return rows
 
 
 def differences(
-    measured: Measured, names: Sequence[str], variants: Sequence[str]
+    measured: Measured,
+    names: Sequence[str],
+    variants: Sequence[str],
+    judges: Sequence[str] | None = None,
 ) -> list[Difference]:
-    """Pair variants image by image; arguments as of `table3`."""
-    study = measured.study
-    rows = []
-    for unit in _units(measured):
-        for name in names:
-            for variant, against in COMPARED:
-                if variant not in variants or against not in variants:
-                    continue
-                pair = _paired(measured, variant, against, unit, name)
-                found = estimate(pair) if pair is not None else None
-                if found and found.n:
-                    where = (study.data_name, study.f.name, unit.cam, unit.masking)
-                    what = (name, variant, against)
-                    rows.append(Difference(*where, *what, found.value, found.interval, found.n))
+    """Pair variants image by image, by the same judge; arguments as of `table3`."""
+    study, rows = measured.study, []
+    pairs = [pair for pair in COMPARED if set(pair) <= set(variants)]
+    for unit, name, judge in _places(measured, names, judges):
+        where = (study.data_name, study.f.name, unit.cam, unit.masking)
+        for one, two in pairs:
+            if numbers := _averaged(_paired(measured, (one, two), unit, name, judge)):
+                rows.append(Difference(*where, name, one, two, *numbers, judge))
     return rows
 
 
-def _paired(measured: Measured, variant: str, against: str, unit: Unit, name: str) -> Tensor | None:
-    one, two = (_values(measured, v, unit) for v in (variant, against))
+def _paired(
+    measured: Measured, pair: tuple[str, str], unit: Unit, name: str, judge: str
+) -> Tensor | None:
+    one, two = (_values(measured, variant, unit) for variant in pair)
     if one is None or two is None:
         return None
+    key = measured.study.judge_keys.get(judge)
     # An image that one of them could not read stands in neither.
     index = [values.index for values, _ in (one, two)]
     both = [torch.isin(a, b) for a, b in (index, index[::-1])]
-    pair = [measure(*own, name)[kept] for own, kept in zip((one, two), both, strict=True)]
-    return pair[0] - pair[1]
+    of_both = [measure(*own, name, key)[kept] for own, kept in zip((one, two), both, strict=True)]
+    return of_both[0] - of_both[1]
 
 
 def table4(measured: Measured) -> list[Table4Row]:
@@ -292,6 +298,7 @@ class Tables:
 
 
 Record = dict[str, Any]
+SAME = ("dataset", "model", "masking", "variant", "judge")  # of a record, in each of its lines
 
 
 def _value(record: Record) -> Iterator[Record]:
@@ -386,7 +393,7 @@ def lines_of(name: str, records: Iterable[Record]) -> Iterator[Record]:
     """Yield one line of CSV for each number of a table's records."""
     for record in records:
         low, high = record.get("ci") or ("", "")
-        same = {k: v for k, v in record.items() if k in ("dataset", "model", "masking", "variant")}
+        same = {k: v for k, v in record.items() if k in SAME}
         count = record.get("n", record.get("runs", ""))
         same |= {"cam": record.get("cam") or "", "ci_low": low, "ci_high": high, "n": count}
         for number in TABLES[name].numbers(record):

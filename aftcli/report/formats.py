@@ -72,6 +72,9 @@ def settings_of(sources: Sources, maskings: Sequence[str]) -> dict[str, Any]:
                 "fill": study.search.fill,
                 "threshold_mode": study.search.mode,
                 "cells": study.cells,
+                "judges": [
+                    {"name": judge.name, "weights": judge.weights} for judge in study.judges
+                ],
                 "tuned": [v.path.name for v in study.variants if v.path],
             }
             for study in sources.studies
@@ -128,7 +131,9 @@ def as_json(tables: Tables, shown: Shown) -> None:
 def as_csv(tables: Tables, shown: Shown) -> None:
     """Print the tables as CSV, long form: one line a number, the same columns for all tables."""
     columns = ("table", "dataset", "model", "cam", "masking", "variant", "against", "measure")
-    writer = csv.DictWriter(sys.stdout, [*columns, "value", "ci_low", "ci_high", "n"], restval="")
+    writer = csv.DictWriter(
+        sys.stdout, [*columns, "value", "ci_low", "ci_high", "n", "judge"], restval=""
+    )
     writer.writeheader()
     document = as_dict(tables, shown)
     found = [(name, name, document.get(name, [])) for name in dict.fromkeys([*LOOKS, *TABLES])]

@@ -16,7 +16,8 @@ from aftcli.evaluation.measures import (
     TABLE5,
     VARIANTS,
 )
-from aftcli.evaluation.tables import Table3Row, Table4Row, Tables
+from aftcli.evaluation.tables import Difference, Table3Row, Table4Row, Tables
+from aftcli.settings import SELF
 
 READINGS = {
     "binary": "binary masks, the paper's text",
@@ -90,30 +91,46 @@ def _grid3(tables: Tables, masking: str, shown: Shown) -> Grid:
     own = [row for row in tables.rows["table3"] if row.masking == masking]
     models = list(dict.fromkeys(row.model for row in own))
     variants = [v for v in VARIANTS if any(row.variant == v for row in own)]
-    by_place = {(r.dataset, r.cam, r.measure, r.model, r.variant): r for r in own}
-    several = len(models) > 1
-    header = ["data set", "CAM", "measure"]
+    by_place = {(r.dataset, r.cam, r.measure, r.judge, r.model, r.variant): r for r in own}
+    several, judged = len(models) > 1, _is_judged(own)
+    header = ["data set", "CAM", "measure", *["judge"] * judged]
+    left = len(header)
     header += [f"{m} {VARIANTS[v]}" if several else VARIANTS[v] for m in models for v in variants]
     if shown.paper:
         header += [f"paper {m} {VARIANTS[v]}" for m in MODELS for v in PAPER_VARIANTS]
     lines = []
-    for dataset, cam, measure in dict.fromkeys((r.dataset, r.cam, r.measure) for r in own):
+    rows = dict.fromkeys((r.dataset, r.cam, r.measure, r.judge) for r in own)
+    for dataset, cam, measure, judge in rows:
         line = [Cell(dataset), Cell(METHODS[cam].title), Cell(MEASURES[measure].title)]
+        line += [Cell(judge)] * judged
         for model in models:
-            place = dataset, cam, measure, model
+            place = dataset, cam, measure, judge, model
             original = by_place.get((*place, "original"))
             for variant in variants:
                 line.append(_cell3(by_place.get((*place, variant)), original, shown))
         if shown.paper:
             paper = format_of(tables.kinds.get(dataset, "folders")).paper
-            line += _published(TABLE3.get((paper, cam, measure)), MEASURES[measure].better)
+            found = TABLE3.get((paper, cam, measure)) if judge == SELF else None
+            line += _published(found, MEASURES[measure].better)
         lines.append(line)
     counts = sorted({row.n for row in own})
     images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     name = f" ({models[0]})" if len(models) == 1 else ""
     note = "In brackets: factor against Original; bold: better than Original"
-    note += f"; {images} images." + _seen(tables)
-    return Grid(f"Table 3{name}: {READINGS[masking]}", header, lines, 3, note)
+    note += f"; {images} images." + JUDGES * judged + _seen(tables)
+    return Grid(f"Table 3{name}: {READINGS[masking]}", header, lines, left, note)
+
+
+def _is_judged(rows: Sequence[Table3Row | Difference]) -> bool:
+    """Tell if others than the networks themselves judge."""
+    return any(row.judge != SELF for row in rows)
+
+
+# Not a word of it where there are none.
+JUDGES = (
+    " judge: who gives the probabilities; self is the network that is explained, mirror the same"
+    " on images flipped left-right."
+)
 
 
 def _seen(tables: Tables) -> str:
@@ -169,11 +186,13 @@ def _look_at_differences(tables: Tables, shown: Shown) -> Iterable[Grid]:
 def _grid_of_differences(tables: Tables, masking: str) -> Grid:
     own = [row for row in tables.rows["differences"] if row.masking == masking]
     pairs = list(dict.fromkeys((r.variant, r.against) for r in own))
-    by_place = {(r.dataset, r.model, r.cam, r.measure, r.variant, r.against): r for r in own}
+    judged = _is_judged(own)
+    by_place = {(*_place_of(r), r.variant, r.against): r for r in own}
     lines = []
-    for place in dict.fromkeys((r.dataset, r.model, r.cam, r.measure) for r in own):
-        dataset, model, cam, measure = place
+    for place in dict.fromkeys(_place_of(r) for r in own):
+        dataset, model, cam, measure, judge = place
         line = [Cell(dataset), Cell(model), Cell(METHODS[cam].title), Cell(MEASURES[measure].title)]
+        line += [Cell(judge)] * judged
         for pair in pairs:
             row = by_place.get((*place, *pair))
             if row is None:
@@ -183,11 +202,16 @@ def _grid_of_differences(tables: Tables, masking: str) -> Grid:
                 text = f"{row.difference:+.3f}{_interval(row.ci)}"
                 line.append(Cell(text + (" *" if row.is_clear else ""), better and row.is_clear))
         lines.append(line)
-    header = ["data set", "model", "CAM", "measure"]
+    header = ["data set", "model", "CAM", "measure", *["judge"] * judged]
+    left = len(header)
     header += [f"{VARIANTS[a]} - {VARIANTS[b]}" for a, b in pairs]
     note = "95 % intervals; *: the interval excludes 0; bold: and the first is the better one."
-    note += _seen(tables)
-    return Grid(f"Paired differences: {READINGS[masking]}", header, lines, 4, note)
+    note += JUDGES * judged + _seen(tables)
+    return Grid(f"Paired differences: {READINGS[masking]}", header, lines, left, note)
+
+
+def _place_of(row: Difference) -> tuple[str, str, str, str, str]:
+    return row.dataset, row.model, row.cam, row.measure, row.judge
 
 
 def _look4(tables: Tables, shown: Shown) -> Iterable[Grid]:

@@ -145,6 +145,7 @@ def masked_probabilities(
     y: Tensor,
     owner: Tensor,
     search: Search,
+    logits: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return y_hat^c of each threshold of each map, (N, |T|); equal masks are scored once.
 
@@ -157,7 +158,9 @@ def masked_probabilities(
         y: y^c of the whole image, shape (N,).
         owner: which input each map is of, shape (N,).
         search: gives masking and fill.
+        logits: of masked images, where another network than f is asked for them.
     """
+    logits = logits or f
     pairs, source = distinct_masks(attribution, cut, owner.tolist(), search)
     filled = FILLS[search.fill](f, x)
     rows = []
@@ -165,7 +168,7 @@ def masked_probabilities(
     for n, t in (part.unbind(1) for part in places.split(BATCH) if len(part)):
         weight = MASKINGS[search.masking](threshold_map(attribution[n], cut[n, t]))
         image = owner[n]
-        rows.append(probabilities(f(masked_image(x[image], weight, filled[image])).float()))
+        rows.append(probabilities(logits(masked_image(x[image], weight, filled[image])).float()))
     if not rows:
         return y[:, None].repeat(1, cut.shape[1])
     source = source.to(x.device)

@@ -8,9 +8,41 @@ import torch
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
-from aftcli.tft import rounding
 
 BLUR_SIGMA = 10.0  # pixels
+
+# Rounding: a network gives the same image slightly different numbers in another batch, on another
+# engine, by another number of threads or on another CPU. No comparison may turn on that
+# (docs/decisions.md, Rounding).
+SCORE_ROUNDING = 2.0**-20  # of a map in [0, 1]: scores that differ by less are equal
+
+LOG_ODDS_ROUNDING = 1e-4  # of a probability: ten times what engines differed by
+
+MEASURE_ROUNDING = 1e-6  # of a mean of measures in [0, 1]
+
+
+def slack(y: Tensor) -> Tensor:
+    """Return the relative error that a probability may have, same shape.
+
+    An error of LOG_ODDS_ROUNDING in log(y / (1 - y)), and the last bits of y itself.
+
+    Args:
+        y: probabilities, in [0, 1].
+    """
+    return LOG_ODDS_ROUNDING * (1 - y) + 4 * torch.finfo(torch.float32).eps
+
+
+def rises(y_hat: Tensor, y: Tensor) -> Tensor:
+    """Return where y_hat^c is above y^c by more than rounding, bool.
+
+    Args:
+        y_hat: probability of class c for the masked image, in [0, 1].
+        y: the same for the whole image.
+
+    >>> rises(torch.tensor([0.6, 0.500001, 0.4]), torch.tensor(0.5))
+    tensor([ True, False, False])
+    """
+    return y_hat > y * (1 + slack(y))
 
 
 def first_maximum(rpi: Tensor, y: Tensor) -> Tensor:
@@ -24,7 +56,7 @@ def first_maximum(rpi: Tensor, y: Tensor) -> Tensor:
     largest = tried.amax(1, keepdim=True)
     y_hat = (1 + largest) * y[:, None]
     # An RPI is infinite where y underflows.
-    equal = tried >= largest - (1 + largest) * rounding.slack(y_hat)
+    equal = tried >= largest - (1 + largest) * slack(y_hat)
     return ((tried == largest) | equal).int().argmax(1)
 
 
@@ -35,7 +67,7 @@ def raised(rpi: Tensor, y: Tensor) -> Tensor:
         rpi: RPI of each threshold, shape (N, |T|); NaN, not tried, does not count.
         y: y^c of the whole image, shape (N,).
     """
-    return rpi > rounding.slack(y)[:, None]
+    return rpi > slack(y)[:, None]
 
 
 def relative_probability_increase(y_hat: Tensor, y: Tensor) -> Tensor:
@@ -67,13 +99,13 @@ def cut_off(attribution: Tensor, tau: Tensor, mode: str = "value") -> Tensor:
     """
     tau = tau.expand(len(attribution), -1)
     if mode == "value":
-        return tau.to(attribution) - rounding.SCORE
+        return tau.to(attribution) - SCORE_ROUNDING
     flat = attribution.flatten(1).double()
     # In float32 a tenth is above .1, and its rank would be above a whole one.
     ranks = tau.double().mul(1e6).round() / 1e6 * (flat.shape[1] - 1)
     ordered = flat.sort(1).values
     low, high = ordered.gather(1, ranks.floor().long()), ordered.gather(1, ranks.ceil().long())
-    return (low + (high - low) * ranks.frac()).to(attribution) - rounding.SCORE
+    return (low + (high - low) * ranks.frac()).to(attribution) - SCORE_ROUNDING
 
 
 def threshold_map(attribution: Tensor, cut: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ def main() -> None:
         control = aft("finetune", "--no-masks", *common, "--seed", str(seed), "--json")
         result["cards"] += [_short(card) for card in json.loads(tuned) + json.loads(control)]
         plain = ("evaluate", *common, "--thresholds", "0", "--format", "json", "--ci")
+        plain += ("--judge", "none")
         limit = ("--limit", args.limit) if args.limit else ()
         masking, names = ("both", CHEAP) if seed == 0 else ("soft", QUICK)
         found = aft(*plain, *limit, *later, "--masking", masking, "--metrics", names)

@@ -89,7 +89,16 @@ def table(data: Path, out: Path, images: int, slow_images: int, processes: int) 
     for names, count, end, options in runs:
         kept = {name: out / "table" / f"{name}{end}.json" for name in names}
         if not all(path.exists() for path in kept.values()):
-            words = ["evaluate", str(data / "imagenet"), "--limit", str(count), "--table", "3"]
+            words = [
+                "evaluate",
+                str(data / "imagenet"),
+                "--limit",
+                str(count),
+                "--table",
+                "3",
+                "--judge",
+                "none",
+            ]
             words += ["--run", str(out / "run"), "--metrics", MEASURED, "--format", "json"]
             words += [*options, *(word for name in names for word in ("--cam", name))]
             document = json.loads(aft(words, processes))

@@ -108,7 +108,7 @@ def evaluation(study: Study) -> str:
     """Return the command that prints a study's tables."""
     limit = f"--limit {study.images} " if study.images else ""
     tables = "--table 2,3,4,5 --baselines --ci"
-    return f"aft evaluate --run {study.run} {limit}{tables} --metrics {METRICS}"
+    return f"aft evaluate --run {study.run} {limit}{tables} --judge none --metrics {METRICS}"
 
 
 def run(command: str, folder: Path) -> str:

@@ -312,6 +312,8 @@ def test_x_equals_torchvisions(name):
     ("name", "interpolation"),
     [
         ("efficientnet_lite0", "bicubic"),
+        ("efficientnet_lite1", "bicubic"),
+        ("efficientnet_lite2", "bicubic"),
         ("timm:resnet18.tv_in1k", "bilinear"),
         ("timm:resnet18", "bicubic"),
         ("timm:convnext_atto", "bicubic"),
@@ -321,7 +323,7 @@ def test_x_equals_timms(name, interpolation):
     import timm
     from timm.data import create_transform, resolve_model_data_config
 
-    known = "tf_efficientnet_lite0" if name == "efficientnet_lite0" else name[5:]
+    known = name[5:] if name.startswith("timm:") else f"tf_{name}"
     config = resolve_model_data_config(timm.create_model(known))
     transform = create_transform(**config, is_training=False)
     prep = _source(name)(name, False, None).preprocessing

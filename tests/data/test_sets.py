@@ -20,11 +20,11 @@ from aftcli.data.sets import (
     Listed,
     Marks,
     Sample,
+    data_name,
     format_of,
     open_data_set,
     validation_of,
 )
-from aftcli.evaluation.study import data_name
 from aftcli.settings import Search
 from aftcli.tft.generate import store_settings
 from tests.helpers.command import aft

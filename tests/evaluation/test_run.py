@@ -35,8 +35,7 @@ from aftcli.evaluation.tables import (
 from aftcli.report.formats import FORMATS
 from aftcli.report.grids import LOOKS, Cell, Grid, Shown
 from aftcli.settings import MODES, Search
-from aftcli.tft.rounding import rises
-from aftcli.tft.threshold import MASKINGS
+from aftcli.tft.threshold import MASKINGS, rises
 from tests.helpers.stored import NAMES, make_images, small_float
 from tests.reference import metrics as slow
 from tests.reference import paper as reference
@@ -621,7 +620,7 @@ def test_a_table_is_its_rows_and_its_look(whole, data, tmp_path, monkeypatch, ca
         printed[name] = capsys.readouterr().out
     (record,) = json.loads(printed["json"])["doubts"]
     assert record == {"dataset": row.dataset, "doubt": row.doubt, "n": 12}
-    assert f"doubts,{row.dataset},,,,,,doubt,{row.doubt},,,12" in printed["csv"].splitlines()
+    assert f"doubts,{row.dataset},,,,,,doubt,{row.doubt},,,12," in printed["csv"].splitlines()
     assert all("accuracy" in text for text in printed.values())
     for name in ("table", "markdown", "latex"):
         assert "Doubts" in printed[name] and f"{row.doubt:.3f}" in printed[name]

@@ -10,12 +10,14 @@ from aftcli.core.cam import stretch
 from aftcli.evaluation import metrics
 from aftcli.evaluation.tables import Difference
 from aftcli.settings import MODES, THRESHOLDS
-from aftcli.tft.rounding import LOG_ODDS, SCORE, rises
 from aftcli.tft.threshold import (
+    LOG_ODDS_ROUNDING,
+    SCORE_ROUNDING,
     cut_off,
     first_maximum,
     mask_of,
     relative_probability_increase,
+    rises,
     threshold_map,
 )
 from tests.helpers.command import aft
@@ -88,7 +90,7 @@ def test_a_difference_within_rounding_is_no_increase():
     for y in (1e-6, 0.01, 0.5, 0.99):
         odds = y / (1 - y)
         for times, expected in ((0, 0.0), (0.01, 0.0), (0.1, 0.0), (3, 1.0), (30, 1.0)):
-            by = odds * torch.tensor(times * LOG_ODDS, dtype=torch.double).exp().item()
+            by = odds * torch.tensor(times * LOG_ODDS_ROUNDING, dtype=torch.double).exp().item()
             y_hat = by / (1 + by)
             pair = torch.tensor([y_hat]), torch.tensor([y])
             assert metrics.increase(*pair).item() == expected, (y, times)
@@ -151,8 +153,8 @@ def test_a_difference_within_rounding_has_no_star():
 
 def test_the_tolerance_is_what_decisions_say():
     page = (ROOT / "docs" / "decisions.md").read_text("utf-8")
-    assert "2^-20" in page and SCORE == 2.0**-20
-    assert "log-odds rise by more than 1e-4" in page and LOG_ODDS == 1e-4
+    assert "2^-20" in page and SCORE_ROUNDING == 2.0**-20
+    assert "log-odds rise by more than 1e-4" in page and LOG_ODDS_ROUNDING == 1e-4
 
 
 @pytest.mark.slow

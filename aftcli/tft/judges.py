@@ -1,0 +1,209 @@
+"""Judges: other networks, or the same one on the mirrored image, asked what a mask keeps.
+
+A search that asks a network finds what raises this network's probability. A judge took no part in
+it, so what a judge gains is of the image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from aftcli.core.cam import class_score
+from aftcli.core.classifier import Classes, Classifier, probabilities
+from aftcli.core.models import load_classifier
+from aftcli.core.weights import read_card
+from aftcli.errors import AftError
+from aftcli.files import check_checkpoint
+from aftcli.settings import MIRROR, SELF, Search
+from aftcli.tft.search import masked_probabilities
+
+JUDGED = "judge"  # begins a judge's name in columns and extras of results; no measure's does
+
+FILES = (".safetensors", ".pth", ".pt")  # of checkpoints
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """A network that is asked about the images that another one, f, has seen.
+
+    Attributes:
+        name: in tables.
+        classifier: the network; None for f itself, which then sees its input flipped left-right.
+    """
+
+    name: str
+    classifier: Classifier | None = None
+
+    def logits(self, f: Classifier, x: Tensor) -> Tensor:
+        """Compute the judge's logits, shape (N, C).
+
+        Args:
+            f: the classifier that x is an input of.
+            x: inputs, whole or masked, shape (N, 3, H, W). They become colours by f's
+                normalisation, have the judge's size (bilinear, antialiased) and normalisation.
+        """
+        g = self.classifier
+        if g is None:
+            mirrored: Tensor = f(x.flip(3))
+            return mirrored
+        mean, std = f.preprocessing.channels(x)
+        colours = x * std + mean
+        if colours.shape[2:] != g.preprocessing.size:
+            colours = interpolate(colours, g.preprocessing.size, mode="bilinear", antialias=True)
+        mean, std = g.preprocessing.channels(colours)
+        logits: Tensor = g(((colours - mean) / std).to(next(g.parameters())))
+        return logits
+
+    def matching(self, f: Classifier) -> Tensor:
+        """Return the judge's class for each of f's, shape (classes of f,); -1 where it has none."""
+        return _matching(f.classes, (self.classifier or f).classes)
+
+    def key(self, f: Classifier) -> str:
+        """Name the judge's columns in results: by its weights, its input, its classes for f's."""
+        if self.classifier is None:
+            return f"{JUDGED}{MIRROR}"  # its weights are f's, which name the whole file
+        made = f"{self.weights} {self.classifier.preprocessing} {self.matching(f).tolist()}"
+        return JUDGED + hashlib.sha256(made.encode()).hexdigest()[:10]
+
+    @cached_property
+    def weights(self) -> str:
+        """A hash of the weights; "" for the network itself."""
+        return self.classifier.weights_hash() if self.classifier else ""
+
+    def check(self, f: Classifier) -> None:
+        """Check that the judge knows some of f's classes.
+
+        Raises:
+            AftError: it knows none.
+        """
+        if (self.matching(f) < 0).all():
+            raise AftError(
+                f"--judge {self.name}: has none of the {len(f.classes)} classes of {f.name} by "
+                "name or wnid, so it can't judge; name a network with the same classes, or take "
+                f"--judge {MIRROR}"
+            )
+
+
+@lru_cache(maxsize=64)
+def _matching(own: Classes, theirs: Classes) -> Tensor:
+    found: list[int | None] | range
+    if own == theirs:
+        found = range(len(own))
+    elif own.wnids and not theirs.wnids:
+        # The judge's names mean classes of ImageNet's list, as a data set's do.
+        place = {c: i for i, c in enumerate(own.match(theirs.names)) if c is not None}
+        found = [place.get(c) for c in range(len(own))]
+    elif Classes.numbered(len(own)) == own or Classes.numbered(len(theirs)) == theirs:
+        found = [None] * len(own)
+    else:
+        found = theirs.match(own.wnids or own.names)
+    return torch.tensor([-1 if c is None else c for c in found])
+
+
+@torch.no_grad()
+def judged(judge: Judge, f: Classifier, x: Tensor, class_index: Tensor) -> Tensor:
+    """Return the judge's p(c | x), shape (N,); NaN where it does not know class c.
+
+    Args:
+        judge: who is asked.
+        f: the classifier that x is an input of.
+        x: inputs, whole or masked, shape (N, 3, H, W).
+        class_index: c, a class of f, shape (N,).
+    """
+    theirs = judge.matching(f).to(class_index.device)[class_index]
+    p = probabilities(judge.logits(f, x).float())
+    return torch.where(theirs < 0, torch.nan, class_score(p, theirs.clamp(min=0)))
+
+
+@torch.no_grad()
+def judged_masks(
+    judge: Judge,
+    f: Classifier,
+    x: Tensor,
+    attribution: Tensor,
+    cut: Tensor,
+    class_index: Tensor,
+    y: Tensor,
+    owner: Tensor,
+    search: Search,
+) -> Tensor:
+    """Return the judge's p(c | x_hat), shape (N, |T|); equal masks are asked about once.
+
+    Args:
+        judge: who is asked.
+        f: the classifier that x is an input of.
+        x: inputs, shape (M, 3, H, W).
+        attribution: I, shape (N, H, W).
+        cut: thresholds, from `cut_off`, shape (N, |T|).
+        class_index: c, a class of f, shape (N,).
+        y: the judge's p(c | x) of each map, shape (N,); NaN where it does not know class c.
+        owner: which input each map is of, shape (N,).
+        search: gives masking and fill.
+    """
+    theirs = judge.matching(f).to(class_index.device)[class_index]
+    known = (theirs >= 0).nonzero()[:, 0]
+    found = y.new_full(cut.shape, torch.nan)
+    if len(known):
+        found[known] = masked_probabilities(
+            f,
+            x,
+            attribution[known],
+            cut[known],
+            theirs[known],
+            y[known],
+            owner[known],
+            search,
+            partial(judge.logits, f),
+        )
+    return found
+
+
+def load_judges(
+    names: Sequence[str],
+    device: torch.device | str = "cpu",
+    note: Callable[[str], None] = warnings.warn,
+) -> tuple[Judge, ...]:
+    """Load judges by name.
+
+    Args:
+        names: "mirror", a model's name, a checkpoint file, or MODEL=FILE for a state dict of a
+            model; see `load_classifier`.
+        device: where they run.
+        note: see `load_classifier`.
+
+    Raises:
+        AftError: a network can't be had.
+    """
+    found: dict[str, Judge] = {}
+    for text in dict.fromkeys(names):
+        if text == MIRROR:
+            found[text] = Judge(MIRROR)
+            continue
+        model, path = _place(text)
+        name = path.stem if path else text
+        name = text if name in (*found, SELF, MIRROR) else name
+        try:
+            found[name] = Judge(name, load_classifier(model, path, device=device, note=note))
+        except AftError as error:
+            unsaid = path and model is None and path.is_file() and read_card(path) is None
+            how = f"; for a state dict write --judge MODEL={path}" if unsaid else ""
+            raise AftError(f"--judge {text}: {error}{how}") from error
+    return tuple(found.values())
+
+
+def _place(text: str) -> tuple[str | None, Path | None]:
+    """Tell a model's name and a checkpoint apart."""
+    model, equals, path = text.partition("=")
+    if Path(text).is_file() or (not equals and text.endswith(FILES)):
+        check_checkpoint(Path(text))
+        return None, Path(text)
+    return (model, Path(path)) if equals else (text, None)
