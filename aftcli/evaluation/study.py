@@ -138,8 +138,7 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
         AftError: there are neither masks nor tuned classifiers, they do not belong together,
             there are no images with labels among the classes, or a judge knows none of these.
     """
-    asked = asked or Asked()
-    studies = _studies(run, asked)
+    studies = _studies(run, asked := asked or Asked())
     judges = load_judges(asked.judges, asked.source.device, asked.source.note)
     for judge, study in product(judges, studies):
         judge.check(study.f)
@@ -396,6 +395,6 @@ def _search(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked
 
 def _trained_on(made: dict[str, Any]) -> tuple[str, str, int] | None:
     with contextlib.suppress(KeyError):
-        root, kind, split = Path(made["data_set"]), made["data_kind"], made["split"]
-        return data_name(root, kind, split), split, int(made["images"])
+        root, split = Path(made["data_set"]), made["split"]
+        return data_name(root, made["data_kind"], split), split, int(made["images"])
     return None
