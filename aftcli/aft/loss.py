@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from aftcli.core.cam import TUNERS, Tuner, normalise
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS, method
+from aftcli.core.zero_level import check_signed
 from aftcli.errors import AftError, nearest
 
 Features = tuple[Tensor, ...]  # what w0 hands to w1: one tensor for most networks
@@ -39,6 +40,9 @@ CLASSIFICATIONS = ("labels", "distillation")
 
 # Weights trained behind the frozen w0.
 TRAINED = ("w1+w2", "w1")
+
+# Terms of s(x) that move the zero level: t alone, or v and t.
+GAUGES = ("t", "v")
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -67,6 +71,7 @@ class Recipe:
         trained: of TRAINED.
         blend: the result is start + blend * (trained - start), for w1 and w2: 1 takes the
             trained weights, less goes back towards those before (Wortsman et al., CVPR 2022).
+        gauge: of GAUGES, for the objective zero-level; that trains neither w1 nor w2.
     """
 
     lam: float | None = 1.0
@@ -83,6 +88,14 @@ class Recipe:
     optimizer: str = "adam"
     trained: str = "w1+w2"
     blend: float = 1.0
+    gauge: str = "t"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, without the gauge where no zero level is trained."""
+        values = dict(vars(self))
+        if self.objective != ZERO_LEVEL:
+            del values["gauge"]
+        return values
 
 
 class Compared(NamedTuple):
@@ -104,12 +117,13 @@ class Objective:
     Attributes:
         title: its name in the line that says what is minimised.
         build: makes it for one layer, of the classifier cut there, whose weights are those that
-            are trained, and the method of the masks.
+            are trained, and the method of the masks; None where another training than that of
+            eq. 8 is meant.
         check: raises AftError where a method can't be trained so.
     """
 
     title: str
-    build: Callable[[Classifier, str, Recipe], Compared]
+    build: Callable[[Classifier, str, Recipe], Compared] | None
     check: Callable[[str], None] = lambda cam: None
 
 
@@ -133,7 +147,13 @@ def _check_map(cam: str) -> None:
         )
 
 
-OBJECTIVES = {"tuner": Objective("tuner", _tuner), "cam": Objective("map", _map, _check_map)}
+ZERO_LEVEL = "zero-level"
+
+OBJECTIVES = {
+    "tuner": Objective("tuner", _tuner),
+    "cam": Objective("map", _map, _check_map),
+    ZERO_LEVEL: Objective("zero level", None, check_signed),
+}
 
 
 def check_settings(settings: Recipe, cam: str | None = None) -> None:
@@ -157,6 +177,7 @@ def check_settings(settings: Recipe, cam: str | None = None) -> None:
         ("tuner", settings.tuner, TUNERS),
         ("optimizer", settings.optimizer, OPTIMIZERS),
         ("choice of what is trained", settings.trained, TRAINED),
+        ("gauge", settings.gauge, GAUGES),
     ):
         if name not in known:
             raise AftError(f"unknown {what} {name!r}; nearest: {nearest(name, known)}")

@@ -8,12 +8,17 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from aftcli.aft.jobs import Job
-from aftcli.aft.loss import Recipe, check_settings
+from aftcli.aft.loss import ZERO_LEVEL, Recipe, check_settings
 
 # From so many training images a class on, training generalises; it memorises fewer.
 MANY = 50
 
 STEPS = 420
+
+# Settings that decide a zero level; others say nothing there.
+ZERO_LEVEL_TAKES = {
+    *("objective", "gauge", "learning_rate", "epochs", "batch", "held_out", "seed"),
+}
 
 
 class Situation(NamedTuple):
@@ -28,6 +33,10 @@ class Situation(NamedTuple):
 
 
 SITUATIONS = {
+    ZERO_LEVEL: Situation(
+        "the zero level",
+        {"lam": None, "learning_rate": 2e-3, "epochs": 15, "patience": 0},
+    ),
     "new": Situation("a new last layer", {"learning_rate": 3e-4, "epochs": 30}),
     "many": Situation(
         f"{MANY} or more images a class",
@@ -55,8 +64,10 @@ SITUATIONS = {
 }
 
 
-def situation_of(job: Job) -> Situation:
-    """Return the situation that a job is in."""
+def situation_of(job: Job, objective: str = Recipe.objective) -> Situation:
+    """Return the situation that a job with an objective is in."""
+    if objective == ZERO_LEVEL and job.masks is not None:
+        return SITUATIONS[ZERO_LEVEL]
     if job.new_head:
         return SITUATIONS["new"]
     labels = [sample.label for sample in job.data_set.samples]
@@ -78,7 +89,10 @@ def in_situation(**asked: Any) -> Callable[[Job], Recipe]:  # noqa: ANN401
     given = {name: value for name, value in asked.items() if value is not None}
 
     def settings(job: Job) -> Recipe:
-        situation = situation_of(job)
+        situation = situation_of(job, given.get("objective", Recipe.objective))
+        if situation is SITUATIONS[ZERO_LEVEL]:
+            kept = {name: given[name] for name in ZERO_LEVEL_TAKES & given.keys()}
+            return Recipe(**{**situation.settings, **kept})
         found = Recipe(**{**situation.settings, **given})
         if "epochs" not in given:
             an_epoch = math.ceil(len(job.data_set.samples) * (1 - found.held_out) / found.batch)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from aftcli.aft.run import Options
 
 # As in aftcli.aft, which imports torch.
-Objective = Literal["tuner", "cam"]
+Objective = Literal["tuner", "cam", "zero-level"]
+Gauge = Literal["t", "v"]
 Classification = Literal["labels", "distillation"]
 Cache = Literal["auto", "memory", "disk", "off"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
@@ -70,7 +71,11 @@ class Training:
     ] = None
     objective: Annotated[
         Objective,
-        words("--objective", Objective, "the tuner's output (paper) or the CAM itself learns."),
+        words(
+            "--objective",
+            Objective,
+            "the tuner's output (paper), the CAM, or only where it is zero learns.",
+        ),
     ] = "tuner"
     consistency: Annotated[
         float | None,
@@ -106,6 +111,16 @@ class Training:
 
 
 @dataclass(frozen=True)
+class TunedMaps(Methods):
+    """The maps that are tuned."""
+
+    gauge: Annotated[
+        Gauge,
+        words("--gauge", Gauge, "what --objective zero-level learns: one number, or weights too."),
+    ] = "t"
+
+
+@dataclass(frozen=True)
 class TunedOutput(Printed):
     """Options of what is printed and written of tuned networks."""
 
@@ -132,7 +147,7 @@ class TuneRun(StudyRun):
 def finetune(
     data: TrainingData,
     network: TunedNetwork,
-    maps: Methods,
+    maps: TunedMaps,
     training: Training,
     output: TunedOutput,
     run: TuneRun,
@@ -157,7 +172,7 @@ def finetune(
     if output.export:
         check_onnx()
     asked = {each.name: getattr(training, each.name) for each in fields(training)}
-    settings = in_situation(held_out=data.held_out, **asked)
+    settings = in_situation(held_out=data.held_out, gauge=maps.gauge, **asked)
     accelerator = setup.accelerator(run.device, run.precision)
     first = accelerator.process_index == 0
     note = setup.noting(run.quiet or not first)

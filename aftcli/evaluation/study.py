@@ -255,7 +255,9 @@ RECIPE = {
 
 def _check_pairs(f: Classifier, tuned: list[_Made]) -> None:
     """Check that the control has seen what the classifiers tuned with masks have."""
-    controls, others = [m for m in tuned if _is_control(m, f)], [m for m in tuned if m.card["cam"]]
+    controls = [m for m in tuned if _is_control(m, f)]
+    # A zero level changes no weight that a control trains: it has no control.
+    others = [m for m in tuned if m.card["cam"] and m.card.get("objective") != "zero-level"]
     for control, one in product(controls, others):
         if other := _trained_otherwise(control.card, one.card):
             raise AftError(

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 
 from aftcli.aft.examples import Cached, Note
-from aftcli.aft.loss import OBJECTIVES
+from aftcli.aft.loss import OBJECTIVES, ZERO_LEVEL
 from aftcli.aft.recipes import situation_of
 from aftcli.aft.run import Begun, Event, Tuned
 from aftcli.aft.training import Epoch, Measured, Step
@@ -97,10 +97,13 @@ def _beginning(begun: Begun) -> tuple[str, str]:
     head = f" and a new head of {len(job.f.classes)} classes" if job.new_head else ""
     tuner = "" if job.masks is None else " and the tuner"
     goes_on = f", going on after epoch {begun.epoch}" if begun.epoch else ""
+    images = f"{begun.train} images, {begun.held_out} held out{goes_on}"
+    if begun.settings.objective == ZERO_LEVEL:
+        first = f"{job.name}: learning the zero level at {job.f.layer_name} from {images}"
+        return first, _recipe(begun)
     layers = ", ".join([*(job.earlier.names if job.earlier else ()), job.f.layer_name])
     return (
-        f"{job.name}: training {layers}{head}, what follows it{tuner} on {begun.train} "
-        f"images, {begun.held_out} held out{goes_on}",
+        f"{job.name}: training {layers}{head}, what follows it{tuner} on {images}",
         _recipe(begun),
     )
 
@@ -108,6 +111,13 @@ def _beginning(begun: Begun) -> tuple[str, str]:
 def _recipe(begun: Begun) -> str:
     """Return the line that says what is minimised, and whose defaults that are."""
     own = begun.settings
+    if own.objective == ZERO_LEVEL:
+        how = (
+            f"v and t by Adam, learning rate {own.learning_rate:g}, {own.epochs} epochs"
+            if own.gauge == "v"
+            else "t alone, found exactly"
+        )
+        return f"cross-entropy of the map's support and the masks; {how}; no probability changes"
     parts = ["cross-entropy" if own.classification == "labels" else "distillation"]
     if own.lam is not None:
         what = OBJECTIVES[own.objective].title
@@ -117,7 +127,7 @@ def _recipe(begun: Begun) -> str:
     blend = f", blend {own.blend:g}" if own.blend < 1 else ""
     return (
         f"{' + '.join(parts)}; learning rate {own.learning_rate:g}, at most {own.epochs} epochs"
-        f"{blend} (defaults for {situation_of(begun.job).title})"
+        f"{blend} (defaults for {situation_of(begun.job, own.objective).title})"
     )
 
 
