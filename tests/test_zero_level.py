@@ -14,8 +14,11 @@ from test_aft import assert_equal, through_json
 from trained import Direct, epochs, make_colours, masks_of, tune, tuned
 
 from aftcli import AftError, attribution_map, explain
+from aftcli.aft.jobs import mask_job
 from aftcli.aft.loss import ZERO_LEVEL, Recipe
 from aftcli.aft.recipes import in_situation
+from aftcli.aft.run import Options, fine_tune
+from aftcli.aft.training import Step, Training
 from aftcli.aft.zero_level import Learned, ZeroLevelTraining, best_zero, pieces_of, zero_level_loss
 from aftcli.core.cam import normalise, stretch
 from aftcli.core.methods import METHODS
@@ -23,6 +26,7 @@ from aftcli.core.weights import checkpoint_of, read_card, restore
 from aftcli.core.zero_level import Levelled, give_zero_level, moved_by, signed_map, support
 from aftcli.files import write_tensors
 from aftcli.settings import Search
+from aftcli.tft.masks import MaskStore
 
 SIGNED = [name for name, entry in METHODS.items() if entry.signed]
 WITHOUT = [name for name in METHODS if name not in SIGNED]
@@ -116,6 +120,17 @@ def test_a_zero_level_is_replaced_not_added():
     a = s.f.activation(s.x)
     expected = signed_map(s.f, a, s.class_index, "gradcam") - 0.1
     assert_near(signed_map(g, g.activation(s.x), s.class_index, "gradcam"), expected, 1e-12)
+
+
+@pytest.mark.parametrize("cam", ["lrp", "clrp", "relevancecam", "deeplift", "guidedbackprop"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_methods_that_take_the_network_apart_take_this_one(kind, cam):
+    for module in METHODS[cam].needs:
+        pytest.importorskip(module)
+    s, g, _ = moved(kind, with_v=False)
+    # t moves no logit: the network without it is taken apart.
+    found = attribution_map(g, s.x, s.class_index, cam)
+    assert_near(found, attribution_map(s.f, s.x, s.class_index, cam), 1e-9)
 
 
 # The support and the loss.
@@ -320,14 +335,31 @@ def test_a_run_writes_a_checkpoint_and_knows_it_again(run):
         learn(run, "v")
 
 
+@pytest.mark.parametrize("stop", [1, 2, 4])
+def test_a_stopped_run_resumes_to_the_same_file(run, tmp_path, stop):
+    settings = in_situation(objective=ZERO_LEVEL, gauge="v", epochs=2, batch=5, held_out=0.2)
+    files = []
+    for name, stops in (("whole", ()), ("stopped", (stop,))):
+        masks_of(run / "data", tmp_path / name)
+        job = mask_job(MaskStore(tmp_path / name / "masks/small-gradcam.h5"), small_float())
+        options = Options(workers=0, save_every=0)
+        for count in stops:
+            events = fine_tune([job], tmp_path / name, settings, options)
+            done = 0
+            while done < count:
+                done += isinstance(next(events), Step)
+            events.close()
+        *_, last = fine_tune([job], tmp_path / name, settings, options)
+        files.append(last.path.read_bytes())
+    assert files[0] == files[1]
+
+
 def test_old_cards_name_no_gauge():
     assert "gauge" not in Recipe().as_dict()
     assert Recipe(objective=ZERO_LEVEL).as_dict()["gauge"] == "t"
 
 
 def test_a_network_with_a_zero_level_is_not_tuned_further(run):
-    from aftcli.aft.training import Training
-
     f = small_float()
     give_zero_level(f, torch.tensor(0.1))
     examples = Direct(f, torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
@@ -345,8 +377,6 @@ def test_a_map_without_a_sign_is_refused(cam):
 
 
 def test_what_does_not_fit_is_refused(run, tmp_path):
-    from aftcli.aft.run import Options
-
     generate(run / "data", tmp_path, ("gradcam",), Search(masking="soft"))
     settings = {"objective": ZERO_LEVEL}
     with pytest.raises(AftError, match="soft masking.*--masking binary"):

@@ -101,13 +101,18 @@ def give_zero_level(f: Classifier, t: Tensor, v: Tensor | None = None) -> None:
     layer, head = before.layer, before.head
     channels, high, wide = f.activation_shape
     channels -= f.zero_level is not None
-    f.zero_level = ZeroLevel(layer, head, t.to(next(f.parameters())), v).to(f.device)
+    f.zero_level = ZeroLevel(layer, head, t.to(next(f.parameters())), v).to(f.device).eval()
     level = f.zero_level.t * (high * wide)
     widened = _widened(head, (channels, high, wide), level, f.zero_level.v)
     f.layer = WithConstant(layer).eval()
     f.head = (widened or Levelled(head, level, f.zero_level.v)).eval()
     f.activation_shape = (channels + 1, high, wide)
     f.__dict__.pop("linear_head", None)  # of the head before
+
+
+def without_constant(f: Classifier, activation: Tensor) -> Tensor:
+    """Take the constant channel of a zero level off A, where f has one."""
+    return activation if f.zero_level is None else activation[:, :-1]
 
 
 @torch.no_grad()
