@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from aftcli.core.cam import normalise, stretch
 from aftcli.core.methods import METHODS
 from aftcli.core.weights import checkpoint_of, read_card, restore
 from aftcli.core.zero_level import Levelled, give_zero_level, moved_by, signed_map, support
+from aftcli.evaluation.study import _check_pairs, _Made
 from aftcli.files import write_tensors
 from aftcli.settings import Search
 from aftcli.tft.masks import MaskStore
@@ -424,3 +426,18 @@ def test_a_share_out_of_range_is_refused(share):
     s = small("linear")
     with pytest.raises(AftError, match=r"zero level must lie in \[0, 1\)"):
         explain(s.f, s.x[:1], ["gradcam"], zero_level=share)
+
+
+def test_a_control_of_another_training_stands_beside_it(run, tmp_path):
+    """A zero level trains no weight, so a control's recipe can't differ from its own."""
+    shutil.copytree(run / "run/masks", tmp_path / "masks")
+    for lam in (0.5, None):
+        settings = {} if lam is None else {"objective": ZERO_LEVEL}
+        tune(run / "data", tmp_path, settings=settings, lam=lam)
+    f = small_float()
+    made = [_Made(path, read_card(path)) for path in sorted((tmp_path / "tuned").glob("*.safe*"))]
+    assert [m.card["cam"] for m in made] == [None, "gradcam"]
+    _check_pairs(f, made)
+    made[1].card["objective"] = "tuner"
+    with pytest.raises(AftError, match="is no control of"):
+        _check_pairs(f, made)

@@ -38,6 +38,7 @@ from aftcli.core.zero_level import (
     moved_by,
     signed_map,
     support,
+    without_constant,
 )
 from aftcli.errors import AftError
 
@@ -240,17 +241,17 @@ class ZeroLevelTraining:
         return Learned(whole, whole.amax((1, 2)), torch.cat(kept), area.to(whole))
 
     @torch.no_grad()
-    def _activation(self, batch: Batch) -> Tensor:
+    def _activation(self, batch: Batch, f: Classifier | None = None) -> Tensor:
         x = batch.features[0] if len(batch.features) == 1 else batch.features
-        return self.f.layer(x)  # type: ignore[no-any-return]
+        return (f or self.f).layer(x)  # type: ignore[no-any-return]
 
     def _rows(self, indices: Sequence[int]) -> Tensor:
         return torch.tensor([self.place[i] for i in indices], dtype=torch.long)
 
-    def _loss(self, batch: Batch, of: Learned) -> Tensor:
+    def _loss(self, activation: Tensor, of: Learned) -> Tensor:
         signed = of.signed - self.t * self.unit
         if self.settings.gauge == "v":
-            signed = signed + moved_by(self.v, self._activation(batch), self.cam)
+            signed = signed + moved_by(self.v, activation, self.cam)
         return zero_level_loss(signed, of)
 
     def state(self) -> State:
@@ -302,7 +303,8 @@ class ZeroLevelTraining:
             done = ((self.epoch - 1) * len(batches) + self.step) / (self.epochs * len(batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * min(1.0, 2 * (1 - done))
-            loss = self._loss(batch, self.learned.rows(rows))
+            activation = self._activation(batch)
+            loss = self._loss(activation, self.learned.rows(rows))
             if not loss.isfinite().all():
                 raise AftError(
                     f"the loss is no longer finite in epoch {self.epoch}; lower the learning rate "
@@ -312,7 +314,7 @@ class ZeroLevelTraining:
             loss.mean().backward()
             self.optimizer.step()
             with torch.no_grad():
-                logits = self.f.head(self._activation(batch))
+                logits = self.f.head(activation)
             self.sums += _sums(loss, logits, batch.labels)
             self.step += 1
             yield Step(self.epoch, self.step, len(batches), Measured.of(self.sums))
@@ -327,11 +329,11 @@ class ZeroLevelTraining:
         batches = [indices[i : i + size] for i in range(0, len(indices), size)]
         sums, g = torch.zeros_like(self.sums), self.classifier()
         for some, batch in zip(batches, examples.batches(batches, None), strict=True):
-            x = batch.features[0] if len(batch.features) == 1 else batch.features
-            loss = torch.zeros(len(some))
+            activation, loss = self._activation(batch, g), torch.zeros(len(some))
             if batch.class_index is not None:
-                loss = self._loss(batch, self.learned.rows(self._rows(some)))
-            sums += _sums(loss, g.head(g.layer(x)), batch.labels)
+                of = self.learned.rows(self._rows(some))
+                loss = self._loss(without_constant(g, activation), of)
+            sums += _sums(loss, g.head(activation), batch.labels)
         return Measured.of(sums)
 
     def use_best(self) -> None:
