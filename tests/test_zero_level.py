@@ -441,3 +441,15 @@ def test_a_control_of_another_training_stands_beside_it(run, tmp_path):
     made[1].card["objective"] = "tuner"
     with pytest.raises(AftError, match="is no control of"):
         _check_pairs(f, made)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "mlp"])
+@pytest.mark.parametrize("cam", ["gradcam", "hirescam"])
+def test_network_and_map_are_one_graph(kind, cam):
+    from aftcli.engine.export import traced
+
+    s, g, _ = moved(kind, 4, t=0.05)
+    logits, attribution = traced(g, cam)(s.x)
+    assert_near(logits, g(s.x), 1e-9)
+    expected = attribution_map(g, s.x, logits.argmax(1), cam)
+    assert_near(attribution, expected, 1e-9)

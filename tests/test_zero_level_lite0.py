@@ -141,6 +141,10 @@ def test_finetune_says_what_it_learns(small_commands, gauge):
     assert "learning the zero level at 2+3" in done.err
     assert ("t alone, found exactly" in done.err) == (gauge == "t")
     assert "--lam has no effect with --objective zero-level" in done.err
+    rows = [line.split() for line in aft("finetune", *options).out.splitlines()]
+    before, after = (row for row in rows if row[2:5] == ["train,", "held", "out"])
+    # The held-out image may have no cell above 0: then its loss is 0, but it is one.
+    assert float(before[-1]) >= 0 and before[-3] == after[-3]
 
 
 def test_explain_says_the_zero_level(small_commands):

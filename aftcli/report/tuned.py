@@ -188,7 +188,8 @@ def _table(results: list[dict[str, Any]]) -> Table:
                     continue
                 # A tuner, or a head, that was not trained yet says nothing.
                 new = when == "before" and card["new_head"]
-                mask = where == "val" or card["cam"] is None or when == "before"
+                untrained = when == "before" and card.get("objective") != ZERO_LEVEL
+                mask = where == "val" or card["cam"] is None or untrained
                 table.add_row(
                     cell(card["model"]),
                     cell(card["cam"] or "control"),
@@ -211,7 +212,7 @@ def draw_losses(path: Path, card: dict[str, Any]) -> None:
     panels = ["cross_entropy", *(["mask"] if card["cam"] else []), "accuracy"]
     titles = {
         "cross_entropy": "cross-entropy",
-        "mask": "mask loss, sum over cells",
+        "mask": f"mask loss, {'mean' if card.get('objective') == ZERO_LEVEL else 'sum'} over cells",
         "accuracy": "accuracy",
     }
     figure = Figure(figsize=(3.6 * len(panels), 3.2), dpi=150, layout="constrained")
@@ -219,7 +220,8 @@ def draw_losses(path: Path, card: dict[str, Any]) -> None:
     best = card["metrics"]["epoch"]
     for ax, what in zip(figure.subplots(1, len(panels)), panels, strict=True):
         # An untrained tuner or head would set the scale of its panel.
-        first = 1 if what == "mask" or card["new_head"] else 0
+        untrained = what == "mask" and card.get("objective") != ZERO_LEVEL
+        first = 1 if untrained or card["new_head"] else 0
         for name, colour in (("train", "tab:blue"), ("held_out", "tab:orange")):
             means = [(e.number, getattr(e, name)) for e in history[first:]]
             points = [(n, getattr(m, what)) for n, m in means if m]
