@@ -13,7 +13,11 @@ SELF, MIRROR = "self", "mirror"  # judges: the network itself, and it on mirrore
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(11))
 
 # Choices of `--objective` with the words of its help; `aft.loss.OBJECTIVES` has their functions.
-OBJECTIVES = {"tuner": "the tuner's output (the paper)", "cam": "the CAM itself"}
+OBJECTIVES = {
+    "tuner": "the tuner's output (the paper)",
+    "cam": "the CAM itself",
+    "zero-level": "where the CAM is zero; no prediction changes",
+}
 
 # The keys of the registries in aftcli.tft, which import torch.
 Masking = Literal["binary", "soft"]
@@ -124,6 +128,12 @@ def _wrong(thresholds: tuple[float, ...]) -> str:
         return "must lie in [0, 1]"
     falls = any(b <= a for a, b in zip(thresholds, thresholds[1:], strict=False))
     return "must increase" if falls else ""
+
+
+def check_zero_level(share: float) -> None:
+    """Check a share of a map's maximum that becomes its zero."""
+    if not 0 <= share < 1:
+        raise AftError(f"the zero level must lie in [0, 1) of the map's maximum, got {share:g}")
 
 
 def read_thresholds(text: str) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from aftcli.aft.recipes import SITUATIONS  # noqa: E402
+from aftcli.aft.loss import SITUATIONS  # noqa: E402
 from aftcli.core.models import load_classifier  # noqa: E402
 from aftcli.data.images import (
     read_image,  # noqa: E402

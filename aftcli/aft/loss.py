@@ -1,13 +1,15 @@
-"""The loss of activation fine-tuning (§4.2, equation 8), and terms beyond the paper.
+"""The loss of activation fine-tuning (§4.2, eq. 8), terms beyond the paper, and default recipes.
 
-w0 stays as it is, so training sees its outputs only; `training` is the training itself.
+w0 stays as it is, so training sees its outputs only; `training` is the training itself. The
+defaults are chosen by the number of images per class (docs/aft-study.md).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,12 @@ from torch import Tensor, nn
 from aftcli.core.cam import TUNERS, Tuner, normalise
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS, method
+from aftcli.core.zero_level import check_signed
 from aftcli.errors import AftError, nearest
 from aftcli.settings import RANGES
+
+if TYPE_CHECKING:
+    from aftcli.aft.jobs import Job
 
 Features = tuple[Tensor, ...]  # what w0 hands to w1: one tensor for most networks
 
@@ -39,6 +45,9 @@ CLASSIFICATIONS = ("labels", "distillation")
 
 # Weights trained behind the frozen w0.
 TRAINED = ("w1+w2", "w1")
+
+# Terms of s(x) that move the zero level: t alone, or v and t.
+GAUGES = ("t", "v")
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -67,6 +76,7 @@ class Recipe:
         trained: of TRAINED.
         blend: the result is start + blend * (trained - start), for w1 and w2: 1 takes the
             trained weights, less goes back towards those before (Wortsman et al., CVPR 2022).
+        gauge: of GAUGES, for the objective zero-level; that trains neither w1 nor w2.
     """
 
     lam: float | None = 1.0
@@ -83,6 +93,14 @@ class Recipe:
     optimizer: str = "adam"
     trained: str = "w1+w2"
     blend: float = 1.0
+    gauge: str = "t"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, without the gauge where no zero level is trained."""
+        values = dict(vars(self))
+        if self.objective != ZERO_LEVEL:
+            del values["gauge"]
+        return values
 
 
 class Compared(NamedTuple):
@@ -104,12 +122,13 @@ class Objective:
     Attributes:
         title: its name in the line that says what is minimised.
         build: makes it for one layer, of the classifier cut there, whose weights are those that
-            are trained, and the method of the masks.
+            are trained, and the method of the masks; None where another training than that of
+            eq. 8 is meant.
         check: raises AftError where a method can't be trained so.
     """
 
     title: str
-    build: Callable[[Classifier, str, Recipe], Compared]
+    build: Callable[[Classifier, str, Recipe], Compared] | None
     check: Callable[[str], None] = lambda cam: None
 
 
@@ -133,7 +152,13 @@ def _check_map(cam: str) -> None:
         )
 
 
-OBJECTIVES = {"tuner": Objective("tuner", _tuner), "cam": Objective("map", _map, _check_map)}
+ZERO_LEVEL = "zero-level"
+
+OBJECTIVES = {
+    "tuner": Objective("tuner", _tuner),
+    "cam": Objective("map", _map, _check_map),
+    ZERO_LEVEL: Objective("zero level", None, check_signed),
+}
 
 
 def check_settings(settings: Recipe, cam: str | None = None) -> None:
@@ -148,6 +173,7 @@ def check_settings(settings: Recipe, cam: str | None = None) -> None:
         ("tuner", settings.tuner, TUNERS),
         ("optimizer", settings.optimizer, OPTIMIZERS),
         ("choice of what is trained", settings.trained, TRAINED),
+        ("gauge", settings.gauge, GAUGES),
     ):
         if name not in known:
             raise AftError(f"unknown {what} {name!r}; nearest: {nearest(name, known)}")
@@ -249,3 +275,106 @@ def aft_loss(out: Outputs, batch: Batch, settings: Recipe) -> AftLoss:
 def _float32(values: Tensor) -> Tensor:
     """Return half-precision values as float32, others as they are."""
     return values.float() if values.itemsize < 4 else values
+
+
+# From so many training images a class on, training generalises; it memorises fewer.
+MANY = 50
+
+STEPS = 420
+
+# Settings that decide a zero level; others say nothing there.
+ZERO_LEVEL_TAKES = {
+    *("objective", "gauge", "learning_rate", "epochs", "batch", "held_out", "seed"),
+}
+
+
+class Situation(NamedTuple):
+    """A situation in words, and its settings, fields of `Recipe`.
+
+    A small data set gets more epochs than these, for so many `steps`.
+    """
+
+    title: str
+    settings: dict[str, Any]
+    steps: int = 0
+
+
+SITUATIONS = {
+    ZERO_LEVEL: Situation(
+        "the zero level",
+        {"lam": None, "learning_rate": 2e-3, "epochs": 15, "patience": 0},
+    ),
+    "new": Situation("a new last layer", {"learning_rate": 3e-4, "epochs": 30}),
+    "many": Situation(
+        f"{MANY} or more images a class",
+        {
+            "lam": 0.1,
+            "learning_rate": 3e-4,
+            "epochs": 10,
+            "consistency": 4.0,
+            "classification": "labels",
+        },
+        STEPS,
+    ),
+    "few": Situation(
+        f"fewer than {MANY} images a class",
+        {
+            "lam": 0.1,
+            "learning_rate": 3e-4,
+            "epochs": 8,
+            "consistency": 1.0,
+            "classification": "distillation",
+            "blend": 0.7,
+        },
+        STEPS,
+    ),
+}
+
+
+def situation_of(job: Job, objective: str = Recipe.objective) -> Situation:
+    """Return the situation that a job with an objective is in."""
+    if objective == ZERO_LEVEL and job.masks is not None:
+        return SITUATIONS[ZERO_LEVEL]
+    if job.new_head:
+        return SITUATIONS["new"]
+    labels = [sample.label for sample in job.data_set.samples]
+    return SITUATIONS["many" if len(labels) >= MANY * len(set(labels)) else "few"]
+
+
+def in_situation(**asked: Any) -> Callable[[Job], Recipe]:  # noqa: ANN401
+    """Return a function that gives a job's settings: those asked for, and its situation's.
+
+    A job without masks has the learning rate and the epochs of one with masks, and plain
+    cross-entropy.
+
+    Args:
+        asked: fields of `Recipe`; None leaves one to the situation.
+
+    Raises:
+        AftError: a value is out of range.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+
+    def settings(job: Job) -> Recipe:
+        situation = situation_of(job, given.get("objective", Recipe.objective))
+        if situation is SITUATIONS[ZERO_LEVEL]:
+            kept = {name: given[name] for name in ZERO_LEVEL_TAKES & given.keys()}
+            return Recipe(**{**situation.settings, **kept})
+        found = Recipe(**{**situation.settings, **given})
+        if "epochs" not in given:
+            an_epoch = math.ceil(len(job.data_set.samples) * (1 - found.held_out) / found.batch)
+            enough = math.ceil(situation.steps / max(an_epoch, 1))
+            found = replace(found, epochs=max(found.epochs, enough))
+        if job.masks is None:
+            return replace(
+                found,
+                lam=None,
+                consistency=0.0,
+                classification=Recipe.classification,
+                objective=Recipe.objective,
+                blend=given.get("blend", 1.0),
+            )
+        return found
+
+    check_settings(Recipe(**given))
+    return settings

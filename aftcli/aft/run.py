@@ -16,13 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from aftcli.aft.examples import Cached, Gathering, Note
+from aftcli.aft.examples import Cached, CachedExamples, Gathering, Note
 from aftcli.aft.examples import Options as Options
 from aftcli.aft.jobs import Job
-from aftcli.aft.loss import Recipe, check_settings
-from aftcli.aft.recipes import situation_of
+from aftcli.aft.loss import ZERO_LEVEL, Recipe, check_settings, situation_of
 from aftcli.aft.training import Epoch, Measured, State, Step, Training
-from aftcli.core.cam import Tuner
+from aftcli.aft.zero_level import ZeroLevelTraining, check_job
 from aftcli.core.classifier import check_several
 from aftcli.core.networks import outside_inference_mode
 from aftcli.core.weights import card_classes, checkpoint_of, read_card
@@ -41,6 +40,8 @@ from aftcli.tft.masks import refuse_other_settings
 from aftcli.version import __version__
 
 HEAD = "aft_state"
+
+AnyTraining = Training | ZeroLevelTraining
 
 OVERHEAD = 0.05  # share of the time that storing them may take
 
@@ -89,7 +90,7 @@ def _identity(
         "augment": options.augment,
         "precision": accelerator.mixed_precision,
         "contents": contents,
-        **vars(settings),
+        **settings.as_dict(),
     }
 
 
@@ -160,11 +161,11 @@ class _Files:
         refuse_other_settings(self.path, found, self.identity)
         return card
 
-    def save(self, training: Training) -> None:
+    def save(self, training: AnyTraining) -> None:
         tensors, values = training.state()
         write_sealed(self.state, tensors, HEAD, {"values": values, "identity": self.identity})
 
-    def restore(self, training: Training) -> None:
+    def restore(self, training: AnyTraining) -> None:
         """Return to the stored state, if there is one that is whole."""
         stored = read_sealed(self.state, HEAD)
         if stored:
@@ -212,6 +213,8 @@ def fine_tune(
 def _tune(job: Job, settings: Recipe, gathering: Gathering) -> Iterator[Event]:
     check_several(len(job.f.classes))
     check_settings(settings, job.cam)
+    if settings.objective == ZERO_LEVEL:
+        check_job(job, gathering.options.augment)
     run, options, accelerator = gathering.run, gathering.options, gathering.accelerator
     files = _Files(run, job, _identity(job, settings, options, accelerator, run))
     first = accelerator.process_index == 0
@@ -243,7 +246,7 @@ def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> I
     accelerator = gathering.accelerator
     first = accelerator.process_index == 0
     examples = yield from gathering.training(job, settings)
-    training = Training(job.f, examples, settings, accelerator, job.cam, job.earlier)
+    training = _training(job, examples, settings, accelerator)
     val = yield from gathering.validation(job)
     before = training.measure(val, val.usable) if val else None
     files.restore(training)
@@ -251,7 +254,7 @@ def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> I
     accelerator.wait_for_everyone()
     counts = len(training.train), len(training.held_out)
     done = max(len(training.history) - 1, 0)
-    yield Begun(job, done, settings.epochs, *counts, examples.cache.broken, settings)
+    yield Begun(job, done, training.epochs, *counts, examples.cache.broken, settings)
     yield from _steps(training, files if first else None, gathering.options)
     training.use_best()
     after = training.measure(val, val.usable) if val else None
@@ -262,9 +265,8 @@ def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> I
         "trained_contents": _trained_contents(job, examples.usable, known_in),
     }
     if first:
-        tuner = training.tail.tuner
-        kept = tuner if isinstance(tuner, Tuner) else None
-        write_tensors(files.path, *checkpoint_of(training.classifier(job.cam), kept, card))
+        made = checkpoint_of(training.classifier(job.cam), training.tuner, card)
+        write_tensors(files.path, *made)
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     if first and examples.hidden:
@@ -272,7 +274,18 @@ def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> I
     yield Tuned(files.path, files.finished() or card, False)
 
 
-def _steps(training: Training, files: _Files | None, options: Options) -> Iterator[Event]:
+def _training(
+    job: Job, examples: CachedExamples, settings: Recipe, accelerator: Accelerator
+) -> AnyTraining:
+    """Return the training that an objective asks for."""
+    if settings.objective == ZERO_LEVEL:
+        assert job.masks is not None and job.cam is not None
+        full = job.masks.full
+        return ZeroLevelTraining(job.f, examples, full, settings, accelerator, job.cam)
+    return Training(job.f, examples, settings, accelerator, job.cam, job.earlier)
+
+
+def _steps(training: AnyTraining, files: _Files | None, options: Options) -> Iterator[Event]:
     """Run a training, storing its state as often as `options` and OVERHEAD allow."""
     saved, cost = time.monotonic(), 0.0
     for event in training.run():
@@ -289,7 +302,7 @@ def _steps(training: Training, files: _Files | None, options: Options) -> Iterat
 def _card(
     job: Job,
     identity: dict[str, Any],
-    training: Training,
+    training: AnyTraining,
     before: Measured | None,
     after: Measured | None,
     held_out: Measured,
@@ -306,7 +319,7 @@ def _card(
         "data_set": str(job.data_set.root.resolve()),
         "data_kind": job.data_set.kind,
         "new_head": job.new_head,
-        "situation": situation_of(job).title,
+        "situation": situation_of(job, training.settings.objective).title,
         "trained_on": len(training.train),
         "versions": {"aft": __version__, "torch": torch.__version__},
         "metrics": {

@@ -41,6 +41,7 @@ class Tail(nn.Module):
         if cam:
             shapes = [*(earlier.shapes if earlier else ()), f.activation_shape]
             build = OBJECTIVES[settings.objective].build
+            assert build is not None
             self.compared = tuple(build(g, cam, settings) for g in self._cut_at_each(f, shapes))
             *others, own = (c.weights and c.weights.to(next(f.parameters())) for c in self.compared)
             self.earlier_tuners = nn.ModuleList(w for w in others if w)

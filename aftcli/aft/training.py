@@ -22,7 +22,9 @@ from aftcli.aft.loss import (
     check_settings,
 )
 from aftcli.aft.tail import Earlier, Tail
+from aftcli.core.cam import Tuner
 from aftcli.core.classifier import Classifier
+from aftcli.core.zero_level import check_plain
 from aftcli.errors import AftError
 
 
@@ -224,6 +226,7 @@ class Training:
     ) -> None:
         cam = None if settings.lam is None else cam
         check_settings(settings, cam)
+        check_plain(f)
         _check_w0_alone(f, earlier)
         usable = list(examples.usable)
         if not usable:
@@ -255,6 +258,16 @@ class Training:
         """w1 and w2 before training: the teacher of distillation, and the start of a blend."""
         start = Tail(self.f, self.settings, None, self.earlier)
         return start.to(self.accelerator.device).requires_grad_(False)
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs at the most."""
+        return self.settings.epochs
+
+    @property
+    def tuner(self) -> Tuner | None:
+        """The tuner with the current weights; None where the objective has none."""
+        return self.tail.tuner if isinstance(self.tail.tuner, Tuner) else None
 
     def state(self) -> State:
         """Return all that decides how training continues; equal on all processes."""

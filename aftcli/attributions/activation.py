@@ -25,6 +25,7 @@ from aftcli.core.cam import (
 )
 from aftcli.core.classifier import Classifier, check_several
 from aftcli.core.cut import CutPoint, cut, cut_points
+from aftcli.core.zero_level import without_constant
 from aftcli.errors import AftError, first_line
 
 
@@ -34,12 +35,16 @@ def relevance_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Ten
     It starts from y^c at c and -y^c / (C - 1) at the other classes and follows z+ down to A, in
     one pass forward and backward through the head.
     """
+    activation = without_constant(f, activation)
     r = signed_relevance(f, activation, class_index)
     return weighted_sum(r.sum((2, 3)), activation)
 
 
 def signed_relevance(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
-    """Return R of A, shape (N, K, h, w), for `relevance_cam`; it sums to 0."""
+    """Return R of A, shape (N, K, h, w), for `relevance_cam`; it sums to 0.
+
+    A is without the constant channel of a zero level.
+    """
     head = canonical(f, part="head")
     return relevance(f, head, class_index, activation, named(f, "z-plus"), contrast)
 

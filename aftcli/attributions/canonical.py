@@ -26,6 +26,7 @@ from torch.nn.utils import fusion, skip_init
 
 from aftcli.core.classifier import Classifier
 from aftcli.core.networks import computes_weights, copied, with_plain_weights
+from aftcli.core.zero_level import without_constant
 from aftcli.errors import AftError, first_line
 
 Part = Literal["all", "head"]
@@ -65,7 +66,8 @@ def canonical(f: Classifier, *, part: Part = "all", split_relu6: bool = False) -
 
     Args:
         f: the classifier, in eval mode.
-        part: "all" takes x, shape (N, 3, H, W), "head" takes A, shape (N, K, h, w).
+        part: "all" takes x, shape (N, 3, H, W), "head" takes A, shape (N, K, h, w), without the
+            constant channel of a zero level.
         split_relu6: write ReLU6 as ReLU(x) - ReLU(x - 6), for methods that know ReLU alone.
 
     Returns:
@@ -73,8 +75,10 @@ def canonical(f: Classifier, *, part: Part = "all", split_relu6: bool = False) -
     """
     if any(module.training for module in f.modules()):
         raise AftError(f"{f.name} is in training mode; call its eval() before it is explained")
-    parts = {"stem": f.stem, "layer": f.layer, "head": f.head}
-    chosen = parts if part == "all" else {"head": f.head}
+    # A zero level's term has no rules of its own: what it was given to is taken apart.
+    plain = f.zero_level or f
+    parts = {"stem": f.stem, "layer": plain.layer, "head": plain.head}
+    chosen = parts if part == "all" else {"head": plain.head}
     try:
         builder = _Builder(nn.Sequential(OrderedDict(chosen)), split_relu6)
         network = builder.build()
@@ -97,22 +101,22 @@ def canonical(f: Classifier, *, part: Part = "all", split_relu6: bool = False) -
 
 def _sample(f: Classifier, part: Part) -> tuple[Tensor, Tensor]:
     """Return a random x or A and its logits; a small x if the network takes it, for speed."""
-    weight = next(f.parameters())
+    weight, plain = next(f.parameters()), f.zero_level or f
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(weight)
 
     with torch.no_grad():
         if part == "head":
-            activation = noise(*f.activation_shape)
-            return activation, f.head(activation)
+            activation = without_constant(f, noise(*f.activation_shape))
+            return activation, plain.head(activation)
         size = f.preprocessing.size
         try:
             x = noise(3, *(min(side, max(64, side // 4)) for side in size))
-            return x, f.head(f.layer(f.stem(x)))
+            return x, plain.head(plain.layer(f.stem(x)))
         except RuntimeError:
             x = noise(3, *size)
-            return x, f.head(f.layer(f.stem(x)))
+            return x, plain.head(plain.layer(f.stem(x)))
 
 
 class _Builder:

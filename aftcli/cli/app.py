@@ -57,6 +57,11 @@ def _with(other: str) -> When:
     return When(f"with {other}", lambda given: _is_set(given[other]))
 
 
+def _zero_level(words: str, holds: Callable[[Values], bool]) -> When:
+    """Return a condition of a training that only learns a zero level."""
+    return When(words, lambda given: given["--objective"] == "zero-level" and holds(given))
+
+
 def _is_set(value: object) -> bool:
     """Check that an option says something: 0 is a value, a flag that is off is none."""
     return value is not None and value is not False and value != []
@@ -126,7 +131,21 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         ),
     ),
     "finetune": (
-        Idle(("--objective",), _with("--no-masks")),
+        Idle(("--objective", "--gauge"), _with("--no-masks")),
+        Idle(
+            ("--lam", "--consistency", "--classification", "--blend", "--patience"),
+            _zero_level("with --objective zero-level", lambda given: True),
+        ),
+        Idle(
+            ("--lr", "--epochs"),
+            _zero_level("with --gauge t", lambda given: given["--gauge"] == "t"),
+        ),
+        Idle(
+            ("--gauge",),
+            When(
+                "without --objective zero-level", lambda given: given["--objective"] != "zero-level"
+            ),
+        ),
         Idle(
             ("--patience",),
             When("with --held-out 0", lambda given: given["--held-out"] == 0),

@@ -27,6 +27,7 @@ from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
 from aftcli.report.terminal import complain, say_traceback
+from aftcli.settings import check_zero_level
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +74,14 @@ class CutMaps(TargetMaps):
     mute: Annotated[
         float | None, number("--mute", "P", "mute", "Mute the lowest P percent of the map.")
     ] = None
+    zero_level: Annotated[
+        float,
+        option(
+            "--zero-level",
+            "T",
+            "Subtract T of the maximum from the map's cells first, in [0, 1).",
+        ),
+    ] = 0.0
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,7 @@ def explain(
     """
     tft = thresholds.tft
     cut = muting(maps.threshold, maps.mute, tft)
+    check_zero_level(maps.zero_level)
     kinds, accelerate, found = _begin(images, network, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
     f = setup.classifier(network, run.device, run.quiet)
@@ -154,12 +164,15 @@ def explain(
 
     wanted = settings if tft or cut else None
     searched = names.of_search(settings, thresholds.thresholds) if tft else []
-    of_map = [*_of_network(network, run), *names.of_map(cells=maps.cells)]
+    of_map = [
+        *_of_network(network, run),
+        *names.of_map(cells=maps.cells, zero_level=maps.zero_level),
+    ]
     called = names.suffixes(of_map, [*searched, *names.of_threshold(maps.threshold, maps.mute)])
     each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted)
 
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
-        asked = (targets, maps.top_k, wanted, maps.cells, bool(cut))
+        asked = (targets, maps.top_k, wanted, maps.cells, bool(cut), maps.zero_level)
         explained = explanation.explain(fast, setup.input_of(f, subject), methods, *asked)
         return [write_outputs(f, subject, e, kinds, output.out, called) for e in explained]
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from aftcli.aft.run import Options
 
 # As in aftcli.aft, which imports torch.
-Objective = Literal["tuner", "cam"]
+Objective = Literal["tuner", "cam", "zero-level"]
+Gauge = Literal["t", "v"]
 Classification = Literal["labels", "distillation"]
 Cache = Literal["auto", "memory", "disk", "off"]
 MixedPrecision = Literal["auto", "no", "bf16", "fp16"]
@@ -72,7 +73,7 @@ class TrainingData(Data):
 
 @dataclass(frozen=True)
 class Training:
-    """The training; None is the default of the situation, see aftcli.aft.recipes."""
+    """The training; None is the default of the situation, see aftcli.aft.loss."""
 
     PANEL: ClassVar[str] = "Training"
 
@@ -82,7 +83,12 @@ class Training:
     ] = None
     objective: Annotated[
         Objective,
-        words("--objective", Objective, "what is compared with the mask; paper: tuner."),
+        words(
+            "--objective",
+            Objective,
+            "what is compared with the mask; paper: tuner. zero-level "
+            "learns only where the map is zero.",
+        ),
     ] = "tuner"
     consistency: Annotated[
         float | None,
@@ -131,6 +137,16 @@ class Training:
 
 
 @dataclass(frozen=True)
+class TunedMaps(Methods):
+    """The maps that are tuned."""
+
+    gauge: Annotated[
+        Gauge,
+        words("--gauge", Gauge, "what --objective zero-level learns: one number, or weights too."),
+    ] = "t"
+
+
+@dataclass(frozen=True)
 class TunedOutput(Printed):
     """Options of what is printed and written of tuned networks."""
 
@@ -157,7 +173,7 @@ class TuneRun(StudyRun):
 def finetune(
     data: TrainingData,
     network: TunedNetwork,
-    maps: Methods,
+    maps: TunedMaps,
     training: Training,
     output: TunedOutput,
     run: TuneRun,
@@ -173,7 +189,7 @@ def finetune(
     setup.check(network, data.dataset)
 
     from aftcli.aft.jobs import control_jobs, mask_jobs
-    from aftcli.aft.recipes import in_situation
+    from aftcli.aft.loss import in_situation
     from aftcli.aft.run import fine_tune
     from aftcli.engine.export import check_onnx
     from aftcli.report.tuned import export, print_tuned, watch
@@ -181,7 +197,7 @@ def finetune(
     if output.export:
         check_onnx()
     asked = {each.name: getattr(training, each.name) for each in fields(training)}
-    settings = in_situation(held_out=data.held_out, **asked)
+    settings = in_situation(held_out=data.held_out, gauge=maps.gauge, **asked)
     accelerator = setup.accelerator(run.device, run.precision)
     first = accelerator.process_index == 0
     note = setup.noting(run.quiet or not first)

@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 from aftcli.core.classifier import Classifier
 from aftcli.core.cut import LinearHead
-from aftcli.core.inputs import check_shape, class_indices, first_activation
 from aftcli.core.methods import method as find_method
-from aftcli.core.networks import outside_inference_mode
+from aftcli.core.networks import (
+    check_shape,
+    class_indices,
+    first_activation,
+    outside_inference_mode,
+)
+from aftcli.core.zero_level import above
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time
@@ -50,26 +55,37 @@ def wide(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
+def _signed_sum(alpha: Tensor, activation: Tensor) -> Tensor:
+    return torch.einsum("nk,nkhw->nhw", alpha, activation)
+
+
 def weighted_sum(alpha: Tensor, activation: Tensor) -> Tensor:
     """Compute I_pre = ReLU(sum_k alpha_k A^k), shape (N, h, w) (§2.4)."""
-    return torch.einsum("nk,nkhw->nhw", alpha, activation).relu()
+    return _signed_sum(alpha, activation).relu()
 
 
 def cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """CAM: alpha = the class's weights of the last linear layer."""
+    return _signed_cam(f, activation, class_index, x).relu()
+
+
+def _signed_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     head = f.linear_head
     if head is None or not (head.is_last and head.is_mean):
         raise AftError(
             f"cam needs a head of global average pooling and one linear layer after "
             f"{f.layer_name}; {f.name} has another: use gradcam or layercam"
         )
-    return weighted_sum(head.linear.weight[class_index], activation)
+    return _signed_sum(head.linear.weight[class_index], activation)
 
 
 def grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """Grad-CAM: alpha_k = (1/Z) sum_ij dy^c/dA_ij^k."""
-    alpha = score_gradient(f, activation, class_index).mean((2, 3))
-    return weighted_sum(alpha, activation)
+    return _signed_grad_cam(f, activation, class_index, x).relu()
+
+
+def _signed_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    return _signed_sum(score_gradient(f, activation, class_index).mean((2, 3)), activation)
 
 
 def grad_cam_plus_plus(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -87,9 +103,12 @@ def grad_cam_plus_plus(f: Classifier, activation: Tensor, class_index: Tensor, x
 
 def x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """XGrad-CAM: alpha_k = sum_ij g_ij^k A_ij^k / sum_ij A_ij^k (0 for an empty channel)."""
+    return _signed_x_grad_cam(f, activation, class_index, x).relu()
+
+
+def _signed_x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     g = score_gradient(f, activation, class_index)
-    total = activation.sum((2, 3))
-    return weighted_sum(_ratio((g * activation).sum((2, 3)), total), activation)
+    return _signed_sum(_ratio((g * activation).sum((2, 3)), activation.sum((2, 3))), activation)
 
 
 def layer_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -100,8 +119,11 @@ def layer_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
 
 def hires_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """HiResCAM: I_pre = ReLU(sum_k dy^c/dA_ij^k A_ij^k)."""
-    g = score_gradient(f, activation, class_index)
-    return (g * activation).sum(1).relu()
+    return _signed_hires_cam(f, activation, class_index, x).relu()
+
+
+def _signed_hires_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    return (score_gradient(f, activation, class_index) * activation).sum(1)
 
 
 def eigen_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -146,9 +168,13 @@ def ablation_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tens
     The magnitude in the denominator keeps the map from turning inside out where the score is
     negative; for the usual positive score it is the paper's formula.
     """
+    return _signed_ablation(f, activation, class_index, x).relu()
+
+
+def _signed_ablation(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     y = class_score(f.head(activation), class_index)[:, None]
     drop = y - ablated_scores(f, activation, class_index)
-    return weighted_sum(drop / torch.where(y != 0, y.abs(), 1), activation)
+    return _signed_sum(drop / torch.where(y != 0, y.abs(), 1), activation)
 
 
 def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
@@ -279,6 +305,7 @@ def scaled_map(
     x: Tensor,
     method: str,
     cells: bool = False,
+    zero_level: float = 0.0,
 ) -> Tensor:
     """Compute S(I_pre), in [0, 1]: of a CAM, shape (N, h, w), of other methods (N, H, W) (§3.1).
 
@@ -289,6 +316,7 @@ def scaled_map(
         x: inputs, shape (N, 3, H, W), normalised; CAMs but Score-CAM do not look.
         method: a key of METHODS.
         cells: average a map of pixels over the activation's cells, see `to_cells`.
+        zero_level: subtract this share of the map's maximum from its cells first, in [0, 1).
     """
     with torch.no_grad():
         attribution = find_method(method).load()(f, activation, class_index, x)
@@ -296,8 +324,9 @@ def scaled_map(
         raise AftError(
             f"{method} gives a map that is not finite: check the weights of {f.name} and the input"
         )
-    attribution = normalise(attribution)
-    return to_cells(attribution, activation) if cells else attribution
+    if cells:
+        attribution = to_cells(normalise(attribution), activation)
+    return normalise(above(attribution, zero_level, activation, method))
 
 
 def map_of(
@@ -307,14 +336,20 @@ def map_of(
     x: Tensor,
     method: str,
     cells: bool = False,
+    zero_level: float = 0.0,
 ) -> Tensor:
     """Compute I of inputs whose activation is known, shape (N, H, W), as `attribution_map`."""
-    return upsample(scaled_map(f, activation, class_index, x, method, cells), x)
+    return upsample(scaled_map(f, activation, class_index, x, method, cells, zero_level), x)
 
 
 @outside_inference_mode
 def attribution_map(
-    f: Classifier, x: Tensor, class_index: Tensor | int, method: str, cells: bool = False
+    f: Classifier,
+    x: Tensor,
+    class_index: Tensor | int,
+    method: str,
+    cells: bool = False,
+    zero_level: float = 0.0,
 ) -> Tensor:
     """Compute the attribution map I of a method, at the input's size (§2.4, §3.1).
 
@@ -324,6 +359,7 @@ def attribution_map(
         class_index: the class explained for each input, shape (N,); a number for one input.
         method: a key of METHODS: gradcam, ablationcam, layercam, lrp, rise, …
         cells: average a map of pixels over the activation's cells, see `to_cells`.
+        zero_level: see `scaled_map`; for maps of cells.
 
     Returns:
         I, shape (N, H, W), in [0, 1]; an all-zero map stays zero.
@@ -333,7 +369,7 @@ def attribution_map(
     """
     check_shape(x)
     classes = class_indices(f, class_index, len(x), x.device)
-    return map_of(f, first_activation(f, x), classes, x, method, cells)
+    return map_of(f, first_activation(f, x), classes, x, method, cells, zero_level)
 
 
 # What is between the tuner's two convolutions.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from aftcli.core.cut import LinearHead, cut, last_layer, linear_head
 from aftcli.core.networks import copied, outside_inference_mode, unwrapped
+from aftcli.core.zero_level import ZeroLevel
 from aftcli.errors import AftError, nearest
 from aftcli.files import tensors_hash
 
@@ -239,6 +240,7 @@ class Classifier(nn.Module):
         cam: the CAM method that it was fine-tuned for (§4.2); None without.
         checkpoint: the file its weights are from; "" for published or given ones.
         engine: what runs passes without gradients; None runs all as they are written.
+        zero_level: what `layer` and `head` were before a zero level was given; None without.
         watch: is told of each pass how many images it has; None for nobody.
     """
 
@@ -262,6 +264,7 @@ class Classifier(nn.Module):
         self.activation_shape = activation_shape
         self.cam, self.checkpoint = cam, ""
         self.engine: Engine | None = None
+        self.zero_level: ZeroLevel | None = None
         self.watch: Callable[[int], None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -298,8 +301,10 @@ class Classifier(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """All weights and statistics, under the names of the uncut model."""
-        parts = (self.stem, self.layer, self.head)
-        return {name: value for part in parts for name, value in part.state_dict().items()}
+        plain = self.zero_level or self
+        parts = (self.stem, plain.layer, plain.head)
+        found = {name: value for part in parts for name, value in part.state_dict().items()}
+        return found | (self.zero_level.tensors() if self.zero_level else {})
 
     def weights_hash(self) -> str:
         """SHA-256 of all weights, under the names of the uncut model."""

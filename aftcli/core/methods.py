@@ -61,6 +61,8 @@ class Entry:
         reduction: of signed attributions to I_pre, "positive" or "magnitude"; "" for a function
             that returns I_pre itself (see `Method`).
         given: what a function of signed attributions takes after f, class_index and x.
+        signed: module and name of the function of a CAM's map before its ReLU, where that map
+            moves with a term that all logits share (docs/zero-level.md); "" where none does.
     """
 
     title: str
@@ -73,6 +75,7 @@ class Entry:
     passes: int | None = 0
     reduction: str = ""
     given: tuple[str, ...] = ()
+    signed: str = ""
 
     @property
     def of_pixels(self) -> bool:
@@ -91,6 +94,10 @@ class Entry:
             return reduce(function(f, class_index, x, *self.given))  # type: ignore[no-any-return]
 
         return reduced
+
+    def load_signed(self) -> Method:
+        """Import the function of the map before its ReLU; only where `signed` names one."""
+        return _imported(self.signed)  # type: ignore[no-any-return]
 
     def check_installed(self) -> None:
         """Check that what the method needs is installed, without importing it."""
@@ -138,8 +145,16 @@ FAMILIES = {
 }
 
 METHODS: dict[str, Entry] = {
-    "cam": Entry("CAM", "Zhou et al., CVPR 2016", "aftcli.core.cam:cam"),
-    "gradcam": Entry("Grad-CAM", "Selvaraju et al., ICCV 2017", "aftcli.core.cam:grad_cam", 0.85),
+    "cam": Entry(
+        "CAM", "Zhou et al., CVPR 2016", "aftcli.core.cam:cam", signed="aftcli.core.cam:_signed_cam"
+    ),
+    "gradcam": Entry(
+        "Grad-CAM",
+        "Selvaraju et al., ICCV 2017",
+        "aftcli.core.cam:grad_cam",
+        0.85,
+        signed="aftcli.core.cam:_signed_grad_cam",
+    ),
     "gradcam++": Entry(
         "Grad-CAM++", "Chattopadhay et al., WACV 2018", "aftcli.core.cam:grad_cam_plus_plus", 0.5
     ),
@@ -152,11 +167,25 @@ METHODS: dict[str, Entry] = {
         passes=None,
     ),
     "ablationcam": Entry(
-        "Ablation-CAM", "Desai and Ramaswamy, WACV 2020", "aftcli.core.cam:ablation_cam", 0.8
+        "Ablation-CAM",
+        "Desai and Ramaswamy, WACV 2020",
+        "aftcli.core.cam:ablation_cam",
+        0.8,
+        signed="aftcli.core.cam:_signed_ablation",
     ),
     "layercam": Entry("Layer-CAM", "Jiang et al., TIP 2021", "aftcli.core.cam:layer_cam", 0.85),
-    "xgradcam": Entry("XGrad-CAM", "Fu et al., BMVC 2020", "aftcli.core.cam:x_grad_cam"),
-    "hirescam": Entry("HiResCAM", "Draelos and Carin, 2020", "aftcli.core.cam:hires_cam"),
+    "xgradcam": Entry(
+        "XGrad-CAM",
+        "Fu et al., BMVC 2020",
+        "aftcli.core.cam:x_grad_cam",
+        signed="aftcli.core.cam:_signed_x_grad_cam",
+    ),
+    "hirescam": Entry(
+        "HiResCAM",
+        "Draelos and Carin, 2020",
+        "aftcli.core.cam:hires_cam",
+        signed="aftcli.core.cam:_signed_hires_cam",
+    ),
     "eigencam": Entry(
         "Eigen-CAM",
         "Muhammad and Yeasin, IJCNN 2020",

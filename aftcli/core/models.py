@@ -363,7 +363,8 @@ def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Cla
     by_class = {k for k, v in network.model.state_dict().items() if v.shape != larger[k].shape}
     network = network._replace(preprocessing=f.preprocessing)
     new = _cut(f.name, network, f.layer_name, Classes(classes))
-    for own, other in ((new.stem, f.stem), (new.layer, f.layer), (new.head, f.head)):
+    before = f.zero_level or f  # a zero level belongs to the head that goes
+    for own, other in ((new.stem, f.stem), (new.layer, before.layer), (new.head, before.head)):
         kept = {k: v for k, v in other.state_dict().items() if k not in by_class}
         own.load_state_dict(kept, strict=False)
         for key, value in own.state_dict().items():

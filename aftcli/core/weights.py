@@ -17,6 +17,7 @@ from torch import Tensor
 from aftcli.core.cam import TUNERS, Tuner
 from aftcli.core.classifier import Classes, Classifier, Preprocessing
 from aftcli.core.methods import METHODS
+from aftcli.core.zero_level import PREFIX, give_zero_level
 from aftcli.errors import AftError, check_name, first_line
 from aftcli.files import check_checkpoint, tensors_hash, values_hash
 
@@ -152,9 +153,10 @@ def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
         raise _damaged(path) from error
     if tensors_hash(tensors) != card["digest"]:
         raise _damaged(path)
-    own = {k.removeprefix(TUNER): v for k, v in tensors.items() if k.startswith(TUNER)}
-    weights = {k: v for k, v in tensors.items() if not k.startswith(TUNER)}
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in f.weights().items()}:
+    own, level = _under(TUNER, tensors), _under(PREFIX, tensors)
+    weights = {k: v for k, v in tensors.items() if not k.startswith((TUNER, PREFIX))}
+    shapes = {k: v.shape for k, v in f.weights().items() if not k.startswith(PREFIX)}
+    if {k: v.shape for k, v in weights.items()} != shapes:
         raise AftError(
             f"{path}: its weights do not fit {f.name} as it is installed here; install the "
             f"versions it was tuned with: {card.get('versions', 'unknown')}"
@@ -162,12 +164,15 @@ def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
     for name, value in tensors.items():
         if value.is_floating_point() and not value.float().isfinite().all():
             raise AftError(f"{path}: {name} holds NaN or infinite weights; tune again")
-    for part in (f.stem, f.layer, f.head):
+    plain = f.zero_level or f
+    for part in (f.stem, plain.layer, plain.head):
         part.load_state_dict({name: weights[name] for name in part.state_dict()})
     f.cam = card["cam"]
-    if not own:
-        return None
     try:
+        if level:
+            give_zero_level(f, level["t"].view(()), level.get("v"))
+        if not own:
+            return None
         hidden, channels = own["reduce.weight"].shape[:2]
         tuner = Tuner(channels, hidden, card.get("tuner", "linear")).to(next(iter(own.values())))
         tuner.load_state_dict(own)
@@ -192,6 +197,11 @@ def installed_weights(name: str) -> Path:
             f"install '{wanted}'"
         ) from error
     return Path(getattr(module, model.kind).get_model_file_path())
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 # What training frameworks write before a network's own names, one or several.

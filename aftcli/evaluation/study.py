@@ -158,9 +158,9 @@ def _studies(run: Path, asked: Asked) -> list[Study]:
             f"{which}; make masks with aft gen-masks DATASET, pass the --run that has them, or "
             "name a DATASET, a --cam and a new --run to measure without them"
         )
-    models = dict.fromkeys([s.settings["model"] for s in stores] + [m.card["model"] for m in tuned])
+    models = [s.settings["model"] for s in stores] + [m.card["model"] for m in tuned]
     studies = []
-    for model in models:
+    for model in dict.fromkeys(models):
         own = [s for s in stores if s.settings["model"] == model]
         studies.append(_study(run, own, [m for m in tuned if m.card["model"] == model], asked))
     return studies
@@ -260,7 +260,8 @@ RECIPE = {
 
 def _check_pairs(f: Classifier, tuned: list[_Made]) -> None:
     """Check that the control has seen what the classifiers tuned with masks have."""
-    controls, others = [m for m in tuned if _is_control(m, f)], [m for m in tuned if m.card["cam"]]
+    controls = [m for m in tuned if _is_control(m, f)]  # a zero level needs none
+    others = [m for m in tuned if m.card["cam"] and m.card.get("objective") != "zero-level"]
     for control, one in product(controls, others):
         if other := _trained_otherwise(control.card, one.card):
             raise AftError(
@@ -274,15 +275,15 @@ def _trained_otherwise(control: dict[str, Any], card: dict[str, Any]) -> list[st
     def differing(keys: dict[str, str]) -> list[str]:
         return [k for k in keys if k in control and k in card and control[k] != card[k]]
 
-    values = {key: f" {control[key]} and {card[key]}" for key in differing({"images": ""})}
+    values = {k: f" {control[k]} and {card[k]}" for k in differing({"images": ""})}
     named = [f"{IMAGES[key]}{values.get(key, '')}" for key in differing(IMAGES)[:1]]
     return named + [f"{RECIPE[key]} {control[key]} and {card[key]}" for key in differing(RECIPE)]
 
 
 def _is_control(made: _Made, f: Classifier) -> bool:
     """Tell a control by its card; one of other weights is where this run began."""
-    cam, start = made.card["cam"], made.card["start"]
-    return cam is None and start == f.weights_hash() and not _is_start(made.path, f)
+    own = made.card["cam"] is None and made.card["start"] == f.weights_hash()
+    return own and not _is_start(made.path, f)
 
 
 class _Data(NamedTuple):
@@ -395,6 +396,6 @@ def _search(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked
 
 def _trained_on(made: dict[str, Any]) -> tuple[str, str, int] | None:
     with contextlib.suppress(KeyError):
-        root, split = Path(made["data_set"]), made["split"]
-        return data_name(root, made["data_kind"], split), split, int(made["images"])
+        name = data_name(Path(made["data_set"]), made["data_kind"], made["split"])
+        return name, made["split"], int(made["images"])
     return None

@@ -269,8 +269,9 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("image", "cam", "class"):
         table.add_column(column, overflow="fold")
+    zero = ("zero",) if any("zero_level" in result for result in results) else ()
     searched, cut = ("tau*", "RPI") if tft else (), ("masked", "kept") if tft or fixed else ()
-    for column in ("prob.", *searched, *cut):
+    for column in ("prob.", *zero, *searched, *cut):
         table.add_column(column, justify="right")
     sharing = Counter(Path(image).name for image in {result["image"] for result in results})
     for result in results:
@@ -278,6 +279,8 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         image = name if sharing[name] == 1 else result["image"]
         named = f"{result['class_name']} ({result['class_index']})"
         cells = [image, result["cam"], named, f"{result['probability']:.4f}"]
+        if "zero_level" in result:
+            cells.append(f"{result['zero_level']:g}")
         if found := result.get("tft"):
             best = found["thresholds"].index(found["tau"])
             cells += [f"{found['tau']:g}", f"{found['rpi'][best]:.3f}"]
@@ -311,6 +314,8 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
     }
     if e.cells:
         result["cells"] = True
+    if e.zero_level:
+        result["zero_level"] = e.zero_level
     if e.tft:
         result["tft"] = {
             "thresholds": list(e.thresholds),

@@ -93,11 +93,14 @@ def of_network(
     return found + _word(precision, "no")
 
 
-def of_map(file: Path | None = None, absolute: bool = False, cells: bool = False) -> list[Setting]:
-    """List settings of the map: the file of another tool's, its magnitudes, maps of cells."""
+def of_map(
+    file: Path | None = None, absolute: bool = False, cells: bool = False, zero_level: float = 0.0
+) -> list[Setting]:
+    """List settings of the map: another tool's file, its magnitudes, maps of cells, their zero."""
     flags = {"absolute": absolute and file is not None, "cells": cells and file is None}
     named = [_file(file)] if file else []
-    return named + [Setting(word, word) for word, is_on in flags.items() if is_on]
+    zero = [_number("zero", zero_level)] if zero_level else []
+    return named + [Setting(word, word) for word, is_on in flags.items() if is_on] + zero
 
 
 def of_threshold(threshold: float | None, mute: float | None) -> list[Setting]:

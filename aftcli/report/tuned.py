@@ -12,8 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 
 from aftcli.aft.examples import Cached, Note
-from aftcli.aft.loss import OBJECTIVES
-from aftcli.aft.recipes import situation_of
+from aftcli.aft.loss import OBJECTIVES, ZERO_LEVEL, situation_of
 from aftcli.aft.run import Begun, Event, Tuned
 from aftcli.aft.training import Epoch, Measured, Step
 from aftcli.files import durable
@@ -97,10 +96,13 @@ def _beginning(begun: Begun) -> tuple[str, str]:
     head = f" and a new head of {len(job.f.classes)} classes" if job.new_head else ""
     tuner = "" if job.masks is None else " and the tuner"
     resumed = f", resuming after epoch {begun.epoch}" if begun.epoch else ""
+    images = f"{begun.train} images, {begun.held_out} held out{resumed}"
+    if begun.settings.objective == ZERO_LEVEL:
+        first = f"{job.name}: learning the zero level at {job.f.layer_name} from {images}"
+        return first, _recipe(begun)
     layers = ", ".join([*(job.earlier.names if job.earlier else ()), job.f.layer_name])
     return (
-        f"{job.name}: training {layers}{head}, what follows it{tuner} on {begun.train} "
-        f"images, {begun.held_out} held out{resumed}",
+        f"{job.name}: training {layers}{head}, what follows it{tuner} on {images}",
         _recipe(begun),
     )
 
@@ -108,6 +110,13 @@ def _beginning(begun: Begun) -> tuple[str, str]:
 def _recipe(begun: Begun) -> str:
     """Return the line that says what is minimised, and whose defaults that are."""
     own = begun.settings
+    if own.objective == ZERO_LEVEL:
+        how = (
+            f"v and t by Adam, learning rate {own.learning_rate:g}, {own.epochs} epochs"
+            if own.gauge == "v"
+            else "t alone, found exactly"
+        )
+        return f"cross-entropy of the map's support and the masks; {how}; no probability changes"
     parts = ["cross-entropy" if own.classification == "labels" else "distillation"]
     if own.lam is not None:
         what = OBJECTIVES[own.objective].title
@@ -117,7 +126,7 @@ def _recipe(begun: Begun) -> str:
     blend = f", blend {own.blend:g}" if own.blend < 1 else ""
     return (
         f"{' + '.join(parts)}; learning rate {own.learning_rate:g}, at most {own.epochs} epochs"
-        f"{blend} (defaults for {situation_of(begun.job).title})"
+        f"{blend} (defaults for {situation_of(begun.job, own.objective).title})"
     )
 
 
@@ -175,7 +184,8 @@ def _table(results: list[dict[str, Any]]) -> Table:
                     continue
                 # A tuner, or a head, that was not trained yet says nothing.
                 new = when == "before" and card["new_head"]
-                mask = where == "val" or card["cam"] is None or when == "before"
+                untrained = when == "before" and card.get("objective") != ZERO_LEVEL
+                mask = where == "val" or card["cam"] is None or untrained
                 table.add_row(
                     cell(card["model"]),
                     cell(card["cam"] or "control"),
@@ -198,7 +208,7 @@ def draw_losses(path: Path, card: dict[str, Any]) -> None:
     panels = ["cross_entropy", *(["mask"] if card["cam"] else []), "accuracy"]
     titles = {
         "cross_entropy": "cross-entropy",
-        "mask": "mask loss, sum over cells",
+        "mask": f"mask loss, {'mean' if card.get('objective') == ZERO_LEVEL else 'sum'} over cells",
         "accuracy": "accuracy",
     }
     figure = Figure(figsize=(3.6 * len(panels), 3.2), dpi=150, layout="constrained")
@@ -206,7 +216,8 @@ def draw_losses(path: Path, card: dict[str, Any]) -> None:
     best = card["metrics"]["epoch"]
     for ax, what in zip(figure.subplots(1, len(panels)), panels, strict=True):
         # An untrained tuner or head would set the scale of its panel.
-        first = 1 if what == "mask" or card["new_head"] else 0
+        untrained = what == "mask" and card.get("objective") != ZERO_LEVEL
+        first = 1 if untrained or card["new_head"] else 0
         for name, colour in (("train", "tab:blue"), ("held_out", "tab:orange")):
             means = [(e.number, getattr(e, name)) for e in history[first:]]
             points = [(n, getattr(m, what)) for n, m in means if m]

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from aftcli.core.cam import map_of
 from aftcli.core.classifier import Classifier, probabilities
-from aftcli.core.inputs import check_shape, class_indices, first_activation
 from aftcli.core.methods import METHODS
-from aftcli.core.networks import outside_inference_mode
+from aftcli.core.networks import (
+    check_shape,
+    class_indices,
+    first_activation,
+    outside_inference_mode,
+)
 from aftcli.errors import AftError
 from aftcli.settings import Search
 from aftcli.tft.search import TftResult, search_threshold
@@ -31,6 +35,7 @@ class Explanation:
         thresholds: those searched, T, or the fixed one.
         cells: a map of pixels was averaged over the activation's cells.
         fixed: I cut at a fixed threshold instead, as a search of this one only, N = 1.
+        zero_level: the share of the map's maximum that was subtracted from its cells first.
     """
 
     cam: str
@@ -41,6 +46,7 @@ class Explanation:
     thresholds: tuple[float, ...] = ()
     cells: bool = False
     fixed: TftResult | None = None
+    zero_level: float = 0.0
 
     @property
     def cut(self) -> TftResult | None:
@@ -73,6 +79,7 @@ def explain(
     settings: Search | None = None,
     cells: bool = False,
     fixed: bool = False,
+    zero_level: float = 0.0,
 ) -> list[Explanation]:
     """Explain one image by several methods and for several classes, with one stem pass.
 
@@ -85,6 +92,7 @@ def explain(
         settings: search thresholds with these; None for plain maps.
         cells: average maps of pixels over the activation's cells.
         fixed: cut maps at the one threshold of the settings, as other tools do (Table 1).
+        zero_level: subtract this share of the maximum from maps of cells first, in [0, 1).
 
     Returns:
         One explanation for each method and class, method by method.
@@ -99,13 +107,13 @@ def explain(
     classes = _explained(f, y, targets, top_k)
     count = len(classes)
     x_c, activation_c = x.expand(count, -1, -1, -1), activation.expand(count, -1, -1, -1)
-    maps = [map_of(f, activation_c, classes, x_c, method, cells) for method in methods]
+    maps = [map_of(f, activation_c, classes, x_c, method, cells, zero_level) for method in methods]
     named = [method for method in methods for _ in classes]
     attribution = torch.cat(maps)
     found = _search(f, x, attribution, named, classes.repeat(len(maps)), y, settings)
     if fixed:
         found = [replace(each, tft=None, fixed=each.tft) for each in found]
-    return [replace(each, cells=cells) for each in found]
+    return [replace(each, cells=cells, zero_level=zero_level) for each in found]
 
 
 @outside_inference_mode

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier, probabilities
-from aftcli.core.inputs import check_shape, class_indices
-from aftcli.core.networks import outside_inference_mode
+from aftcli.core.networks import check_shape, class_indices, outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft.threshold import (

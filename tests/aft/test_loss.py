@@ -18,8 +18,9 @@ from aftcli.aft.loss import (
     Outputs,
     Recipe,
     aft_loss,
+    in_situation,
+    situation_of,
 )
-from aftcli.aft.recipes import in_situation, situation_of
 from aftcli.aft.run import Begun
 from aftcli.aft.tail import Tail, earlier_layers
 from aftcli.aft.training import Training

@@ -19,7 +19,7 @@ from aftcli.aft import recipes as finetune_defaults
 from aftcli.aft.examples import CachedExamples, Crop, crop, random_crop
 from aftcli.aft.features import Cache, Masks, choose_cache, stem_output
 from aftcli.aft.jobs import control_job, mask_job
-from aftcli.aft.recipes import in_situation
+from aftcli.aft.loss import in_situation
 from aftcli.aft.run import Begun, Cached, Options, fine_tune
 from aftcli.aft.training import Step, shuffled
 from aftcli.core.classifier import Classes
@@ -268,7 +268,7 @@ def test_the_val_split_decides_nothing(images, masks, uninterrupted, tmp_path):
         target.write_bytes(other.read_bytes())
     run = new_run(tmp_path / "run", masks)
     job = mask_job(MaskStore(run / "masks/small-gradcam.h5"), small_float(), copy)
-    from aftcli.aft.recipes import in_situation
+    from aftcli.aft.loss import in_situation
     from aftcli.aft.run import fine_tune
 
     events = fine_tune([job], run, in_situation(lam=0.5, **SETTINGS))

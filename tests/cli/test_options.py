@@ -100,6 +100,18 @@ NO_EFFECT = [
         ["--objective has no effect with --no-masks", "--patience has no effect with --held-out 0"],
     ),
     (
+        (*TUNE, "--objective", "zero-level", "--lam", "1", "--patience", "2", "--lr", "0.1"),
+        [
+            "--lam, --patience have no effect with --objective zero-level",
+            "--lr has no effect with --gauge t",
+        ],
+    ),
+    ((*TUNE, "--gauge", "v"), ["--gauge has no effect without --objective zero-level"]),
+    (
+        (*TUNE, "--no-masks", "--objective", "zero-level", "--gauge", "v", "--lr", "0.1"),
+        ["--objective, --gauge have no effect with --no-masks"],
+    ),
+    (
         (*EVALUATE, "--image", "x", "--format", "csv", "--ci", "--json"),
         [
             "--image has no effect without --figures",
@@ -234,6 +246,7 @@ SETTINGS = [
     (*OWN, "--threshold", "0.4"),
     (*OWN, "--threshold", "0.40000001"),
     (*OWN, "--mute", "40"),
+    (*OWN, "--zero-level", "0.2"),
     (*OWN, "--model", "resnet50"),
     (*OWN, "--model", "timm:resnet50"),
     (*OWN, "--layer", "layer4.1"),
@@ -307,6 +320,7 @@ def test_names_say_the_settings_in_short():
         (("--tft", "--thresholds", "0:1:0.05"), "tft-T0..1..0.05"),
         (("--threshold", "0.4", "--masking", "soft"), "t0.4"),
         (("--mute", "85"), "mute85"),
+        (("--zero-level", "0.15", "--mute", "85"), "zero0.15-mute85"),
         (("--model", "timm:resnet18"), "timm_resnet18"),
         (("--layer", "conv_head+bn2", "--mute", "5"), "layer_conv_head+bn2-mute5"),
         (("--precision", "bf16"), "bf16"),

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from aftcli.aft.jobs import mask_job
-from aftcli.aft.recipes import in_situation
+from aftcli.aft.loss import in_situation
 from aftcli.aft.run import Options, Tuned, fine_tune
 from aftcli.core.cam import attribution_map
 from aftcli.core.classifier import Classes, Preprocessing, cut_classifier

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from aftcli.aft.jobs import control_job, mask_job
-from aftcli.aft.loss import Batch
-from aftcli.aft.recipes import in_situation
+from aftcli.aft.loss import Batch, in_situation
 from aftcli.aft.run import Options, Tuned, fine_tune
 from aftcli.aft.training import Epoch
 from aftcli.tft.masks import MaskStore

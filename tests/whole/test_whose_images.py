@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aftcli.aft.jobs import control_job, control_jobs, mask_job
-from aftcli.aft.recipes import in_situation
+from aftcli.aft.loss import in_situation
 from aftcli.aft.run import Options, Tuned, fine_tune
 from aftcli.aft.training import choose_held_out
 from aftcli.cli.evaluate import TableOutput, evaluated
