@@ -147,8 +147,8 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
 
 def _studies(run: Path, asked: Asked) -> list[Study]:
     stores, tuned = open_stores(run, asked.source.model, asked.cams), _tuned(run, asked)
-    is_empty = not any((*run.glob("masks/*.h5"), *run.glob("tuned/*.safetensors")))
-    if is_empty and asked.data is not None and asked.cams:
+    made = (*run.glob("masks/*.h5"), *run.glob("tuned/*.safetensors"))
+    if not made and asked.data is not None and asked.cams:
         return [_study_of_a_network(run, asked)]
     if not stores and not tuned:
         whose = f" of {asked.source.model}" if asked.source.model else ""
@@ -265,9 +265,9 @@ def _check_pairs(f: Classifier, tuned: list[_Made]) -> None:
     for control, one in product(controls, others):
         if other := _trained_otherwise(control.card, one.card):
             raise AftError(
-                f"{control.path}: is no control of {one.path.name}, which was trained "
-                f"otherwise: {'; '.join(other)}; train it again with aft finetune --no-masks "
-                "--overwrite and the other's options, or move it away"
+                f"{control.path}: is no control of {one.path.name}, which was trained otherwise: "
+                f"{'; '.join(other)}; train it again with aft finetune --no-masks --overwrite and "
+                "the other's options, or move it away"
             )
 
 
@@ -375,12 +375,10 @@ def _trained(card: dict[str, Any]) -> frozenset[int] | None:
 
 def _search(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Search:
     """Take the settings that are asked for, otherwise those of the masks, otherwise defaults."""
-    default = Search()
+    default = (Search().thresholds, Search().fill, Search().mode)
     wanted = {"thresholds": asked.thresholds, "fill": asked.fill, "threshold_mode": asked.mode}
     made = [s.settings for s in stores] or [m.card["masks"] for m in tuned if m.card["cam"]]
-    made = made or [
-        dict(zip(wanted, (default.thresholds, default.fill, default.mode), strict=True))
-    ]
+    made = made or [dict(zip(wanted, default, strict=True))]
     values: list[Any] = []
     for key, value in wanted.items():
         different = {str(each[key]) for each in made}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aftcli import AftError
-from aftcli.aft import recipes as finetune_defaults
+from aftcli.aft import loss as finetune_defaults
 from aftcli.aft.jobs import kept_image, mask_job
 from aftcli.aft.loss import (
     OBJECTIVES,

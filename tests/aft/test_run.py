@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from aftcli import AftError, MaskStore
-from aftcli.aft import recipes as finetune_defaults
+from aftcli.aft import loss as finetune_defaults
 from aftcli.aft.examples import CachedExamples, Crop, crop, random_crop
 from aftcli.aft.features import Cache, Masks, choose_cache, stem_output
 from aftcli.aft.jobs import control_job, mask_job
