@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,9 @@ from aftcli.core.cam import TUNERS, Tuner, normalise
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS, method
 from aftcli.core.zero_level import check_signed
+from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, nearest
 from aftcli.settings import RANGES
-
-if TYPE_CHECKING:
-    from aftcli.aft.jobs import Job
 
 Features = tuple[Tensor, ...]  # what w0 hands to w1: one tensor for most networks
 
@@ -331,7 +329,23 @@ SITUATIONS = {
 }
 
 
-def situation_of(job: Job, objective: str = Recipe.objective) -> Situation:
+class Situated(Protocol):
+    """What decides a job's situation (`aftcli.aft.jobs.Job`)."""
+
+    @property
+    def masks(self) -> object:
+        """None for a job without masks."""
+
+    @property
+    def new_head(self) -> bool:
+        """True where the last layer is new."""
+
+    @property
+    def data_set(self) -> DataSet:
+        """The images."""
+
+
+def situation_of(job: Situated, objective: str = Recipe.objective) -> Situation:
     """Return the situation that a job with an objective is in."""
     if objective == ZERO_LEVEL and job.masks is not None:
         return SITUATIONS[ZERO_LEVEL]
@@ -341,7 +355,7 @@ def situation_of(job: Job, objective: str = Recipe.objective) -> Situation:
     return SITUATIONS["many" if len(labels) >= MANY * len(set(labels)) else "few"]
 
 
-def in_situation(**asked: Any) -> Callable[[Job], Recipe]:  # noqa: ANN401
+def in_situation(**asked: Any) -> Callable[[Situated], Recipe]:  # noqa: ANN401
     """Return a function that gives a job's settings: those asked for, and its situation's.
 
     A job without masks has the learning rate and the epochs of one with masks, and plain
@@ -355,7 +369,7 @@ def in_situation(**asked: Any) -> Callable[[Job], Recipe]:  # noqa: ANN401
     """
     given = {name: value for name, value in asked.items() if value is not None}
 
-    def settings(job: Job) -> Recipe:
+    def settings(job: Situated) -> Recipe:
         situation = situation_of(job, given.get("objective", Recipe.objective))
         if situation is SITUATIONS[ZERO_LEVEL]:
             kept = {name: given[name] for name in ZERO_LEVEL_TAKES & given.keys()}

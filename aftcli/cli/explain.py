@@ -79,7 +79,8 @@ class CutMaps(TargetMaps):
         option(
             "--zero-level",
             "T",
-            "Subtract T of the maximum from the map's cells first, in [0, 1).",
+            "Mute cells below T of the maximum.",
+            show_default=False,
         ),
     ] = 0.0
 

@@ -86,8 +86,7 @@ class Training:
         words(
             "--objective",
             Objective,
-            "what is compared with the mask; paper: tuner. zero-level "
-            "learns only where the map is zero.",
+            "what learns the mask; paper: tuner.",
         ),
     ] = "tuner"
     consistency: Annotated[
@@ -142,7 +141,7 @@ class TunedMaps(Methods):
 
     gauge: Annotated[
         Gauge,
-        words("--gauge", Gauge, "what --objective zero-level learns: one number, or weights too."),
+        words("--gauge", Gauge, "a number, or weights too."),
     ] = "t"
 
 

@@ -117,8 +117,8 @@ class Weights:
         option(
             "--model",
             "NAME",
-            "efficientnet_lite0, 1, 2 (offline), a torchvision CNN or timm:NAME. Default: that of "
-            "the checkpoint or masks, or efficientnet_lite0.",
+            "efficientnet_lite0 (default), 1, 2: offline; a torchvision CNN or "
+            "timm:NAME. A run knows its own.",
         ),
     ] = None
     checkpoint: Annotated[

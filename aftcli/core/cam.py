@@ -16,12 +16,7 @@ from torch import Tensor, nn
 from aftcli.core.classifier import Classifier
 from aftcli.core.cut import LinearHead
 from aftcli.core.methods import method as find_method
-from aftcli.core.networks import (
-    check_shape,
-    class_indices,
-    first_activation,
-    outside_inference_mode,
-)
+from aftcli.core.networks import class_indices, first_activation, outside_inference_mode
 from aftcli.core.zero_level import above
 from aftcli.errors import AftError
 
@@ -367,9 +362,9 @@ def attribution_map(
     Raises:
         AftError: x is no batch of images, not each has one class of f's, or see `scaled_map`.
     """
-    check_shape(x)
+    activation = first_activation(f, x)
     classes = class_indices(f, class_index, len(x), x.device)
-    return map_of(f, first_activation(f, x), classes, x, method, cells, zero_level)
+    return map_of(f, activation, classes, x, method, cells, zero_level)
 
 
 # What is between the tuner's two convolutions.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from aftcli.core.cut import LinearHead, cut, last_layer, linear_head
 from aftcli.core.networks import copied, outside_inference_mode, unwrapped
-from aftcli.core.zero_level import ZeroLevel
 from aftcli.errors import AftError, nearest
 from aftcli.files import tensors_hash
 
@@ -225,6 +224,16 @@ class Engine(Protocol):
         """Compute logits of inputs x, as the classifier itself."""
 
 
+class Before(Protocol):
+    """The layer and the head that a classifier had before a zero level, and its tensors."""
+
+    layer: nn.Module
+    head: nn.Module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what moved the maps, by names in a checkpoint."""
+
+
 class Classifier(nn.Module):
     """A network cut at layer l: logits = head(layer(stem(x))).
 
@@ -264,7 +273,7 @@ class Classifier(nn.Module):
         self.activation_shape = activation_shape
         self.cam, self.checkpoint = cam, ""
         self.engine: Engine | None = None
-        self.zero_level: ZeroLevel | None = None
+        self.zero_level: Before | None = None
         self.watch: Callable[[int], None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from aftcli.errors import AftError, first_line
-
-if TYPE_CHECKING:
-    from aftcli.core.classifier import Classifier
 
 P = ParamSpec("P")
 
@@ -134,7 +131,20 @@ def with_plain_weights(module: nn.Module) -> nn.Module:
     return module
 
 
-def first_activation(f: Classifier, x: Tensor, count: int | None = None) -> Tensor:
+class Cut(Protocol):
+    """A network cut at layer l, as `Classifier` is, which stands above."""
+
+    name: str
+    classes: Any  # sized
+
+    def activation(self, x: Tensor) -> Tensor:
+        """Compute A."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights."""
+
+
+def first_activation(f: Cut, x: Tensor, count: int | None = None) -> Tensor:
     """Compute A of inputs that a caller gave, shape (N, K, h, w), without gradients."""
     check_shape(x, count)
     try:
@@ -171,7 +181,7 @@ def check_shape(x: Tensor, count: int | None = None) -> None:
 
 
 def class_indices(
-    f: Classifier, given: Tensor | Sequence[int] | int, count: int, device: torch.device
+    f: Cut, given: Tensor | Sequence[int] | int, count: int, device: torch.device
 ) -> Tensor:
     """Turn classes that a caller gave into a tensor, int64, shape (N,).
 

@@ -9,19 +9,16 @@ S = sum_k (alpha_k + v_k / Z) A^k - t.
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aftcli.core.classifier import Classifier
 from aftcli.core.cut import linear_head
 from aftcli.core.methods import METHODS, method
 from aftcli.errors import AftError
 from aftcli.settings import check_zero_level
-
-if TYPE_CHECKING:
-    from aftcli.core.classifier import Classifier
 
 ROUNDING = 1e-4  # of the largest logit: a head that is rewritten must give the same ones
 
