@@ -219,7 +219,7 @@ def _files(
     folder: Path,
     plan: Plan,
     images: str,
-    controlled: Mapping[Unit, Controlled] | None,
+    controlled: Mapping[Unit, Controlled] | None = None,
 ) -> dict[Unit, ResultFile]:
     """Name the result files of a variant, or of controls, after all that decides them."""
     searched = variant.name == "original"

@@ -224,7 +224,8 @@ def texts(run, document):
 def test_csv_has_a_line_a_number(texts, document):
     lines = list(csv.DictReader(io.StringIO(texts["csv"])))
     own = [line for line in lines if line["table"] == "table3"]
-    rows = [row for row in document["table3"] if row["variant"] != "fixed"]
+    columns = set(VARIANTS) - {"fixed"}
+    rows = [row for row in document["table3"] if row["variant"] in columns]
     assert len(own) == len(rows)
     for line, row in zip(own, rows, strict=True):
         assert float(line["value"]) == row["value"] and int(line["n"]) == row["n"]
