@@ -8,6 +8,7 @@ binary masks the share of pixels that it keeps, with soft ones the mean of the m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -120,12 +121,30 @@ def exchanged(values: Tensor) -> Tensor | None:
     return found
 
 
-def _best(scores: Tensor, share: float) -> Tensor:
-    """Mark the highest scores, (H, W), 1 or 0: so many pixels; of equal ones the first."""
-    flat = scores.flatten()
-    marked = torch.zeros(len(flat))
-    marked[flat.argsort(descending=True, stable=True)[: round(share * len(flat))]] = 1
-    return marked.view_as(scores)
+def _first(order: Tensor, share: float, size: Sequence[int]) -> Tensor:
+    """Mark so many pixels, the first in an order, shape (H, W), 1 or 0."""
+    marked = torch.zeros(len(order))
+    marked[order[: round(share * len(order))]] = 1
+    return marked.view(*size)
+
+
+def _order_of(scores: Tensor) -> Tensor:
+    """Sort pixels from the highest score down, shape (H W,); of equal ones the first is first."""
+    return scores.flatten().argsort(descending=True, stable=True)
+
+
+# One order serves all rows, methods and maskings of an image, or of a batch.
+@lru_cache(maxsize=64)
+def _random_order(cells: tuple[int, int], size: tuple[int, int], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(1, *cells, generator=generator, dtype=torch.double)
+    return _order_of(stretch(scores, size))
+
+
+@lru_cache(maxsize=4)
+def _disc_order(size: tuple[int, int]) -> Tensor:
+    down, across = (2 * torch.arange(side) + 1 - side for side in size)
+    return _order_of(-((down[:, None] * size[1]) ** 2 + (across * size[0]) ** 2))
 
 
 def random_cells(cells: Sequence[int], size: Sequence[int], share: float, seed: int) -> Tensor:
@@ -139,9 +158,8 @@ def random_cells(cells: Sequence[int], size: Sequence[int], share: float, seed: 
         share: of the pixels, in [0, 1]; met to one pixel.
         seed: of the scores.
     """
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.rand(1, *cells, generator=generator, dtype=torch.double)
-    return _best(stretch(scores, size)[0], share)
+    (h, w), (high, wide) = cells, size
+    return _first(_random_order((h, w), (high, wide), seed), share, size)
 
 
 def disc(size: Sequence[int], share: float) -> Tensor:
@@ -151,8 +169,8 @@ def disc(size: Sequence[int], share: float) -> Tensor:
         size: (H, W) of the mask.
         share: of the pixels, in [0, 1]; met to one pixel.
     """
-    down, across = (2 * torch.arange(side) + 1 - side for side in size)
-    return _best(-((down[:, None] * size[1]) ** 2 + (across * size[0]) ** 2), share)
+    high, wide = size
+    return _first(_disc_order((high, wide)), share, size)
 
 
 class Control(NamedTuple):

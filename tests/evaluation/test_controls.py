@@ -236,6 +236,27 @@ def test_a_second_call_finds_the_controls_and_one_without_needs_none(base, tmp_p
     assert not list((run / "results").glob(".*.parts"))
 
 
+def test_results_are_named_by_all_that_decides_controls(base, tmp_path):
+    study, unit = base[1].study, Unit("gradcam", "binary")
+    own = Controlled({"tft": 0.2}, {"tft": torch.tensor([0.1, 0.2])}, torch.tensor([0.3, 0.4]))
+    others = [
+        own,
+        own._replace(setting={"tft": 0.21}),
+        own._replace(amount={"tft": torch.tensor([0.1, 0.3])}),
+        own._replace(tau=torch.tensor([0.4, 0.3])),
+        own._replace(tau=None),
+    ]
+    variant = study.variants[0]._replace(name=CONTROLS)
+    keys = set()
+    for each in others:
+        files = evaluate_run._files(study, variant, tmp_path, ASKED, "", {unit: each})
+        assert list(files) == [unit]
+        keys.add(files[unit].key)
+    by_rank = replace(study, search=replace(study.search, mode="percentile"))
+    files = evaluate_run._files(by_rank, variant, tmp_path, ASKED, "", {unit: own})
+    assert len(keys | {files[unit].key}) == len(others) + 1
+
+
 @pytest.mark.parametrize("steps", [31, 34, 39])
 def test_interrupted_controls_resume(base, tmp_path, steps):
     folder, whole = base
