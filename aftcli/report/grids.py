@@ -202,7 +202,7 @@ def _grid_of_differences(tables: Tables, masking: str) -> Grid:
             else:
                 better = row.difference * MEASURES[measure].better > 0
                 text = f"{row.difference:+.3f}{_interval(row.ci)}"
-                is_clear = row.is_clear and (not better or _beats_controls(row, by_place))
+                is_clear = row.is_clear and (not better or _is_beyond_area(row, by_place, pairs))
                 line.append(Cell(text + (" *" if is_clear else ""), better and is_clear))
         lines.append(line)
     header = ["data set", "model", "CAM", "measure", *["judge"] * judged]
@@ -213,20 +213,26 @@ def _grid_of_differences(tables: Tables, masking: str) -> Grid:
     return Grid(f"Paired differences: {READINGS[masking]}", header, lines, left, note)
 
 
-def _beats_controls(row: Difference, by_place: Mapping[Any, Difference]) -> bool:
-    """Tell if a gain over Original is also a clear one over the control of equal area."""
-    if row.against != "original" or row.variant not in CONTROLLED:
-        return True
-    found = [by_place.get((*_place_of(row), row.variant, f"{row.variant} {c}")) for c in EQUAL]
-    better = MEASURES[row.measure].better
-    return all(each.is_clear and each.difference * better > 0 for each in found if each)
-
-
 EQUAL = ("shift", "gamma")  # controls that keep as much over the data set
 
 
+def _is_beyond_area(
+    row: Difference, by_place: Mapping[Any, Difference], pairs: Sequence[tuple[str, str]]
+) -> bool:
+    """Tell if a gain over Original is a clear one over the control of equal amount, too.
+
+    Where controls were measured, a measure that they lack has no such gain.
+    """
+    names = [name for c in EQUAL if (row.variant, name := f"{row.variant} {c}") in pairs]
+    if row.against != "original" or row.variant not in CONTROLLED or not names:
+        return True
+    found = [by_place.get((*_place_of(row), row.variant, name)) for name in names]
+    better = MEASURES[row.measure].better
+    return all(each and each.is_clear and each.difference * better > 0 for each in found)
+
+
 def _about_area(pairs: Sequence[tuple[str, str]]) -> str:
-    """Say if gains over Original were compared at equal area."""
+    """Say if gains over Original were compared at equal amount."""
     if not any(a in CONTROLLED and b == "original" for a, b in pairs):
         return ""
     equal = [c for c in EQUAL if any(b == f"{a} {c}" for a, b in pairs)]

@@ -333,6 +333,13 @@ def test_a_star_is_of_a_gain_beyond_the_control_of_equal_area():
     assert cells_of_grid(some_differences((-0.05, 0.15)))[1] == [False, False]
     # Worse than the shift: that difference is clear, the gain is not.
     assert cells_of_grid(some_differences((-0.15, -0.05)))[1] == [False, True]
+    # A measure that controls do not have.
+    adcc = replace(clear[0], measure="adcc")
+    (grid,) = grids(Tables({"differences": [*clear, adcc]}), Shown(ci=True))
+    assert [[c.text.endswith("*") for c in line[grid.left :]] for line in grid.rows] == [
+        [True, True],
+        [False, False],
+    ]
     grid, stars = cells_of_grid(clear[:1])
     assert stars == [True] and "Kept area was not controlled" in grid.note
     assert "its equal shift" in cells_of_grid(clear)[0].note
