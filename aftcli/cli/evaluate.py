@@ -16,6 +16,7 @@ from aftcli.evaluation.measures import (
     MEASURED,
     MEASURES,
     TABLES,
+    TITLES,
     VARIANTS,
     extras_of,
     judges,
@@ -127,7 +128,12 @@ class TableOutput(Printed):
     ] = None
     paper: Annotated[bool, option("--paper", "", "Show the published figures beside ours.")] = False
     baselines: Annotated[
-        bool, option("--baselines", "", "Add a column of the fixed cut-offs of Table 1.")
+        bool,
+        option(
+            "--baselines",
+            "",
+            "Add columns of Table 1's cut-offs, and of controls that keep as much as TFT and AFT.",
+        ),
     ] = False
     ci: Annotated[
         bool, option("--ci", "", "Show 95 % intervals (bootstrap) and the columns' differences.")
@@ -202,6 +208,7 @@ def _plan(
         run.overwrite,
         accelerate=accelerate,
         note=setup.noting(run.quiet),
+        controls=output.baselines,
     )
 
 
@@ -231,7 +238,7 @@ def evaluated(
         studies,
         measured,
         metrics,
-        [v for v in VARIANTS if v != "fixed" or output.baselines],
+        [v for v in (TITLES if output.baselines else VARIANTS) if v != "fixed" or output.baselines],
         plan.maskings[0],
         plan.overwrite,
         plan.accelerate,

@@ -7,24 +7,24 @@ of which there is only the original view.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aftcli.core.cam import class_score, map_of
+from aftcli.attributions.controls import Control, Controlled, gamma_means, shifted_areas
+from aftcli.core.cam import class_score, map_of, scaled_map, upsample
 from aftcli.core.classifier import Classifier, probabilities
 from aftcli.core.methods import METHODS
 from aftcli.data.objects import Regions
-from aftcli.evaluation.measures import BASELINES, MEASURES, OBJECTS, Measure
+from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, Measure
 from aftcli.evaluation.metrics import drop
-from aftcli.evaluation.results import Values, Verdict, View
+from aftcli.evaluation.results import Images, Unit, Values, Verdict, View, Wanted
 from aftcli.settings import Search
-from aftcli.tft.judges import Judge, judged, judged_masks
+from aftcli.tft.judges import judged, judged_masks
 from aftcli.tft.search import masked_probabilities
 from aftcli.tft.threshold import (
     cut_off,
@@ -34,53 +34,6 @@ from aftcli.tft.threshold import (
     relative_probability_increase,
     threshold_map,
 )
-
-
-class Unit(NamedTuple):
-    """One method under one reading of the paper, measured and kept together."""
-
-    cam: str
-    masking: str
-
-
-class Wanted(NamedTuple):
-    """The views and the measures of each map.
-
-    Attributes:
-        search: the settings of TFT, but for masking and fill; None for plain maps only.
-        extras: of `aftcli.evaluation.measures.EXTRAS`, and "baselines".
-        fill: what muted pixels show.
-        cells: maps of pixels are averaged over the activation's cells.
-        judges: others than the network that say what a mask keeps, by `Judge.key`.
-    """
-
-    search: Search | None
-    extras: frozenset[str] = frozenset()
-    fill: str = "mean"
-    cells: bool = False
-    judges: Mapping[str, Judge] = MappingProxyType({})
-
-    def asked(self, units: int) -> int:
-        """Count the images that a judge is asked about, at the most: a whole one, masked ones."""
-        views = 1 + (self.search is not None) + (BASELINES in self.extras)
-        return 1 + units * views
-
-
-@dataclass(frozen=True)
-class Images:
-    """A batch.
-
-    Attributes:
-        x: inputs, shape (N, 3, H, W).
-        label: shape (N,).
-        index: place in the data set, shape (N,).
-        regions: where the objects of a class are in the image of an index.
-    """
-
-    x: Tensor
-    label: Tensor
-    index: Tensor
-    regions: Callable[[int, int], Regions]
 
 
 class Muting(NamedTuple):
@@ -195,17 +148,8 @@ def measure_batch(
     Returns:
         The values of each unit, on the CPU.
     """
-    x = images.x
-    activation = f.activation(x)
-    probability, class_index = probabilities(f.head(activation).float()).max(1)
-    regions = [
-        images.regions(int(i), int(c)) for i, c in zip(images.index, class_index, strict=True)
-    ]
-    maps = {}
-    for cam in dict.fromkeys(unit.cam for unit in units):
-        attribution = map_of(f, activation, class_index, x, cam, wanted.cells)
-        maps[cam] = _Maps(f, cam, x, class_index, probability, images.index, attribution, regions)
-    common = (images.index, images.label, class_index.cpu(), probability.cpu())
+    x, (maps, cells, common) = images.x, _made(f, images, units, wanted)
+    class_index = maps[units[0].cam].class_index
     known: dict[str, list[tuple[Muting, dict[str, Tensor]]]] = {cam: [] for cam in maps}
     y = {key: judged(judge, f, x, class_index) for key, judge in wanted.judges.items()}
     found: dict[Unit, Values] = {}
@@ -219,7 +163,100 @@ def measure_batch(
                 of_map = _of_maps(maps[cam], muting, wanted, known[cam])
                 views[view] = View(y_hat.cpu(), {name: v.cpu() for name, v in of_map.items()})
             tau, curve = (None if v is None else v.cpu() for v in (scored.tau, scored.curve))
-            found[Unit(cam, masking)] = Values(*common, views, tau, curve, verdicts[cam])
+            amounts = None
+            if CONTROLS in wanted.extras:
+                by_setting = _amounts(cells[cam], maps[cam].attribution, masking)
+                amounts = by_setting.cpu()
+            values = Values(*common, views, tau, curve, amounts, verdicts[cam])
+            found[Unit(cam, masking)] = values
+    return found
+
+
+class _Made(NamedTuple):
+    """Maps, their cells before they are stretched, and the columns that all results share."""
+
+    maps: dict[str, _Maps]
+    cells: dict[str, Tensor]
+    common: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _made(f: Classifier, images: Images, units: Sequence[Unit], wanted: Wanted) -> _Made:
+    """Explain the predicted classes, with one pass of the stem for all methods."""
+    x, index = images.x, images.index
+    activation = f.activation(x)
+    y, c = probabilities(f.head(activation).float()).max(1)
+    regions = [images.regions(int(i), int(own)) for i, own in zip(index, c, strict=True)]
+    cams = dict.fromkeys(unit.cam for unit in units)
+    cells = {cam: scaled_map(f, activation, c, x, cam, wanted.cells) for cam in cams}
+    maps = {
+        cam: _Maps(f, cam, x, c, y, index, upsample(own, x), regions) for cam, own in cells.items()
+    }
+    return _Made(maps, cells, (index, images.label, c.cpu(), y.cpu()))
+
+
+def _amounts(cells: Tensor, attribution: Tensor, masking: str) -> Tensor:
+    if masking == "soft":
+        return gamma_means(attribution)
+    return shifted_areas(cells, attribution.shape[1:])
+
+
+@torch.no_grad()
+def measure_controls(
+    f: Classifier,
+    images: Images,
+    units: Sequence[Unit],
+    wanted: Wanted,
+    controlled: Mapping[Unit, Controlled],
+) -> dict[Unit, Values]:
+    """Measure the controls of maps; arguments and values as of `measure_batch`.
+
+    Measures that cost passes are not taken. The network and each judge pass a control once.
+    """
+    x, (maps, cells, common) = images.x, _made(f, images, units, wanted)
+    whole = {
+        key: judged(judge, f, x, maps[units[0].cam].class_index)
+        for key, judge in wanted.judges.items()
+    }
+    mode = wanted.search.mode if wanted.search else "value"
+    found = {}
+    for unit in units:
+        own = maps[unit.cam]
+        plain, at = own.attribution, images.index
+
+        def muted(tau: Tensor, plain: Tensor = plain, mode: str = mode) -> Tensor:
+            return Muting(tau.to(plain), mode).of(plain)
+
+        shown = controlled[unit].maps(cells[unit.cam], plain, at, unit.masking, muted)
+        count = len(shown)
+        attribution = torch.cat([control.maps for control in shown.values()])
+        owner = torch.arange(len(x), device=x.device).repeat(count)
+        given = (f, x, attribution, attribution.new_zeros(len(owner), 1))
+        c, search = own.class_index.repeat(count), _search(wanted, unit.masking)
+
+        def by_view(y_hat: Tensor, shown: Mapping[str, Control] = shown) -> dict[str, Tensor]:
+            parts = zip(shown.items(), y_hat[:, 0].cpu().split(len(x)), strict=True)
+            return {view: torch.where(control.known, v, torch.nan) for (view, control), v in parts}
+
+        y_hat = by_view(
+            masked_probabilities(*given, c, own.probability.repeat(count), owner, search)
+        )
+        views = {}
+        for view, control in shown.items():
+            nothing = Muting(torch.zeros_like(own.probability), "value")
+            given_map = Given(replace(own, attribution=control.maps), nothing, wanted.cells)
+            of_map = {
+                name: torch.where(control.known, v.cpu(), torch.nan)
+                for name, v in _of_map(given_map, frozenset()).items()
+                if not (control.flat and name == "pointing")
+            }
+            views[view] = View(y_hat[view], of_map)
+        verdicts = {}
+        for key, judge in wanted.judges.items():
+            y = whole[key]
+            verdicts[key] = Verdict(
+                y.cpu(), by_view(judged_masks(judge, *given, c, y.repeat(count), owner, search))
+            )
+        found[unit] = Values(*common, views, judges=verdicts)
     return found
 
 
@@ -351,22 +388,3 @@ def _of_map(given: Given, extras: frozenset[str]) -> dict[str, Tensor]:
             own = [found[a] if a in found else getattr(given, a) for a in each.needs]
             found[name] = each.load()(*own)
     return found
-
-
-def measure(values: Values, view: str, name: str, judge: str | None = None) -> Tensor:
-    """Return one value an image of a measure, shape (N,), NaN where undefined.
-
-    Args:
-        values: of one method.
-        view: of its maps.
-        name: a key of MEASURES.
-        judge: the key of who gives y and y_hat; None for the network itself.
-    """
-    own = values.views[view]
-    if not MEASURES[name].of_probabilities:
-        return own.measures[name]
-    formula = MEASURES[name].load()
-    if judge is None:
-        return formula(own.y_hat, values.probability)
-    verdict = values.judges[judge]
-    return torch.where(verdict.y.isnan(), torch.nan, formula(verdict.y_hat[view], verdict.y))

@@ -128,7 +128,7 @@ SOURCES = {
     "control": ("control", "original"),
 }
 
-COMPARED = (
+COMPARED: tuple[tuple[str, str], ...] = (
     ("tft", "original"),
     ("tft", "fixed"),
     ("aft", "original"),
@@ -136,6 +136,23 @@ COMPARED = (
     ("aft", "control"),
     ("control", "original"),
 )
+
+CONTROLS = "controls"  # whose maps controls are: of no variant (`aftcli.attributions.controls`)
+
+# The columns of the controls, by the column that they control. The first two are of equal area
+# and of equal mean over the data set: a gain over Original must be one over them as well.
+CONTROLLED = {
+    row: {f"{row} {control}": f"{VARIANTS[row]} {control}" for control in controls}
+    for row, controls in {
+        "tft": ("shift", "gamma", "permuted", "random", "disc"),
+        "aft": ("shift", "gamma", "random", "disc"),
+    }.items()
+}
+
+SOURCES |= {name: (CONTROLS, name) for own in CONTROLLED.values() for name in own}
+COMPARED += tuple((row, name) for row, own in CONTROLLED.items() for name in own)
+
+TITLES = {**VARIANTS, **CONTROLLED["tft"], **CONTROLLED["aft"]}
 
 
 def measures(text: str | None) -> tuple[str, ...]:

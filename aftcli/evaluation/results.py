@@ -1,4 +1,4 @@
-"""Results on disk, named after their inputs, and safe against interruptions.
+"""What is to be measured, and the results: on disk, named after their inputs, resumable.
 
 A result file holds one value an image of each measure (docs/formats.md). Its name has a hash of
 all that decides the values: weights, images, annotations, settings. So a changed input is
@@ -10,22 +10,72 @@ from __future__ import annotations
 import glob
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aftcli.data.blocks import Broken
-from aftcli.evaluation.measures import BASELINES
+from aftcli.data.objects import Regions
+from aftcli.evaluation.measures import BASELINES, MEASURES
 from aftcli.files import read_sealed, values_hash, write_sealed
-from aftcli.tft.judges import JUDGED
+from aftcli.settings import Search
+from aftcli.tft.judges import JUDGED, Judge
 
 FORMAT_VERSION = 1
 
 HEAD = "aft_result"
+
+
+class Unit(NamedTuple):
+    """One method under one reading of the paper, measured and kept together."""
+
+    cam: str
+    masking: str
+
+
+class Wanted(NamedTuple):
+    """The views and the measures of each map.
+
+    Attributes:
+        search: the settings of TFT, but for masking and fill; None for plain maps only.
+        extras: of `aftcli.evaluation.measures.EXTRAS`, and "baselines".
+        fill: what muted pixels show.
+        cells: maps of pixels are averaged over the activation's cells.
+        judges: others than the network that say what a mask keeps, by `Judge.key`.
+    """
+
+    search: Search | None
+    extras: frozenset[str] = frozenset()
+    fill: str = "mean"
+    cells: bool = False
+    judges: Mapping[str, Judge] = MappingProxyType({})
+
+    def asked(self, units: int) -> int:
+        """Count the images that a judge is asked about, at the most: a whole one, masked ones."""
+        views = 1 + (self.search is not None) + (BASELINES in self.extras)
+        return 1 + units * views
+
+
+@dataclass(frozen=True)
+class Images:
+    """A batch.
+
+    Attributes:
+        x: inputs, shape (N, 3, H, W).
+        label: shape (N,).
+        index: place in the data set, shape (N,).
+        regions: where the objects of a class are in the image of an index.
+    """
+
+    x: Tensor
+    label: Tensor
+    index: Tensor
+    regions: Callable[[int, int], Regions]
 
 
 class View(NamedTuple):
@@ -62,9 +112,11 @@ class Values:
         label: shape (N,).
         class_index: c, the predicted class, shape (N,).
         probability: y^c, shape (N,).
-        views: by name: original, fixed, tft.
+        views: by name: original, fixed, tft; or those of `CONTROLLED` of measures.
         tau: tau*, shape (N,); None without a search.
         curve: y_hat^c over T, shape (N, |T|); None without a search.
+        amounts: what controls of the plain map keep, by their setting: the area of each shift
+            with binary masks, the mean of each gamma with soft ones; None without controls.
         judges: what others than the network say, by their keys (`Judge.key`).
     """
 
@@ -75,6 +127,7 @@ class Values:
     views: dict[str, View]
     tau: Tensor | None = None
     curve: Tensor | None = None
+    amounts: Tensor | None = None
     judges: dict[str, Verdict] = field(default_factory=dict)
 
     def columns(self) -> dict[str, Tensor]:
@@ -104,6 +157,24 @@ class Values:
             views={name: View(m.pop("y_hat"), m) for name, m in views.items()},
             judges={key: Verdict(m.pop("y"), m) for key, m in judges.items()},
         )
+
+
+def measure(values: Values, view: str, name: str, judge: str | None = None) -> Tensor:
+    """Return one value an image of a measure, shape (N,), NaN where undefined.
+
+    Args:
+        values: of one method.
+        view: of its maps.
+        name: a key of MEASURES; of controls those that cost passes are undefined.
+        judge: the key of who gives y and y_hat; None for the network itself.
+    """
+    own = values.views[view]
+    if not MEASURES[name].of_probabilities:
+        return own.measures.get(name, torch.full_like(own.y_hat, torch.nan))
+    y, y_hat = values.probability, own.y_hat
+    if judge is not None:
+        y, y_hat = values.judges[judge].y, values.judges[judge].y_hat[view]
+    return torch.where(y.isnan() | y_hat.isnan(), torch.nan, MEASURES[name].load()(y_hat, y))
 
 
 class Result(NamedTuple):

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
+from aftcli.attributions.controls import Controlled, equal_gamma, exchanged, nearest_shift
 from aftcli.core.methods import METHODS
 from aftcli.core.networks import outside_inference_mode
 from aftcli.data.blocks import (
@@ -27,12 +29,12 @@ from aftcli.data.objects import Objects
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
 from aftcli.evaluation import metrics
-from aftcli.evaluation.batch import Images, Unit, Wanted, measure_batch, passes
-from aftcli.evaluation.measures import BASELINES
+from aftcli.evaluation.batch import measure_batch, measure_controls, passes
+from aftcli.evaluation.measures import BASELINES, CONTROLLED, CONTROLS, SOURCES
 from aftcli.evaluation.metrics import NOISE
-from aftcli.evaluation.results import Result, ResultFile
+from aftcli.evaluation.results import Images, Result, ResultFile, Unit, Wanted
 from aftcli.evaluation.study import Study, Variant
-from aftcli.files import file_stem, locked, make_folder
+from aftcli.files import file_stem, locked, make_folder, tensors_hash
 from aftcli.tft.generate import BATCH
 from aftcli.tft.threshold import MASKINGS
 
@@ -52,6 +54,7 @@ class Plan:
         block: images stored at a time; default by the number of images.
         accelerate: makes classifiers fast (`aftcli.engine.accelerate`).
         note: is told what was assumed of the images' objects.
+        controls: measure the controls of TFT and AFT too (`aftcli.attributions.controls`).
     """
 
     maskings: tuple[str, ...] = tuple(MASKINGS)
@@ -62,6 +65,7 @@ class Plan:
     block: int | None = None
     accelerate: Accelerate = as_it_is
     note: Callable[[str], None] = warnings.warn
+    controls: bool = False
 
 
 class Step(NamedTuple):
@@ -77,7 +81,7 @@ class Measured(NamedTuple):
 
     Attributes:
         study: what was evaluated.
-        results: columns of each variant's name, method and masking.
+        results: columns of each variant's name, or of CONTROLS, by method and masking.
         reused: all were there already.
         seen: of each variant that says what it has learned from, by its name and the method
             that it was tuned for: how many of the images that it was evaluated on.
@@ -118,8 +122,12 @@ def evaluate_study(
     images = contents()
     found: dict[tuple[str, Unit], Result] = {}
     reused = True
-    for variant in study.variants:
-        files = _files(study, variant, folder, plan, images)
+
+    def made(
+        variant: Variant, controlled: Mapping[Unit, Controlled] | None = None
+    ) -> Iterator[Step]:
+        nonlocal reused
+        files = _files(study, variant, folder, plan, images, controlled)
         # One look for all: another process may finish a file meanwhile.
         processes.wait()
         if plan.overwrite and processes.index == 0:
@@ -130,7 +138,7 @@ def evaluate_study(
         missing = {unit: file for unit, file in lacking.items() if file is not None}
         processes.wait()
 
-        def check(missing: dict[Unit, ResultFile] = missing) -> None:
+        def check() -> None:
             if contents() != images:
                 for file in missing.values():
                     file.clear_parts()
@@ -141,12 +149,26 @@ def evaluate_study(
 
         if missing:
             reused = False
-            yield from _measure(study, variant, missing, objects, plan, processes, check)
+            yield from _measure(
+                study, variant, missing, objects, plan, processes, check, controlled
+            )
         for unit, file in files.items():
             result = file.read()
             if result is None:
                 raise AftError(f"{file.path}: can't be read again; run the same command again")
             found[variant.name, unit] = result
+
+    for variant in study.variants:
+        yield from made(variant)
+    if plan.controls:
+        # They are set by the results of all images.
+        for variant in [v for v in study.variants if v.name == "original"]:
+            controlled = {
+                unit: own
+                for name, unit in list(found)
+                if name == "original" and (own := _controlled(study, unit, found))
+            }
+            yield from made(variant._replace(name=CONTROLS), controlled)
     yield Measured(study, found, reused, _seen(study, known_in))
 
 
@@ -159,10 +181,47 @@ def _seen(study: Study, known_in: Path) -> dict[tuple[str, str | None], int]:
     }
 
 
+def _controlled(
+    study: Study, unit: Unit, found: Mapping[tuple[str, Unit], Result]
+) -> Controlled | None:
+    """Set the controls of a method's rows by their results; None where no image was measured."""
+    plain = found["original", unit].values
+    if plain is None or plain.amounts is None:
+        return None
+
+    def by_place(index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        every = torch.full((len(study.data_set.samples),), torch.nan, dtype=torch.double)
+        every[index] = values.double()
+        return every
+
+    soft = unit.masking == "soft"
+    setting, amount = {}, {}
+    for row in CONTROLLED:
+        source, view = SOURCES[row]
+        result = found.get((source, unit))
+        values = result.values if result else None
+        if values is None or view not in values.views:
+            continue
+        measured = values.views[view].measures["complexity" if soft else "area"]
+        own = by_place(values.index, measured)[plain.index]
+        known = ~own.isnan()
+        if known.any():
+            find = equal_gamma if soft else nearest_shift
+            setting[row] = find(plain.amounts[known], float(own[known].mean()))
+            amount[row] = by_place(plain.index, own)
+    tau = None if plain.tau is None else exchanged(plain.tau)
+    return Controlled(setting, amount, None if tau is None else by_place(plain.index, tau))
+
+
 def _files(
-    study: Study, variant: Variant, folder: Path, plan: Plan, images: str
+    study: Study,
+    variant: Variant,
+    folder: Path,
+    plan: Plan,
+    images: str,
+    controlled: Mapping[Unit, Controlled] | None = None,
 ) -> dict[Unit, ResultFile]:
-    """Name the result files of a variant after all that decides them."""
+    """Name the result files of a variant, or of controls, after all that decides them."""
     searched = variant.name == "original"
     found = {}
     for cam in variant.cams:
@@ -187,10 +246,20 @@ def _files(
                 # Named where results without it were not made so.
                 **({"cells": True} if study.cells else {}),
             }
+            if controlled is not None:
+                if Unit(cam, masking) not in controlled:
+                    continue
+                own = controlled[Unit(cam, masking)]
+                tensors = own.amount | ({} if own.tau is None else {"tau": own.tau})
+                identity |= {"setting": own.setting, "rows": tensors_hash(tensors)}
+                identity["threshold_mode"] = study.search.mode
             stem = f"{file_stem(study.f.name, cam)}-{variant.name}-{masking}"
-            extras = plan.extras if searched else plan.extras - {BASELINES}
-            extras |= set(study.judge_keys.values())
-            found[Unit(cam, masking)] = ResultFile(folder, stem, identity, extras)
+            extras = set(study.judge_keys.values())
+            if controlled is None:
+                extras |= plan.extras if searched else plan.extras - {BASELINES}
+            if searched and plan.controls:
+                extras.add(CONTROLS)
+            found[Unit(cam, masking)] = ResultFile(folder, stem, identity, frozenset(extras))
     return found
 
 
@@ -202,6 +271,7 @@ def _measure(
     plan: Plan,
     processes: Processes,
     check: Callable[[], None],
+    controlled: Mapping[Unit, Controlled] | None,
 ) -> Iterator[Step]:
     """Measure what is missing; `check` refuses it before it becomes results."""
     spans = spans_of(len(study.data_set.samples), plan.block)
@@ -212,7 +282,7 @@ def _measure(
         processes.wait()
         own = [i for i in range(len(spans)) if i % processes.count == processes.index]
         lacking = {i: [u for u, file in files.items() if not file.has(spans[i])] for i in own}
-        yield from _blocks(study, variant, files, lacking, spans, objects, plan)
+        yield from _blocks(study, variant, files, lacking, spans, objects, plan, controlled)
         processes.wait()
         check()
         if processes.index == 0:
@@ -230,6 +300,7 @@ def _blocks(
     spans: Sequence[range],
     objects: Objects,
     plan: Plan,
+    controlled: Mapping[Unit, Controlled] | None,
 ) -> Iterator[Step]:
     todo = [i for i in lacking if lacking[i]]
     total = sum(len(spans[i]) for i in lacking)
@@ -240,21 +311,29 @@ def _blocks(
     f = variant.load()
     extras = frozenset().union(*(file.extras for file in files.values()))
     judges = {key: judge for judge in study.judges if (key := judge.key(study.f)) in extras}
-    searched = study.search if variant.name == "original" else None
+    searched = study.search if variant.name in ("original", CONTROLS) else None
     wanted = Wanted(searched, extras, study.search.fill, study.cells, judges)
     own = sum(METHODS[cam].passes or 0 for cam in variant.cams)
     # Of all images, so that neither interruptions nor the number of processes change a result.
     images = len(study.data_set.samples)
-    f = plan.accelerate(f, (passes(wanted, len(files)) + own) * images)
+    if controlled is None:
+        measure, by_judge = measure_batch, wanted.asked(len(files))
+        by_network = passes(wanted, len(files))
+    else:
+        measure = partial(measure_controls, controlled=controlled)
+        by_judge = 1 + sum(controlled[unit].masks for unit in files)
+        by_network = by_judge * (1 + sum(judge.classifier is None for judge in judges.values()))
+    f = plan.accelerate(f, (by_network + own) * images)
     for key, judge in judges.items():
         if judge.classifier:
-            fast = plan.accelerate(judge.classifier, wanted.asked(len(files)) * images)
-            judges[key] = replace(judge, classifier=fast)
+            judges[key] = replace(
+                judge, classifier=plan.accelerate(judge.classifier, by_judge * images)
+            )
     for loaded in load_blocks(f.preprocessing, study.data_set, spans, todo, plan.workers):
         units, parts = lacking[loaded.block], []
         places = torch.tensor(loaded.indices).split(plan.batch)
         for x, index in zip(batches(loaded, plan.batch, f.device), places, strict=False):
-            parts.append(measure_batch(f, _images(study, x, index, objects), units, wanted))
+            parts.append(measure(f, _images(study, x, index, objects), units, wanted))
             yield Step(what, len(x), total)
         for unit in units:
             columns = _joined([part[unit].columns() for part in parts])

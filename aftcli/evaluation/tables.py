@@ -18,10 +18,9 @@ from aftcli.core.methods import CAMS, METHODS
 from aftcli.data.blocks import Processes
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import check_name
-from aftcli.evaluation.batch import Unit, measure
 from aftcli.evaluation.measures import COMPARED, MEASURES, PAPER, SOURCES, VARIANTS
 from aftcli.evaluation.metrics import estimate
-from aftcli.evaluation.results import Values
+from aftcli.evaluation.results import Unit, Values, measure
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.evaluation.trials import Table5Row, sanity_rows, table5
@@ -233,7 +232,7 @@ def table4(measured: Measured) -> list[Table4Row]:
     for (variant, unit), result in measured.results.items():
         cam = unit.cam if variant == "aft" else None
         values = result.values
-        if (variant, cam) in rows or values is None:
+        if variant not in VARIANTS or (variant, cam) in rows or values is None:
             continue
         found = estimate((values.class_index == values.label).double())
         where = (study.data_name, study.f.name, cam, variant)

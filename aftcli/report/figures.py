@@ -14,7 +14,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.data.images import read_image, to_input, view_of
 from aftcli.data.sets import spread
 from aftcli.errors import AftError, nearest
-from aftcli.evaluation.batch import Unit
+from aftcli.evaluation.results import Unit
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.files import durable, file_stem, make_folder

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from aftcli.core.methods import METHODS
 from aftcli.data.sets import format_of
 from aftcli.evaluation.measures import (
+    CONTROLLED,
     MEASURES,
     MODELS,
     PAPER_VARIANTS,
     TABLE3,
     TABLE4,
     TABLE5,
+    TITLES,
     VARIANTS,
 )
 from aftcli.evaluation.tables import Difference, Table3Row, Table4Row, Tables
@@ -90,12 +92,12 @@ def _look3(tables: Tables, shown: Shown) -> Iterable[Grid]:
 def _grid3(tables: Tables, masking: str, shown: Shown) -> Grid:
     own = [row for row in tables.rows["table3"] if row.masking == masking]
     models = list(dict.fromkeys(row.model for row in own))
-    variants = [v for v in VARIANTS if any(row.variant == v for row in own)]
+    variants = [v for v in TITLES if any(row.variant == v for row in own)]
     by_place = {(r.dataset, r.cam, r.measure, r.judge, r.model, r.variant): r for r in own}
     several, judged = len(models) > 1, _is_judged(own)
     header = ["data set", "CAM", "measure", *["judge"] * judged]
     left = len(header)
-    header += [f"{m} {VARIANTS[v]}" if several else VARIANTS[v] for m in models for v in variants]
+    header += [f"{m} {TITLES[v]}" if several else TITLES[v] for m in models for v in variants]
     if shown.paper:
         header += [f"paper {m} {VARIANTS[v]}" for m in MODELS for v in PAPER_VARIANTS]
     lines = []
@@ -200,14 +202,43 @@ def _grid_of_differences(tables: Tables, masking: str) -> Grid:
             else:
                 better = row.difference * MEASURES[measure].better > 0
                 text = f"{row.difference:+.3f}{_interval(row.ci)}"
-                line.append(Cell(text + (" *" if row.is_clear else ""), better and row.is_clear))
+                is_clear = row.is_clear and (not better or _is_beyond_area(row, by_place, pairs))
+                line.append(Cell(text + (" *" if is_clear else ""), better and is_clear))
         lines.append(line)
     header = ["data set", "model", "CAM", "measure", *["judge"] * judged]
     left = len(header)
-    header += [f"{VARIANTS[a]} - {VARIANTS[b]}" for a, b in pairs]
+    header += [f"{TITLES[a]} - {TITLES[b]}" for a, b in pairs]
     note = "95 % intervals; *: the interval excludes 0; bold: and the first is the better one."
-    note += JUDGES * judged + _seen(tables)
+    note += _about_area(pairs) + JUDGES * judged + _seen(tables)
     return Grid(f"Paired differences: {READINGS[masking]}", header, lines, left, note)
+
+
+EQUAL = ("shift", "gamma")  # controls that keep as much over the data set
+
+
+def _is_beyond_area(
+    row: Difference, by_place: Mapping[Any, Difference], pairs: Sequence[tuple[str, str]]
+) -> bool:
+    """Tell if a gain over Original is a clear one over the control of equal amount, too.
+
+    Where controls were measured, a measure that they lack has no such gain.
+    """
+    names = [name for c in EQUAL if (row.variant, name := f"{row.variant} {c}") in pairs]
+    if row.against != "original" or row.variant not in CONTROLLED or not names:
+        return True
+    found = [by_place.get((*_place_of(row), row.variant, name)) for name in names]
+    better = MEASURES[row.measure].better
+    return all(each and each.is_clear and each.difference * better > 0 for each in found)
+
+
+def _about_area(pairs: Sequence[tuple[str, str]]) -> str:
+    """Say if gains over Original were compared at equal amount."""
+    if not any(a in CONTROLLED and b == "original" for a, b in pairs):
+        return ""
+    equal = [c for c in EQUAL if any(b == f"{a} {c}" for a, b in pairs)]
+    if not equal:
+        return " Kept area was not controlled (--baselines)."
+    return f" A gain over Original has * only if one over its equal {equal[0]} has, too."
 
 
 def _place_of(row: Difference) -> tuple[str, str, str, str, str]:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
 from typing import get_args
 
@@ -21,7 +22,7 @@ from aftcli.data.images import view_of
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError
-from aftcli.evaluation.measures import TABLE3
+from aftcli.evaluation.measures import CONTROLLED, TABLE3, VARIANTS
 from aftcli.evaluation.trials import randomised, sanity, similarity
 from aftcli.report.formats import FORMATS
 from tests.helpers.command import aft, usage_error
@@ -88,7 +89,7 @@ def test_tables_equal_a_literal_loop_over_the_images(document, study, tuned):
         "original": [Seen(original, *each) for each in paths],
         "aft": [Seen(own, *each) for each in paths],
     }
-    rows = document["table3"]
+    rows = [row for row in document["table3"] if row["variant"] in VARIANTS]
     assert len(rows) == 2 * 2 * 4 * 2 and {row["n"] for row in rows} == {3}
     assert [row["judge"] for row in rows] == (["self"] * 4 + ["mirror"] * 4) * 4
     for row in rows:
@@ -114,7 +115,21 @@ def test_tables_equal_a_literal_loop_over_the_images(document, study, tuned):
     assert 0 < timed["without"] < timed["with"] and timed["device"]
     assert timed["delta"] == pytest.approx(timed["with"] - timed["without"])
     pairs = {(d["variant"], d["against"]) for d in document["differences"]}
-    assert pairs == {("tft", "original"), ("tft", "fixed"), ("aft", "original"), ("aft", "tft")}
+    controls = {(row, name) for row, own in CONTROLLED.items() for name in own}
+    plain = {("tft", "original"), ("tft", "fixed"), ("aft", "original"), ("aft", "tft")}
+    assert pairs == plain | controls
+
+
+def test_controls_stand_beside_the_rows_that_they_control(document):
+    """Each of TFT and AFT, by both readings; by each judge where there are probabilities."""
+    rows = [row for row in document["table3"] if row["variant"] not in VARIANTS]
+    found = Counter((row["variant"], row["masking"]) for row in rows)
+    kinds = {"shift": ["binary"], "gamma": ["soft"]}
+    names = {name for own in CONTROLLED.values() for name in own}
+    both = ["binary", "soft"]
+    wanted = {(name, m) for name in names for m in kinds.get(name.split()[1], both)}
+    # Two measures by two judges.
+    assert found == {each: 4 for each in wanted} and {row["n"] for row in rows} == {3}
     assert document["settings"]["studies"][0]["thresholds"] == [0, 0.3, 0.6]
 
 
@@ -209,7 +224,8 @@ def texts(run, document):
 def test_csv_has_a_line_a_number(texts, document):
     lines = list(csv.DictReader(io.StringIO(texts["csv"])))
     own = [line for line in lines if line["table"] == "table3"]
-    rows = [row for row in document["table3"] if row["variant"] != "fixed"]
+    columns = set(VARIANTS) - {"fixed"}
+    rows = [row for row in document["table3"] if row["variant"] in columns]
     assert len(own) == len(rows)
     for line, row in zip(own, rows, strict=True):
         assert float(line["value"]) == row["value"] and int(line["n"]) == row["n"]
@@ -334,7 +350,8 @@ def test_a_wrong_image_of_figure_3_is_refused_before_anything_is_measured(
 def test_tuned_networks_are_evaluated_without_their_masks(run, document, study, tmp_path):
     shutil.copytree(run / "tuned", tmp_path / "run/tuned")
     found = json.loads(again(tmp_path / "run", "--json").out)
-    wanted = [row for row in document["table3"] if row["variant"] != "fixed"]
+    columns = set(VARIANTS) - {"fixed"}
+    wanted = [row for row in document["table3"] if row["variant"] in columns]
     for row, other in zip(found["table3"], wanted, strict=True):
         assert row == {**other, "value": pytest.approx(other["value"], abs=1e-6), "ci": row["ci"]}
 

@@ -20,6 +20,7 @@ from aftcli.evaluation import run as evaluate_run
 from aftcli.evaluation.batch import Images, Muting, Unit, Wanted, measure_batch
 from aftcli.evaluation.measures import EXTRAS, MEASURES, VARIANTS, Measure, extras_of
 from aftcli.evaluation.metrics import NOISE, ROAD_SHARES, STEPS, blurred, impute
+from aftcli.evaluation.results import measure
 from aftcli.evaluation.run import Measured, Plan, Step, evaluate_study
 from aftcli.evaluation.study import Study, Variant
 from aftcli.evaluation.tables import (
@@ -185,7 +186,7 @@ def test_every_measure_of_every_view_equals_the_loop(mode):
             for view, (tau, own) in views.items():
                 values = literal.measures(*unit, tau, own)
                 for name in MEASURES:
-                    value = float(engine.measure(measured, view, name)[0])
+                    value = float(measure(measured, view, name)[0])
                     if name in values:
                         assert value == pytest.approx(values[name], abs=2e-5), (unit, view, name)
                     else:
@@ -222,9 +223,7 @@ def test_tft_never_lowers_a_probability_below_the_plain_maps(masking, seed):
         y = measured.probability
         assert ((tft >= original) | (tft >= y)).all()
         for name, better in (("average_drop", -1), ("average_increase", 1), ("average_gain", 1)):
-            values = [
-                engine.measure(measured, view, name).double().mean() for view in ("tft", "original")
-            ]
+            values = [measure(measured, view, name).double().mean() for view in ("tft", "original")]
             assert (values[0] - values[1]) * better >= 0
         helped = rises(measured.curve.amax(1), y)
         assert torch.equal(tft[~helped], original[~helped])
@@ -412,7 +411,7 @@ def test_a_measure_is_a_formula_and_one_line(whole, data, tmp_path, monkeypatch)
     x = to_input(read_image(study.data_set.path(3)), study.f.preprocessing)
     one = Slow(study.f, Images(x, None, None, None), 0, "value")
     value = one.y_of(x[0].flip(2)) * float(one.map(x[0], "gradcam").mean())
-    assert float(engine.measure(found.values, "original", "flips")[3]) == pytest.approx(value)
+    assert float(measure(found.values, "original", "flips")[3]) == pytest.approx(value)
 
 
 def test_what_changes_is_made_again(whole, data, tmp_path, monkeypatch):
