@@ -19,6 +19,7 @@ DOCS = HERE.parent / "docs"
 PAGES = {
     "results": "quality/results",
     "aft-study": "quality/aft_study",
+    "synthetic": "quality/synthetic",
     "benchmarks": "speed/benchmarks",
     "reliability": "trust/reliability",
 }
