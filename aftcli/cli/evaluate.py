@@ -14,9 +14,9 @@ from aftcli.errors import AftError
 from aftcli.evaluation.measures import (
     EVALUATED,
     MEASURED,
-    MEASURES,
     TABLES,
     VARIANTS,
+    by_group,
     extras_of,
     measures,
 )
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 Format = Literal["table", "json", "csv", "markdown", "latex"]  # as in aftcli.report.formats
 Readings = Literal["both", "binary", "soft"]
-METRICS_HELP = f"--metrics takes {', '.join(MEASURES)}; or all."
+METRICS_HELP = (
+    "--metrics takes "
+    + "; ".join(f"{group}: {', '.join(names)}" for group, names in by_group())
+    + "; or all."
+)
 
 
 def tables(text: str | None) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from aftcli.errors import AftError, nearest
 
@@ -16,12 +16,19 @@ if TYPE_CHECKING:
 
 FORMULAS = "aftcli.evaluation.metrics"
 
+# The categories of Quantus (Hedström et al., JMLR 2023).
+Group = Literal[
+    "faithfulness", "localisation", "complexity", "robustness", "randomisation", "axiomatic"
+]
+GROUPS: tuple[Group, ...] = get_args(Group)
+
 
 class Measure(NamedTuple):
     """A measure of tables. Functions are named, not imported, so that `--help` needs no torch.
 
     Attributes:
         title: its name in tables.
+        group: what it asks of a map.
         better: 1 where higher is better, -1 where lower is, 0 where neither is.
         extra: what must be asked for to have it; "" where it costs nothing. "boxes" and
             "segmentation" are there where the data set has them. A measure that is added needs
@@ -34,6 +41,7 @@ class Measure(NamedTuple):
     """
 
     title: str
+    group: Group
     better: int
     extra: str
     source: str
@@ -60,24 +68,41 @@ WANG = "Wang et al., CVPRW 2020 (Score-CAM)"
 POPPI = "Poppi et al., CVPRW 2021"
 RISE = "Petsiuk et al., BMVC 2018 (RISE)"
 MEASURES: dict[str, Measure] = {
-    "average_increase": Measure("Average Increase", 1, "", "the paper, §5.2", "increase", _Y),
-    "average_drop": Measure("Average Drop", -1, "", "the paper, §5.2", "drop", _Y),
+    "average_increase": Measure(
+        "Average Increase", "faithfulness", 1, "", "the paper, §5.2", "increase", _Y
+    ),
+    "average_drop": Measure("Average Drop", "faithfulness", -1, "", "the paper, §5.2", "drop", _Y),
     "average_gain": Measure(
-        "Average Gain", 1, "", "Zhang et al., CVIU 2024 (Opti-CAM)", "gain", _Y
+        "Average Gain", "faithfulness", 1, "", "Zhang et al., CVIU 2024 (Opti-CAM)", "gain", _Y
     ),
-    "area": Measure("Kept area", 0, "", "share of pixels with I != 0", "area", ("mask",)),
-    "complexity": Measure("Complexity", -1, "", POPPI, "complexity", _I),
+    "area": Measure(
+        "Kept area", "complexity", 0, "", "share of pixels with I != 0", "area", ("mask",)
+    ),
+    "complexity": Measure("Complexity", "complexity", -1, "", POPPI, "complexity", _I),
     "coherency": Measure(
-        "Coherency", 1, "adcc", POPPI, "coherency", ("attribution", "product_map"), 1
+        "Coherency", "robustness", 1, "adcc", POPPI, "coherency", ("attribution", "product_map"), 1
     ),
-    "adcc": Measure("ADCC", 1, "adcc", POPPI, "adcc", ("coherency", "complexity", "product_drop")),
-    "insertion": Measure("Insertion", 1, "insertion", RISE, "insertion", _RUN, 11),
-    "deletion": Measure("Deletion", -1, "insertion", RISE, "deletion", _RUN, 11),
-    "road": Measure("ROAD", -1, "road", "Rong et al., ICML 2022", "road", (*_RUN, "seeds"), 4),
-    "energy": Measure("Energy in boxes", 1, "boxes", WANG, "energy", _BOXES),
-    "pointing": Measure("Pointing game", 1, "boxes", "Zhang et al., ECCV 2016", "pointing", _BOXES),
+    "adcc": Measure(
+        "ADCC",
+        "faithfulness",
+        1,
+        "adcc",
+        POPPI,
+        "adcc",
+        ("coherency", "complexity", "product_drop"),
+    ),
+    "insertion": Measure("Insertion", "faithfulness", 1, "insertion", RISE, "insertion", _RUN, 11),
+    "deletion": Measure("Deletion", "faithfulness", -1, "insertion", RISE, "deletion", _RUN, 11),
+    "road": Measure(
+        "ROAD", "faithfulness", -1, "road", "Rong et al., ICML 2022", "road", (*_RUN, "seeds"), 4
+    ),
+    "energy": Measure("Energy in boxes", "localisation", 1, "boxes", WANG, "energy", _BOXES),
+    "pointing": Measure(
+        "Pointing game", "localisation", 1, "boxes", "Zhang et al., ECCV 2016", "pointing", _BOXES
+    ),
     "iou": Measure(
         "IoU with boxes",
+        "localisation",
         1,
         "boxes",
         "Jaccard index of M_tau and the boxes",
@@ -85,10 +110,17 @@ MEASURES: dict[str, Measure] = {
         ("mask", "boxes"),
     ),
     "energy_segmentation": Measure(
-        "Energy in segmentation", 1, "segmentation", WANG, "energy", ("attribution", *_SEEN)
+        "Energy in segmentation",
+        "localisation",
+        1,
+        "segmentation",
+        WANG,
+        "energy",
+        ("attribution", *_SEEN),
     ),
     "iou_segmentation": Measure(
         "IoU with segmentation",
+        "localisation",
         1,
         "segmentation",
         "Jaccard index of M_tau and the segmentation",
@@ -134,6 +166,13 @@ def measures(text: str | None) -> tuple[str, ...]:
                 f"{', '.join(MEASURES)}, or `all`"
             )
     return names
+
+
+def by_group() -> Iterator[tuple[Group, list[str]]]:
+    """Yield the groups that have measures, with their keys of MEASURES."""
+    for group in GROUPS:
+        if names := [name for name, measure in MEASURES.items() if measure.group == group]:
+            yield group, names
 
 
 def extras_of(names: Iterable[str], baselines: bool) -> frozenset[str]:

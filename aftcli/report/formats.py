@@ -17,7 +17,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aftcli.evaluation.measures import published_records
+from aftcli.evaluation.measures import MEASURES, published_records
 from aftcli.evaluation.run import Measured, Step
 from aftcli.evaluation.tables import TABLES, Sources, Tables, lines_of
 from aftcli.evaluation.trials import device_name
@@ -108,15 +108,23 @@ def as_text(tables: Tables, shown: Shown) -> None:
     print(end="", flush=True)
 
 
+def _grouped(record: dict[str, Any]) -> dict[str, Any]:
+    """Add the group of a record's measure."""
+    known = MEASURES.get(record.get("measure", ""))
+    return {**record, "group": known.group} if known else record
+
+
 def as_dict(tables: Tables, shown: Shown) -> dict[str, Any]:
     """Return the tables as plain values, long form: one object a number (docs/formats.md)."""
     found: dict[str, Any] = {
-        name: [table.record(row) for row in tables.rows[name]]
+        name: [_grouped(table.record(row)) for row in tables.rows[name]]
         for name, table in TABLES.items()
         if name in tables.rows
     }
     if shown.paper:
-        found["paper"] = published_records()
+        found["paper"] = {
+            name: [*map(_grouped, rows)] for name, rows in published_records().items()
+        }
     return {**found, "settings": tables.settings}
 
 

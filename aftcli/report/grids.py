@@ -8,6 +8,7 @@ from typing import NamedTuple
 from aftcli.core.methods import METHODS
 from aftcli.data.sets import format_of
 from aftcli.evaluation.measures import (
+    GROUPS,
     MEASURES,
     MODELS,
     PAPER_VARIANTS,
@@ -86,19 +87,35 @@ def _look3(tables: Tables, shown: Shown) -> Iterable[Grid]:
         yield _grid3(tables, masking, shown)
 
 
+def _in_groups(places: Iterable[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], bool]:
+    """Order places, whose last part is a measure, group by group; tell if there are several."""
+    known = list(dict.fromkeys(places))
+    above = list(dict.fromkeys(place[:-1] for place in known))
+    groups = {place: GROUPS.index(MEASURES[place[-1]].group) for place in known}
+    known.sort(key=lambda place: (above.index(place[:-1]), groups[place]))
+    return known, len(set(groups.values())) > 1
+
+
+def _named(measure: str, grouped: bool) -> list[Cell]:
+    """Name a measure, after its group where a table has several."""
+    one = MEASURES[measure]
+    return [*[Cell(one.group)] * grouped, Cell(one.title)]
+
+
 def _grid3(tables: Tables, masking: str, shown: Shown) -> Grid:
     own = [row for row in tables.rows["table3"] if row.masking == masking]
     models = list(dict.fromkeys(row.model for row in own))
     variants = [v for v in VARIANTS if any(row.variant == v for row in own)]
     by_place = {(r.dataset, r.cam, r.measure, r.model, r.variant): r for r in own}
     several = len(models) > 1
-    header = ["data set", "CAM", "measure"]
+    places, grouped = _in_groups((r.dataset, r.cam, r.measure) for r in own)
+    header = ["data set", "CAM", *["group"] * grouped, "measure"]
     header += [f"{m} {VARIANTS[v]}" if several else VARIANTS[v] for m in models for v in variants]
     if shown.paper:
         header += [f"paper {m} {VARIANTS[v]}" for m in MODELS for v in PAPER_VARIANTS]
     lines = []
-    for dataset, cam, measure in dict.fromkeys((r.dataset, r.cam, r.measure) for r in own):
-        line = [Cell(dataset), Cell(METHODS[cam].title), Cell(MEASURES[measure].title)]
+    for dataset, cam, measure in places:
+        line = [Cell(dataset), Cell(METHODS[cam].title), *_named(measure, grouped)]
         for model in models:
             place = dataset, cam, measure, model
             original = by_place.get((*place, "original"))
@@ -113,7 +130,7 @@ def _grid3(tables: Tables, masking: str, shown: Shown) -> Grid:
     name = f" ({models[0]})" if len(models) == 1 else ""
     note = "In brackets: factor against Original; bold: better than Original"
     note += f"; {images} images." + _seen(tables)
-    return Grid(f"Table 3{name}: {READINGS[masking]}", header, lines, 3, note)
+    return Grid(f"Table 3{name}: {READINGS[masking]}", header, lines, 3 + grouped, note)
 
 
 def _seen(tables: Tables) -> str:
@@ -171,9 +188,10 @@ def _grid_of_differences(tables: Tables, masking: str) -> Grid:
     pairs = list(dict.fromkeys((r.variant, r.against) for r in own))
     by_place = {(r.dataset, r.model, r.cam, r.measure, r.variant, r.against): r for r in own}
     lines = []
-    for place in dict.fromkeys((r.dataset, r.model, r.cam, r.measure) for r in own):
+    places, grouped = _in_groups((r.dataset, r.model, r.cam, r.measure) for r in own)
+    for place in places:
         dataset, model, cam, measure = place
-        line = [Cell(dataset), Cell(model), Cell(METHODS[cam].title), Cell(MEASURES[measure].title)]
+        line = [Cell(dataset), Cell(model), Cell(METHODS[cam].title), *_named(measure, grouped)]
         for pair in pairs:
             row = by_place.get((*place, *pair))
             if row is None:
@@ -183,11 +201,11 @@ def _grid_of_differences(tables: Tables, masking: str) -> Grid:
                 text = f"{row.difference:+.3f}{_interval(row.ci)}"
                 line.append(Cell(text + (" *" if row.is_clear else ""), better and row.is_clear))
         lines.append(line)
-    header = ["data set", "model", "CAM", "measure"]
+    header = ["data set", "model", "CAM", *["group"] * grouped, "measure"]
     header += [f"{VARIANTS[a]} - {VARIANTS[b]}" for a, b in pairs]
     note = "95 % intervals; *: the interval excludes 0; bold: and the first is the better one."
     note += _seen(tables)
-    return Grid(f"Paired differences: {READINGS[masking]}", header, lines, 4, note)
+    return Grid(f"Paired differences: {READINGS[masking]}", header, lines, 4 + grouped, note)
 
 
 def _look4(tables: Tables, shown: Shown) -> Iterable[Grid]:

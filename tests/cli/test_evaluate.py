@@ -83,6 +83,7 @@ def test_tables_equal_a_literal_loop_over_the_images(document, study, tuned):
     }
     rows = document["table3"]
     assert len(rows) == 2 * 2 * 4 and {row["n"] for row in rows} == {3}
+    assert {row["group"] for row in rows + document["differences"]} == {"faithfulness"}
     for row in rows:
         assert (row["dataset"], row["model"], row["cam"]) == (
             "data",

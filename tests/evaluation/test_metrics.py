@@ -9,7 +9,15 @@ from torch import nn
 from aftcli.errors import AftError
 from aftcli.evaluation import metrics
 from aftcli.evaluation import metrics as metrics_intervals
-from aftcli.evaluation.measures import EXTRAS, MEASURES, PAPER, extras_of, measures
+from aftcli.evaluation.measures import (
+    EXTRAS,
+    GROUPS,
+    MEASURES,
+    PAPER,
+    by_group,
+    extras_of,
+    measures,
+)
 from aftcli.evaluation.metrics import Average, estimate, impute, road
 from tests.reference import metrics as slow
 
@@ -377,3 +385,15 @@ def test_names_of_measures():
         measures(" , ")
     assert extras_of(MEASURES, True) == {*EXTRAS, "baselines"}
     assert extras_of(PAPER, False) == frozenset()
+
+
+def test_groups_are_those_of_quantus():
+    import quantus
+
+    assert sorted(GROUPS) == sorted(name.lower() for name in quantus.AVAILABLE_METRICS)
+    assert {measure.group for measure in MEASURES.values()} <= set(GROUPS)
+    assert sorted(name for _, names in by_group() for name in names) == sorted(MEASURES)
+    # What Quantus has too stands where it stands there.
+    for ours, theirs in (("pointing", "Pointing Game"), ("road", "ROAD"), ("complexity",) * 2):
+        own = quantus.AVAILABLE_METRICS[MEASURES[ours].group.capitalize()]
+        assert theirs in own or theirs.capitalize() in own

@@ -392,7 +392,7 @@ def flips(attribution, probability_of, x):
 
 def test_a_measure_is_a_formula_and_one_line(whole, data, tmp_path, monkeypatch):
     needs = ("attribution", "probability_of", "x")
-    entry = Measure("Flips", 1, "flips", "this test", f"{__name__}:flips", needs, 1)
+    entry = Measure("Flips", "robustness", 1, "flips", "this test", f"{__name__}:flips", needs, 1)
     monkeypatch.setitem(MEASURES, "flips", entry)
     study, extras = study_of(data), extras_of(["flips"], True)
     assert extras == {"flips", "baselines"}
@@ -707,3 +707,31 @@ def test_what_a_killed_writer_left_is_swept_away(tmp_path):
 def test_evaluation_scores_all_thresholds(data):
     study = replace(study_of(data), search=Search(T, search="fast"))
     assert study.searched("soft") == Search(T, "soft")
+
+
+def test_a_table_of_several_groups_names_them(whole):
+    names = ("complexity", "average_drop", "adcc", "coherency", "average_increase")
+    rows = {
+        "table3": table3(whole, names, ("original", "tft")),
+        "differences": differences(whole, names, ("original", "tft")),
+    }
+    grids = {grid.title: grid for look in rows for grid in LOOKS[look](Tables(rows), Shown(True))}
+    assert len(grids) == 4
+    wanted = [
+        ["faithfulness", "Average Drop"],
+        ["faithfulness", "ADCC"],
+        ["faithfulness", "Average Increase"],
+        ["complexity", "Complexity"],
+        ["robustness", "Coherency"],
+    ]
+    for grid in grids.values():
+        last = grid.header.index("measure")
+        assert grid.header[last - 1] == "group" and grid.left == last + 1
+        named = [[cell.text for cell in row[last - 2 : last + 1]] for row in grid.rows]
+        assert named == [
+            [METHODS[cam].title, *one]
+            for cam in ("gradcam", "layercam", "xgradcam")
+            for one in wanted
+        ]
+    alone = {"table3": [row for row in rows["table3"] if row.measure.startswith("average")]}
+    assert not any("group" in grid.header for grid in LOOKS["table3"](Tables(alone), Shown()))
