@@ -133,6 +133,11 @@ class Given:
         return class_score(probabilities(self._maps.f(x).float()), self._maps.class_index)
 
     @property
+    def inverse(self) -> Tensor:
+        """1 - I_tau, shape (N, H, W)."""
+        return 1 - self.attribution
+
+    @property
     def product_map(self) -> Tensor:
         """I_tau of x * I_tau, shape (N, H, W)."""
         return self._product[0]

@@ -96,6 +96,25 @@ MEASURES: dict[str, Measure] = {
     "road": Measure(
         "ROAD", "faithfulness", -1, "road", "Rong et al., ICML 2022", "road", (*_RUN, "seeds"), 4
     ),
+    "road_last": Measure(
+        "ROAD, least first",
+        "faithfulness",
+        1,
+        "arcc",
+        "Rong et al., ICML 2022",
+        "road",
+        ("x", "inverse", "probability_of", "seeds"),
+        4,
+    ),
+    "arcc": Measure(
+        "ARCC",
+        "faithfulness",
+        1,
+        "arcc",
+        "Domeniconi et al., ICPR 2026",
+        "arcc",
+        ("coherency", "complexity", "road", "road_last"),
+    ),
     "energy": Measure("Energy in boxes", "localisation", 1, "boxes", WANG, "energy", _BOXES),
     "pointing": Measure(
         "Pointing game", "localisation", 1, "boxes", "Zhang et al., ECCV 2016", "pointing", _BOXES
@@ -177,8 +196,22 @@ def by_group() -> Iterator[tuple[Group, list[str]]]:
 
 def extras_of(names: Iterable[str], baselines: bool) -> frozenset[str]:
     """Return what must be computed for measures beyond what is always there."""
-    needed = {MEASURES[name].extra for name in names} - {"", *OBJECTS}
-    return frozenset(needed | ({BASELINES} if baselines else set()))
+    needed = completed(MEASURES[name].extra for name in names)
+    return needed | ({BASELINES} if baselines else frozenset())
+
+
+def completed(extras: Iterable[str]) -> frozenset[str]:
+    """Add to extras those of the measures that theirs need.
+
+    >>> sorted(completed(["arcc"]))
+    ['adcc', 'arcc', 'road']
+    """
+    found = {*extras} - {"", *OBJECTS}
+    # From the last, as measures need others above them.
+    for measure in reversed(MEASURES.values()):
+        if measure.extra in found:
+            found |= {MEASURES[name].extra for name in measure.needs if name in MEASURES}
+    return frozenset(found - {"", *OBJECTS})
 
 
 # The tables by the number that asks for them, as help names them; `tables.TABLES` has their rows.

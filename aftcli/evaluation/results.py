@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from aftcli.data.blocks import Broken
-from aftcli.evaluation.measures import BASELINES
+from aftcli.evaluation.measures import BASELINES, completed
 from aftcli.files import read_sealed, values_hash, write_sealed
 
 FORMAT_VERSION = 1
@@ -135,7 +135,7 @@ class ResultFile:
             return self
         if self.extras <= there.extras:
             return None
-        new = self.extras - there.extras
+        new = completed(self.extras - there.extras)
         # Fixed cut-offs are another view, which has all measures that the others have.
         if BASELINES in there.extras:
             new |= {BASELINES}

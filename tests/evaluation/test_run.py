@@ -134,15 +134,18 @@ class Slow:
         start, black = blurred(self.x[None])[0], torch.zeros_like(self.x)
         found["insertion"] = slow.area(start, shown, self.x, self.y_of, STEPS)
         found["deletion"] = slow.area(self.x, shown, black, self.y_of, STEPS)
-        values = []
-        generator = torch.Generator().manual_seed(int(self.images.index[self.n]))
-        noise = NOISE * torch.randn(self.x.shape, generator=generator)
-        for share in ROAD_SHARES:
-            missing = torch.zeros(shown.shape, dtype=torch.bool)
-            for r, c in slow.in_order(shown)[: round(share * shown.numel())]:
-                missing[r, c] = True
-            values.append(self.y_of(impute(self.x, missing) + noise * missing))
-        found["road"] = sum(values) / len(values)
+        for name, sorted_by in (("road", shown), ("road_last", 1 - shown)):
+            values = []
+            generator = torch.Generator().manual_seed(int(self.images.index[self.n]))
+            noise = NOISE * torch.randn(self.x.shape, generator=generator)
+            for share in ROAD_SHARES:
+                missing = torch.zeros(shown.shape, dtype=torch.bool)
+                for r, c in slow.in_order(sorted_by)[: round(share * shown.numel())]:
+                    missing[r, c] = True
+                values.append(self.y_of(impute(self.x, missing) + noise * missing))
+            found[name] = sum(values) / len(values)
+        parts = (found["coherency"], found["complexity"], found["road"], found["road_last"])
+        found["arcc"] = slow.arcc(*parts)
         regions = self.images.regions(int(self.images.index[self.n]), self.c)
         if regions.boxes is not None:
             r, c = slow.in_order(shown)[0]
@@ -383,6 +386,20 @@ def test_measures_that_were_computed_are_kept_and_found_again(whole, data, tmp_p
     for key, result in more.results.items():
         assert set(result.columns) == set(fixed.results[key].columns)
     assert not list(tmp_path.glob("*/results/.*.parts"))
+
+
+def test_measures_made_of_others_are_added_to_results_that_have_those(data, tmp_path):
+    study, wanted = study_of(data), extras_of(["arcc"], False)
+    assert wanted == {"arcc", "adcc", "road"}
+    run_all(study, tmp_path / "run", replace(PLAN, extras=frozenset({"adcc", "road"})))
+    more = run_all(study, tmp_path / "run", replace(PLAN, extras=wanted))
+    alone = run_all(study, tmp_path / "alone", replace(PLAN, extras=wanted))
+    assert not more.reused
+    for key, result in more.results.items():
+        assert set(result.columns) == set(alone.results[key].columns)
+        for name, values in alone.results[key].columns.items():
+            torch.testing.assert_close(result.columns[name], values, equal_nan=True)
+    assert "tft/arcc" in more.results["original", UNITS[0]].columns
 
 
 def flips(attribution, probability_of, x):
