@@ -34,7 +34,7 @@ Readings = Literal["both", "binary", "soft"]
 METRICS_HELP = (
     "--metrics takes "
     + "; ".join(f"{group}: {', '.join(names)}" for group, names in by_group())
-    + "; or all."
+    + "; or all. quantus:NAME takes a metric of Quantus, such as quantus:Sparseness."
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from aftcli.core.cam import class_score, map_of
 from aftcli.core.classifier import Classifier, probabilities
 from aftcli.core.methods import METHODS
 from aftcli.data.objects import Regions
-from aftcli.evaluation.measures import BASELINES, MEASURES, OBJECTS, Measure
+from aftcli.evaluation.measures import BASELINES, MEASURES, OBJECTS, QUANTUS, Measure
 from aftcli.evaluation.metrics import drop
 from aftcli.evaluation.results import Values, View
 from aftcli.settings import Search
@@ -166,6 +166,25 @@ class Given:
                 values[n] = formula(*(each[None].to(self.x.device) for each in own))[0]
         return values
 
+    def by_quantus(self, name: str) -> Tensor:
+        """Measure by a metric of Quantus, image by image, shape (N,); NaN where undefined."""
+        from aftcli.attributions.quantus import Image, find_metric, measure_image
+
+        metric, maps, values = find_metric(name), self._maps, []
+        for n, (regions, seed) in enumerate(zip(maps.regions, self.seeds, strict=True)):
+            seen, counted = regions.segmentation, regions.counted
+            seen = seen if seen is None or counted is None else seen & counted
+            explain = partial(self._map_of, self._muting.tau[n])
+            of_map = (int(maps.class_index[n]), self.attribution[n], seen, seed, explain)
+            plain = maps.f.with_engine(None)
+            values.append(measure_image(metric, plain, Image(self.x[n], *of_map)))
+        return torch.tensor(values)
+
+    def _map_of(self, tau: Tensor, f: Classifier, x: Tensor, class_index: Tensor) -> Tensor:
+        """Return I_tau of any inputs and network, shape (N, H, W)."""
+        maps = map_of(f, f.activation(x), class_index, x, self._maps.cam, self._cells)
+        return Muting(tau.expand(len(x)), self._muting.mode).of(maps)
+
 
 def passes(wanted: Wanted, units: int) -> int:
     """Count the images that pass the network, at the most, to measure the maps of one."""
@@ -301,6 +320,9 @@ def _of_map(given: Given, extras: frozenset[str]) -> dict[str, Tensor]:
         elif not each.of_probabilities and each.extra in ("", *extras):
             own = [found[a] if a in found else getattr(given, a) for a in each.needs]
             found[name] = each.load()(*own)
+    for name in sorted(extras):
+        if name.startswith(QUANTUS):
+            found[name] = given.by_quantus(name.removeprefix(QUANTUS))
     return found
 
 

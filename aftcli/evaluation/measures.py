@@ -23,6 +23,9 @@ Group = Literal[
 GROUPS: tuple[Group, ...] = get_args(Group)
 
 
+QUANTUS = "quantus:"  # before the name of a metric of Quantus in `--metrics`
+
+
 class Measure(NamedTuple):
     """A measure of tables. Functions are named, not imported, so that `--help` needs no torch.
 
@@ -60,6 +63,19 @@ class Measure(NamedTuple):
         return cast("Callable[..., Tensor]", getattr(import_module(module or FORMULAS), name))
 
 
+class _Measures(dict[str, Measure]):
+    """The measures by name; those of Quantus are not listed, but looked up in the library."""
+
+    def __missing__(self, name: str) -> Measure:
+        if not name.startswith(QUANTUS):
+            raise KeyError(name)
+        from aftcli.attributions.quantus import find_metric
+
+        found = find_metric(name.removeprefix(QUANTUS))
+        title, group = f"Quantus {found.kind.name}", cast("Group", found.group)
+        return Measure(title, group, found.better, name, f"Quantus {found.version}", "", ())
+
+
 _Y, _I, _RUN = ("y_hat", "y"), ("attribution",), ("x", "attribution", "probability_of")
 _BOXES = ("attribution", "boxes")
 _SEEN = ("segmentation", "counted")
@@ -67,7 +83,7 @@ _SEEN = ("segmentation", "counted")
 WANG = "Wang et al., CVPRW 2020 (Score-CAM)"
 POPPI = "Poppi et al., CVPRW 2021"
 RISE = "Petsiuk et al., BMVC 2018 (RISE)"
-MEASURES: dict[str, Measure] = {
+_LISTED: dict[str, Measure] = {
     "average_increase": Measure(
         "Average Increase", "faithfulness", 1, "", "the paper, §5.2", "increase", _Y
     ),
@@ -111,7 +127,7 @@ MEASURES: dict[str, Measure] = {
         "faithfulness",
         1,
         "arcc",
-        "Domeniconi et al., ICPR 2026",
+        "Domeniconi et al., ICPR 2026; pytorch_grad_cam.metrics.arcc",
         "arcc",
         ("coherency", "complexity", "road", "road_last"),
     ),
@@ -148,6 +164,8 @@ MEASURES: dict[str, Measure] = {
     ),
 }
 
+MEASURES: dict[str, Measure] = _Measures(_LISTED)
+
 PAPER = ("average_increase", "average_drop")  # Table 3's
 
 OBJECTS = ("boxes", "segmentation")  # extras that nobody asks for: data sets have them
@@ -168,7 +186,7 @@ VARIANTS = {
 
 
 def measures(text: str | None) -> tuple[str, ...]:
-    """Read names of measures, separated by commas; None is the paper's two, "all" is all.
+    """Read names of measures, separated by commas; None is the paper's two, "all" ours.
 
     >>> measures("average_drop,adcc")
     ('average_drop', 'adcc')
@@ -176,13 +194,16 @@ def measures(text: str | None) -> tuple[str, ...]:
     if text is None:
         return PAPER
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    foreign = [name for name in names if name.startswith(QUANTUS)]
+    for name in foreign:
+        MEASURES[name]  # noqa: B018 - tells what is wrong with it
     if "all" in names:
-        return tuple(MEASURES)
+        return (*MEASURES, *foreign)
     for name in names or [text]:
-        if name not in MEASURES:
+        if name not in MEASURES and name not in foreign:
             raise AftError(
                 f"unknown measure {name!r} in --metrics; nearest: {nearest(name, MEASURES)}; all: "
-                f"{', '.join(MEASURES)}, or `all`"
+                f"{', '.join(MEASURES)}, quantus:NAME, or `all`"
             )
     return names
 

@@ -111,8 +111,6 @@ def adcc(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
 def arcc(coherency: Tensor, complexity: Tensor, road: Tensor, road_last: Tensor) -> Tensor:
     """Return ADCC with max(road_last - road, 0) for 1 - drop (ARCC, Domeniconi et al. 2026).
 
-    Their own code is `pytorch_grad_cam.metrics.arcc`. Arguments: of the measures of those names.
-
     >>> arcc(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([0.75]))
     tensor([0.6000])
     """

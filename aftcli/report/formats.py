@@ -17,7 +17,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aftcli.evaluation.measures import MEASURES, published_records
+from aftcli.evaluation.measures import MEASURES, QUANTUS, published_records
 from aftcli.evaluation.run import Measured, Step
 from aftcli.evaluation.tables import TABLES, Sources, Tables, lines_of
 from aftcli.evaluation.trials import device_name
@@ -110,8 +110,10 @@ def as_text(tables: Tables, shown: Shown) -> None:
 
 def _grouped(record: dict[str, Any]) -> dict[str, Any]:
     """Add the group of a record's measure."""
-    known = MEASURES.get(record.get("measure", ""))
-    return {**record, "group": known.group} if known else record
+    name = record.get("measure", "")
+    if name in MEASURES or name.startswith(QUANTUS):
+        return {**record, "group": MEASURES[name].group}
+    return record
 
 
 def as_dict(tables: Tables, shown: Shown) -> dict[str, Any]:

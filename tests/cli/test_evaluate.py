@@ -467,3 +467,20 @@ def test_maps_of_random_networks_differ(lite0, chelsea):
     assert {k: v.tolist() for k, v in sanity(lite0, chelsea, "gradcam", None).items()} == {
         k: v.tolist() for k, v in found.items()
     }
+
+
+def test_metrics_of_quantus_are_printed(run, document):
+    options = ("--thresholds", "0,0.3,0.6", "--masking", "soft", "--table", "3", "--run", run)
+    asked = ("--metrics", "average_drop,quantus:Sparseness")
+    done = aft("evaluate", *asked, *options)
+    assert done.code in (0, None), done.err
+    (line,) = (each for each in done.out.splitlines() if "Sparseness" in each)
+    assert re.search(r"Grad-CAM +complexity +Quantus Sparseness +0\.\d{3} +0\.\d{3} \(x", line)
+    done = aft("evaluate", *asked, "--json", *options)
+    rows = [r for r in json.loads(done.out)["table3"] if r["measure"] == "quantus:Sparseness"]
+    assert [(row["variant"], row["group"], row["n"]) for row in rows] == [
+        (variant, "complexity", 3) for variant in ("original", "tft", "aft")
+    ]
+    assert all(f"{row['value']:.3f}" in line for row in rows)
+    done = aft("evaluate", "--metrics", "quantus:Sparsenes", *options)
+    assert done.code == 2 and "nearest: Sparseness" in done.err
