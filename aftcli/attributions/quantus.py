@@ -113,8 +113,8 @@ def measure_image(metric: Metric, f: Classifier, image: Image) -> float:
         image: what it sees, and its map.
 
     Returns:
-        The value; NaN of a constant map, which Quantus refuses, where localisation has no object
-        to find, and where no finite number comes out.
+        The value; NaN where this map or one that the metric asks for is constant and Quantus
+        refuses it, where localisation has no object to find, where no finite number comes out.
 
     Raises:
         AftError: the metric fails on this network or map.
@@ -127,7 +127,11 @@ def measure_image(metric: Metric, f: Classifier, image: Image) -> float:
     def explain(model: Classifier, inputs: Any, targets: Any, **_: Any) -> Any:  # noqa: ANN401
         x = torch.as_tensor(np.asarray(inputs)).to(image.x)
         classes = torch.as_tensor(np.asarray(targets)).to(device)
-        return image.explain(model, x, classes).cpu().numpy()
+        maps = image.explain(model, x, classes)
+        constant.append(bool((maps.amax((1, 2)) == maps.amin((1, 2))).any()))
+        return maps.cpu().numpy()
+
+    constant: list[bool] = []
 
     with _seeded(image.seed):
         try:
@@ -143,6 +147,8 @@ def measure_image(metric: Metric, f: Classifier, image: Image) -> float:
             )
             value = _mean(found)
         except Exception as error:
+            if any(constant):
+                return float("nan")
             raise AftError(
                 f"--metrics quantus:{metric.name} fails in Quantus {metric.version} on {f.name}: "
                 f"{first_line(error)}; leave it out"

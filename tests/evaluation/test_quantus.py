@@ -138,6 +138,11 @@ def test_constant_maps_have_no_value():
     f = small_float()
     image = ours.Image(torch.zeros(3, 32, 32), 0, torch.zeros(32, 32), None, 0, None)
     assert math.isnan(ours.measure_image(ours.find_metric("Sparseness"), f, image))
+    # Maps of random networks are often so, which Quantus refuses.
+    image = image._replace(
+        attribution=torch.rand(32, 32), explain=lambda f, x, c: torch.zeros(len(x), 32, 32)
+    )
+    assert math.isnan(ours.measure_image(ours.find_metric("MPRT"), f, image))
 
 
 def test_names_and_groups_are_those_of_quantus():
