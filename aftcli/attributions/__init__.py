@@ -1,1 +1,1 @@
-"""Attribution methods beyond CAMs (the optional extra `attributions`)."""
+"""Attribution methods beyond CAMs, and Quantus' metrics of maps (extras, both)."""

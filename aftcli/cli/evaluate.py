@@ -18,6 +18,7 @@ from aftcli.evaluation.measures import (
     TABLES,
     TITLES,
     VARIANTS,
+    by_group,
     extras_of,
     judges,
     measures,
@@ -33,7 +34,11 @@ if TYPE_CHECKING:
 
 Format = Literal["table", "json", "csv", "markdown", "latex"]  # as in aftcli.report.formats
 Readings = Literal["both", "binary", "soft"]
-METRICS_HELP = f"--metrics takes {', '.join(MEASURES)}; or all."
+METRICS_HELP = (
+    "--metrics takes "
+    + "; ".join(f"{group}: {', '.join(names)}" for group, names in by_group())
+    + "; or all. quantus:NAME takes a metric of Quantus, such as quantus:Sparseness."
+)
 
 
 def tables(text: str | None) -> tuple[int, ...]:

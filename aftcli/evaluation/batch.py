@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,9 @@ from aftcli.core.cam import class_score, map_of, scaled_map, upsample
 from aftcli.core.classifier import Classifier, probabilities
 from aftcli.core.methods import METHODS
 from aftcli.data.objects import Regions
-from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, Measure
+from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, QUANTUS, Measure
 from aftcli.evaluation.metrics import drop
-from aftcli.evaluation.results import Images, Unit, Values, Verdict, View, Wanted
+from aftcli.evaluation.results import Images, Muting, Unit, Values, Verdict, View, Wanted
 from aftcli.settings import Search
 from aftcli.tft.judges import judged, judged_masks
 from aftcli.tft.search import masked_probabilities
@@ -32,24 +32,7 @@ from aftcli.tft.threshold import (
     mask_of,
     masked_image,
     relative_probability_increase,
-    threshold_map,
 )
-
-
-class Muting(NamedTuple):
-    """The thresholds of a view: tau of each image, shape (N,), and what it cuts (`cut_off`)."""
-
-    tau: Tensor
-    mode: str
-
-    def of(self, maps: Tensor) -> Tensor:
-        """Return I_tau of maps I, shape (N, H, W)."""
-        return threshold_map(maps, cut_off(maps, self.tau[:, None], self.mode)[:, 0])
-
-    def equals(self, other: Muting) -> Tensor:
-        """Tell which images both mute alike, shape (N,), bool; tau = 0 mutes nothing."""
-        either_zero = (self.tau == 0) | torch.tensor(self.mode == other.mode).to(self.tau.device)
-        return (self.tau == other.tau) & either_zero
 
 
 @dataclass(frozen=True)
@@ -95,6 +78,11 @@ class Given:
         return class_score(probabilities(self._maps.f(x).float()), self._maps.class_index)
 
     @property
+    def inverse(self) -> Tensor:
+        """1 - I_tau, shape (N, H, W)."""
+        return 1 - self.attribution
+
+    @property
     def product_map(self) -> Tensor:
         """I_tau of x * I_tau, shape (N, H, W)."""
         return self._product[0]
@@ -122,6 +110,25 @@ class Given:
             if all(each is not None for each in own):
                 values[n] = formula(*(each[None].to(self.x.device) for each in own))[0]
         return values
+
+    def by_quantus(self, name: str) -> Tensor:
+        """Measure by a metric of Quantus, image by image, shape (N,); NaN where undefined."""
+        from aftcli.attributions.quantus import Image, find_metric, measure_image
+
+        metric, maps, values = find_metric(name), self._maps, []
+        for n, (regions, seed) in enumerate(zip(maps.regions, self.seeds, strict=True)):
+            seen, counted = regions.segmentation, regions.counted
+            seen = seen if seen is None or counted is None else seen & counted
+            explain = partial(self._map_of, self._muting.tau[n])
+            of_map = (int(maps.class_index[n]), self.attribution[n], seen, seed, explain)
+            plain = maps.f.with_engine(None)
+            values.append(measure_image(metric, plain, Image(self.x[n], *of_map)))
+        return torch.tensor(values)
+
+    def _map_of(self, tau: Tensor, f: Classifier, x: Tensor, class_index: Tensor) -> Tensor:
+        """Return I_tau of any inputs and network, shape (N, H, W)."""
+        maps = map_of(f, f.activation(x), class_index, x, self._maps.cam, self._cells)
+        return Muting(tau.expand(len(x)), self._muting.mode).of(maps)
 
 
 def passes(wanted: Wanted, units: int) -> int:
@@ -387,4 +394,7 @@ def _of_map(given: Given, extras: frozenset[str]) -> dict[str, Tensor]:
         elif not each.of_probabilities and each.extra in ("", *extras):
             own = [found[a] if a in found else getattr(given, a) for a in each.needs]
             found[name] = each.load()(*own)
+    for name in sorted(extras):
+        if name.startswith(QUANTUS):
+            found[name] = given.by_quantus(name.removeprefix(QUANTUS))
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from aftcli.errors import AftError, nearest
 from aftcli.settings import MIRROR, SELF
@@ -17,12 +17,22 @@ if TYPE_CHECKING:
 
 FORMULAS = "aftcli.evaluation.metrics"
 
+# The categories of Quantus (Hedström et al., JMLR 2023).
+Group = Literal[
+    "faithfulness", "localisation", "complexity", "robustness", "randomisation", "axiomatic"
+]
+GROUPS: tuple[Group, ...] = get_args(Group)
+
+
+QUANTUS = "quantus:"  # before the name of a metric of Quantus in `--metrics`
+
 
 class Measure(NamedTuple):
     """A measure of tables. Functions are named, not imported, so that `--help` needs no torch.
 
     Attributes:
         title: its name in tables.
+        group: what it asks of a map.
         better: 1 where higher is better, -1 where lower is, 0 where neither is.
         extra: what must be asked for to have it; "" where it costs nothing. "boxes" and
             "segmentation" are there where the data set has them. A measure that is added needs
@@ -35,6 +45,7 @@ class Measure(NamedTuple):
     """
 
     title: str
+    group: Group
     better: int
     extra: str
     source: str
@@ -53,6 +64,19 @@ class Measure(NamedTuple):
         return cast("Callable[..., Tensor]", getattr(import_module(module or FORMULAS), name))
 
 
+class _Measures(dict[str, Measure]):
+    """The measures by name; those of Quantus are not listed, but looked up in the library."""
+
+    def __missing__(self, name: str) -> Measure:
+        if not name.startswith(QUANTUS):
+            raise KeyError(name)
+        from aftcli.attributions.quantus import find_metric
+
+        found = find_metric(name.removeprefix(QUANTUS))
+        title, group = f"Quantus {found.kind.name}", cast("Group", found.group)
+        return Measure(title, group, found.better, name, f"Quantus {found.version}", "", ())
+
+
 _Y, _I, _RUN = ("y_hat", "y"), ("attribution",), ("x", "attribution", "probability_of")
 _BOXES = ("attribution", "boxes")
 _SEEN = ("segmentation", "counted")
@@ -60,25 +84,61 @@ _SEEN = ("segmentation", "counted")
 WANG = "Wang et al., CVPRW 2020 (Score-CAM)"
 POPPI = "Poppi et al., CVPRW 2021"
 RISE = "Petsiuk et al., BMVC 2018 (RISE)"
-MEASURES: dict[str, Measure] = {
-    "average_increase": Measure("Average Increase", 1, "", "the paper, §5.2", "increase", _Y),
-    "average_drop": Measure("Average Drop", -1, "", "the paper, §5.2", "drop", _Y),
+_LISTED: dict[str, Measure] = {
+    "average_increase": Measure(
+        "Average Increase", "faithfulness", 1, "", "the paper, §5.2", "increase", _Y
+    ),
+    "average_drop": Measure("Average Drop", "faithfulness", -1, "", "the paper, §5.2", "drop", _Y),
     "average_gain": Measure(
-        "Average Gain", 1, "", "Zhang et al., CVIU 2024 (Opti-CAM)", "gain", _Y
+        "Average Gain", "faithfulness", 1, "", "Zhang et al., CVIU 2024 (Opti-CAM)", "gain", _Y
     ),
-    "area": Measure("Kept area", 0, "", "share of pixels with I != 0", "area", ("mask",)),
-    "complexity": Measure("Complexity", -1, "", POPPI, "complexity", _I),
+    "area": Measure(
+        "Kept area", "complexity", 0, "", "share of pixels with I != 0", "area", ("mask",)
+    ),
+    "complexity": Measure("Complexity", "complexity", -1, "", POPPI, "complexity", _I),
     "coherency": Measure(
-        "Coherency", 1, "adcc", POPPI, "coherency", ("attribution", "product_map"), 1
+        "Coherency", "robustness", 1, "adcc", POPPI, "coherency", ("attribution", "product_map"), 1
     ),
-    "adcc": Measure("ADCC", 1, "adcc", POPPI, "adcc", ("coherency", "complexity", "product_drop")),
-    "insertion": Measure("Insertion", 1, "insertion", RISE, "insertion", _RUN, 11),
-    "deletion": Measure("Deletion", -1, "insertion", RISE, "deletion", _RUN, 11),
-    "road": Measure("ROAD", -1, "road", "Rong et al., ICML 2022", "road", (*_RUN, "seeds"), 4),
-    "energy": Measure("Energy in boxes", 1, "boxes", WANG, "energy", _BOXES),
-    "pointing": Measure("Pointing game", 1, "boxes", "Zhang et al., ECCV 2016", "pointing", _BOXES),
+    "adcc": Measure(
+        "ADCC",
+        "faithfulness",
+        1,
+        "adcc",
+        POPPI,
+        "adcc",
+        ("coherency", "complexity", "product_drop"),
+    ),
+    "insertion": Measure("Insertion", "faithfulness", 1, "insertion", RISE, "insertion", _RUN, 11),
+    "deletion": Measure("Deletion", "faithfulness", -1, "insertion", RISE, "deletion", _RUN, 11),
+    "road": Measure(
+        "ROAD", "faithfulness", -1, "road", "Rong et al., ICML 2022", "road", (*_RUN, "seeds"), 4
+    ),
+    "road_last": Measure(
+        "ROAD, least first",
+        "faithfulness",
+        1,
+        "arcc",
+        "Rong et al., ICML 2022",
+        "road",
+        ("x", "inverse", "probability_of", "seeds"),
+        4,
+    ),
+    "arcc": Measure(
+        "ARCC",
+        "faithfulness",
+        1,
+        "arcc",
+        "Domeniconi et al., ICPR 2026; pytorch_grad_cam.metrics.arcc",
+        "arcc",
+        ("coherency", "complexity", "road", "road_last"),
+    ),
+    "energy": Measure("Energy in boxes", "localisation", 1, "boxes", WANG, "energy", _BOXES),
+    "pointing": Measure(
+        "Pointing game", "localisation", 1, "boxes", "Zhang et al., ECCV 2016", "pointing", _BOXES
+    ),
     "iou": Measure(
         "IoU with boxes",
+        "localisation",
         1,
         "boxes",
         "Jaccard index of M_tau and the boxes",
@@ -86,10 +146,17 @@ MEASURES: dict[str, Measure] = {
         ("mask", "boxes"),
     ),
     "energy_segmentation": Measure(
-        "Energy in segmentation", 1, "segmentation", WANG, "energy", ("attribution", *_SEEN)
+        "Energy in segmentation",
+        "localisation",
+        1,
+        "segmentation",
+        WANG,
+        "energy",
+        ("attribution", *_SEEN),
     ),
     "iou_segmentation": Measure(
         "IoU with segmentation",
+        "localisation",
         1,
         "segmentation",
         "Jaccard index of M_tau and the segmentation",
@@ -97,6 +164,8 @@ MEASURES: dict[str, Measure] = {
         ("mask", *_SEEN),
     ),
 }
+
+MEASURES: dict[str, Measure] = _Measures(_LISTED)
 
 PAPER = ("average_increase", "average_drop")  # Table 3's
 
@@ -156,7 +225,7 @@ TITLES = {**VARIANTS, **CONTROLLED["tft"], **CONTROLLED["aft"]}
 
 
 def measures(text: str | None) -> tuple[str, ...]:
-    """Read names of measures, separated by commas; None is the paper's two, "all" is all.
+    """Read names of measures, separated by commas; None is the paper's two, "all" ours.
 
     >>> measures("average_drop,adcc")
     ('average_drop', 'adcc')
@@ -164,13 +233,16 @@ def measures(text: str | None) -> tuple[str, ...]:
     if text is None:
         return PAPER
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    foreign = [name for name in names if name.startswith(QUANTUS)]
+    for name in foreign:
+        MEASURES[name]  # noqa: B018 - tells what is wrong with it
     if "all" in names:
-        return tuple(MEASURES)
+        return (*MEASURES, *foreign)
     for name in names or [text]:
-        if name not in MEASURES:
+        if name not in MEASURES and name not in foreign:
             raise AftError(
                 f"unknown measure {name!r} in --metrics; nearest: {nearest(name, MEASURES)}; all: "
-                f"{', '.join(MEASURES)}, or `all`"
+                f"{', '.join(MEASURES)}, quantus:NAME, or `all`"
             )
     return names
 
@@ -195,10 +267,31 @@ def judges(names: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(name for name in asked if name != "none")
 
 
+def by_group() -> Iterator[tuple[Group, list[str]]]:
+    """Yield the groups that have measures, with their keys of MEASURES."""
+    for group in GROUPS:
+        if names := [name for name, measure in MEASURES.items() if measure.group == group]:
+            yield group, names
+
+
 def extras_of(names: Iterable[str], baselines: bool) -> frozenset[str]:
     """Return what must be computed for measures beyond what is always there."""
-    needed = {MEASURES[name].extra for name in names} - {"", *OBJECTS}
-    return frozenset(needed | ({BASELINES} if baselines else set()))
+    needed = completed(MEASURES[name].extra for name in names)
+    return needed | ({BASELINES} if baselines else frozenset())
+
+
+def completed(extras: Iterable[str]) -> frozenset[str]:
+    """Add to extras those of the measures that theirs need.
+
+    >>> sorted(completed(["arcc"]))
+    ['adcc', 'arcc', 'road']
+    """
+    found = {*extras} - {"", *OBJECTS}
+    # From the last, as measures need others above them.
+    for measure in reversed(MEASURES.values()):
+        if measure.extra in found:
+            found |= {MEASURES[name].extra for name in measure.needs if name in MEASURES}
+    return frozenset(found - {"", *OBJECTS})
 
 
 # The tables by the number that asks for them, as help names them; `tables.TABLES` has their rows.

@@ -19,9 +19,8 @@ from torchmetrics.aggregation import MeanMetric
 from aftcli.tft.threshold import SCORE_ROUNDING, rises
 
 STEPS = 10  # of insertion and deletion: shares 0, 0.1, … 1 of the pixels
-
 ROAD_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the pixels that ROAD removes
-
+NOISE = 0.01  # of ROAD: standard deviation, in units of the normalised input
 BLUR = (11, 5.0)  # kernel and sigma, pixels, of what insertion starts from
 
 Probability = Callable[[Tensor], Tensor]
@@ -107,6 +106,15 @@ def adcc(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
     """
     parts = torch.stack([coherency, 1 - complexity, 1 - drop])
     return torch.where((parts > 0).all(0), 3 / parts.reciprocal().sum(0), 0)
+
+
+def arcc(coherency: Tensor, complexity: Tensor, road: Tensor, road_last: Tensor) -> Tensor:
+    """Return ADCC with max(road_last - road, 0) for 1 - drop (ARCC, Domeniconi et al. 2026).
+
+    >>> arcc(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.25]), torch.tensor([0.75]))
+    tensor([0.6000])
+    """
+    return adcc(coherency, complexity, 1 - (road_last - road).clamp(min=0))
 
 
 def order_of(attribution: Tensor) -> Tensor:
@@ -245,9 +253,6 @@ class Average(MeanMetric):
             super().update(known)
 
 
-NOISE = 0.01  # standard deviation, in units of the normalised input
-
-
 @lru_cache(maxsize=2)
 def _laplacian(high: int, wide: int) -> Any:  # noqa: ANN401 - scipy is untyped
     """Build (sum_j w_ij) x_i - sum_j w_ij x_j for each pixel i of a grid, sparse."""
@@ -328,9 +333,7 @@ def road(
 
 
 RESAMPLES = 2000
-
 SEED = 0
-
 CHUNK = 4_000_000  # drawn places at a time
 
 

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from aftcli.data.blocks import Broken
 from aftcli.data.objects import Regions
-from aftcli.evaluation.measures import BASELINES, MEASURES
+from aftcli.evaluation.measures import BASELINES, MEASURES, completed
 from aftcli.files import read_sealed, values_hash, write_sealed
 from aftcli.settings import Search
 from aftcli.tft.judges import JUDGED, Judge
+from aftcli.tft.threshold import cut_off, threshold_map
 
 FORMAT_VERSION = 1
 
@@ -76,6 +77,22 @@ class Images:
     label: Tensor
     index: Tensor
     regions: Callable[[int, int], Regions]
+
+
+class Muting(NamedTuple):
+    """The thresholds of a view: tau of each image, shape (N,), and what it cuts (`cut_off`)."""
+
+    tau: Tensor
+    mode: str
+
+    def of(self, maps: Tensor) -> Tensor:
+        """Return I_tau of maps I, shape (N, H, W)."""
+        return threshold_map(maps, cut_off(maps, self.tau[:, None], self.mode)[:, 0])
+
+    def equals(self, other: Muting) -> Tensor:
+        """Tell which images both mute alike, shape (N,), bool; tau = 0 mutes nothing."""
+        either_zero = (self.tau == 0) | torch.tensor(self.mode == other.mode).to(self.tau.device)
+        return (self.tau == other.tau) & either_zero
 
 
 class View(NamedTuple):
@@ -230,7 +247,7 @@ class ResultFile:
             return self
         if self.extras <= there.extras:
             return None
-        new = self.extras - there.extras
+        new = completed(self.extras - there.extras)
         # Fixed cut-offs are another view, which has all measures that the others have.
         if BASELINES in there.extras:
             new |= {BASELINES}

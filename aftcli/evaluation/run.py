@@ -30,7 +30,14 @@ from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
 from aftcli.evaluation import metrics
 from aftcli.evaluation.batch import measure_batch, measure_controls, passes
-from aftcli.evaluation.measures import BASELINES, CONTROLLED, CONTROLS, SOURCES
+from aftcli.evaluation.measures import (
+    BASELINES,
+    CONTROLLED,
+    CONTROLS,
+    MEASURES,
+    QUANTUS,
+    SOURCES,
+)
 from aftcli.evaluation.metrics import NOISE
 from aftcli.evaluation.results import Images, Result, ResultFile, Unit, Wanted
 from aftcli.evaluation.study import Study, Variant
@@ -114,6 +121,7 @@ def evaluate_study(
     plan, processes = plan or Plan(), processes or Processes()
     folder = make_folder(run / "results")
     objects = Objects(study.data_set, study.f.preprocessing, plan.note)
+    _check_segmentations(study, plan, objects)
     known_in = folder / f".contents-{processes.index}.json"
 
     def contents() -> str:
@@ -170,6 +178,18 @@ def evaluate_study(
             }
             yield from made(variant._replace(name=CONTROLS), controlled)
     yield Measured(study, found, reused, _seen(study, known_in))
+
+
+def _check_segmentations(study: Study, plan: Plan, objects: Objects) -> None:
+    for name in sorted(plan.extras):
+        if not name.startswith(QUANTUS) or "segmentation" in objects.kinds:
+            continue
+        if MEASURES[name].group == "localisation":
+            raise AftError(
+                f"{study.data_set.root}: has no segmentations, which --metrics {name} needs; "
+                "evaluate on VOC images of SegmentationClass, or take energy, pointing or iou, "
+                "which need boxes"
+            )
 
 
 def _seen(study: Study, known_in: Path) -> dict[tuple[str, str | None], int]:
@@ -245,6 +265,7 @@ def _files(
                 "road": [*metrics.ROAD_SHARES, NOISE],
                 # Named where results without it were not made so.
                 **({"cells": True} if study.cells else {}),
+                **_library(plan),
             }
             if controlled is not None:
                 if Unit(cam, masking) not in controlled:
@@ -261,6 +282,12 @@ def _files(
                 extras.add(CONTROLS)
             found[Unit(cam, masking)] = ResultFile(folder, stem, identity, frozenset(extras))
     return found
+
+
+def _library(plan: Plan) -> dict[str, str]:
+    """Name Quantus by its version where it measures."""
+    own = [name for name in plan.extras if name.startswith(QUANTUS)]
+    return {"quantus": MEASURES[own[0]].source} if own else {}
 
 
 def _measure(

@@ -17,7 +17,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aftcli.evaluation.measures import published_records
+from aftcli.evaluation.measures import MEASURES, QUANTUS, published_records
 from aftcli.evaluation.run import Measured, Step
 from aftcli.evaluation.tables import TABLES, Sources, Tables, lines_of
 from aftcli.evaluation.trials import device_name
@@ -111,15 +111,25 @@ def as_text(tables: Tables, shown: Shown) -> None:
     print(end="", flush=True)
 
 
+def _grouped(record: dict[str, Any]) -> dict[str, Any]:
+    """Add the group of a record's measure."""
+    name = record.get("measure", "")
+    if name in MEASURES or name.startswith(QUANTUS):
+        return {**record, "group": MEASURES[name].group}
+    return record
+
+
 def as_dict(tables: Tables, shown: Shown) -> dict[str, Any]:
     """Return the tables as plain values, long form: one object a number (docs/formats.md)."""
     found: dict[str, Any] = {
-        name: [table.record(row) for row in tables.rows[name]]
+        name: [_grouped(table.record(row)) for row in tables.rows[name]]
         for name, table in TABLES.items()
         if name in tables.rows
     }
     if shown.paper:
-        found["paper"] = published_records()
+        found["paper"] = {
+            name: [*map(_grouped, rows)] for name, rows in published_records().items()
+        }
     return {**found, "settings": tables.settings}
 
 

@@ -9,6 +9,7 @@ from aftcli.core.methods import METHODS
 from aftcli.data.sets import format_of
 from aftcli.evaluation.measures import (
     CONTROLLED,
+    GROUPS,
     MEASURES,
     MODELS,
     PAPER_VARIANTS,
@@ -89,21 +90,36 @@ def _look3(tables: Tables, shown: Shown) -> Iterable[Grid]:
         yield _grid3(tables, masking, shown)
 
 
+def _in_groups(places: Iterable[tuple[str, ...]]) -> tuple[list[tuple[str, ...]], bool]:
+    """Order places, which end in a measure and a judge, by groups; tell if there are several."""
+    known = list(dict.fromkeys(places))
+    above = list(dict.fromkeys(place[:-2] for place in known))
+    groups = {place: GROUPS.index(MEASURES[place[-2]].group) for place in known}
+    known.sort(key=lambda place: (above.index(place[:-2]), groups[place]))
+    return known, len(set(groups.values())) > 1
+
+
+def _named(measure: str, grouped: bool) -> list[Cell]:
+    """Name a measure, after its group where a table has several."""
+    one = MEASURES[measure]
+    return [*[Cell(one.group)] * grouped, Cell(one.title)]
+
+
 def _grid3(tables: Tables, masking: str, shown: Shown) -> Grid:
     own = [row for row in tables.rows["table3"] if row.masking == masking]
     models = list(dict.fromkeys(row.model for row in own))
     variants = [v for v in TITLES if any(row.variant == v for row in own)]
     by_place = {(r.dataset, r.cam, r.measure, r.judge, r.model, r.variant): r for r in own}
     several, judged = len(models) > 1, _is_judged(own)
-    header = ["data set", "CAM", "measure", *["judge"] * judged]
+    places, grouped = _in_groups((r.dataset, r.cam, r.measure, r.judge) for r in own)
+    header = ["data set", "CAM", *["group"] * grouped, "measure", *["judge"] * judged]
     left = len(header)
     header += [f"{m} {TITLES[v]}" if several else TITLES[v] for m in models for v in variants]
     if shown.paper:
         header += [f"paper {m} {VARIANTS[v]}" for m in MODELS for v in PAPER_VARIANTS]
     lines = []
-    rows = dict.fromkeys((r.dataset, r.cam, r.measure, r.judge) for r in own)
-    for dataset, cam, measure, judge in rows:
-        line = [Cell(dataset), Cell(METHODS[cam].title), Cell(MEASURES[measure].title)]
+    for dataset, cam, measure, judge in places:
+        line = [Cell(dataset), Cell(METHODS[cam].title), *_named(measure, grouped)]
         line += [Cell(judge)] * judged
         for model in models:
             place = dataset, cam, measure, judge, model
@@ -191,9 +207,10 @@ def _grid_of_differences(tables: Tables, masking: str) -> Grid:
     judged = _is_judged(own)
     by_place = {(*_place_of(r), r.variant, r.against): r for r in own}
     lines = []
-    for place in dict.fromkeys(_place_of(r) for r in own):
+    places, grouped = _in_groups(_place_of(r) for r in own)
+    for place in places:
         dataset, model, cam, measure, judge = place
-        line = [Cell(dataset), Cell(model), Cell(METHODS[cam].title), Cell(MEASURES[measure].title)]
+        line = [Cell(dataset), Cell(model), Cell(METHODS[cam].title), *_named(measure, grouped)]
         line += [Cell(judge)] * judged
         for pair in pairs:
             row = by_place.get((*place, *pair))
@@ -205,7 +222,7 @@ def _grid_of_differences(tables: Tables, masking: str) -> Grid:
                 is_clear = row.is_clear and (not better or _is_beyond_area(row, by_place, pairs))
                 line.append(Cell(text + (" *" if is_clear else ""), better and is_clear))
         lines.append(line)
-    header = ["data set", "model", "CAM", "measure", *["judge"] * judged]
+    header = ["data set", "model", "CAM", *["group"] * grouped, "measure", *["judge"] * judged]
     left = len(header)
     header += [f"{TITLES[a]} - {TITLES[b]}" for a, b in pairs]
     note = "95 % intervals; *: the interval excludes 0; bold: and the first is the better one."

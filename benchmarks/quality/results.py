@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +122,9 @@ def run(command: str, folder: Path) -> str:
 
 def rows(kind: type, records: list[dict[str, Any]]) -> list[Any]:
     """Return records of aft's JSON as the rows that they were."""
-    return [kind(**{**r, "ci": tuple(r["ci"])} if r.get("ci") else r) for r in records]
+    known = {field.name for field in fields(kind)}
+    own = [{k: v for k, v in r.items() if k in known} for r in records]
+    return [kind(**{**r, "ci": tuple(r["ci"])} if r.get("ci") else r) for r in own]
 
 
 def tables_of(document: dict[str, Any], names: tuple[str, ...]) -> Tables:

@@ -92,6 +92,7 @@ def test_tables_equal_a_literal_loop_over_the_images(document, study, tuned):
     rows = [row for row in document["table3"] if row["variant"] in VARIANTS]
     assert len(rows) == 2 * 2 * 4 * 2 and {row["n"] for row in rows} == {3}
     assert [row["judge"] for row in rows] == (["self"] * 4 + ["mirror"] * 4) * 4
+    assert {row["group"] for row in rows + document["differences"]} == {"faithfulness"}
     for row in rows:
         assert (row["dataset"], row["model"], row["cam"]) == (
             "data",
@@ -341,7 +342,7 @@ def test_a_wrong_image_of_figure_3_is_refused_before_anything_is_measured(
     def measured(*_):
         raise AssertionError("an image was measured first")
 
-    monkeypatch.setattr("aftcli.cli.study.evaluate_study", measured)
+    monkeypatch.setattr("aftcli.evaluation.run.evaluate_study", measured)
     data = shutil.copytree(study / "data", tmp_path / "data")
     (data / "val/n02123159/0.png").write_bytes(b"no picture")
     assert said in refused(data, "--run", study / "run", "--figures", "--image", name)
@@ -496,3 +497,20 @@ def test_maps_of_random_networks_differ(lite0, chelsea):
     assert {k: v.tolist() for k, v in sanity(lite0, chelsea, "gradcam", None).items()} == {
         k: v.tolist() for k, v in found.items()
     }
+
+
+def test_metrics_of_quantus_are_printed(run, document):
+    options = ("--thresholds", "0,0.3,0.6", "--masking", "soft", "--table", "3", "--run", run)
+    asked = ("--metrics", "average_drop,quantus:Sparseness")
+    done = aft("evaluate", *asked, *options)
+    assert done.code in (0, None), done.err
+    (line,) = (each for each in done.out.splitlines() if "Sparseness" in each)
+    assert re.search(r"Grad-CAM +complexity +Quantus Sparseness +0\.\d{3} +0\.\d{3} \(x", line)
+    done = aft("evaluate", *asked, "--json", *options)
+    rows = [r for r in json.loads(done.out)["table3"] if r["measure"] == "quantus:Sparseness"]
+    assert [(row["variant"], row["group"], row["n"]) for row in rows] == [
+        (variant, "complexity", 3) for variant in ("original", "tft", "aft")
+    ]
+    assert all(f"{row['value']:.3f}" in line for row in rows)
+    done = aft("evaluate", "--metrics", "quantus:Sparsenes", *options)
+    assert done.code == 2 and "nearest: Sparseness" in done.err

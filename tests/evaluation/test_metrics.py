@@ -9,7 +9,15 @@ from torch import nn
 from aftcli.errors import AftError
 from aftcli.evaluation import metrics
 from aftcli.evaluation import metrics as metrics_intervals
-from aftcli.evaluation.measures import EXTRAS, MEASURES, PAPER, extras_of, measures
+from aftcli.evaluation.measures import (
+    EXTRAS,
+    GROUPS,
+    MEASURES,
+    PAPER,
+    by_group,
+    extras_of,
+    measures,
+)
 from aftcli.evaluation.metrics import Average, estimate, impute, road
 from tests.reference import metrics as slow
 
@@ -254,6 +262,55 @@ def test_road_is_the_mean_over_its_shares():
     assert float(one) == pytest.approx(float(found[1]), abs=1e-6)
 
 
+def arcc_of(seed):
+    """Maps, those of masked images, inputs, and ARCC without noise of a network they explain."""
+    maps, others = some_maps(seed), some_maps(seed + 50)
+    x, weight = some_inputs(seed) / 10 + maps[:, None], maps[:, None] / 10
+    weight[2] *= -1  # explains the opposite: ROAD is below 0
+
+    def probability_of(images):
+        return torch.sigmoid((weight.to(images) * (images - x)).flatten(1).sum(1))
+
+    first, last = (road(x, m, probability_of, range(3), noise=0) for m in (maps, 1 - maps))
+    parts = (metrics.coherency(maps, others), metrics.complexity(maps), first, last)
+    return maps, others, x, probability_of, metrics.arcc(*parts)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_arcc_equals_the_loop(seed):
+    maps, others, x, probability_of, found = arcc_of(seed)
+    y = []
+    for orders in (maps, 1 - maps):
+        sums = torch.zeros(3, dtype=torch.double)
+        for share in (0.2, 0.4, 0.6, 0.8):
+            filled = x.double()
+            for n in range(3):
+                missing = torch.zeros(9, 7, dtype=torch.bool)
+                for r, c in slow.in_order(orders[n])[: round(share * 63)]:
+                    missing[r, c] = True
+                filled[n] = impute(x[n].double(), missing)
+            sums += probability_of(filled)
+        y.append((sums / 4).tolist())
+    for n in range(3):
+        coherency = (slow.pearson(maps[n], others[n]) + 1) / 2
+        wanted = slow.arcc(coherency, slow.complexity(maps[n]), y[0][n], y[1][n])
+        assert float(found[n]) == pytest.approx(wanted, rel=1e-4)
+        assert y[1][n] < y[0][n] - 0.05 if n == 2 else wanted > 0.05
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_arcc_equals_its_authors_code(seed, monkeypatch):
+    from pytorch_grad_cam.metrics import road as theirs
+    from pytorch_grad_cam.metrics.arcc import ARCC
+
+    maps, others, x, probability_of, found = arcc_of(seed)
+    monkeypatch.setattr(theirs.NoisyLinearImputer.__init__, "__defaults__", (0.0, None))
+    measure = ARCC(base_method=lambda input_tensor, targets: others.numpy())
+    targets = [lambda y: y] * 3
+    given = measure(x, maps.numpy(), targets, lambda images: probability_of(images))
+    assert found.tolist() == pytest.approx(given.tolist(), rel=1e-4, abs=1e-6)
+
+
 def test_deletion_equals_quantus():
     quantus = pytest.importorskip("quantus")
     f, x = tiny_network(), some_inputs(3, 1, (12, 12))
@@ -360,6 +417,7 @@ def test_measures_run_as_many_passes_as_their_lines_say(name):
     if "probability_of" in measure.needs:
         x, maps, probability_of = some_inputs(0), some_maps(0), Probability(0)
         given = {"x": x, "attribution": maps, "probability_of": probability_of, "seeds": (0, 1, 2)}
+        given["inverse"] = 1 - maps
         assert formula(*(given[need] for need in measure.needs)).shape == (3,)
         assert probability_of.passes == 3 * measure.passes
     else:
@@ -377,3 +435,15 @@ def test_names_of_measures():
         measures(" , ")
     assert extras_of(MEASURES, True) == {*EXTRAS, "baselines"}
     assert extras_of(PAPER, False) == frozenset()
+
+
+def test_groups_are_those_of_quantus():
+    import quantus
+
+    assert sorted(GROUPS) == sorted(name.lower() for name in quantus.AVAILABLE_METRICS)
+    assert {measure.group for measure in MEASURES.values()} <= set(GROUPS)
+    assert sorted(name for _, names in by_group() for name in names) == sorted(MEASURES)
+    # What Quantus has too stands where it stands there.
+    for ours, theirs in (("pointing", "Pointing Game"), ("road", "ROAD"), ("complexity",) * 2):
+        own = quantus.AVAILABLE_METRICS[MEASURES[ours].group.capitalize()]
+        assert theirs in own or theirs.capitalize() in own

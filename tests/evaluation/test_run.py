@@ -17,10 +17,10 @@ from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError
 from aftcli.evaluation import batch as engine
 from aftcli.evaluation import run as evaluate_run
-from aftcli.evaluation.batch import Images, Muting, Unit, Wanted, measure_batch
+from aftcli.evaluation.batch import measure_batch
 from aftcli.evaluation.measures import EXTRAS, MEASURES, VARIANTS, Measure, extras_of
 from aftcli.evaluation.metrics import NOISE, ROAD_SHARES, STEPS, blurred, impute
-from aftcli.evaluation.results import measure
+from aftcli.evaluation.results import Images, Muting, Unit, Wanted, measure
 from aftcli.evaluation.run import Measured, Plan, Step, evaluate_study
 from aftcli.evaluation.study import Study, Variant
 from aftcli.evaluation.tables import (
@@ -134,15 +134,18 @@ class Slow:
         start, black = blurred(self.x[None])[0], torch.zeros_like(self.x)
         found["insertion"] = slow.area(start, shown, self.x, self.y_of, STEPS)
         found["deletion"] = slow.area(self.x, shown, black, self.y_of, STEPS)
-        values = []
-        generator = torch.Generator().manual_seed(int(self.images.index[self.n]))
-        noise = NOISE * torch.randn(self.x.shape, generator=generator)
-        for share in ROAD_SHARES:
-            missing = torch.zeros(shown.shape, dtype=torch.bool)
-            for r, c in slow.in_order(shown)[: round(share * shown.numel())]:
-                missing[r, c] = True
-            values.append(self.y_of(impute(self.x, missing) + noise * missing))
-        found["road"] = sum(values) / len(values)
+        for name, sorted_by in (("road", shown), ("road_last", 1 - shown)):
+            values = []
+            generator = torch.Generator().manual_seed(int(self.images.index[self.n]))
+            noise = NOISE * torch.randn(self.x.shape, generator=generator)
+            for share in ROAD_SHARES:
+                missing = torch.zeros(shown.shape, dtype=torch.bool)
+                for r, c in slow.in_order(sorted_by)[: round(share * shown.numel())]:
+                    missing[r, c] = True
+                values.append(self.y_of(impute(self.x, missing) + noise * missing))
+            found[name] = sum(values) / len(values)
+        parts = (found["coherency"], found["complexity"], found["road"], found["road_last"])
+        found["arcc"] = slow.arcc(*parts)
         regions = self.images.regions(int(self.images.index[self.n]), self.c)
         if regions.boxes is not None:
             r, c = slow.in_order(shown)[0]
@@ -383,6 +386,20 @@ def test_measures_that_were_computed_are_kept_and_found_again(whole, data, tmp_p
     assert not list(tmp_path.glob("*/results/.*.parts"))
 
 
+def test_measures_made_of_others_are_added_to_results_that_have_those(data, tmp_path):
+    study, wanted = study_of(data), extras_of(["arcc"], False)
+    assert wanted == {"arcc", "adcc", "road"}
+    run_all(study, tmp_path / "run", replace(PLAN, extras=frozenset({"adcc", "road"})))
+    more = run_all(study, tmp_path / "run", replace(PLAN, extras=wanted))
+    alone = run_all(study, tmp_path / "alone", replace(PLAN, extras=wanted))
+    assert not more.reused
+    for key, result in more.results.items():
+        assert set(result.columns) == set(alone.results[key].columns)
+        for name, values in alone.results[key].columns.items():
+            torch.testing.assert_close(result.columns[name], values, equal_nan=True)
+    assert "tft/arcc" in more.results["original", UNITS[0]].columns
+
+
 def flips(attribution, probability_of, x):
     """The probability of the image turned left to right, weighted: a measure from outside."""
     return probability_of(x.flip(3)) * attribution.mean((1, 2))
@@ -390,7 +407,7 @@ def flips(attribution, probability_of, x):
 
 def test_a_measure_is_a_formula_and_one_line(whole, data, tmp_path, monkeypatch):
     needs = ("attribution", "probability_of", "x")
-    entry = Measure("Flips", 1, "flips", "this test", f"{__name__}:flips", needs, 1)
+    entry = Measure("Flips", "robustness", 1, "flips", "this test", f"{__name__}:flips", needs, 1)
     monkeypatch.setitem(MEASURES, "flips", entry)
     study, extras = study_of(data), extras_of(["flips"], True)
     assert extras == {"flips", "baselines"}
@@ -705,3 +722,31 @@ def test_what_a_killed_writer_left_is_swept_away(tmp_path):
 def test_evaluation_scores_all_thresholds(data):
     study = replace(study_of(data), search=Search(T, search="fast"))
     assert study.searched("soft") == Search(T, "soft")
+
+
+def test_a_table_of_several_groups_names_them(whole):
+    names = ("complexity", "average_drop", "adcc", "coherency", "average_increase")
+    rows = {
+        "table3": table3(whole, names, ("original", "tft")),
+        "differences": differences(whole, names, ("original", "tft")),
+    }
+    grids = {grid.title: grid for look in rows for grid in LOOKS[look](Tables(rows), Shown(True))}
+    assert len(grids) == 4
+    wanted = [
+        ["faithfulness", "Average Drop"],
+        ["faithfulness", "ADCC"],
+        ["faithfulness", "Average Increase"],
+        ["complexity", "Complexity"],
+        ["robustness", "Coherency"],
+    ]
+    for grid in grids.values():
+        last = grid.header.index("measure")
+        assert grid.header[last - 1] == "group" and grid.left == last + 1
+        named = [[cell.text for cell in row[last - 2 : last + 1]] for row in grid.rows]
+        assert named == [
+            [METHODS[cam].title, *one]
+            for cam in ("gradcam", "layercam", "xgradcam")
+            for one in wanted
+        ]
+    alone = {"table3": [row for row in rows["table3"] if row.measure.startswith("average")]}
+    assert not any("group" in grid.header for grid in LOOKS["table3"](Tables(alone), Shown()))

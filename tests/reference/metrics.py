@@ -38,6 +38,12 @@ def adcc(coherency, complexity, drop):
     return 3 / (1 / coherency + 1 / (1 - complexity) + 1 / (1 - drop))
 
 
+def arcc(coherency, complexity, road, road_last):
+    """0 where a part is 0: there the mean has no other limit."""
+    parts = (coherency, 1 - complexity, max(road_last - road, 0))
+    return 3 / sum(1 / part for part in parts) if min(parts) > 0 else 0.0
+
+
 def in_order(attribution):
     """Places (row, column) from the highest score to the lowest; of equal ones the first first."""
     values = [[round(v * 2**20) for v in row] for row in attribution.tolist()]
