@@ -505,7 +505,9 @@ def test_metrics_of_quantus_are_printed(run, document):
     done = aft("evaluate", *asked, *options)
     assert done.code in (0, None), done.err
     (line,) = (each for each in done.out.splitlines() if "Sparseness" in each)
-    assert re.search(r"Grad-CAM +complexity +Quantus Sparseness +0\.\d{3} +0\.\d{3} \(x", line)
+    assert re.search(
+        r"Grad-CAM +complexity +Quantus Sparseness +self +0\.\d{3} +0\.\d{3} \(x", line
+    )
     done = aft("evaluate", *asked, "--json", *options)
     rows = [r for r in json.loads(done.out)["table3"] if r["measure"] == "quantus:Sparseness"]
     assert [(row["variant"], row["group"], row["n"]) for row in rows] == [
