@@ -38,9 +38,16 @@ def check(network: Weights, dataset: Path | None = None) -> None:
 
 
 def device(name: str) -> torch.device:
-    """The device of a name; see `find_device`."""
+    """The device of a name; see `find_device`. On a GPU convolutions keep the bits of float32.
+
+    TensorFloat32, torch's default there, moves activations by 5e-3 and probabilities by .1
+    (docs/benchmarks.md); --precision is the way to ask for less.
+    """
+    import torch
+
     from aftcli.core.models import find_device
 
+    torch.backends.cudnn.allow_tf32 = False
     return find_device(name)
 
 

@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # as the commands do
     f = load_classifier(args.model, device=args.device)
     data = open_data_set(args.data, None, f.classes).limited(args.limit)
     images = [read_image(data.path(i)) for i in range(len(data.samples))]
