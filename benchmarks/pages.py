@@ -22,6 +22,7 @@ PAGES = {
     "synthetic": "quality/synthetic",
     "benchmarks": "speed/benchmarks",
     "reliability": "trust/reliability",
+    "judges": "quality/judges",
 }
 PART = re.compile(r"^\{\{(\w+)\}\}$", re.MULTILINE)
 

@@ -266,7 +266,7 @@ def main() -> None:
 
 def keep_page(results: dict[str, Any]) -> None:
     """Keep results as the figures of the page."""
-    pages.keep("judges", "machine", results["machine"])
+    pages.keep("judges", "machine", f"Measured on: {results['machine']}.")
     for name in SETS:
         if name in results:
             pages.keep("judges", name, tables(results, name))
