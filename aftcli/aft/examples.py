@@ -21,6 +21,7 @@ from aftcli.aft.jobs import Job
 from aftcli.aft.loss import Batch, Features, Recipe
 from aftcli.core.classifier import Classifier
 from aftcli.data.sets import DataSet, validation_of
+from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.tft.stores import advice
 
 SAVE_EVERY = 30.0  # seconds between stored states, at the least
@@ -103,6 +104,10 @@ class CachedExamples:
         """Indices of the images that could be read."""
         return self.cache.usable
 
+    def inputs(self, spans: Sequence[Sequence[int]], todo: Sequence[int]) -> Iterator[Tensor]:
+        """Yield inputs of blocks of images, see `Cache.inputs`."""
+        return self.cache.inputs(spans, todo)
+
     def batches(self, wanted: Sequence[Sequence[int]], epoch: int | None) -> Iterator[Batch]:
         """Yield the wanted batches in order; epoch None asks for images without augmentation."""
         changing = self.augment and epoch is not None
@@ -158,6 +163,7 @@ class Options:
         overwrite: start again.
         save_every: seconds between stored states, at the least; 0 stores one at each step.
         fast_stem: gives what computes w0 of so many images (`aftcli.engine.accelerate.fast_stem`).
+        accelerate: gives the classifier that masked images pass.
     """
 
     cache: str = "auto"
@@ -166,6 +172,7 @@ class Options:
     overwrite: bool = False
     save_every: float = SAVE_EVERY
     fast_stem: Callable[[Classifier, nn.Module, int | None], StemPass] = _as_it_is
+    accelerate: Accelerate = as_it_is
 
     def __post_init__(self) -> None:
         check_cache(self.cache, self.augment)

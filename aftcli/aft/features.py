@@ -136,6 +136,19 @@ class Cache:
                 )
             yield loaded
 
+    def inputs(self, spans: Sequence[Sequence[int]], todo: Sequence[int]) -> Iterator[Tensor]:
+        """Decode blocks of images.
+
+        Args:
+            spans: the images of each block.
+            todo: numbers of the blocks that are decoded.
+
+        Yields:
+            x of each block, shape (n, 3, H, W), on the classifier's device.
+        """
+        for loaded in self._load(spans, todo):
+            yield torch.from_numpy(loaded.x).to(self.f.device, self._dtype())
+
     def _pass(
         self,
         x: object,

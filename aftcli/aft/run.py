@@ -21,7 +21,7 @@ from aftcli.aft.examples import Options as Options
 from aftcli.aft.jobs import Job
 from aftcli.aft.loss import ZERO_LEVEL, Recipe, check_settings, situation_of
 from aftcli.aft.training import Epoch, Measured, State, Step, Training
-from aftcli.aft.zero_level import ZeroLevelTraining, check_job
+from aftcli.aft.zero_level import Chosen, Searching, ZeroLevelTraining, check_job
 from aftcli.core.classifier import check_several
 from aftcli.core.networks import outside_inference_mode
 from aftcli.core.weights import card_classes, checkpoint_of, read_card
@@ -174,7 +174,7 @@ class _Files:
             training.restore(State(tensors, head["values"]))
 
 
-Event = Begun | Cached | Note | Step | Epoch | Tuned
+Event = Begun | Cached | Note | Step | Searching | Chosen | Epoch | Tuned
 
 
 @outside_inference_mode
@@ -246,7 +246,7 @@ def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> I
     accelerator = gathering.accelerator
     first = accelerator.process_index == 0
     examples = yield from gathering.training(job, settings)
-    training = _training(job, examples, settings, accelerator)
+    training = _training(job, examples, settings, accelerator, gathering.options)
     val = yield from gathering.validation(job)
     before = training.measure(val, val.usable) if val else None
     files.restore(training)
@@ -275,13 +275,18 @@ def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> I
 
 
 def _training(
-    job: Job, examples: CachedExamples, settings: Recipe, accelerator: Accelerator
+    job: Job,
+    examples: CachedExamples,
+    settings: Recipe,
+    accelerator: Accelerator,
+    options: Options,
 ) -> AnyTraining:
     """Return the training that an objective asks for."""
     if settings.objective == ZERO_LEVEL:
         assert job.masks is not None and job.cam is not None
-        full = job.masks.full
-        return ZeroLevelTraining(job.f, examples, full, settings, accelerator, job.cam)
+        full, fill = job.masks.full, (job.made or {}).get("fill", "mean")
+        own = (accelerator, job.cam, fill, options.accelerate)
+        return ZeroLevelTraining(job.f, examples, full, settings, *own)
     return Training(job.f, examples, settings, accelerator, job.cam, job.earlier)
 
 
@@ -316,6 +321,7 @@ def _card(
     history = training.history
     return {
         **identity,
+        **({"zero_level": training.chosen} if isinstance(training, ZeroLevelTraining) else {}),
         "data_set": str(job.data_set.root.resolve()),
         "data_kind": job.data_set.kind,
         "new_head": job.new_head,

@@ -1,13 +1,14 @@
 """The zero level of a network's maps, learned from masks (docs/zero-level.md).
 
 It is no term of eq. 8: w0, w1 and w2 stay as they are, and so does every probability. What is
-learned is s(x) = v . mean(A) - t, which all logits share, and which moves the signed map.
+learned is s(x) = v . mean(A) - t, which all logits share, and which moves the signed map. Masks
+teach v. The network itself is asked for t, as TFT asks for tau, but once for all images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,24 +30,34 @@ from aftcli.aft.training import (
     choose_held_out,
     shuffled,
 )
-from aftcli.core.classifier import Classifier
+from aftcli.core.cam import class_score
+from aftcli.core.classifier import Classifier, probabilities
 from aftcli.core.networks import copied
 from aftcli.core.zero_level import (
+    Learned,
     check_plain,
     fold,
     give_zero_level,
     moved_by,
+    pieces_of,
     signed_map,
-    support,
     without_constant,
+    zero_level_loss,
 )
+from aftcli.data.sets import spread
+from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
-
-SHARPNESS = 20.0  # of the sigmoid that stands for the support, for a map with maximum 1
+from aftcli.tft.search import level_probabilities
+from aftcli.tft.threshold import Tried, best_of, tried
 
 DECAY = 0.03  # L2 on v, which has the unit of a class's weights; t is free
 
-HALVINGS = 60  # of the interval where t lies: to the last bit
+# Each t that is tried, as a share of the mean maximum of the maps; the first mutes nothing more.
+SHARES = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3)
+
+ASKED = 500  # training images that choose t, at the most
+
+BLOCK = 16  # of them that are masked together
 
 
 def check_job(job: Job, augment: bool) -> None:
@@ -68,97 +79,49 @@ def check_job(job: Job, augment: bool) -> None:
         raise AftError("--objective zero-level trains on maps of whole images; leave --augment out")
 
 
-def pieces_of(mask: Tensor, cells: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Average masks over the pieces of `support`.
-
-    Args:
-        mask: shape (N, H, W).
-        cells: (h, w).
-
-    Returns:
-        Means, shape (N, h + 1, w + 1), 0 where a piece has no pixel, and the pieces' areas as
-        shares of the input, shape (h + 1, w + 1).
-    """
-    rows, columns = (
-        _membership(size, count).to(mask.device)
-        for size, count in zip(mask.shape[1:], cells, strict=True)
-    )
-    pixels = rows.sum(1)[:, None] * columns.sum(1)
-    kept = rows @ mask.to(rows) @ columns.T / pixels.clamp(min=1)
-    return kept, pixels / pixels.sum()
-
-
-def _membership(size: int, cells: int) -> Tensor:
-    """Return which piece each pixel of a side lies in, shape (cells + 1, size), 0 or 1."""
-    # Pixel p's centre is at (p + 1/2) cells / size - 1/2, counted in centres of cells.
-    piece = ((2 * torch.arange(size) + 1) * cells + size) // (2 * size)
-    return F.one_hot(piece, cells + 1).T.float()
-
-
-class Learned(NamedTuple):
-    """What a zero level is learned from, of all training images that could be read.
+class Chosen(NamedTuple):
+    """The zero level that training images chose.
 
     Attributes:
-        signed: S, shape (N, h, w), in the unit of `signed_map`.
-        maximum: of each S, shape (N,); images without a cell above 0 teach nothing.
-        kept: mean of M_tau* over each piece, shape (N, h + 1, w + 1).
-        area: of each piece, shape (h + 1, w + 1), summing to 1.
+        t: in the unit of `signed_map`.
+        images: that were masked.
+        before: of the plain map.
+        after: of the map with t.
+        tried: of each t.
     """
 
-    signed: Tensor
-    maximum: Tensor
-    kept: Tensor
-    area: Tensor
+    t: float
+    images: int
+    before: Tried
+    after: Tried
+    tried: list[Tried]
 
-    def rows(self, rows: Tensor) -> Learned:
-        """Take some images."""
-        return Learned(self.signed[rows], self.maximum[rows], self.kept[rows], self.area)
-
-
-def zero_level_loss(signed: Tensor, of: Learned) -> Tensor:
-    """Compare the support of maps with masks: cross-entropy, mean over the input, shape (N,).
-
-    sum over pieces of area * BCE(sigmoid(20 L / max S), mean of M_tau*), where S is the map
-    before training and L the support of the map now.
-
-    Args:
-        signed: the map now, shape (N, h, w).
-        of: the same images' masks, and their maps before.
-    """
-    some = of.maximum > 0
-    maximum = torch.where(some, of.maximum, 1)[:, None, None]
-    logits = SHARPNESS * support(signed) / maximum
-    losses = F.binary_cross_entropy_with_logits(logits, of.kept, reduction="none")
-    return torch.where(some, (of.area * losses).sum((1, 2)), 0)
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        both = {"before": self.before._asdict(), "after": self.after._asdict()}
+        return {**self._asdict(), **both, "tried": [each._asdict() for each in self.tried]}
 
 
-def best_zero(of: Learned) -> float:
-    """Find the t with the lowest loss of S - t over images.
+class Searching(NamedTuple):
+    """So many of `total` images have been masked by each t."""
 
-    The loss is convex in t, since L falls by t itself: its slope is halved down to its zero.
-    """
-    some = of.maximum > 0
-    if not some.any():
-        return 0.0
-    level = support(of.signed[some]).double().cpu()
-    maximum = of.maximum[some].double().cpu()[:, None, None]
-    kept, area = of.kept[some].double().cpu(), of.area.double().cpu()
-    low, high = -float(maximum.max()), float(maximum.max())
-    for _ in range(HALVINGS):
-        t = (low + high) / 2
-        excess = torch.sigmoid(SHARPNESS * (level - t) / maximum) - kept
-        if (area * excess / maximum).sum() > 0:
-            low = t
-        else:
-            high = t
-    return (low + high) / 2
+    images: int
+    total: int
+
+
+class Pictured(Examples, Protocol):
+    """Training data whose images can be seen as well."""
+
+    def inputs(self, spans: Sequence[Sequence[int]], todo: Sequence[int]) -> Iterator[Tensor]:
+        """Yield x, shape (n, 3, H, W), of the blocks of `spans` that `todo` numbers."""
 
 
 class ZeroLevelTraining:
     """Learning of a zero level; `restore` and `run` resume at a `state`, as `Training`'s.
 
-    Gauge t, one number, is found exactly. Gauge v trains v and t by Adam, whose rate falls to 0
-    over the second half. Several processes all do the same.
+    Gauge t is one number, of SHARES, that at most ASKED training images choose. Gauge v trains v
+    and t by Adam, whose rate falls to 0 over the second half; then t is chosen again. Several
+    processes share the passes of masked images, and all do the rest.
 
     Args:
         f: the classifier; it is not changed.
@@ -167,6 +130,8 @@ class ZeroLevelTraining:
         settings: gauge, learning rate, epochs, batch, held-out share and seed.
         accelerator: where it runs; default f's device.
         cam: the method that made the masks.
+        fill: what muted pixels show, as when the masks were made.
+        accelerate: gives the classifier that masked images pass.
 
     Raises:
         AftError: settings are out of range, no image can be read, the method's map has no sign,
@@ -176,6 +141,7 @@ class ZeroLevelTraining:
         history: the epochs done, epoch 0 first.
         train, held_out: indices of the images.
         v, t: what is learned; t as a share of the mean maximum of the training maps.
+        chosen: how t was chosen, `Chosen.as_dict`; None before.
     """
 
     tuner = None
@@ -183,11 +149,13 @@ class ZeroLevelTraining:
     def __init__(
         self,
         f: Classifier,
-        examples: Examples,
+        examples: Pictured,
         full: Callable[[int], Tensor],
         settings: Recipe,
         accelerator: Accelerator | None = None,
         cam: str = "gradcam",
+        fill: str = "mean",
+        accelerate: Accelerate = as_it_is,
     ) -> None:
         check_settings(settings, cam)
         check_plain(f)
@@ -200,6 +168,8 @@ class ZeroLevelTraining:
         train, held_out = choose_held_out(names, labels, settings.held_out, settings.seed)
         self.train, self.held_out = [usable[i] for i in train], [usable[i] for i in held_out]
         self.device = accelerator.device if accelerator else f.device
+        self.accelerator, self.fill, self.accelerate = accelerator, fill, accelerate
+        self.chosen: dict[str, Any] | None = None
         self.place = {index: row for row, index in enumerate(usable)}
         self.learned = self._gather(usable, full)
         maximum = self.learned.maximum[self._rows(self.train)]
@@ -248,11 +218,14 @@ class ZeroLevelTraining:
     def _rows(self, indices: Sequence[int]) -> Tensor:
         return torch.tensor([self.place[i] for i in indices], dtype=torch.long)
 
+    def _moved(self, activation: Tensor, of: Learned) -> Tensor:
+        """Return S + v . A / Z, shape (N, h, w)."""
+        if self.settings.gauge == "t":
+            return of.signed
+        return of.signed + moved_by(self.v, activation, self.cam)
+
     def _loss(self, activation: Tensor, of: Learned) -> Tensor:
-        signed = of.signed - self.t * self.unit
-        if self.settings.gauge == "v":
-            signed = signed + moved_by(self.v, activation, self.cam)
-        return zero_level_loss(signed, of)
+        return zero_level_loss(self._moved(activation, of) - self.t * self.unit, of)
 
     def state(self) -> State:
         """Return all that decides how training continues."""
@@ -263,6 +236,7 @@ class ZeroLevelTraining:
             "step": self.step,
             "sums": self.sums.tolist(),
             "history": [epoch.as_dict() for epoch in self.history],
+            "chosen": self.chosen,
         }
         return State(tensors, values)
 
@@ -275,8 +249,9 @@ class ZeroLevelTraining:
         self.epoch, self.step = state.values["epoch"], state.values["step"]
         self.sums = self.sums.new_tensor(state.values["sums"])
         self.history = [Epoch.from_dict(e) for e in state.values["history"]]
+        self.chosen = state.values.get("chosen")
 
-    def run(self) -> Iterator[Step | Epoch]:
+    def run(self) -> Iterator[Step | Searching | Chosen | Epoch]:
         """Train to the end; between what is yielded, `state` may be taken."""
         if not self.history:
             self.history.append(Epoch(0, None, self._held_out()))
@@ -284,11 +259,11 @@ class ZeroLevelTraining:
         while self.epoch <= self.epochs:
             if self.settings.gauge == "v":
                 yield from self._run_epoch()
+            if self.epoch == self.epochs:
+                yield from self._choose()
+            if self.settings.gauge == "v":
                 train, self.sums = Measured.of(self.sums), torch.zeros_like(self.sums)
             else:
-                found = best_zero(self.learned.rows(self._rows(self.train)))
-                with torch.no_grad():
-                    self.t.fill_(found / self.unit)
                 train = self.measure(self.examples, self.train)
             self.history.append(Epoch(self.epoch, train, self._held_out()))
             self.epoch, self.step = self.epoch + 1, 0
@@ -318,6 +293,65 @@ class ZeroLevelTraining:
             self.sums += _sums(loss, logits, batch.labels)
             self.step += 1
             yield Step(self.epoch, self.step, len(batches), Measured.of(self.sums))
+
+    def _choose(self) -> Iterator[Searching | Chosen]:
+        """Choose t of SHARES; one that is stopped starts again."""
+        asked = [self.train[i] for i in spread(len(self.train), ASKED)]
+        blocks = [asked[i : i + BLOCK] for i in range(0, len(asked), BLOCK)]
+        several = self.accelerator
+        index, count = (several.process_index, several.num_processes) if several else (0, 1)
+        own = range(index, len(blocks), count)
+        done, total = 0, sum(len(blocks[i]) for i in own)
+        yield Searching(done, total)
+        unit = self._mean_maximum()
+        f = self.accelerate(self.f, len(asked) * (len(SHARES) + 1))
+        # y, y_hat of the plain map, and of each t; what another process computes is 0 here.
+        table = torch.zeros(len(asked), 2 + len(SHARES), device=self.device)
+        levels = unit * torch.tensor(SHARES, dtype=torch.double, device=self.device)
+        seen = self.examples.batches([blocks[i] for i in own], None)
+        for i, x, batch in zip(own, self.examples.inputs(blocks, own), seen, strict=True):
+            rows = slice(i * BLOCK, i * BLOCK + len(x))
+            table[rows] = self._probabilities(f, x, batch, blocks[i], levels)
+            done += len(x)
+            yield Searching(done, total)
+        table = several.reduce(table, "sum") if several else table
+        y, plain, *y_hat = table.unbind(1)
+        found = [tried(each, y, share) for each, share in zip(y_hat, SHARES, strict=True)]
+        best = best_of(found)
+        t = best.share * unit
+        with torch.no_grad():
+            self.t.fill_(t / self.unit)
+        chosen = Chosen(t, len(asked), tried(plain, y, 0.0), best, found)
+        self.chosen = chosen.as_dict()
+        yield chosen
+
+    @torch.no_grad()
+    def _probabilities(
+        self, f: Classifier, x: Tensor, batch: Batch, indices: Sequence[int], levels: Tensor
+    ) -> Tensor:
+        """Return y, y_hat of the plain map and y_hat of each t, shape (N, 2 + T)."""
+        c, of = batch.class_index, self.learned.rows(self._rows(indices))
+        assert c is not None
+        y = class_score(probabilities(f(x).float()), c)
+        moved = self._moved(self._activation(batch), of)
+        y_hat = level_probabilities(f, x, moved, levels, c, y, self.fill)
+        plain = y_hat[:, :1]
+        if self.settings.gauge == "v":
+            plain = level_probabilities(f, x, of.signed, levels[:1], c, y, self.fill)
+        return torch.cat([y[:, None], plain, y_hat], 1)
+
+    @torch.no_grad()
+    def _mean_maximum(self) -> float:
+        """Return the mean maximum of S + v . A / Z over the images that are trained on."""
+        if self.settings.gauge == "t":
+            return self.unit
+        size = self.settings.batch
+        batches = [self.train[i : i + size] for i in range(0, len(self.train), size)]
+        maxima = [
+            self._moved(self._activation(batch), self.learned.rows(self._rows(some))).amax((1, 2))
+            for some, batch in zip(batches, self.examples.batches(batches, None), strict=True)
+        ]
+        return max(float(torch.cat(maxima).mean()), 0.0) or 1.0
 
     def _held_out(self) -> Measured | None:
         return self.measure(self.examples, self.held_out) if self.held_out else None

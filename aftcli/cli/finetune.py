@@ -229,7 +229,7 @@ def _check(data: TrainingData, maps: Methods, training: Training) -> None:
 
 def _options(run: TuneRun, augment: bool, note: Callable[[str], None]) -> Options:
     from aftcli.aft.run import Options
-    from aftcli.engine.accelerate import fast_stem
+    from aftcli.engine.accelerate import accelerated, fast_stem
 
     return Options(
         run.cache,
@@ -237,4 +237,5 @@ def _options(run: TuneRun, augment: bool, note: Callable[[str], None]) -> Option
         setup.workers(run.workers),
         run.overwrite,
         fast_stem=lambda f, stem, passes: fast_stem(f, stem, run.engine, passes, note),
+        accelerate=lambda f, passes: accelerated(f, run.engine, passes, note),
     )

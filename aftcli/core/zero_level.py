@@ -8,7 +8,9 @@ S = sum_k (alpha_k + v_k / Z) A^k - t.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,8 @@ from aftcli.errors import AftError
 from aftcli.settings import check_zero_level
 
 ROUNDING = 1e-4  # of the largest logit: a head that is rewritten must give the same ones
+
+SHARPNESS = 20.0  # of the sigmoid that stands for the support, for a map with maximum 1
 
 PREFIX = "zero_level."  # of its tensors' names in a checkpoint
 
@@ -216,6 +220,70 @@ def support(signed: Tensor) -> Tensor:
     """
     padded = F.pad(signed[:, None], (1, 1, 1, 1), mode="replicate")
     return F.max_pool2d(padded, 2, 1)[:, 0]
+
+
+def pieces_of(mask: Tensor, cells: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Average masks over the pieces of `support`.
+
+    Args:
+        mask: shape (N, H, W).
+        cells: (h, w).
+
+    Returns:
+        Means, shape (N, h + 1, w + 1), 0 where a piece has no pixel, and the pieces' areas as
+        shares of the input, shape (h + 1, w + 1).
+    """
+    rows, columns = (
+        _membership(size, count).to(mask.device)
+        for size, count in zip(mask.shape[1:], cells, strict=True)
+    )
+    pixels = rows.sum(1)[:, None] * columns.sum(1)
+    kept = rows @ mask.to(rows) @ columns.T / pixels.clamp(min=1)
+    return kept, pixels / pixels.sum()
+
+
+def _membership(size: int, cells: int) -> Tensor:
+    """Return which piece each pixel of a side lies in, shape (cells + 1, size), 0 or 1."""
+    # Pixel p's centre is at (p + 1/2) cells / size - 1/2, counted in centres of cells.
+    piece = ((2 * torch.arange(size) + 1) * cells + size) // (2 * size)
+    return F.one_hot(piece, cells + 1).T.float()
+
+
+class Learned(NamedTuple):
+    """What a zero level is learned from, of all training images that could be read.
+
+    Attributes:
+        signed: S, shape (N, h, w), in the unit of `signed_map`.
+        maximum: of each S, shape (N,); images without a cell above 0 teach nothing.
+        kept: mean of M_tau* over each piece, shape (N, h + 1, w + 1).
+        area: of each piece, shape (h + 1, w + 1), summing to 1.
+    """
+
+    signed: Tensor
+    maximum: Tensor
+    kept: Tensor
+    area: Tensor
+
+    def rows(self, rows: Tensor) -> Learned:
+        """Take some images."""
+        return Learned(self.signed[rows], self.maximum[rows], self.kept[rows], self.area)
+
+
+def zero_level_loss(signed: Tensor, of: Learned) -> Tensor:
+    """Compare the support of maps with masks: cross-entropy, mean over the input, shape (N,).
+
+    sum over pieces of area * BCE(sigmoid(20 L / max S), mean of M_tau*), where S is the map
+    before training and L the support of the map now.
+
+    Args:
+        signed: the map now, shape (N, h, w).
+        of: the same images' masks, and their maps before.
+    """
+    some = of.maximum > 0
+    maximum = torch.where(some, of.maximum, 1)[:, None, None]
+    logits = SHARPNESS * support(signed) / maximum
+    losses = F.binary_cross_entropy_with_logits(logits, of.kept, reduction="none")
+    return torch.where(some, (of.area * losses).sum((1, 2)), 0)
 
 
 def above(attribution: Tensor, share: float, activation: Tensor, name: str) -> Tensor:

@@ -15,6 +15,7 @@ from aftcli.aft.examples import Cached, Note
 from aftcli.aft.loss import OBJECTIVES, ZERO_LEVEL, situation_of
 from aftcli.aft.run import Begun, Event, Tuned
 from aftcli.aft.training import Epoch, Measured, Step
+from aftcli.aft.zero_level import Chosen, Searching
 from aftcli.files import durable
 from aftcli.report.terminal import PlainColumn, cell, say, stdout_console
 
@@ -56,6 +57,14 @@ class _Watch:
             done = (event.epoch - 1) * event.steps + event.step
             total = event.steps * self.begun.epochs
             self._update(f"epoch {event.epoch}", done, total, _losses(event.train))
+        elif isinstance(event, Searching):
+            if not event.images:
+                self._close()  # the epochs' bar counts something else
+            of_total = f"{event.images}/{event.total} images"
+            self._update("zero level", event.images, event.total, of_total)
+        elif isinstance(event, Chosen):
+            self._close()
+            self._say(_chosen_line(event))
         elif isinstance(event, Epoch):
             self._say(_epoch_line(event))
         elif isinstance(event, Note):
@@ -111,12 +120,12 @@ def _recipe(begun: Begun) -> str:
     """Return the line that says what is minimised, and whose defaults that are."""
     own = begun.settings
     if own.objective == ZERO_LEVEL:
-        how = (
-            f"v and t by Adam, learning rate {own.learning_rate:g}, {own.epochs} epochs"
-            if own.gauge == "v"
-            else "t alone, found exactly"
-        )
-        return f"cross-entropy of the map's support and the masks; {how}; no probability changes"
+        asked = "Average Increase less Average Drop on training images chooses t"
+        if own.gauge == "t":
+            return f"{asked}, alone; no probability changes"
+        how = f"v and t by Adam, learning rate {own.learning_rate:g}, {own.epochs} epochs"
+        learned = f"cross-entropy of the map's support and the masks; {how}"
+        return f"{learned}; then {asked} again; no probability changes"
     parts = ["cross-entropy" if own.classification == "labels" else "distillation"]
     if own.lam is not None:
         what = OBJECTIVES[own.objective].title
@@ -143,6 +152,15 @@ def _epoch_line(epoch: Epoch) -> str:
     if epoch.held_out:
         parts.append(f"held out: {_losses(epoch.held_out)}")
     return " ".join(parts).rstrip(";")
+
+
+def _chosen_line(chosen: Chosen) -> str:
+    before, after = chosen.before, chosen.after
+    return (
+        f"zero level {chosen.t:.3g} ({100 * after.share:.3g} % of the maps' mean maximum): "
+        f"increase {before.increase:.3f} -> {after.increase:.3f}, "
+        f"drop {before.drop:.3f} -> {after.drop:.3f} on {chosen.images} training images"
+    )
 
 
 def print_tuned(tuned: list[Tuned], exported: list[Path], json_: bool) -> None:

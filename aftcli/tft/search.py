@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aftcli.core.cam import normalise, upsample
 from aftcli.core.classifier import Classifier, probabilities
 from aftcli.core.networks import check_shape, class_indices, outside_inference_mode
 from aftcli.errors import AftError
@@ -174,6 +175,38 @@ def masked_probabilities(
     y_hat = torch.cat(rows)[source.clamp(min=0), class_index[:, None]]
     # A mask that keeps everything changes nothing: exactly y, not y up to rounding.
     return torch.where(source == WHOLE, y[:, None], y_hat)
+
+
+def level_probabilities(
+    f: Classifier,
+    x: Tensor,
+    signed: Tensor,
+    levels: Tensor,
+    class_index: Tensor,
+    y: Tensor,
+    fill: str = "mean",
+) -> Tensor:
+    """Return y_hat^c of images that the support of S - t masks, of each t, shape (N, T).
+
+    The support is that of the map as it is shown: ReLU, scaled to [0, 1], stretched. The stretch
+    comes after the ReLU, so each t is a map of its own.
+
+    Args:
+        f: the classifier.
+        x: inputs, shape (N, 3, H, W).
+        signed: S, a map before its ReLU, shape (N, h, w).
+        levels: t, in the unit of S, shape (T,).
+        class_index: c, shape (N,).
+        y: y^c of the whole image, shape (N,).
+        fill: what muted pixels show.
+    """
+    cells = (signed[:, None] - levels.to(signed)[:, None, None]).relu().flatten(0, 1)
+    attribution = upsample(normalise(cells), x)
+    owner = torch.arange(len(x), device=x.device).repeat_interleave(len(levels))
+    above_zero = attribution.new_zeros(len(attribution), 1)
+    of_maps = (class_index[owner], y[owner], owner)
+    y_hat = masked_probabilities(f, x, attribution, above_zero, *of_maps, Search(fill=fill))
+    return y_hat.view(len(x), len(levels))
 
 
 Score = Callable[[Tensor], Tensor]  # steps of T, shape (N, k), to their y_hat^c

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +84,33 @@ def relative_probability_increase(y_hat: Tensor, y: Tensor) -> Tensor:
     rise = (y_hat - y).clamp(min=0)
     # y = 0 happens only where a probability underflows; 0 / 0 is no increase.
     return torch.where(rise == 0, 0, rise / y)
+
+
+class Tried(NamedTuple):
+    """Average Increase and Average Drop of one t, a share of the maps' mean maximum (§5.2)."""
+
+    share: float
+    increase: float
+    drop: float
+
+
+def tried(y_hat: Tensor, y: Tensor, share: float) -> Tried:
+    """Measure masked images as §5.2 does.
+
+    Args:
+        y_hat: probability of class c for the masked image, shape (N,).
+        y: the same for the whole image, shape (N,).
+        share: names their t.
+    """
+    fall = (y - y_hat).clamp(min=0)
+    drop = torch.where(fall > 0, fall / y, 0)
+    return Tried(share, float(rises(y_hat, y).double().mean()), float(drop.double().mean()))
+
+
+def best_of(all_tried: Sequence[Tried]) -> Tried:
+    """Return the largest Average Increase less Average Drop: of those within rounding the first."""
+    largest = max(each.increase - each.drop for each in all_tried)
+    return next(e for e in all_tried if e.increase - e.drop >= largest - MEASURE_ROUNDING)
 
 
 def cut_off(attribution: Tensor, tau: Tensor, mode: str = "value") -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from aftcli.aft.jobs import control_job, mask_job
-from aftcli.aft.loss import Batch, in_situation
+from aftcli.aft.loss import ZERO_LEVEL, Batch, in_situation
 from aftcli.aft.run import Options, Tuned, fine_tune
 from aftcli.aft.training import Epoch
 from aftcli.tft.masks import MaskStore
@@ -25,6 +25,10 @@ class Direct:
         self.names = [f"image {i}" for i in range(len(x))]
         self.usable = range(len(x))
         self.seen = []
+
+    def inputs(self, spans, todo):
+        for block in todo:
+            yield self.x[list(spans[block])]
 
     def batches(self, wanted, epoch):
         for indices in wanted:
@@ -95,16 +99,18 @@ def tune_and_exit(root, run, cache="memory"):
 
 
 def main():
-    """One of several processes, started by torchrun: -m tests.helpers.trained ROOT RUN CACHE."""
+    """One of several processes of torchrun: -m tests.helpers.trained ROOT RUN CACHE [GAUGE]."""
     import sys
 
     torch.set_num_threads(1)
-    root, run, cache = sys.argv[1:]
+    root, run, cache, *gauge = sys.argv[1:]
+    settings = {"objective": ZERO_LEVEL, "gauge": gauge[0]} if gauge else None
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
-    tune(root, run, options=Options(cache, workers=0), accelerator=accelerator)
+    options = Options(cache, workers=0)
+    tune(root, run, options=options, accelerator=accelerator, settings=settings)
 
 
 if __name__ == "__main__":

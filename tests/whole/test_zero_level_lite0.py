@@ -139,7 +139,16 @@ def test_finetune_says_what_it_learns(small_commands, gauge):
     (card,) = json.loads(done.out)
     assert (card["objective"], card["gauge"], card["patience"]) == ("zero-level", gauge, 0)
     assert "learning the zero level at 2+3" in done.err
-    assert ("t alone, found exactly" in done.err) == (gauge == "t")
+    assert ("chooses t, alone" in done.err) == (gauge == "t")
+    assert ("chooses t again" in done.err) == (gauge == "v")
+    (line,) = (line for line in done.err.splitlines() if line.startswith("zero level "))
+    found = card["zero_level"]
+    before, after = found["before"], found["after"]
+    assert line == (
+        f"zero level {found['t']:.3g} ({100 * after['share']:.3g} % of the maps' mean maximum): "
+        f"increase {before['increase']:.3f} -> {after['increase']:.3f}, "
+        f"drop {before['drop']:.3f} -> {after['drop']:.3f} on {found['images']} training images"
+    )
     assert "--lam has no effect with --objective zero-level" in done.err
     rows = [line.split() for line in aft("finetune", *options).out.splitlines()]
     before, after = (row for row in rows if row[2:5] == ["train,", "held", "out"])
