@@ -38,6 +38,7 @@ from aftcli.core.zero_level import (
     check_plain,
     fold,
     give_zero_level,
+    mean_maximum,
     moved_by,
     pieces_of,
     signed_map,
@@ -140,7 +141,7 @@ class ZeroLevelTraining:
     Attributes:
         history: the epochs done, epoch 0 first.
         train, held_out: indices of the images.
-        v, t: what is learned; t as a share of the mean maximum of the training maps.
+        v, t: what is learned; t as a share of the training maps' mean maximum.
         chosen: how t was chosen, `Chosen.as_dict`; None before.
     """
 
@@ -173,7 +174,7 @@ class ZeroLevelTraining:
         self.place = {index: row for row, index in enumerate(usable)}
         self.learned = self._gather(usable, full)
         maximum = self.learned.maximum[self._rows(self.train)]
-        self.unit = max(float(maximum.mean()), 0.0) or 1.0
+        self.unit = mean_maximum(maximum)
         self.v = maximum.new_zeros(f.activation_shape[0]).requires_grad_()
         self.t = maximum.new_zeros(()).requires_grad_()
         groups: list[dict[str, Any]] = [
@@ -342,7 +343,7 @@ class ZeroLevelTraining:
 
     @torch.no_grad()
     def _mean_maximum(self) -> float:
-        """Return the mean maximum of S + v . A / Z over the images that are trained on."""
+        """Return the mean maximum of ReLU(S + v . A / Z) over the images trained on."""
         if self.settings.gauge == "t":
             return self.unit
         size = self.settings.batch
@@ -351,7 +352,7 @@ class ZeroLevelTraining:
             self._moved(self._activation(batch), self.learned.rows(self._rows(some))).amax((1, 2))
             for some, batch in zip(batches, self.examples.batches(batches, None), strict=True)
         ]
-        return max(float(torch.cat(maxima).mean()), 0.0) or 1.0
+        return mean_maximum(torch.cat(maxima))
 
     def _held_out(self) -> Measured | None:
         return self.measure(self.examples, self.held_out) if self.held_out else None

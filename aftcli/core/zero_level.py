@@ -286,6 +286,15 @@ def zero_level_loss(signed: Tensor, of: Learned) -> Tensor:
     return torch.where(some, (of.area * losses).sum((1, 2)), 0)
 
 
+def mean_maximum(maxima: Tensor) -> float:
+    """Return the mean maximum of maps after their ReLU; 1 where none has a cell above 0.
+
+    Args:
+        maxima: of maps before their ReLU, shape (N,).
+    """
+    return float(maxima.relu().mean()) or 1.0
+
+
 def above(attribution: Tensor, share: float, activation: Tensor, name: str) -> Tensor:
     """Subtract a share of each map's maximum and apply ReLU; 0 leaves maps as they are.
 
