@@ -268,7 +268,9 @@ def test_masks_and_tables_of_a_method(tmp_path):
     for one, two in zip(alone, together, strict=True):
         # Other methods' images pass in the same batches.
         numbers = [(row.pop("value"), *(row.pop("ci") or ())) for row in (one, two)]
-        assert one == two and numbers[0] == pytest.approx(numbers[1], abs=1e-6)
+        # The mirror's passes round otherwise than those that made the maps.
+        most = 1e-6 if one["judge"] == "self" else 1e-5
+        assert one == two and numbers[0] == pytest.approx(numbers[1], abs=most)
     done = aft(
         *("evaluate", tmp_path / "set", "--cells", "--masking", "soft", "--table", "3"),
         *("--cam", "lrp", "--run", bare, "--format", "json"),

@@ -86,11 +86,11 @@ def test_what_is_assumed_of_a_map_is_said(shape, said):
     exif[0x0112] = 6
     Image.effect_noise(SHOWN, 90).convert("RGB").save("turned.jpg", exif=exif)
     np.save("m.npy", np.random.default_rng(0).random(shape) * 7)
-    result = aft("tft", "turned.jpg", "--map", "m.npy", "--save", "")
+    result = aft("tft", "turned.jpg", "--map", "m.npy", "--save", "none")
     assert result.code in (0, None), result.err
     assert said in result.err and bool(said) == bool(result.err)
     assert not said or result.err.startswith("aft: m.npy: for turned.jpg, its ")
-    assert aft("tft", "turned.jpg", "--map", "m.npy", "--save", "", "--quiet").err == ""
+    assert aft("tft", "turned.jpg", "--map", "m.npy", "--save", "none", "--quiet").err == ""
 
 
 @pytest.mark.parametrize("cam", CAMS)

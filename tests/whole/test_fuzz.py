@@ -137,7 +137,7 @@ def test_labels_beyond_the_classes(place, monkeypatch):
 def test_damaged_class_names(place, seed):
     data, _ = mutants.mutate(b"apple\npear\nplum, damson\n", "names.txt", random.Random(seed))
     Path("names.txt").write_bytes(data)
-    outcome("explain", "photo.png", "--classes", "names.txt", "--json", "--save", "")
+    outcome("explain", "photo.png", "--classes", "names.txt", "--json", "--save", "none")
 
 
 @fuzz(150)
