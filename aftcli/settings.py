@@ -74,6 +74,7 @@ class Range(NamedTuple):
 RANGES = {
     "threshold": Range("the threshold", 0, 1),
     "mute": Range("the share", 0, 100, unit=" percent"),
+    "zero_level": Range("the zero level", 0, 1, below=True),
     "top_k": Range("the number of classes", 1),
     "limit": Range("the number of images", 1),
     "workers": Range("the number of workers", 0),
@@ -128,12 +129,6 @@ def _wrong(thresholds: tuple[float, ...]) -> str:
         return "must lie in [0, 1]"
     falls = any(b <= a for a, b in zip(thresholds, thresholds[1:], strict=False))
     return "must increase" if falls else ""
-
-
-def check_zero_level(share: float) -> None:
-    """Check a share of a map's maximum that becomes its zero."""
-    if not 0 <= share < 1:
-        raise AftError(f"the zero level must lie in [0, 1) of the map's maximum, got {share:g}")
 
 
 def read_thresholds(text: str) -> tuple[float, ...]:

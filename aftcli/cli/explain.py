@@ -27,7 +27,6 @@ from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
 from aftcli.report.terminal import complain, say_traceback
-from aftcli.settings import check_zero_level
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,9 +75,10 @@ class CutMaps(TargetMaps):
     ] = None
     zero_level: Annotated[
         float,
-        option(
+        number(
             "--zero-level",
             "T",
+            "zero_level",
             "Mute cells below T of the maximum.",
             show_default=False,
         ),
@@ -152,7 +152,6 @@ def explain(
     """
     tft = thresholds.tft
     cut = muting(maps.threshold, maps.mute, tft)
-    check_zero_level(maps.zero_level)
     kinds, accelerate, found = _begin(images, network, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
     f = setup.classifier(network, run.device, run.quiet)

@@ -20,7 +20,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.cut import linear_head
 from aftcli.core.methods import METHODS, method
 from aftcli.errors import AftError
-from aftcli.settings import check_zero_level
+from aftcli.settings import RANGES
 
 ROUNDING = 1e-4  # of the largest logit: a head that is rewritten must give the same ones
 
@@ -309,7 +309,7 @@ def above(attribution: Tensor, share: float, activation: Tensor, name: str) -> T
     """
     if not share:
         return attribution
-    check_zero_level(share)
+    RANGES["zero_level"].check(share)
     if attribution.shape[1:] != activation.shape[2:]:
         raise AftError(
             f"{name}: a zero level is of maps of cells, this one is of pixels; average it over "

@@ -166,4 +166,4 @@ def test_explain_says_the_zero_level(small_commands):
     (plain,) = json.loads(aft("explain", photo, "--cam", "gradcam", "--json").out)
     assert "zero_level" not in plain
     wrong = aft("explain", photo, "--zero-level", "1")
-    assert wrong.code == 1 and "the zero level must lie in [0, 1)" in wrong.err
+    assert wrong.code == 2 and "the zero level must lie in [0, 1)" in wrong.err
