@@ -21,7 +21,8 @@ from aftcli.core.methods import METHODS, method
 from aftcli.core.zero_level import check_signed
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, nearest
-from aftcli.settings import MANY, RANGES, SITUATIONS, ZERO_LEVEL, ZERO_LEVEL_TAKES, Situation
+from aftcli.settings import MANY, RANGES, SITUATIONS, ZERO_LEVEL_TAKES, Situation
+from aftcli.settings import ZERO_LEVEL as ZERO_LEVEL
 
 Features = tuple[Tensor, ...]  # what w0 hands to w1: one tensor for most networks
 
@@ -350,8 +351,8 @@ class InSituation:
         idle = [_spelled(name) for name in ("learning_rate", "epochs") if name in self.given]
         note = ""
         if idle and self.given.get("gauge", Recipe.gauge) == "t":
-            note = f"{' and '.join(idle)} without effect: the default learns a zero level, found "
-            note += "exactly; --objective tuner trains the network"
+            note = f"{' and '.join(idle)} without effect: the default learns one number, the zero "
+            note += "level; --objective tuner trains the network"
         return Choice(ZERO_LEVEL, "chosen as the masks' method has a sign", note)
 
     def __call__(self, job: Situated) -> Recipe:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from aftcli.aft.examples import Cached, CachedExamples, Gathering, Note
 from aftcli.aft.examples import Options as Options
 from aftcli.aft.jobs import Job
-from aftcli.aft.loss import Choice, InSituation, Recipe, check_settings, situation_of
+from aftcli.aft.loss import ZERO_LEVEL, Choice, InSituation, Recipe, check_settings, situation_of
 from aftcli.aft.training import Epoch, Measured, State, Step, Training
 from aftcli.aft.zero_level import ZeroLevelTraining, check_job
 from aftcli.core.classifier import check_several
@@ -37,7 +37,6 @@ from aftcli.files import (
     write_sealed,
     write_tensors,
 )
-from aftcli.settings import ZERO_LEVEL
 from aftcli.tft.masks import refuse_other_settings
 from aftcli.version import __version__
 

@@ -12,12 +12,11 @@ from rich.progress import BarColumn, Progress, TaskID, TimeRemainingColumn
 from rich.table import Table
 
 from aftcli.aft.examples import Cached, Note
-from aftcli.aft.loss import OBJECTIVES, situation_of
+from aftcli.aft.loss import OBJECTIVES, ZERO_LEVEL, situation_of
 from aftcli.aft.run import Begun, Event, Tuned
 from aftcli.aft.training import Epoch, Measured, Step
 from aftcli.files import durable
 from aftcli.report.terminal import PlainColumn, cell, say, stdout_console
-from aftcli.settings import ZERO_LEVEL
 
 
 class _Watch:
@@ -97,29 +96,28 @@ def _beginning(begun: Begun) -> tuple[str, str]:
     head = f" and a new head of {len(job.f.classes)} classes" if job.new_head else ""
     tuner = "" if job.masks is None else " and the tuner"
     resumed = f", resuming after epoch {begun.epoch}" if begun.epoch else ""
+    recipe = f"{_recipe(begun)}; {begun.why}" if begun.why else _recipe(begun)
     images = f"{begun.train} images, {begun.held_out} held out{resumed}"
     if begun.settings.objective == ZERO_LEVEL:
         first = f"{job.name}: learning the zero level at {job.f.layer_name} from {images}"
-        return first, _recipe(begun)
+        return first, recipe
     layers = ", ".join([*(job.earlier.names if job.earlier else ()), job.f.layer_name])
     return (
         f"{job.name}: training {layers}{head}, what follows it{tuner} on {images}",
-        _recipe(begun),
+        recipe,
     )
 
 
 def _recipe(begun: Begun) -> str:
     """Return the line that says what is minimised, and whose defaults that are."""
     own = begun.settings
-    why = f"; {begun.why}" if begun.why else ""
     if own.objective == ZERO_LEVEL:
         how = (
             f"v and t by Adam, learning rate {own.learning_rate:g}, {own.epochs} epochs"
             if own.gauge == "v"
             else "t alone, found exactly"
         )
-        what = "cross-entropy of the map's support and the masks"
-        return f"{what}; {how}; no probability changes{why}"
+        return f"cross-entropy of the map's support and the masks; {how}; no probability changes"
     parts = ["cross-entropy" if own.classification == "labels" else "distillation"]
     if own.lam is not None:
         what = OBJECTIVES[own.objective].title
@@ -129,7 +127,7 @@ def _recipe(begun: Begun) -> str:
     blend = f", blend {own.blend:g}" if own.blend < 1 else ""
     return (
         f"{' + '.join(parts)}; learning rate {own.learning_rate:g}, at most {own.epochs} epochs"
-        f"{blend} (defaults for {situation_of(begun.job, own.objective).title}){why}"
+        f"{blend} (defaults for {situation_of(begun.job, own.objective).title})"
     )
 
 
