@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# Imported here: it takes load_classifier when it is first imported.
+import aftcli.engine.export  # noqa: F401
 from aftcli.core.weights import read_card
 from aftcli.settings import SITUATIONS
 from tests.helpers import faulty
