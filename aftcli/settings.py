@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from aftcli.errors import AftError, check_name
 
@@ -12,11 +12,13 @@ SELF, MIRROR = "self", "mirror"  # judges: the network itself, and it on mirrore
 
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(11))
 
+ZERO_LEVEL = "zero-level"  # the objective that trains no weights of the network
+
 # Choices of `--objective` with the words of its help; `aft.loss.OBJECTIVES` has their functions.
 OBJECTIVES = {
     "tuner": "the tuner's output (the paper)",
     "cam": "the CAM itself",
-    "zero-level": "where the CAM is zero; no prediction changes",
+    ZERO_LEVEL: "where the CAM is zero; no prediction changes",
 }
 
 # The keys of the registries in aftcli.tft, which import torch.
@@ -87,6 +89,60 @@ RANGES = {
     "batch": Range("the batch size", 1),
     "patience": Range("the patience", 0),
     "seed": Range("the seed", 0),
+}
+
+
+# From so many training images a class on, training generalises; it memorises fewer.
+MANY = 50
+
+STEPS = 420
+
+# Fields of `aftcli.aft.loss.Recipe` that decide a zero level; others say nothing there.
+ZERO_LEVEL_TAKES = {
+    *("objective", "gauge", "learning_rate", "epochs", "batch", "held_out", "seed"),
+}
+
+
+class Situation(NamedTuple):
+    """A situation in words, and its settings, fields of `aftcli.aft.loss.Recipe`.
+
+    A small data set gets more epochs than these, for so many `steps`.
+    """
+
+    title: str
+    settings: dict[str, Any]
+    steps: int = 0
+
+
+SITUATIONS = {
+    ZERO_LEVEL: Situation(
+        "the zero level",
+        {"lam": None, "learning_rate": 2e-3, "epochs": 15, "patience": 0},
+    ),
+    "new": Situation("a new last layer", {"learning_rate": 3e-4, "epochs": 30}),
+    "many": Situation(
+        f"{MANY} or more images a class",
+        {
+            "lam": 0.1,
+            "learning_rate": 3e-4,
+            "epochs": 10,
+            "consistency": 4.0,
+            "classification": "labels",
+        },
+        STEPS,
+    ),
+    "few": Situation(
+        f"fewer than {MANY} images a class",
+        {
+            "lam": 0.1,
+            "learning_rate": 3e-4,
+            "epochs": 8,
+            "consistency": 1.0,
+            "classification": "distillation",
+            "blend": 0.7,
+        },
+        STEPS,
+    ),
 }
 
 

@@ -13,12 +13,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from aftcli.aft.loss import SITUATIONS  # noqa: E402
 from aftcli.core.models import load_classifier  # noqa: E402
 from aftcli.data.images import (
     read_image,  # noqa: E402
     to_input,  # noqa: E402
 )
+from aftcli.settings import SITUATIONS  # noqa: E402
 from tests.helpers.command import aft  # noqa: E402
 from tests.helpers.compare import uncut  # noqa: E402
 
@@ -108,8 +108,8 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tuned(study):
-    """The path of the tuned checkpoint, made by `aft finetune` without a further argument."""
-    options = ("--epochs", "2", "--batch-size", "4", "--held-out", "0.2")
+    """The path of a tuned checkpoint, made by `aft finetune --objective tuner`."""
+    options = ("--objective", "tuner", "--epochs", "2", "--batch-size", "4", "--held-out", "0.2")
     done = aft("finetune", "--run", study / "run", *options, "--json")
     assert done.code in (0, None), done.err
     (result,) = json.loads(done.out)
@@ -123,5 +123,5 @@ def tuned(study):
     found = {key: result[key] for key in few.settings}
     assert result["trained_on"] == 10 and found == {**few.settings, "epochs": 2}
     assert "epoch 2: cross-entropy" in done.err and "mask" in done.err
-    assert f"(defaults for {few.title})" in done.err
+    assert f"(defaults for {few.title}); chosen by --objective tuner" in done.err
     return study / "run/tuned/efficientnet_lite0-gradcam.safetensors"

@@ -16,6 +16,7 @@ from aftcli.aft.features import Masks
 from aftcli.aft.tail import Earlier, earlier_layers
 from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
+from aftcli.core.methods import METHODS
 from aftcli.core.models import with_new_head
 from aftcli.core.networks import outside_inference_mode
 from aftcli.data.sets import (
@@ -71,6 +72,15 @@ class Job:
     def stem(self) -> nn.Module:
         """Return w0, the modules before the first layer that is tuned."""
         return self.earlier.stem if self.earlier else self.f.stem
+
+    @property
+    def no_zero_level(self) -> str:
+        """Say why no zero level can be learned from the masks; "" where one can."""
+        if self.cam is None:
+            return "there are no masks"
+        if not METHODS[self.cam].signed:
+            return "the masks' method has no sign"
+        return "the masks are soft" if (self.made or {}).get("masking") == "soft" else ""
 
     @property
     def name(self) -> str:

@@ -1,13 +1,13 @@
 """The loss of activation fine-tuning (§4.2, eq. 8), terms beyond the paper, and default recipes.
 
 w0 stays as it is, so training sees its outputs only; `training` is the training itself. The
-defaults are chosen by the number of images per class (docs/aft-study.md).
+defaults are chosen by the masks' method and the number of images per class (docs/aft-study.md).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +21,8 @@ from aftcli.core.methods import METHODS, method
 from aftcli.core.zero_level import check_signed
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, nearest
-from aftcli.settings import RANGES
+from aftcli.settings import MANY, RANGES, SITUATIONS, ZERO_LEVEL_TAKES, Situation
+from aftcli.settings import ZERO_LEVEL as ZERO_LEVEL
 
 Features = tuple[Tensor, ...]  # what w0 hands to w1: one tensor for most networks
 
@@ -150,8 +151,6 @@ def _check_map(cam: str) -> None:
         )
 
 
-ZERO_LEVEL = "zero-level"
-
 OBJECTIVES = {
     "tuner": Objective("tuner", _tuner),
     "cam": Objective("map", _map, _check_map),
@@ -275,60 +274,6 @@ def _float32(values: Tensor) -> Tensor:
     return values.float() if values.itemsize < 4 else values
 
 
-# From so many training images a class on, training generalises; it memorises fewer.
-MANY = 50
-
-STEPS = 420
-
-# Settings that decide a zero level; others say nothing there.
-ZERO_LEVEL_TAKES = {
-    *("objective", "gauge", "learning_rate", "epochs", "batch", "held_out", "seed"),
-}
-
-
-class Situation(NamedTuple):
-    """A situation in words, and its settings, fields of `Recipe`.
-
-    A small data set gets more epochs than these, for so many `steps`.
-    """
-
-    title: str
-    settings: dict[str, Any]
-    steps: int = 0
-
-
-SITUATIONS = {
-    ZERO_LEVEL: Situation(
-        "the zero level",
-        {"lam": None, "learning_rate": 2e-3, "epochs": 15, "patience": 0},
-    ),
-    "new": Situation("a new last layer", {"learning_rate": 3e-4, "epochs": 30}),
-    "many": Situation(
-        f"{MANY} or more images a class",
-        {
-            "lam": 0.1,
-            "learning_rate": 3e-4,
-            "epochs": 10,
-            "consistency": 4.0,
-            "classification": "labels",
-        },
-        STEPS,
-    ),
-    "few": Situation(
-        f"fewer than {MANY} images a class",
-        {
-            "lam": 0.1,
-            "learning_rate": 3e-4,
-            "epochs": 8,
-            "consistency": 1.0,
-            "classification": "distillation",
-            "blend": 0.7,
-        },
-        STEPS,
-    ),
-}
-
-
 class Situated(Protocol):
     """What decides a job's situation (`aftcli.aft.jobs.Job`)."""
 
@@ -337,8 +282,16 @@ class Situated(Protocol):
         """None for a job without masks."""
 
     @property
+    def earlier(self) -> object:
+        """None where one layer is tuned."""
+
+    @property
     def new_head(self) -> bool:
         """True where the last layer is new."""
+
+    @property
+    def no_zero_level(self) -> str:
+        """Why no zero level can be learned from the masks; "" where one can."""
 
     @property
     def data_set(self) -> DataSet:
@@ -355,11 +308,85 @@ def situation_of(job: Situated, objective: str = Recipe.objective) -> Situation:
     return SITUATIONS["many" if len(labels) >= MANY * len(set(labels)) else "few"]
 
 
-def in_situation(**asked: Any) -> Callable[[Situated], Recipe]:  # noqa: ANN401
+class Choice(NamedTuple):
+    """An objective, and why it was chosen.
+
+    Attributes:
+        objective: a key of OBJECTIVES.
+        why: in words that end the line that says what is minimised; "" for a control.
+        note: what else a user should know of it.
+    """
+
+    objective: str
+    why: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class InSituation:
+    """Settings asked for, and the others by a job's situation (`in_situation`).
+
+    Attributes:
+        given: fields of `Recipe`.
+        augment: images are flipped and cropped at random, which leaves no zero level to learn.
+    """
+
+    given: Mapping[str, Any]
+    augment: bool = False
+
+    def choose(self, job: Situated) -> Choice:
+        """Choose the objective: what was asked for, otherwise the zero level where it can be."""
+        if job.masks is None:
+            return Choice(Recipe.objective)
+        asked = self.given.get("objective")
+        if asked is not None:
+            return Choice(asked, f"chosen by --objective {asked}")
+        options = [_spelled(name) for name in self.given if name not in ZERO_LEVEL_TAKES]
+        options += ["--augment"] * self.augment + ["--layer"] * (job.earlier is not None)
+        if options:
+            return Choice(Recipe.objective, f"chosen by {', '.join(options)}")
+        if job.no_zero_level:
+            note = f"{job.no_zero_level}; the default is mask consistency, see docs/zero-level.md"
+            return Choice(Recipe.objective, f"chosen as {job.no_zero_level}", note)
+        idle = [_spelled(name) for name in ("learning_rate", "epochs") if name in self.given]
+        note = ""
+        if idle and self.given.get("gauge", Recipe.gauge) == "t":
+            note = f"{' and '.join(idle)} without effect: the default learns one number, the zero "
+            note += "level; --objective tuner trains the network"
+        return Choice(ZERO_LEVEL, "chosen as the masks' method has a sign", note)
+
+    def __call__(self, job: Situated) -> Recipe:
+        """Return a job's settings."""
+        objective = self.choose(job).objective
+        situation = situation_of(job, objective)
+        if objective == ZERO_LEVEL:
+            kept = {name: self.given[name] for name in ZERO_LEVEL_TAKES & self.given.keys()}
+            return Recipe(**{**situation.settings, **kept, "objective": objective})
+        found = Recipe(**{**situation.settings, **self.given, "objective": objective})
+        if "epochs" not in self.given:
+            an_epoch = math.ceil(len(job.data_set.samples) * (1 - found.held_out) / found.batch)
+            enough = math.ceil(situation.steps / max(an_epoch, 1))
+            found = replace(found, epochs=max(found.epochs, enough))
+        if job.masks is not None:
+            return found
+        blend = self.given.get("blend", 1.0)
+        how = Recipe.classification
+        return replace(found, lam=None, consistency=0.0, classification=how, blend=blend)
+
+
+def _spelled(name: str) -> str:
+    """Return the option that sets a field, or the field's name where none does."""
+    if name in ("tuner", "optimizer", "trained"):
+        return name
+    return "--lr" if name == "learning_rate" else f"--{name}"
+
+
+def in_situation(**asked: Any) -> InSituation:  # noqa: ANN401
     """Return a function that gives a job's settings: those asked for, and its situation's.
 
-    A job without masks has the learning rate and the epochs of one with masks, and plain
-    cross-entropy.
+    Without an objective, a job learns the zero level where its masks allow it and nothing is
+    asked for that only the training of eq. 8 has. A job without masks has the learning rate and
+    the epochs of one with masks, and plain cross-entropy.
 
     Args:
         asked: fields of `Recipe`; None leaves one to the situation.
@@ -368,27 +395,5 @@ def in_situation(**asked: Any) -> Callable[[Situated], Recipe]:  # noqa: ANN401
         AftError: a value is out of range.
     """
     given = {name: value for name, value in asked.items() if value is not None}
-
-    def settings(job: Situated) -> Recipe:
-        situation = situation_of(job, given.get("objective", Recipe.objective))
-        if situation is SITUATIONS[ZERO_LEVEL]:
-            kept = {name: given[name] for name in ZERO_LEVEL_TAKES & given.keys()}
-            return Recipe(**{**situation.settings, **kept})
-        found = Recipe(**{**situation.settings, **given})
-        if "epochs" not in given:
-            an_epoch = math.ceil(len(job.data_set.samples) * (1 - found.held_out) / found.batch)
-            enough = math.ceil(situation.steps / max(an_epoch, 1))
-            found = replace(found, epochs=max(found.epochs, enough))
-        if job.masks is None:
-            return replace(
-                found,
-                lam=None,
-                consistency=0.0,
-                classification=Recipe.classification,
-                objective=Recipe.objective,
-                blend=given.get("blend", 1.0),
-            )
-        return found
-
     check_settings(Recipe(**given))
-    return settings
+    return InSituation(given)

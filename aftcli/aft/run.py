@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from aftcli.aft.examples import Cached, CachedExamples, Gathering, Note
 from aftcli.aft.examples import Options as Options
 from aftcli.aft.jobs import Job
-from aftcli.aft.loss import ZERO_LEVEL, Recipe, check_settings, situation_of
+from aftcli.aft.loss import ZERO_LEVEL, Choice, InSituation, Recipe, check_settings, situation_of
 from aftcli.aft.training import Epoch, Measured, State, Step, Training
 from aftcli.aft.zero_level import Chosen, Searching, ZeroLevelTraining, check_job
 from aftcli.core.classifier import check_several
@@ -47,7 +48,7 @@ OVERHEAD = 0.05  # share of the time that storing them may take
 
 
 class Begun(NamedTuple):
-    """A job starts, or resumes after `epoch` epochs."""
+    """A job starts, or resumes after `epoch` epochs; `why` says who chose its objective."""
 
     job: Job
     epoch: int
@@ -56,6 +57,7 @@ class Begun(NamedTuple):
     held_out: int
     broken: list[Broken]
     settings: Recipe
+    why: str = ""
 
 
 class Tuned(NamedTuple):
@@ -205,12 +207,16 @@ def fine_tune(
     accelerator = accelerator or Accelerator(cpu=jobs[0].f.device.type == "cpu")
     gathering = Gathering(run, options, accelerator)
     for job in jobs:
-        yield from _tune(job, settings(job) if callable(settings) else settings, gathering)
+        own, choice = settings, Choice("")
+        if isinstance(own, InSituation):
+            own = replace(own, augment=options.augment)
+            choice = own.choose(job)
+        yield from _tune(job, own(job) if callable(own) else own, choice, gathering)
     if accelerator.process_index == 0:
         gathering.remove()
 
 
-def _tune(job: Job, settings: Recipe, gathering: Gathering) -> Iterator[Event]:
+def _tune(job: Job, settings: Recipe, choice: Choice, gathering: Gathering) -> Iterator[Event]:
     check_several(len(job.f.classes))
     check_settings(settings, job.cam)
     if settings.objective == ZERO_LEVEL:
@@ -225,9 +231,11 @@ def _tune(job: Job, settings: Recipe, gathering: Gathering) -> Iterator[Event]:
                 files.start_again()
         accelerator.wait_for_everyone()
         yield from map(Note, job.data_set.notes)
+        if choice.note:
+            yield Note(f"{job.name}: {choice.note}")
         card = files.finished()
         if card is None:
-            yield from _train(job, settings, gathering, files)
+            yield from _train(job, settings, choice.why, gathering, files)
         else:
             if first:
                 gathering.remove_left(job)
@@ -241,7 +249,9 @@ def _tune(job: Job, settings: Recipe, gathering: Gathering) -> Iterator[Event]:
             files.end()
 
 
-def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> Iterator[Event]:
+def _train(
+    job: Job, settings: Recipe, why: str, gathering: Gathering, files: _Files
+) -> Iterator[Event]:
     """Train a job to the end, from its stored state if there is one, and write its checkpoint."""
     accelerator = gathering.accelerator
     first = accelerator.process_index == 0
@@ -254,7 +264,7 @@ def _train(job: Job, settings: Recipe, gathering: Gathering, files: _Files) -> I
     accelerator.wait_for_everyone()
     counts = len(training.train), len(training.held_out)
     done = max(len(training.history) - 1, 0)
-    yield Begun(job, done, training.epochs, *counts, examples.cache.broken, settings)
+    yield Begun(job, done, training.epochs, *counts, examples.cache.broken, settings, why)
     yield from _steps(training, files if first else None, gathering.options)
     training.use_best()
     after = training.measure(val, val.usable) if val else None

@@ -33,6 +33,10 @@ from aftcli.report.terminal import complain, say_traceback
 Values = Mapping[str, Any]  # of a command's options, by their first spelling
 
 
+# Options of finetune that only a training of the network takes.
+ONLY_TRAINED = ("--lam", "--consistency", "--classification", "--blend", "--patience", "--augment")
+
+
 class When(NamedTuple):
     """A condition: in words, as they follow "has no effect", and of the values given."""
 
@@ -60,6 +64,14 @@ def _with(other: str) -> When:
 def _zero_level(words: str, holds: Callable[[Values], bool]) -> When:
     """Return a condition of a training that only learns a zero level."""
     return When(words, lambda given: given["--objective"] == "zero-level" and holds(given))
+
+
+def _trained(given: Values) -> bool:
+    """Check that the network is trained, whatever the masks' methods are."""
+    if given["--objective"] is not None:
+        return bool(given["--objective"] != "zero-level")
+    several = len(given["--layer"] or ()) > 1
+    return several or any(_is_set(given[option]) for option in ONLY_TRAINED)
 
 
 def _is_set(value: object) -> bool:
@@ -142,9 +154,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         ),
         Idle(
             ("--gauge",),
-            When(
-                "without --objective zero-level", lambda given: given["--objective"] != "zero-level"
-            ),
+            When("without --objective zero-level", _trained),
         ),
         Idle(
             ("--patience",),

@@ -82,20 +82,22 @@ class Training:
         number("--lam", "L", "lam", "lambda of eq. 8, for a sum over the cells."),
     ] = None
     objective: Annotated[
-        Objective,
+        Objective | None,
         words(
             "--objective",
             Objective,
-            "what learns the mask; paper: tuner.",
+            "what learns the mask (paper: tuner). "
+            "Default: zero-level where the method has a sign, otherwise tuner.",
+            default=False,
         ),
-    ] = "tuner"
+    ] = None
     consistency: Annotated[
         float | None,
         number(
             "--consistency",
             "W",
             "consistency",
-            "Loss weight of masked images; paper: 0.",
+            "Weight of a loss that teaches the network to read masked images; paper: 0.",
         ),
     ] = None
     classification: Annotated[
@@ -124,14 +126,14 @@ class Training:
     ] = None
     batch: Annotated[int, number("--batch-size", "N", "batch", "Images a step.")] = 32
     patience: Annotated[
-        int,
+        int | None,
         number(
             "--patience",
             "N",
             "patience",
-            "Stop after N epochs of no better loss; 0 never.",
+            "Stop after N epochs of no better loss; 0 never. Default: 3.",
         ),
-    ] = 3
+    ] = None
     seed: Annotated[int, number("--seed", "N", "seed", "Seed of all randomness.")] = 0
 
 
@@ -180,8 +182,8 @@ def finetune(
     """Fine-tune the network so that its plain maps are as good as fine-tuned ones (AFT).
 
     Uses the masks in RUN/masks and writes RUN/tuned/MODEL-CAM.safetensors, which --checkpoint
-    takes. Other defaults depend on the number of images and are printed. If it is stopped, the same
-    command resumes. torchrun and accelerate launch run it in several processes.
+    takes. Defaults depend on the data. If stopped, the same command resumes. torchrun and
+    accelerate launch run it in several processes.
     """
     cams = named(maps.cam or [])
     _check(data, maps, training)

@@ -105,14 +105,15 @@ def _beginning(begun: Begun) -> tuple[str, str]:
     head = f" and a new head of {len(job.f.classes)} classes" if job.new_head else ""
     tuner = "" if job.masks is None else " and the tuner"
     resumed = f", resuming after epoch {begun.epoch}" if begun.epoch else ""
+    recipe = f"{_recipe(begun)}; {begun.why}" if begun.why else _recipe(begun)
     images = f"{begun.train} images, {begun.held_out} held out{resumed}"
     if begun.settings.objective == ZERO_LEVEL:
         first = f"{job.name}: learning the zero level at {job.f.layer_name} from {images}"
-        return first, _recipe(begun)
+        return first, recipe
     layers = ", ".join([*(job.earlier.names if job.earlier else ()), job.f.layer_name])
     return (
         f"{job.name}: training {layers}{head}, what follows it{tuner} on {images}",
-        _recipe(begun),
+        recipe,
     )
 
 

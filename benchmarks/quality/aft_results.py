@@ -2,9 +2,9 @@
 
     python -m benchmarks aft_results RUN --title TITLE --out study/nette.json --page
 
-RUN has the masks of `aft gen-masks`. For each seed it runs, with the defaults,
+RUN has the masks of `aft gen-masks`. For each seed it runs, with the defaults of mask consistency,
 
-    aft finetune --run RUN/seed-N --seed N
+    aft finetune --objective tuner --run RUN/seed-N --seed N
     aft finetune --no-masks --run RUN/seed-N --seed N
     aft evaluate --run RUN/seed-N --format json ...
 
@@ -88,7 +88,8 @@ def main() -> None:
         folder = str(seed_of(args.run, seed))
         common = ("--run", folder, "--workers", "0")
         later = [word for cam in args.later_cams if seed for word in ("--cam", cam)]
-        tuned = aft("finetune", *common, *later, "--seed", str(seed), "--json")
+        learn = ("--objective", "tuner", *later, "--seed", str(seed))
+        tuned = aft("finetune", *common, *learn, "--json")
         control = aft("finetune", "--no-masks", *common, "--seed", str(seed), "--json")
         result["cards"] += [_short(card) for card in json.loads(tuned) + json.loads(control)]
         plain = ("evaluate", *common, "--thresholds", "0", "--format", "json", "--ci")

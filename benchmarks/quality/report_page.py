@@ -20,7 +20,7 @@ PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
 SIZE = (1240, 2050)
 COMMANDS = (
     "gen-masks photos --cam gradcam --cam layercam",
-    "finetune --epochs 3 --held-out 0.25",
+    "finetune --objective tuner --epochs 3 --held-out 0.25",
     "finetune --no-masks --epochs 3 --held-out 0.25",
     "evaluate --table --figures",
 )

@@ -228,12 +228,12 @@ def hours(folder: Path, made: list[tuple[Study, dict[str, Any]]]) -> Iterator[st
     cams = " ".join(f"--cam {cam}" for cam in CAMS)
     for model in ("resnet50", "vgg16"):
         yield f"$ aft gen-masks imagenet {cams} --model {model} --run {model}-imagenet"
-        yield f"$ aft finetune --run {model}-imagenet"
+        yield f"$ aft finetune --objective tuner --run {model}-imagenet"
         yield f"$ aft evaluate --run {model}-imagenet --table --paper --ci"
         yield f"$ aft finetune VOCdevkit --no-masks --model {model} --run {model}-voc-head"
         head = f"{model}-voc-head/tuned/{model}-control.safetensors"
         yield f"$ aft gen-masks VOCdevkit {cams} --checkpoint {head} --run {model}-voc"
-        yield f"$ aft finetune --run {model}-voc"
+        yield f"$ aft finetune --objective tuner --run {model}-voc"
         yield f"$ aft evaluate --run {model}-voc --table --paper --ci"
     yield "```"
     yield ""

@@ -85,7 +85,8 @@ class Runs:
     def study(self, name: str, formats: tuple[str, ...] = FORMATS[:1], **how: int) -> Path:
         """Run gen-masks, finetune and evaluate; the run, with the tables beside it."""
         run = self.masks(name, PAIR, **how)
-        self.aft(name, "finetune", "--epochs", "2", "--batch-size", "8", "--cam", PAIR[0], **how)
+        learn = ("--objective", "tuner", "--epochs", "2", "--batch-size", "8")
+        self.aft(name, "finetune", *learn, "--cam", PAIR[0], **how)
         options = ("--table", "1,2,3,4", "--ci", "--limit", str(self.limit))
         for words in formats:
             found = self.aft(name, "evaluate", *options, "--format", words, **how)

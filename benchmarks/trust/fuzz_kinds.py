@@ -31,8 +31,8 @@ STORE = "run/masks/efficientnet_lite0-gradcam.h5"
 TUNED = "run/tuned/efficientnet_lite0-gradcam.safetensors"
 STATE = "run/tuned/.efficientnet_lite0-gradcam.state"
 FINETUNE = (
-    *("finetune", "--run", "run", "--epochs", "2", "--batch-size", "4", "--workers", "0"),
-    "--quiet",
+    *("finetune", "--run", "run", "--objective", "tuner", "--epochs", "2", "--batch-size", "4"),
+    *("--workers", "0", "--quiet"),
 )
 EVALUATE = ("evaluate", "--run", "run", "--table", "3", "--masking", "binary", "--workers", "0")
 # What is in the names of the kinds that need whole runs, which take half a minute to make.

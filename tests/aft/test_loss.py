@@ -2,13 +2,14 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from aftcli import AftError
-from aftcli.aft import loss as finetune_defaults
+from aftcli import settings as finetune_defaults
 from aftcli.aft.jobs import kept_image, mask_job
 from aftcli.aft.loss import (
     OBJECTIVES,
@@ -465,12 +466,20 @@ def test_a_relu_tuner_comes_back_from_its_file(colours, tmp_path):
 # Which recipe
 
 
-def job_with(images, classes, masks=True, new_head=False):
+def job_with(images, classes, masks=True, new_head=False, why_not="", earlier=None):
     class Data:
         samples = [type("S", (), {"label": i % classes})() for i in range(images)]
 
     return type(
-        "J", (), {"data_set": Data, "masks": object() if masks else None, "new_head": new_head}
+        "J",
+        (),
+        {
+            "data_set": Data,
+            "masks": object() if masks else None,
+            "new_head": new_head,
+            "no_zero_level": why_not,
+            "earlier": earlier,
+        },
     )()
 
 
@@ -497,10 +506,74 @@ def test_the_recipe_is_that_of_the_situation():
 def test_small_data_sets_get_as_many_steps():
     few = finetune_defaults.SITUATIONS["few"].settings
     # 90 images are trained on in 3 steps of 32 an epoch.
-    assert in_situation()(job_with(100, 50)).epochs == finetune_defaults.STEPS / 3
-    assert in_situation(batch=9)(job_with(100, 50)).epochs == finetune_defaults.STEPS / 10
-    assert in_situation()(job_with(100_000, 50_000)).epochs == few["epochs"]
-    assert in_situation(epochs=4)(job_with(100, 50)).epochs == 4
+    tuner = in_situation(objective="tuner")
+    assert tuner(job_with(100, 50)).epochs == finetune_defaults.STEPS / 3
+    nine = in_situation(objective="tuner", batch=9)
+    assert nine(job_with(100, 50)).epochs == finetune_defaults.STEPS / 10
+    assert tuner(job_with(100_000, 50_000)).epochs == few["epochs"]
+    assert in_situation(objective="tuner", epochs=4)(job_with(100, 50)).epochs == 4
     # A new head is no matter of steps.
     new = finetune_defaults.SITUATIONS["new"].settings
     assert in_situation()(job_with(100, 50, False, True)).epochs == new["epochs"]
+
+
+ONLY_TRAINED = {
+    "lam": ("--lam", 0.5),
+    "consistency": ("--consistency", 2.0),
+    "classification": ("--classification", "labels"),
+    "blend": ("--blend", 0.5),
+    "patience": ("--patience", 4),
+    "optimizer": ("optimizer", "sgd"),
+}
+
+
+def test_the_zero_level_is_the_default_where_masks_allow_it():
+    zero = finetune_defaults.SITUATIONS["zero-level"].settings
+    found = in_situation(gauge="v", seed=3, batch=7, held_out=0.3)(job_with(100, 50))
+    asked = {"gauge": "v", "seed": 3, "batch": 7, "held_out": 0.3}
+    assert found == Recipe(**{**zero, **asked, "objective": "zero-level"})
+    # As printed where nothing is chosen.
+    assert Recipe().objective == "tuner"
+    assert in_situation().choose(job_with(100, 50)) == (
+        "zero-level",
+        "chosen as the masks' method has a sign",
+        "",
+    )
+    without = in_situation(epochs=3)
+    job = job_with(100, 50, why_not="the masks' method has no sign")
+    few = finetune_defaults.SITUATIONS["few"].settings
+    assert without(job) == Recipe(**{**few, "epochs": 3})
+    assert without.choose(job).note == (
+        "the masks' method has no sign; the default is mask consistency, see docs/zero-level.md"
+    )
+
+
+@pytest.mark.parametrize("name", ONLY_TRAINED)
+def test_what_only_the_training_has_chooses_it(name):
+    spelled, value = ONLY_TRAINED[name]
+    chosen = in_situation(**{name: value}, gauge="t")
+    found = chosen(job_with(100, 50))
+    assert found.objective == "tuner" and getattr(found, name) == value
+    assert chosen.choose(job_with(100, 50)) == ("tuner", f"chosen by {spelled}", "")
+    # An objective that is asked for comes first.
+    zero = in_situation(**{name: value}, objective="zero-level")(job_with(100, 50))
+    assert zero.objective == "zero-level" and zero == in_situation()(job_with(100, 50))
+
+
+def test_several_layers_and_augmented_images_choose_the_training():
+    several = job_with(100, 50, earlier=object())
+    assert in_situation().choose(several) == ("tuner", "chosen by --layer", "")
+    augmented = replace(in_situation(), augment=True)
+    assert augmented.choose(job_with(100, 50)) == ("tuner", "chosen by --augment", "")
+    assert augmented.choose(several)[1] == "chosen by --augment, --layer"
+    # A control has neither masks nor a choice.
+    assert augmented.choose(job_with(100, 50, masks=False)) == ("tuner", "", "")
+    assert in_situation(objective="cam").choose(several)[1] == "chosen by --objective cam"
+
+
+def test_settings_that_a_zero_level_has_no_use_for_are_named():
+    asked = in_situation(epochs=3, learning_rate=0.1)
+    assert asked(job_with(100, 50)).objective == "zero-level"
+    note = asked.choose(job_with(100, 50)).note
+    assert sorted(note.split(" without effect")[0].split(" and ")) == ["--epochs", "--lr"]
+    assert in_situation(epochs=3, gauge="v").choose(job_with(100, 50)).note == ""

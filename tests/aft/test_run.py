@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from aftcli import AftError, MaskStore
-from aftcli.aft import loss as finetune_defaults
+from aftcli import settings as finetune_defaults
 from aftcli.aft.examples import CachedExamples, Crop, crop, random_crop
 from aftcli.aft.features import Cache, Masks, choose_cache, stem_output
 from aftcli.aft.jobs import control_job, mask_job
@@ -611,7 +611,7 @@ def test_a_control_of_other_classes_gets_a_new_head_by_itself(tmp_path, monkeypa
     assert job.new_head and job.f.classes.names == ("pear", "plum", "quince")
     assert job.data_set.mapped and {s.label for s in job.data_set.samples} == {0, 1, 2}
     new = finetune_defaults.SITUATIONS["new"].settings
-    assert finetune_defaults.in_situation()(job).learning_rate == new["learning_rate"]
+    assert in_situation()(job).learning_rate == new["learning_rate"]
 
 
 def test_mixed_precision_trains_nearly_the_same_and_resumes(

@@ -106,7 +106,10 @@ NO_EFFECT = [
             "--lr has no effect with --gauge t",
         ],
     ),
-    ((*TUNE, "--gauge", "v"), ["--gauge has no effect without --objective zero-level"]),
+    *(
+        ((*TUNE, *other, "--gauge", "v"), ["--gauge has no effect without --objective zero-level"])
+        for other in (("--objective", "tuner"), ("--lam", "1"), ("--layer", "a", "--layer", "b"))
+    ),
     (
         (*TUNE, "--no-masks", "--objective", "zero-level", "--gauge", "v", "--lr", "0.1"),
         ["--objective, --gauge have no effect with --no-masks"],
@@ -155,6 +158,7 @@ def test_options_that_depend_on_others_are_named(idle_commands, arguments, expec
         ("explain", "a.png", "--mute", "0", "--masking", "soft", "--fill", "black"),
         (*MAP, "--absolute", "--masking", "soft"),
         (*TUNE, "--objective", "cam", "--patience", "9"),
+        (*TUNE, "--gauge", "v", "--lr", "0.1", "--layer", "a"),
         (*EVALUATE, "--table", "5", "--masking", "soft", "--overwrite", "--paper"),
         (*EVALUATE, "--table", "4", "--sanity", "--masking", "soft", "--ci", "--cells"),
         (*EVALUATE, "--figures", "--image", "x", "--json", "--ci"),

@@ -226,7 +226,7 @@ def test_a_whole_run_in_inference_mode_gives_what_it_gives_outside(tmp_path):
         list(generate_masks(f, data, ["gradcam"], folder, Search((0.3,)), workers=0))
         job = mask_job(MaskStore(folder / "masks/small-gradcam.h5"), f)
         options = Options(workers=0, save_every=0)
-        settings = in_situation(**{**SETTINGS, "epochs": 1})
+        settings = in_situation(**{**SETTINGS, "objective": "tuner", "epochs": 1})
         *_, last = fine_tune([job], folder, settings, options)
         assert isinstance(last, Tuned)
         return load_file(last.path)

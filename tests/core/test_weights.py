@@ -87,7 +87,7 @@ def test_explain_takes_it_alone(tuned, tmp_path, chelsea):
 
 
 def test_finetune_again_says_that_it_is_there(tuned, study):
-    options = ("--epochs", "2", "--batch-size", "4", "--held-out", "0.2")
+    options = ("--objective", "tuner", "--epochs", "2", "--batch-size", "4", "--held-out", "0.2")
     before = tuned.stat().st_mtime_ns
     done = aft("finetune", "--run", study / "run", *options)
     assert done.code in (0, None) and "there already" in done.out
@@ -146,7 +146,7 @@ def test_masks_of_a_tuned_checkpoint_remember_it(tuned, study, tmp_path):
         *("--limit", "3", "--thresholds", "0.3"),
     )
     assert done.code in (0, None), done.err
-    done = aft("finetune", "--run", tmp_path, "--epochs", "1")
+    done = aft("finetune", "--run", tmp_path, "--objective", "tuner", "--epochs", "1")
     assert done.code in (0, None), done.err
     card = read_card(tmp_path / "tuned/efficientnet_lite0-gradcam.safetensors")
     assert card["start"] == load_classifier(checkpoint=tuned).weights_hash()

@@ -266,6 +266,9 @@ def made(network, run, *options):
     return run
 
 
+ONE_EPOCH = ("--objective", "tuner", "--epochs", "1")
+
+
 def evaluated(run, *options):
     return aft("evaluate", "--run", run, "--table", "4", *options)
 
@@ -273,7 +276,7 @@ def evaluated(run, *options):
 @pytest.mark.slow
 def test_names_of_a_users_network_are_given_once(network, tmp_path):
     run = made(network, tmp_path / "run", "--classes", network / "names.txt")
-    done = aft("finetune", "--run", run, "--epochs", "1", "--json")
+    done = aft("finetune", "--run", run, *ONE_EPOCH, "--json")
     assert done.code in (0, None), done.err
     (card,) = json.loads(done.out)
     assert card["classes"]["names"] == list(NAMES)
@@ -288,7 +291,7 @@ def test_names_of_a_users_network_may_be_given_later(network, tmp_path):
     for refused in (aft("finetune", "--run", run), evaluated(run)):
         assert refused.code == 1 and "classes have no names: name them by" in refused.err
         assert "--no-masks" not in refused.err
-    done = aft("finetune", "--run", run, "--epochs", "1", *names, "--json")
+    done = aft("finetune", "--run", run, *ONE_EPOCH, *names, "--json")
     assert done.code in (0, None), done.err
     assert json.loads(done.out)[0]["metrics"]["after"]["val"]["images"] == 6
     assert evaluated(run, *names).code in (0, None)
@@ -350,7 +353,7 @@ def test_a_val_split_that_can_not_be_measured_is_said(network, tmp_path):
     run = made(network, tmp_path / "run", "--classes", network / "names.txt")
     folders(network / "data/val", "quince")
     try:
-        done = aft("finetune", "--run", run, "--epochs", "1")
+        done = aft("finetune", "--run", run, *ONE_EPOCH)
     finally:
         shutil.rmtree(network / "data/val/quince")
     assert done.code in (0, None), done.err

@@ -71,7 +71,10 @@ def test_every_command_works_without_locks_and_says_so(tmp_path, monkeypatch, nu
     take_locks_away(monkeypatch, number)
     for folder, command in (
         ("masks", ("gen-masks", "data", *cams)),
-        ("tuned", ("finetune", "--epochs", "1", "--workers", "0", "--quiet")),
+        (
+            "tuned",
+            ("finetune", "--objective", "tuner", "--epochs", "1", "--workers", "0", "--quiet"),
+        ),
         ("results", ("evaluate", "--masking", "binary", "--workers", "0")),
     ):
         done = aft(*command, "--run", "run")

@@ -33,7 +33,10 @@ from tests.helpers.stored import small_float
 
 COMMANDS = {
     "gen-masks": ("--cam", "gradcam", "--cam", "layercam", "--batch-size", "2"),
-    "finetune": ("--cam", "gradcam", "--epochs", "2", "--batch-size", "5", "--cache", "disk"),
+    "finetune": (
+        *("--cam", "gradcam", "--objective", "tuner", "--epochs", "2", "--batch-size", "5"),
+        *("--cache", "disk"),
+    ),
     "evaluate": ("--table", "1,2,3,4", "--batch-size", "2", "--json"),
 }
 

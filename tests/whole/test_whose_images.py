@@ -48,7 +48,7 @@ def masks(root, run, cam="gradcam", limit=None):
 
 def train(job, run, overwrite=False, **settings):
     """Tune on a job for an epoch; the card."""
-    chosen = in_situation(**{**SETTINGS, "epochs": 1, **settings})
+    chosen = in_situation(**{**SETTINGS, "objective": "tuner", "epochs": 1, **settings})
     options = Options(workers=0, save_every=0, overwrite=overwrite)
     (done,) = (e for e in fine_tune([job], run, chosen, options) if isinstance(e, Tuned))
     return done.card
