@@ -93,7 +93,7 @@ class StoredThresholds:
     ] = None
     masking: Annotated[
         Readings,
-        words("--masking", Readings, "multiply by mask, by map, or a table each."),
+        words("--masking", Readings, "a table of each, multiply by the mask, or by the map."),
     ] = "both"
     fill: Annotated[Fill | None, words("--fill", Fill, "of muted pixels.", default=False)] = None
     mode: Annotated[

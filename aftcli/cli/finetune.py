@@ -64,11 +64,11 @@ class TrainingData(Data):
     ] = False
     held_out: Annotated[
         float,
-        number("--held-out", "SHARE", "held_out", "Images that only choose the epoch."),
+        number("--held-out", "SHARE", "held_out", "Share kept to choose the epoch."),
     ] = 0.1
-    augment: Annotated[
-        bool, option("--augment", "", "Flip and crop at random, without a cache.")
-    ] = False
+    augment: Annotated[bool, option("--augment", "", "Flip and crop at random; uses no cache.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class Training:
 
     lam: Annotated[
         float | None,
-        number("--lam", "L", "lam", "lambda of eq. 8, for a sum over the cells."),
+        number("--lam", "L", "lam", "Weight of the mask loss: lambda of eq. 8."),
     ] = None
     objective: Annotated[
         Objective | None,
         words(
             "--objective",
             Objective,
-            "what learns the mask (paper: tuner). "
+            "what fits the masks (paper: tuner). "
             "Default: zero-level where the method has a sign, otherwise tuner.",
             default=False,
         ),
@@ -105,7 +105,7 @@ class Training:
         words(
             "--classification",
             Classification,
-            "learn the labels (paper), or the probabilities before.",
+            "learn the labels (paper), or the original probabilities.",
             default=False,
         ),
     ] = None
@@ -131,7 +131,7 @@ class Training:
             "--patience",
             "N",
             "patience",
-            "Stop after N epochs of no better loss; 0 never. Default: 3.",
+            "Stop after N epochs without a better loss; 0: never. Default: 3.",
         ),
     ] = None
     seed: Annotated[int, number("--seed", "N", "seed", "Seed of all randomness.")] = 0
@@ -143,7 +143,7 @@ class TunedMaps(Methods):
 
     gauge: Annotated[
         Gauge,
-        words("--gauge", Gauge, "a number, or weights too."),
+        words("--gauge", Gauge, "one number, or weights too."),
     ] = "t"
 
 
@@ -163,11 +163,11 @@ class TuneRun(StudyRun):
 
     precision: Annotated[
         MixedPrecision,
-        words("--precision", MixedPrecision, "as launched."),
+        words("--precision", MixedPrecision, "auto as launched."),
     ] = "auto"
     cache: Annotated[
         Cache,
-        words("--cache", Cache, "of the frozen layers' outputs."),
+        words("--cache", Cache, "where to keep the frozen layers' outputs."),
     ] = "auto"
 
 

@@ -247,7 +247,7 @@ class Data:
         option(
             "--split",
             "NAME",
-            "Part of it. Default: train, or val to evaluate.",
+            "Its split. Default: train, or val to evaluate.",
         ),
     ] = None
     limit: Annotated[
