@@ -86,6 +86,13 @@ class Judge:
             AftError: it knows none.
         """
         if (self.matching(f) < 0).all():
+            theirs = (self.classifier or f).classes
+            if theirs == Classes.numbered(len(theirs)):
+                raise AftError(
+                    f"--judge {self.name}: its {len(theirs)} classes have no names, so it can't "
+                    f"judge those of {f.name}; take a checkpoint of aft finetune, which has "
+                    f"them, or --judge {MIRROR}"
+                )
             raise AftError(
                 f"--judge {self.name}: has none of the {len(f.classes)} classes of {f.name} by "
                 "name or wnid, so it can't judge; name a network with the same classes, or take "
