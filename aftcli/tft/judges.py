@@ -22,7 +22,6 @@ from aftcli.core.classifier import Classes, Classifier, probabilities
 from aftcli.core.models import load_classifier
 from aftcli.core.weights import read_card
 from aftcli.errors import AftError
-from aftcli.files import check_checkpoint
 from aftcli.settings import MIRROR, SELF, Search
 from aftcli.tft.search import masked_probabilities
 
@@ -211,6 +210,5 @@ def _place(text: str) -> tuple[str | None, Path | None]:
     """Tell a model's name and a checkpoint apart."""
     model, equals, path = text.partition("=")
     if Path(text).is_file() or (not equals and text.endswith(FILES)):
-        check_checkpoint(Path(text))
         return None, Path(text)
     return (model, Path(path)) if equals else (text, None)

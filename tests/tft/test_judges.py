@@ -486,7 +486,7 @@ def test_judges_are_loaded_by_name_by_file_and_by_model_and_file(lite0, tmp_path
     assert {j.weights for j in found[1:]} == {lite0.weights_hash()}
     renamed = Path(path.rename(tmp_path / "lite.pth"))
     assert [j.name for j in load_judges([str(renamed)])] == ["lite"]
-    with pytest.raises(AftError, match=r"gone.pth: there is no such checkpoint file"):
+    with pytest.raises(AftError, match=r"--judge .*gone.pth: there is no such checkpoint file"):
         load_judges([str(tmp_path / "gone.pth")])
     with pytest.raises(AftError, match=r"--judge resnet5: unknown model"):
         load_judges(["resnet5"])
