@@ -17,7 +17,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.cut import LinearHead
 from aftcli.core.methods import method as find_method
 from aftcli.core.networks import class_indices, first_activation, outside_inference_mode
-from aftcli.core.zero_level import above
+from aftcli.core.zero_level import above, without_constant
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time
@@ -126,7 +126,7 @@ def eigen_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
 
     A singular vector has no sign of its own; the one with a positive sum of the map is taken.
     """
-    cells = wide(activation).flatten(2).mT
+    cells = wide(without_constant(f, activation)).flatten(2).mT
     u, s, _ = torch.linalg.svd(cells, full_matrices=False)
     first: Tensor = u[:, :, 0] * s[:, None, 0]
     first = first * torch.where(first.sum(1, keepdim=True) < 0, -1, 1)
@@ -140,6 +140,7 @@ def score_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
     Each A^k is scaled to [0, 1] first. Constant channels all give the same empty mask, which is
     scored once.
     """
+    activation = without_constant(f, activation)
     return weighted_sum(masked_scores(f, activation, class_index, x).softmax(1), activation)
 
 

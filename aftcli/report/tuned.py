@@ -66,7 +66,8 @@ class _Watch:
             self._close()
             self._say(_chosen_line(event))
         elif isinstance(event, Epoch):
-            self._say(_epoch_line(event))
+            if event.train or event.held_out:
+                self._say(_epoch_line(event))
         elif isinstance(event, Note):
             self._say(f"aft: {event.text}")
         else:

@@ -22,7 +22,6 @@ from aftcli.core.classifier import Classes, Classifier, probabilities
 from aftcli.core.models import load_classifier
 from aftcli.core.weights import read_card
 from aftcli.errors import AftError
-from aftcli.files import check_checkpoint
 from aftcli.settings import MIRROR, SELF, Search
 from aftcli.tft.search import masked_probabilities
 
@@ -86,6 +85,13 @@ class Judge:
             AftError: it knows none.
         """
         if (self.matching(f) < 0).all():
+            theirs = (self.classifier or f).classes
+            if theirs == Classes.numbered(len(theirs)):
+                raise AftError(
+                    f"--judge {self.name}: its {len(theirs)} classes have no names, so it can't "
+                    f"judge those of {f.name}; take a checkpoint of aft finetune, which has "
+                    f"them, or --judge {MIRROR}"
+                )
             raise AftError(
                 f"--judge {self.name}: has none of the {len(f.classes)} classes of {f.name} by "
                 "name or wnid, so it can't judge; name a network with the same classes, or take "
@@ -204,6 +210,5 @@ def _place(text: str) -> tuple[str | None, Path | None]:
     """Tell a model's name and a checkpoint apart."""
     model, equals, path = text.partition("=")
     if Path(text).is_file() or (not equals and text.endswith(FILES)):
-        check_checkpoint(Path(text))
         return None, Path(text)
     return (model, Path(path)) if equals else (text, None)

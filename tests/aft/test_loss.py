@@ -24,10 +24,10 @@ from aftcli.aft.loss import (
 )
 from aftcli.aft.run import Begun
 from aftcli.aft.tail import Tail, earlier_layers
-from aftcli.aft.training import Training
+from aftcli.aft.training import Epoch, Measured, Training
 from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.methods import METHODS
-from aftcli.report.tuned import _recipe
+from aftcli.report.tuned import _recipe, watch
 from aftcli.settings import OBJECTIVES as choices
 from aftcli.tft.search import fine_tune_threshold
 from aftcli.tft.threshold import FILLS, masked_image
@@ -577,3 +577,12 @@ def test_settings_that_a_zero_level_has_no_use_for_are_named():
     note = asked.choose(job_with(100, 50)).note
     assert sorted(note.split(" without effect")[0].split(" and ")) == ["--epochs", "--lr"]
     assert in_situation(epochs=3, gauge="v").choose(job_with(100, 50)).note == ""
+
+
+def test_nothing_is_said_of_epoch_0_where_nothing_was_measured(capsys):
+    measured = Measured(1.5, 1.25, 0.5, 0.75, 4)
+    watch(iter([Epoch(0, None, None), Epoch(1, measured, None)]), quiet=False)
+    (line,) = capsys.readouterr().err.split("\n")[:-1]
+    assert line == "epoch 1: cross-entropy 1.2500, mask 0.500, accuracy 75.0%"
+    watch(iter([Epoch(0, None, measured)]), quiet=False)
+    assert capsys.readouterr().err.startswith("before: held out: cross-entropy 1.2500")

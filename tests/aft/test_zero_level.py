@@ -18,7 +18,7 @@ from aftcli.aft.loss import ZERO_LEVEL, Recipe, in_situation
 from aftcli.aft.run import Options, fine_tune
 from aftcli.aft.training import Step, Training
 from aftcli.aft.zero_level import SHARES, Chosen, Searching, ZeroLevelTraining
-from aftcli.core.cam import normalise, stretch
+from aftcli.core.cam import normalise, scaled_map, stretch
 from aftcli.core.classifier import Preprocessing, cut_classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.weights import checkpoint_of, read_card, restore
@@ -148,6 +148,15 @@ def test_methods_that_take_the_network_apart_take_this_one(kind, cam):
     # t moves no logit: the network without it is taken apart.
     found = attribution_map(g, s.x, s.class_index, cam)
     assert_near(found, attribution_map(s.f, s.x, s.class_index, cam), 1e-9)
+
+
+@pytest.mark.parametrize("cam", ["scorecam", "eigencam", "gradcam++", "layercam"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_methods_without_a_sign_keep_their_map(kind, cam):
+    s, g, _ = moved(kind, with_v=False)
+    found = scaled_map(g, g.activation(s.x), s.class_index, s.x, cam)
+    expected = scaled_map(s.f, s.f.activation(s.x), s.class_index, s.x, cam)
+    assert_near(found, expected, 1e-9)
 
 
 # The support and the loss.

@@ -270,6 +270,10 @@ def test_a_judge_without_a_common_class_is_refused():
     strange.classes = Classes(("one", "two", "three"))
     with pytest.raises(AftError, match=r"--judge strange: has none of the 3 classes.*mirror"):
         Judge("strange", strange).check(f)
+    # As a state dict's are: the same number of classes says nothing of their order.
+    strange.classes = Classes.numbered(3)
+    with pytest.raises(AftError, match=r"strange: its 3 classes have no names.*finetune.*mirror"):
+        Judge("strange", strange).check(f)
     strange.classes = Classes(("one", "two", NAMES[0]))
     Judge("strange", strange).check(f)
     MIRROR.check(f)
@@ -482,7 +486,7 @@ def test_judges_are_loaded_by_name_by_file_and_by_model_and_file(lite0, tmp_path
     assert {j.weights for j in found[1:]} == {lite0.weights_hash()}
     renamed = Path(path.rename(tmp_path / "lite.pth"))
     assert [j.name for j in load_judges([str(renamed)])] == ["lite"]
-    with pytest.raises(AftError, match=r"gone.pth: there is no such checkpoint file"):
+    with pytest.raises(AftError, match=r"--judge .*gone.pth: there is no such checkpoint file"):
         load_judges([str(tmp_path / "gone.pth")])
     with pytest.raises(AftError, match=r"--judge resnet5: unknown model"):
         load_judges(["resnet5"])
