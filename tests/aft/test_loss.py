@@ -178,6 +178,7 @@ def test_distillation_alone_changes_nothing():
     assert abs(history[-1].train.total) < 1e-12
 
 
+@pytest.mark.slow
 def test_mask_consistency_teaches_what_is_kept_to_be_recognised():
     f, examples = examples_of()
     losses = {}

@@ -45,6 +45,8 @@ from tests.helpers.small import CLASSES, KINDS, POOL_LINEAR, small
 from tests.helpers.stored import generate, small_float
 from tests.helpers.trained import Direct, epochs, make_colours, masks_of, tune, tuned
 
+pytestmark = pytest.mark.slow
+
 SIGNED = [name for name, entry in METHODS.items() if entry.signed]
 WITHOUT = [name for name in METHODS if name not in SIGNED]
 CASES = [(k, m) for k in KINDS for m in SIGNED if m != "cam" or k in POOL_LINEAR]

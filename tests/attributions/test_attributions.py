@@ -196,6 +196,7 @@ def test_the_command_line_says_which_extra_is_missing(monkeypatch, tmp_path):
         assert "pip install 'aftcli[attributions]'" in done.err
 
 
+@pytest.mark.slow
 def test_bars_show_passes_of_the_network(monkeypatch, tmp_path):
     monkeypatch.setattr(report_progress, "SLOW", 0)
     bar = Progress(report_progress.PassesColumn())

@@ -143,6 +143,7 @@ def test_rules_of_layers_see_the_weights_that_an_unusual_network_computes(name):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.slow
 def test_the_users_network_stays_as_it_was(name):
     model = UNUSUAL[name]().train()
     x, c = inputs()

@@ -298,6 +298,7 @@ def test_names_of_a_users_network_may_be_given_later(network, tmp_path):
     assert evaluated(run).code in (0, None)
 
 
+@pytest.mark.slow
 def test_names_given_to_masks_without_are_refused_with_what_to_do(network, tmp_path):
     run = made(network, tmp_path / "run")
     (path,) = (run / "masks").glob("*.h5")
@@ -325,6 +326,7 @@ def test_classes_of_one_name_are_blamed_instead_of_the_folder(network, tmp_path)
     assert open_data_set(data, None, Classes(("a", "a", NAMES[1]))).samples[0].label == 2
 
 
+@pytest.mark.slow
 def test_a_class_of_val_alone_is_no_reason_for_another_new_layer(lite0, tmp_path):
     """The advice of a run with --no-masks does not lead back to it."""
     data = folders(tmp_path / "data", "train/a", "train/b", "val/a", "val/c", each=2)

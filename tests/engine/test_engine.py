@@ -65,6 +65,7 @@ def test_activations_and_logits_are_those_of_the_network(name, kind):
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.slow
 def test_the_engine_runs_and_not_the_network(name, monkeypatch):
     f, _ = network()
     fast = accelerated(f, name, note=lambda text: None)
@@ -74,6 +75,7 @@ def test_the_engine_runs_and_not_the_network(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.slow
 def test_the_network_stays_as_it_was(name, empty_cache):
     f, _ = network()
     before, weights = f(inputs()), f.weights_hash()
@@ -95,6 +97,7 @@ def test_with_gradients_the_network_itself_runs(name):
 
 @pytest.mark.parametrize("name", QUICK)
 @torch.no_grad()
+@pytest.mark.slow
 def test_inputs_of_another_size_run_all_the_same(name):
     f, model = network()
     x = torch.randn(2, 3, 36, 24)
@@ -268,6 +271,7 @@ def test_without_onnxruntime_torch_runs_and_the_note_says_what_to_install(monkey
 # The cache of exported networks
 
 
+@pytest.mark.slow
 def test_a_network_is_exported_once(empty_cache, capsys):
     notes = []
     accelerated(network()[0], "onnxruntime", note=notes.append)

@@ -33,6 +33,8 @@ from tests.tft.test_judges import (
     nearly_same,
 )
 
+pytestmark = pytest.mark.slow
+
 ASKED = replace(PLAN, extras=frozenset({BASELINES}), controls=True)
 
 

@@ -365,6 +365,7 @@ def average_as_one_of(index, port, found):
     found.put(float(average.compute()))
 
 
+@pytest.mark.slow
 def test_averages_are_over_all_processes(processes):
     import socket
 

@@ -21,6 +21,8 @@ from aftcli.settings import Search
 from tests.evaluation.test_run import study_of
 from tests.helpers.stored import make_images, small_float
 
+pytestmark = pytest.mark.slow
+
 quantus = import_module("quantus")
 
 UNIT = Unit("gradcam", "binary")

@@ -386,6 +386,7 @@ def test_measures_that_were_computed_are_kept_and_found_again(whole, data, tmp_p
     assert not list(tmp_path.glob("*/results/.*.parts"))
 
 
+@pytest.mark.slow
 def test_measures_made_of_others_are_added_to_results_that_have_those(data, tmp_path):
     study, wanted = study_of(data), extras_of(["arcc"], False)
     assert wanted == {"arcc", "adcc", "road"}
@@ -517,6 +518,7 @@ def test_several_processes_find_what_one_finds(whole, data, tmp_path, processes,
             torch.testing.assert_close(values, other, atol=1e-6, rtol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_the_size_of_batches_changes_nothing(whole, data, tmp_path):
     other = run_all(study_of(data), tmp_path / "other", replace(PLAN, batch=3, block=5, workers=1))
     for key, result in whole.results.items():

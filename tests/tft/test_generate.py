@@ -119,6 +119,7 @@ def stop_after(images, run, steps):
 
 
 @pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.slow
 def test_several_processes_make_the_same_store_as_one(
     images, uninterrupted, processes, tmp_path, count
 ):
@@ -135,6 +136,7 @@ def test_several_processes_make_the_same_store_as_one(
     assert_same(content(tmp_path), uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_is_finished_by_one(images, uninterrupted, tmp_path):
     torch.set_num_threads(1)
     stop_after(images, tmp_path, steps=9)

@@ -33,6 +33,8 @@ from tests.helpers.stored import NAMES, make_images, small_float
 from tests.reference import metrics as slow
 from tests.reference import paper as reference
 
+pytestmark = pytest.mark.slow
+
 T = (0.0, 0.3, 0.6, 1.0)
 CAMS = ("gradcam", "xgradcam")
 MIRROR = Judge("mirror")

@@ -569,6 +569,7 @@ def real(shared, lite0):
     return x, class_index, attribution_map(lite0, x, class_index, "gradcam")
 
 
+@pytest.mark.slow
 def test_maps_of_real_images_equal_the_definition_and_one_by_one(real, lite0, uncut_lite0):
     x, class_index, maps = real
     for n in range(0, 20, 5):

@@ -16,6 +16,8 @@ from tests.helpers.command import aft
 from tests.helpers.stored import small_float
 from tests.helpers.trained import make_colours
 
+pytestmark = pytest.mark.slow
+
 BOTH = ("gradcam", "layercam")
 
 QUICK = ("--epochs", "1", "--workers", "0", "--engine", "torch")

@@ -21,6 +21,8 @@ from tests.helpers.command import aft
 from tests.helpers.stored import small_float
 from tests.helpers.trained import make_colours, masks_of
 
+pytestmark = pytest.mark.slow
+
 LEVEL = 0.11
 
 
