@@ -21,13 +21,13 @@ from aftcli.core.classifier import Classifier, probabilities
 from aftcli.core.methods import METHODS
 from aftcli.data.objects import Regions
 from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, QUANTUS, Measure
-from aftcli.evaluation.metrics import drop
 from aftcli.evaluation.results import Images, Muting, Unit, Values, Verdict, View, Wanted
 from aftcli.settings import Search
 from aftcli.tft.judges import judged, judged_masks
 from aftcli.tft.search import masked_probabilities
 from aftcli.tft.threshold import (
     cut_off,
+    drop,
     first_maximum,
     mask_of,
     masked_image,

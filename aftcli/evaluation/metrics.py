@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics.aggregation import MeanMetric
 
 from aftcli.tft.threshold import SCORE_ROUNDING, rises
+from aftcli.tft.threshold import drop as drop  # the zero level is chosen by it
 
 STEPS = 10  # of insertion and deletion: shares 0, 0.1, … 1 of the pixels
 ROAD_SHARES = (0.2, 0.4, 0.6, 0.8)  # of the pixels that ROAD removes
@@ -39,17 +40,6 @@ def increase(y_hat: Tensor, y: Tensor) -> Tensor:
     tensor([1., 0.])
     """
     return rises(y_hat, y).float()
-
-
-def drop(y_hat: Tensor, y: Tensor) -> Tensor:
-    """Return max(y^c - y_hat^c, 0) / y^c (§5.2), whose mean is Average Drop.
-
-    >>> drop(torch.tensor([0.75, 0.2]), torch.tensor([0.5, 0.5]))
-    tensor([0.0000, 0.6000])
-    """
-    fall = (y - y_hat).clamp(min=0)
-    # y = 0 happens only where a probability underflows; 0 / 0 is no drop.
-    return torch.where(fall > 0, fall / y, 0)
 
 
 def gain(y_hat: Tensor, y: Tensor) -> Tensor:
