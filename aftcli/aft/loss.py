@@ -275,7 +275,7 @@ def _float32(values: Tensor) -> Tensor:
 
 
 class Situated(Protocol):
-    """What decides a job's situation (`aftcli.aft.jobs.Job`)."""
+    """The part of a job (`aftcli.aft.jobs.Job`) that decides its situation."""
 
     @property
     def masks(self) -> object:

@@ -41,7 +41,7 @@ def device(name: str) -> torch.device:
     """The device of a name; see `find_device`. On a GPU convolutions keep the bits of float32.
 
     TensorFloat32, torch's default there, moves activations by 5e-3 and probabilities by .1
-    (docs/benchmarks.md); --precision is the way to ask for less.
+    or more; --precision is the way to ask for less.
     """
     import torch
 

@@ -250,7 +250,7 @@ def _membership(size: int, cells: int) -> Tensor:
 
 
 class Learned(NamedTuple):
-    """What a zero level is learned from, of all training images that could be read.
+    """Maps and masks to learn a zero level from, of all training images that could be read.
 
     Attributes:
         signed: S, shape (N, h, w), in the unit of `signed_map`.

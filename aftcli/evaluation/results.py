@@ -1,4 +1,4 @@
-"""What is to be measured, and the results: on disk, named after their inputs, resumable.
+"""Wishes of an evaluation and its results: on disk, named after their inputs, resumable.
 
 A result file holds one value an image of each measure (docs/formats.md). Its name has a hash of
 all that decides the values: weights, images, annotations, settings. So a changed input is

@@ -179,16 +179,20 @@ def _cell(found: dict[str, Any] | None, signed: bool = False, interval: bool = F
     return text + (f" [{found['low']:+.3f}, {found['high']:+.3f}]" if interval else "")
 
 
+def _titles(judges: Sequence[str]) -> str:
+    """Name judges in a table's head, checkpoints by their files."""
+    return " | ".join(Path(judge).stem if "/" in judge else judge for judge in judges)
+
+
 def tables(results: dict[str, Any], name: str) -> str:
     """Write a data set's tables: a row a map and network, a column a judge."""
     lines = []
     for network, one in results[name].items():
-        judges = [j for j in one["judges"]]
-        shown = [Path(j).stem if "/" in j else j for j in judges]
+        judges = one["judges"]
         lines += [
             f"**{network}**: increase / drop by each judge",
             "",
-            f"| map | {' | '.join(shown)} | kept area | energy in boxes | IoU with boxes |",
+            f"| map | {_titles(judges)} | kept area | energy in boxes | IoU with boxes |",
             "|---|" + "---|" * (len(judges) + 3),
         ]
         for title, halves in one["rows"].items():
@@ -211,12 +215,11 @@ def gains(results: dict[str, Any], name: str) -> str:
     """Write the differences of Average Increase, on all images and both halves."""
     lines = []
     for network, one in results[name].items():
-        judges = [j for j in one["judges"]]
-        shown = [Path(j).stem if "/" in j else j for j in judges]
+        judges = one["judges"]
         lines += [
             f"**{network}**: difference of Average Increase",
             "",
-            f"| difference | images | {' | '.join(shown)} |",
+            f"| difference | images | {_titles(judges)} |",
             "|---|---|" + "---|" * len(judges),
         ]
         for title, halves in one["differences"].items():

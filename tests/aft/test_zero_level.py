@@ -387,7 +387,7 @@ def test_of_equal_scores_the_smaller_t_is_taken():
 
 
 def test_nothing_is_muted_where_muting_only_harms():
-    """Where each cell speaks for the class and none against it, less is never more."""
+    """Muting never helps if each cell speaks for the class and none against it."""
     network = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 4, 4),
         torch.nn.ReLU(),

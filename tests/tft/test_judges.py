@@ -505,7 +505,7 @@ def test_a_judge_that_cannot_be_asked_is_said(tmp_path):
 
 
 def test_tables_with_and_without_judges(study, tmp_path):
-    """Of two networks the one that masked and the one that did not."""
+    """A network that masked is told from one that did not."""
     options = ("--thresholds", "0,0.3", "--masking", "soft", "--quiet", "--limit", "2")
     command = ("evaluate", *options, "--table", "3", "--run", study / "run")
     judges = ("--judge", "efficientnet_lite1", "--judge", "mirror")

@@ -101,7 +101,7 @@ def test_options_of_the_training_choose_it(colours):
 
 
 def test_a_checkpoint_of_the_default_before_is_refused_with_what_to_do(colours):
-    """What `aft finetune` learned before the zero level was its default stays as it is."""
+    """A checkpoint from before the zero level was the default stays as it is."""
     done("gen-masks", "data")
     explicit = ("finetune", "--objective", "tuner", "--workers", "0")
     done(*explicit)
