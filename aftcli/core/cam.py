@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aftcli.core.classifier import Classifier
-from aftcli.core.cut import LinearHead
+from aftcli.core.classifier import Classifier, LinearHead
 from aftcli.core.methods import method as find_method
 from aftcli.core.networks import class_indices, first_activation, outside_inference_mode
 from aftcli.core.zero_level import above, without_constant

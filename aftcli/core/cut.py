@@ -3,10 +3,6 @@
 The network is traced by torch.fx with every module a leaf but the layer's ancestors, so what
 lies off the cut runs as its authors wrote it, and the three parts hold the same modules as the
 model, under the same names.
-
-Most heads end in channel-wise operations (pooling, activations, flattening), a linear layer, and
-perhaps more of an MLP. Split at that layer, the effect of one channel of A on its output is known
-without running the head again, which makes CAM and Ablation-CAM cheap.
 """
 
 from __future__ import annotations
@@ -239,7 +235,7 @@ def cut_points(model: nn.Module, size: tuple[int, int] = (224, 224)) -> list[Cut
 
 def _some_cut_points(model: nn.Module, near: str = "", n: int = 12) -> str:
     try:
-        spatial = [p.name for p in cut_points(model) if _is_spatial(p.shape)]
+        spatial = [p.name for p in cut_points(model) if is_spatial(p.shape)]
     except Exception:  # noqa: BLE001 - this only decorates the error that is on its way
         return "unknown"
     if near:
@@ -247,152 +243,6 @@ def _some_cut_points(model: nn.Module, near: str = "", n: int = 12) -> str:
     return ", ".join(spatial[-n:])
 
 
-def _is_spatial(shape: tuple[int, ...]) -> bool:
+def is_spatial(shape: tuple[int, ...]) -> bool:
+    """Tell if a shape is that of channels of more than one cell, (N, K, h, w)."""
     return len(shape) == 4 and shape[2] * shape[3] > 1
-
-
-def _has_convolution(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.Conv2d) for m in module.modules())
-
-
-def _is_pointwise(module: nn.Module) -> bool:
-    """Tell if a module is a normalisation or activation, which belongs to the layer before it."""
-    # torchvision's Conv2dNormActivation has a norm in its name, and a convolution in it.
-    if _has_convolution(module):
-        return False
-    return type(module).__module__ == "torch.nn.modules.activation" or (
-        "Norm" in type(module).__name__
-    )
-
-
-def last_layer(model: nn.Module, size: tuple[int, int] = (224, 224)) -> str:
-    """Find the last convolutional layer with spatial extent, its norm and activation included.
-
-    It is named as `cut` takes it.
-    """
-    try:
-        points = cut_points(model, size)
-    except AftError:
-        raise
-    except Exception as error:
-        raise AftError(
-            f"no layer found at which {type(model).__name__} can be cut ({first_line(error)}); "
-            "pass --layer NAME"
-        ) from error
-    spatial = [p for p in points if _is_spatial(p.shape) and _has_convolution(p.module)]
-    inner = [
-        p for p in spatial if not any(q.name.startswith(f"{p.name}.") for q in spatial if q != p)
-    ]
-    if not inner:
-        raise AftError(
-            f"{type(model).__name__} has no convolutional layer with spatial extent on the only "
-            "path to its logits: it is not a plain CNN, or it needs --layer NAME"
-        )
-    after = points[points.index(inner[-1]) + 1 :]
-    if any("Attention" in type(m).__name__ for p in after for m in p.module.modules()):
-        raise AftError(
-            f"{type(model).__name__} attends over tokens after its last convolution: it is a "
-            "transformer, not a CNN; pass --layer NAME to cut it all the same"
-        )
-    layer = [inner[-1]]
-    for point in _outermost_pointwise(after):
-        if layer[0].name.startswith(f"{point.name}."):
-            if isinstance(point.module, nn.Sequential) and _same_weights(point, layer):
-                layer = [point]
-        elif _is_pointwise(point.module) and point.shape == layer[-1].shape:
-            layer.append(point)
-        else:
-            break
-    return "+".join(p.name for p in layer)
-
-
-def _outermost_pointwise(points: list[CutPoint]) -> list[CutPoint]:
-    """Leave out what is inside a norm or activation: timm's BatchNormAct2d has children."""
-    outer = tuple(f"{p.name}." for p in points if _is_pointwise(p.module))
-    return [p for p in points if not p.name.startswith(outer or ("\0",))]
-
-
-def _same_weights(point: CutPoint, layer: list[CutPoint]) -> bool:
-    ids = {id(w) for p in layer for w in p.module.parameters()}
-    return {id(w) for w in point.module.parameters()} == ids
-
-
-class LinearHead(NamedTuple):
-    """head(A) = rest(linear(pool(A))), where pool mixes no channels.
-
-    Attributes:
-        pool: from A, shape (N, K, h, w), to features, shape (N, K * m), channel by channel.
-        linear: the first linear layer, K * m features in.
-        rest: from the linear layer's output to the logits.
-        is_last: the linear layer's outputs are the logits: rest is the identity.
-        is_mean: pool is global average pooling.
-    """
-
-    pool: nn.Module
-    linear: nn.Linear
-    rest: nn.Module
-    is_last: bool
-    is_mean: bool
-
-
-def linear_head(head: nn.Module, shape: tuple[int, int, int]) -> LinearHead | None:
-    """Split a head at its first linear layer; None if what is before it mixes channels."""
-    was_training = head.training
-    head.eval()
-    try:
-        name = _first_linear(head)
-        if name is None:
-            return None
-        pool, linear, rest = cut(head, name)
-        split = LinearHead(pool, head.get_submodule(name), rest, _is_identity(rest), False)  # type: ignore[arg-type]
-        if not _is_channelwise(split, shape):
-            return None
-        return split._replace(is_mean=_is_mean(split, shape))
-    finally:
-        head.train(was_training)
-
-
-def _first_linear(head: nn.Module) -> str | None:
-    try:
-        return next((n for n, m in cut_modules(head) if isinstance(m, nn.Linear)), None)
-    except Exception:  # noqa: BLE001 - a head that fx can't open has no linear form
-        return None
-
-
-def _is_identity(rest: nn.Module) -> bool:
-    return isinstance(rest, fx.GraphModule) and all(
-        isinstance(rest.get_submodule(str(node.target)), nn.Identity | nn.Dropout)
-        if node.op == "call_module"
-        else node.op in ("placeholder", "output")
-        for node in rest.graph.nodes
-    )
-
-
-@torch.no_grad()
-def _is_channelwise(split: LinearHead, shape: tuple[int, int, int]) -> bool:
-    """Test on random activations that zeroing channels moves only those channels' features."""
-    weight = split.linear.weight
-    channels = shape[0]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        activation = torch.randn(1, *shape, generator=generator).to(weight)
-        kept = (torch.rand(channels, generator=generator) < 0.5).to(weight.device)
-        zero = split.pool(torch.zeros_like(activation))
-        features = split.pool(activation)
-        if features.dim() != 2 or features.shape[1] % channels:
-            return False
-        blocks = features.view(channels, -1), zero.view(channels, -1)
-        expected = torch.where(kept[:, None], *blocks).view(1, -1)
-        ablated = split.pool(activation * kept[:, None, None])
-        if not torch.allclose(ablated, expected, rtol=1e-4, atol=1e-5):
-            return False
-    return True
-
-
-@torch.no_grad()
-def _is_mean(split: LinearHead, shape: tuple[int, int, int]) -> bool:
-    activation = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
-    activation = activation.to(split.linear.weight)
-    features = split.pool(activation)
-    mean = activation.mean((2, 3))
-    return features.shape == mean.shape and torch.allclose(features, mean, rtol=1e-4, atol=1e-5)

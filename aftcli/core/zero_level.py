@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aftcli.core.classifier import Classifier
-from aftcli.core.cut import linear_head
+from aftcli.core.classifier import Classifier, linear_head
 from aftcli.core.methods import METHODS, method
 from aftcli.errors import AftError
 from aftcli.settings import RANGES

@@ -18,10 +18,10 @@ from aftcli.core.cam import normalise, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.methods import method as find_method
-from aftcli.core.models import load_classifier
-from aftcli.core.weights import read_card
 from aftcli.engine.onnx import onnx_program
 from aftcli.errors import AftError, first_line
+from aftcli.models.checkpoint import read_card
+from aftcli.models.load import load_classifier
 
 TRACED = 61  # images: unlike any usual size, or the tracer might take one for the other
 

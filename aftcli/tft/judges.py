@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from aftcli.core.cam import class_score
-from aftcli.core.classifier import Classes, Classifier, probabilities
-from aftcli.core.models import load_classifier
-from aftcli.core.weights import read_card
+from aftcli.core.classes import Classes
+from aftcli.core.classifier import Classifier, probabilities
 from aftcli.errors import AftError
+from aftcli.models.checkpoint import read_card
+from aftcli.models.load import load_classifier
 from aftcli.settings import MIRROR, SELF, Search
 from aftcli.tft.search import masked_probabilities
 

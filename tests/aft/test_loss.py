@@ -450,7 +450,7 @@ def test_a_card_says_what_was_minimised(colours, tmp_path):
 def test_a_relu_tuner_comes_back_from_its_file(colours, tmp_path):
     from safetensors.torch import load_file
 
-    from aftcli.core.weights import restore
+    from aftcli.models.checkpoint import restore
 
     root, run = colours
     events = tune(root, copy_of(run, tmp_path / "run"), settings={"tuner": "relu"})

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import get_model
 
-from aftcli.core.classifier import Preprocessing, cut_classifier
+from aftcli.core.classes import Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.core.cut import cut
-from aftcli.core.models import load_classifier
 from aftcli.errors import AftError
+from aftcli.models.load import load_classifier
 from tests.helpers.compare import uncut
 
 # Layer l and the shape of A: the last convolution with spatial extent, its norm and activation.
@@ -400,7 +401,7 @@ def test_a_model_in_training_mode_is_cut_as_it_will_be_evaluated():
 
 
 def test_class_names_must_be_as_many_as_classes(resnet18):
-    from aftcli.core.classifier import Classes
+    from aftcli.core.classes import Classes
 
     with pytest.raises(AftError, match="2 class names for a model with 1000 classes"):
         cut_classifier(resnet18, "layer4", classes=Classes(("cat", "dog")))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aftcli.core.cam import attribution_map
-from aftcli.core.classifier import Classes
+from aftcli.core.classes import Classes
 from aftcli.errors import AftError
 from aftcli.settings import MODES, THRESHOLDS, Search
 from aftcli.tft.search import fine_tune_threshold
