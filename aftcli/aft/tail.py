@@ -128,6 +128,7 @@ def with_parts(
         preprocessing=f.preprocessing,
         classes=f.classes,
         activation_shape=shape,
+        bypassed=f.bypassed,
     )
 
 

@@ -31,7 +31,7 @@ from aftcli.aft.training import (
     shuffled,
 )
 from aftcli.core.cam import class_score
-from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.classifier import Classifier
 from aftcli.core.networks import copied
 from aftcli.core.zero_level import (
     Learned,
@@ -333,7 +333,7 @@ class ZeroLevelTraining:
         """Return y, y_hat of the plain map and y_hat of each t, shape (N, 2 + T)."""
         c, of = batch.class_index, self.learned.rows(self._rows(indices))
         assert c is not None
-        y = class_score(probabilities(f(x).float()), c)
+        y = class_score(f.probabilities(f(x).float()), c)
         moved = self._moved(self._activation(batch), of)
         y_hat = level_probabilities(f, x, moved, levels, c, y, self.fill)
         plain = y_hat[:, :1]

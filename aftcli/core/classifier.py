@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -65,6 +65,31 @@ class Before(Protocol):
         """Return what moved the maps, by names in a checkpoint."""
 
 
+def flow_of(out: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - a tensor or several
+    """Return what a layer gives to the head: A, and what passes the layer by."""
+    return out if isinstance(out, tuple) else (out,)
+
+
+class Held(nn.Module):
+    """A head as a function of A alone: what passes layer l by is held.
+
+    Args:
+        head: w2, a function of A and the rest.
+        rest: tensors of shape (N, ...), or (1, ...) for any number of A.
+    """
+
+    def __init__(self, head: nn.Module, rest: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.inner, self.rest = head, rest
+        self.training = head.training
+
+    def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
+        """Compute logits, shape (N, C), of A, shape (N, K, h, w); values given go first."""
+        count = len(activation)
+        held = (r.expand(count, *r.shape[1:]) if len(r) == 1 else r for r in self.rest)
+        return self.inner(activation, *(rest or held))  # type: ignore[no-any-return]
+
+
 class Classifier(nn.Module):
     """A network cut at layer l: logits = head(layer(stem(x))).
 
@@ -82,6 +107,8 @@ class Classifier(nn.Module):
         engine: what runs passes without gradients; None runs all as they are written.
         zero_level: what `layer` and `head` were before a zero level was given; None without.
         watch: is told of each pass how many images it has; None for nobody.
+        bypassed: layer's output is not all that head takes: the layer returns (A, *rest), all of
+            shape (N, ...), and logits = head(A, *rest); see `at`.
     """
 
     def __init__(
@@ -96,13 +123,14 @@ class Classifier(nn.Module):
         classes: Classes,
         activation_shape: tuple[int, int, int],
         cam: str | None = None,
+        bypassed: bool = False,
     ) -> None:
         super().__init__()
         self.stem, self.layer, self.head = stem, layer, head
         self.name, self.layer_name = name, layer_name
         self.preprocessing, self.classes = preprocessing, classes
         self.activation_shape = activation_shape
-        self.cam, self.checkpoint = cam, ""
+        self.cam, self.checkpoint, self.bypassed = cam, "", bypassed
         self.engine: Engine | None = None
         self.zero_level: Before | None = None
         self.watch: Callable[[int], None] | None = None
@@ -112,12 +140,43 @@ class Classifier(nn.Module):
         if self.watch:
             self.watch(len(x))
         engine = self._engine_for(x)
-        return engine.logits(x) if engine else self.head(self.activation(x))
+        return engine.logits(x) if engine else self.head(*flow_of(self.layer(self.stem(x))))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Compute probabilities of classes, shape (N, C), from logits: their softmax (§2.1)."""
+        return probabilities(logits)
 
     def activation(self, x: Tensor) -> Tensor:
         """Compute activations A of layer l, shape (N, K, h, w), of x, shape (N, 3, H, W)."""
-        engine = self._engine_for(x)
-        return engine.activation(x) if engine else self.layer(self.stem(x))
+        return self.at(x)[1]
+
+    def at(self, x: Tensor) -> tuple[Classifier, Tensor]:
+        """Hold what passes layer l by at its values of x, so that `head` is a function of A alone.
+
+        Args:
+            x: inputs, shape (N, 3, H, W).
+
+        Returns:
+            The classifier for these images, f itself where nothing passes by, and A.
+        """
+        engine = None if self.bypassed else self._engine_for(x)
+        return (self, engine.activation(x)) if engine else self.after(self.stem(x))
+
+    def after(self, z: Any) -> tuple[Classifier, Tensor]:  # noqa: ANN401 - a tensor or several
+        """Hold what passes layer l by, as `at`, of the stem's output z."""
+        activation, *rest = flow_of(self.layer(z))
+        return (self._holding(Held(self.head, tuple(rest))) if rest else self), activation
+
+    def image(self, n: int) -> Classifier:
+        """Return the classifier for the n-th of the images that it holds values of."""
+        if not isinstance(self.head, Held):
+            return self
+        return self._holding(Held(self.head.inner, tuple(r[n : n + 1] for r in self.head.rest)))
+
+    def _holding(self, head: Held) -> Classifier:
+        held = copy.copy(self)
+        held._modules = {**self._modules, "head": head}
+        return held
 
     def with_engine(self, engine: Engine | None) -> Classifier:
         """Return a classifier of the same modules whose inference passes run on an engine."""
@@ -197,14 +256,14 @@ def cut_classifier(
     x = torch.randn(1, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))
     x = x.to(next(model.parameters()))
     with torch.no_grad():
-        activation = parts.layer(parts.stem(x))
+        activation, *rest = flow_of(parts.layer(parts.stem(x)))
         if not isinstance(activation, Tensor) or activation.dim() != 4:
             raise AftError(
                 f"layer {layer!r} can't be used: its output has shape "
                 f"{tuple(getattr(activation, 'shape', ()))}, a CAM needs (N, K, h, w)"
             )
         before = activation.clone()
-        logits = parts.head(activation)
+        logits = parts.head(activation, *rest)
         if logits.dim() != 2 or not torch.equal(logits, model(x)):
             raise AftError(f"cutting at {layer!r} changes the logits; cut at another layer")
         if not torch.equal(before, activation):
@@ -224,6 +283,7 @@ def cut_classifier(
         preprocessing=preprocessing,
         classes=classes,
         activation_shape=(shape[0], shape[1], shape[2]),
+        bypassed=bool(rest),
     ).eval()
 
 

@@ -137,19 +137,19 @@ class Cut(Protocol):
     name: str
     classes: Any  # sized
 
-    def activation(self, x: Tensor) -> Tensor:
-        """Compute A."""
+    def at(self, x: Tensor) -> tuple[Any, Tensor]:
+        """Compute A, and hold what passes layer l by."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the weights."""
 
 
-def first_activation(f: Cut, x: Tensor, count: int | None = None) -> Tensor:
-    """Compute A of inputs that a caller gave, shape (N, K, h, w), without gradients."""
+def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, Tensor]:
+    """Compute f.at(x) of inputs that a caller gave, without gradients: f for them, and A."""
     check_shape(x, count)
     try:
         with torch.no_grad():
-            return f.activation(x)
+            return f.at(x)
     except (RuntimeError, ValueError) as error:
         weight = next(f.parameters())
         pairs = [

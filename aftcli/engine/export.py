@@ -101,9 +101,9 @@ def traced(f: Classifier, method: str) -> nn.Module:
 
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            activation = f.activation(x)
-            logits = f.head(activation)
-        attribution = explain(f, activation, logits.argmax(1), x)
+            g, activation = f.at(x)
+            logits = g.head(activation)
+        attribution = explain(g, activation, logits.argmax(1), x)
         return logits, upsample(normalise(attribution), x)
 
     x = next(f.parameters()).new_zeros(TRACED, 3, *f.preprocessing.size)
