@@ -39,6 +39,28 @@ def one_convolution(layer="conv1", inplace=False):
     return model, f, x
 
 
+def pixel(*layers, channels=3):
+    """A network of one pixel and its layer 0, a copy of the pixel's channels."""
+    copy = nn.Conv2d(3, channels, 1, bias=False)
+    copy.weight.data = torch.eye(3)[:channels, :, None, None]
+    model = nn.Sequential(copy, *layers).double().eval()
+    return model, cut_classifier(model, "0", preprocessing=plain(1, 1))
+
+
+def weighted(*rows, bias=None, flat=False):
+    """A linear layer, or a convolution of one pixel, of given weights."""
+    weight = torch.tensor(rows, dtype=torch.double)
+    layer = nn.Linear(*weight.T.shape) if flat else nn.Conv2d(*weight.T.shape, 1)
+    layer.weight.data = weight if flat else weight[:, :, None, None]
+    layer.bias.data = torch.tensor(bias or [0.0] * len(rows), dtype=torch.double)
+    return layer
+
+
+def pixels(*values):
+    """Inputs of one pixel."""
+    return torch.tensor(values, dtype=torch.double)[:, :, None, None]
+
+
 def plain(high, wide):
     """Inputs of a size that are not normalised."""
     return Preprocessing(size=(high, wide), resize=None, mean=(0.0,) * 3, std=(1.0,) * 3)
