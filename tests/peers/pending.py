@@ -14,6 +14,7 @@ PENDING = {
     "segmentation": "outputs (N, C, H, W): explain(..., target=callable)",
     "detection": "boxes, labels and scores: explain(..., target=callable)",
     "binary": "one logit: cut_classifier(..., output='sigmoid') with classes 0 and 1",
+    "probabilities": "outputs that are probabilities already are not put through softmax again",
     "video": "Conv3d: maps (N, d, h, w) by attribution_map",
     "channels": "inputs of one channel: the first convolution tells how many",
     "layers": "`--layer A --layer B` with `--model FILE.py:NAME`: maps of two layers, fused",

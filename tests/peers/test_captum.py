@@ -38,7 +38,10 @@ C = torch.tensor([0])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("layer", ["conv1", "relu1"])
 def test_grad_cam_of_a_convolution_of_ones(layer, frozen):
-    """captum: layer/test_grad_cam.py::test_simple_input_conv, ::…_relu, ::…_no_grad"""
+    """captum: layer/test_grad_cam.py::test_simple_input_conv, ::test_simple_input_conv_relu
+
+    ::test_simple_input_conv_no_grad
+    """
     model, f, x = one_convolution(layer)
     theirs = LayerGradCam(model, getattr(model, layer)).attribute(x, target=0).detach()
     model.requires_grad_(not frozen)
@@ -52,7 +55,10 @@ def test_grad_cam_of_a_convolution_of_ones(layer, frozen):
 
 
 def test_grad_cam_ends_with_a_relu():
-    """captum: layer/test_grad_cam.py::test_simple_input_conv_fc_with_final_relu, ::…_without_…"""
+    """captum: layer/test_grad_cam.py::test_simple_input_conv_fc_with_final_relu
+
+    ::test_simple_input_conv_without_final_relu
+    """
     model, f, x = one_convolution("conv1")
     x[0, 0, 1, 1] = -20
     attribute = LayerGradCam(model, model.conv1).attribute
@@ -65,7 +71,10 @@ def test_grad_cam_ends_with_a_relu():
 
 
 def test_a_layer_without_cells_is_refused():
-    """captum: layer/test_grad_cam.py::test_simple_input_non_conv, ::…_with_unused_layer"""
+    """captum: layer/test_grad_cam.py::test_simple_input_non_conv
+
+    ::test_relu_gradcam_with_unused_layer
+    """
     model = OneConvolution()
     model.unused = nn.Conv2d(3, 2, 1)
     for layer in ("fc1", "relu2", "unused"):
@@ -109,7 +118,10 @@ def test_deep_lift_of_two_relus():
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.ELU])
 def test_deep_lift_is_complete(activation):
-    """captum: test_deeplift_basic.py::test_relu_deeplift, ::test_tanh_deeplift, ::…_batch"""
+    """captum: test_deeplift_basic.py::test_relu_deeplift, ::test_tanh_deeplift
+
+    ::test_relu_deeplift_batch, ::test_relu_linear_deeplift_batch
+    """
     model, f = deep_lift_example(activation)
     x = pixels([1.0, 2.0, 0.0], [-1.0, -2.0, 3.0], [1.0, 2.0, 0.0])
     classes = torch.tensor([0, 1, 0])
@@ -171,7 +183,10 @@ def test_deep_lift_through_a_maximum():
 
 
 def test_deep_lift_of_convolutions_and_maxima_is_complete():
-    """captum: test_deeplift_classification.py::test_convnet_with_maxpool2d, ::…_large_baselines"""
+    """captum: test_deeplift_classification.py::test_convnet_with_maxpool2d
+
+    ::test_softmax_classification_batch_zero_baseline
+    """
     torch.manual_seed(5)
     layers = [nn.Conv2d(3, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 4, 3), nn.ReLU()]
     layers += [nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 10)]
@@ -195,7 +210,11 @@ def linear():
 
 
 def test_methods_agree_on_a_linear_network():
-    """captum: test_gradient_shap.py::test_basic_multi_input, test_deeplift_basic.py likewise"""
+    """captum: test_gradient_shap.py::test_basic_multi_input
+
+    test_deeplift_basic.py::test_relu_linear_deeplift
+    test_saliency.py::test_saliency_test_basic_smoothgrad
+    """
     f, x, classes, slope = linear()
     assert_near(signed_integrated_gradients(f, classes, x), x * slope, 1e-6)
     assert_near(signed_deep_lift(f, classes, x), x * slope)

@@ -169,7 +169,10 @@ def test_occlusion_in_parts_of_any_size(size, monkeypatch):
 
 @pytest.mark.parametrize(("window", "stride"), [(1.0, 1.0), (0.5, 0.5), (0.5, 1.0), (0.75, 0.34)])
 def test_occlusion_of_larger_windows(window, stride, monkeypatch):
-    """captum: test_occlusion.py::test_simple_input_shape_with_stride, ::…_larger_shape, ::…_conv"""
+    """captum: test_occlusion.py::test_simple_input_shape_with_stride
+
+    ::test_simple_input_larger_shape, ::test_simple_multi_input_conv
+    """
     model, f, x = one_convolution()
     monkeypatch.setattr(perturbation, "WINDOW", window)
     monkeypatch.setattr(perturbation, "STRIDE", stride)
@@ -203,7 +206,10 @@ def parted(monkeypatch):
 
 
 def test_kernel_shap_of_superpixels(parted):
-    """captum: test_kernel_shap.py::test_simple_kernel_shap_with_mask, ::test_simple_batch_…"""
+    """captum: test_kernel_shap.py::test_simple_kernel_shap_with_mask
+
+    ::test_simple_batch_kernel_shap, ::test_simple_batch_kernel_shap_with_mask
+    """
     model, f, x = parted
     classes = torch.tensor([0, 3])
     found = signed_kernel_shap(f, classes, x)

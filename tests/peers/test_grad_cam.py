@@ -82,6 +82,7 @@ def test_methods_that_differ_give_the_papers_maps(method, count):
         assert_near(found[n], reference.attribution_map(*own), 1e-6)
 
 
+@pytest.mark.slow  # it looks at every object of the process
 def test_a_loop_of_maps_leaves_nothing_behind():
     """pytorch-grad-cam: test_context_release.py::test_memory_usage_in_loop"""
 

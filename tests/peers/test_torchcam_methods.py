@@ -9,7 +9,7 @@ from torchcam.methods import LayerCAM
 from torchcam.methods._utils import locate_candidate_layer
 from torchvision.models import get_model
 
-from aftcli import METHODS, AftError, attribution_map, cut_classifier
+from aftcli import METHODS, AftError, attribution_map, cut_classifier, explain
 from aftcli.attributions.activation import fuse, layer_cam_fusion, stage_maps
 from aftcli.core import cam
 from aftcli.core.cam import normalise
@@ -349,3 +349,12 @@ def test_finer_cam_keeps_type_and_network():
     assert found.dtype == torch.double and found.shape == (2, 8, 8)
     assert "finercam" in METHODS
     assert f.weights_hash() == before and hooks(f) == hooks(model) == 0
+
+
+@pending("finer", pytest.fail.Exception, TypeError)
+def test_finer_cam_takes_no_target():
+    """torchcam: test_methods_gradient.py::test_finercam_rejects_output_targets"""
+    _, f, x = tiny_cut()
+    assert "finercam" in METHODS or pytest.fail("there is no Finer-CAM")
+    with pytest.raises(AftError):
+        explain(f, x[:1], ["finercam"], target=lambda y: y.flatten()[0])

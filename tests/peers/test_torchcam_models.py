@@ -42,7 +42,10 @@ def pictures():
     [("layercam", "LayerCAM"), ("scorecam", "ScoreCAM"), ("gradcam", "GradCAM")],
 )
 def test_maps_of_tokens_equal_torchcams(method, theirs, pictures):
-    """torchcam: test_methods_transformer.py::test_layercam_with_reshape_transform, ::…scorecam…"""
+    """torchcam: test_methods_transformer.py::test_layercam_with_reshape_transform
+
+    ::test_scorecam_with_reshape_transform
+    """
     model = transformer()
     expected = of_torchcam(theirs, model, NORM, pictures, [1, 7], reshape_transform=as_grid)
     assert expected.shape == (2, 4, 4) and (expected.flatten(1).std(1) > 0).all()
@@ -75,7 +78,10 @@ def test_a_transformers_default_layer_is_its_last_norm(pictures):
 
 @pending("tokens")
 def test_a_frozen_transformer_stays_as_it_is(pictures):
-    """torchcam: ::test_legrad_torchvision_vit_repeated_calls_and_frozen_parameters"""
+    """torchcam: test_methods_transformer.py
+
+    ::test_legrad_torchvision_vit_repeated_calls_and_frozen_parameters
+    """
     model = transformer().requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     f = cut_classifier(model, NORM, preprocessing=plain(32, 32))
@@ -168,13 +174,17 @@ def test_grids_and_prefixes_of_any_size(high, wide, prefix):
 
 @pytest.mark.parametrize("layer", ["head", "norm", "patch_embed.0"])
 def test_a_layer_without_places_is_refused(layer):
-    """torchcam: ::test_reshape_transform_validation, ::test_legrad_rejects_invalid_configuration"""
+    """torchcam: test_methods_transformer.py::test_reshape_transform_validation
+
+    ::test_legrad_rejects_invalid_configuration
+    ::test_legrad_rejects_unsupported_target_blocks
+    """
     with pytest.raises(AftError):
         cut_classifier(Tokens(1), layer, preprocessing=plain(2, 3))
 
 
 def test_a_block_that_gives_no_tokens_is_refused():
-    """torchcam: ::test_legrad_rejects_incompatible_block_outputs"""
+    """torchcam: test_methods_transformer.py::test_legrad_rejects_incompatible_block_outputs"""
     model = Tokens(1).eval()
     model.blocks.append(Pooled())
     with pytest.raises(AftError):
@@ -208,7 +218,10 @@ def video(classes=3):
     ],
 )
 def test_maps_of_videos(method, theirs):
-    """torchcam: test_methods_gradient.py::test_video_cams, test_methods_activation.py likewise"""
+    """torchcam: test_methods_gradient.py::test_video_cams
+
+    test_methods_activation.py::test_video_cams
+    """
     model = video().eval()
     x = torch.rand(2, 3, 4, 6, 6, generator=torch.Generator().manual_seed(6)).double()
     f = cut_classifier(model, "3", preprocessing=plain(4, 6))
@@ -254,7 +267,7 @@ def named(name):
 @pending("structured", AftError, AttributeError, TypeError)
 @pytest.mark.parametrize("method", ["gradcam", "scorecam"])
 def test_targets_of_named_outputs(method):
-    """torchcam: ::test_score_cams_support_per_sample_output_targets, ::test_gradcam_supports_…"""
+    """torchcam: test_methods_activation.py::test_score_cams_support_per_sample_output_targets"""
     model = Structured().double().eval()
     f = cut_classifier(model, "features", preprocessing=plain(8, 8))
     x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
@@ -301,8 +314,10 @@ def test_the_first_tensor_of_a_tuple_is_the_logits():
     ids=["not connected", "two values", "a number", "a text", "not callable"],
 )
 def test_a_target_must_be_a_scalar_of_the_output(target):
-    """torchcam: ::test_gradcam_reports_disconnected_output_target, ::test_output_target_validation,
+    """torchcam: test_methods_gradient.py::test_gradcam_reports_disconnected_output_target
+
     ::test_output_target_must_return_a_scalar_tensor
+    test_methods_core.py::test_output_target_validation
     """
     _, f, x = tiny_cut()
     with pytest.raises(AftError):
@@ -320,7 +335,7 @@ def test_a_target_and_a_class_exclude_each_other():
 @pending("target")
 @pytest.mark.parametrize("method", ["gradcam", "gradcam++", "layercam", "scorecam", "ablationcam"])
 def test_a_target_in_place_of_a_class(method):
-    """torchcam: test_methods_gradient.py::test_refinecam_supports_output_targets and the like"""
+    """torchcam: test_methods_gradient.py::test_refinecam_supports_output_targets"""
     _, f, x = tiny_cut()
     (found,) = explain(f, x[:1], [method], target=lambda y: y.flatten()[1])
     assert_near(found.attribution, attribution_map(f, x[:1], 1, method)[0])

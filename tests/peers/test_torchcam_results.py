@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from operator import itemgetter
 
 import pytest
 import torch
@@ -206,9 +207,24 @@ def test_steps_that_do_not_divide_the_pixels():
     assert float(metrics.deletion(x, x[:, 0], total, 3)) == pytest.approx(1.2 / 3)
 
 
+def test_measures_of_any_score():
+    """torchcam: test_metrics.py::test_classification_metric_accepts_output_targets
+
+    ::test_deletion_insertion_accepts_output_targets
+    """
+    x = torch.tensor([[[[0.4, 0.3], [0.2, 0.1]]]])
+    first = itemgetter("score")
+    found = metrics.deletion(x, x[:, 0], lambda v: first({"score": total(v)}), 2)
+    assert float(found) == pytest.approx(0.4)
+    assert metrics.drop(total(x * (x > 0.35)), total(x)).tolist() == pytest.approx([0.6])
+
+
 @pytest.mark.parametrize("measure", ["insertion", "deletion"])
 def test_areas_of_a_batch_are_those_of_its_images(measure):
-    """torchcam: test_metrics.py::test_deletion_insertion_chunked_parity, ::…custom_baselines…"""
+    """torchcam: test_metrics.py::test_deletion_insertion_chunked_parity
+
+    ::test_deletion_insertion_custom_baselines_and_non_mutation
+    """
     generator = torch.Generator().manual_seed(4)
     x, maps = torch.rand(3, 3, 6, 7, generator=generator), torch.rand(3, 6, 7, generator=generator)
     before, function = (x.clone(), maps.clone()), getattr(metrics, measure)

@@ -110,7 +110,10 @@ def test_the_first_layer_has_its_own_rule(name):
     "method", ["lrp", "lrp-epsilon", "lrp-gamma", "lrp-alphabeta", "clrp", "rap"]
 )
 def test_rules_are_taken_off(method):
-    """zennit: test_composites.py::test_composite_layer_map_registered, test_core.py likewise"""
+    """zennit: test_composites.py::test_composite_layer_map_registered
+
+    test_core.py::test_composite_context
+    """
     model = resnet(8, 8)
     f = cut_classifier(model, "5", preprocessing=plain(8, 8))
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(4)).double()
@@ -259,7 +262,10 @@ def test_the_noise_of_smooth_grad(noise, monkeypatch):
 
 
 def test_the_path_of_integrated_gradients():
-    """zennit: test_attribution.py::test_integrated_gradients_path, ::…_single"""
+    """zennit: test_attribution.py::test_integrated_gradients_path
+
+    ::test_integrated_gradients_single
+    """
     seen, f, x, slope = logged()
     found = signed_integrated_gradients(f, torch.tensor([1]), x)
     assert len(seen) == gradient.STEPS
