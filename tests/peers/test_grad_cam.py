@@ -369,11 +369,14 @@ def test_maps_of_two_layers_fused_by_a_product(written):
     """pytorch-grad-cam: test_refine_cam.py::test_refine_cam
 
     torchcam: test_methods_gradient.py::test_refinecam_fuse_cams, ::test_refinecam_base_methods
+    ::test_refinecam_metric_compatibility
     """
     model, x, mapped = written
     found = mapped("--layer", "1", "--layer", "3", "--fuse", "product")
     expected = of_refine(model, ["1", "3"], x)
     assert torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1] > 0.98
+    area = metrics.deletion(x.double(), found, lambda v: v.mean((1, 2, 3)).sigmoid())
+    assert 0 < float(area) < 1
 
 
 @pending("layers")
