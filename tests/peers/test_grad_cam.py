@@ -250,6 +250,7 @@ class Detector(nn.Module):
         torch.manual_seed(2)
         self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU())
         self.score = nn.Linear(4, 1)
+        nn.init.uniform_(self.score.weight, 0, 2)
 
     def forward(self, x):
         scores = self.score(self.features(x).mean((2, 3))).sigmoid()
@@ -275,6 +276,7 @@ def test_the_score_of_a_box_as_a_target():
     x = torch.rand(1, 3, 8, 8, dtype=torch.double)
     (found,) = explain(f, x, ["gradcam"], target=box_score)
     expected = torch.einsum("k,nkhw->nhw", model.score.weight[0], model.features(x)).relu()
+    assert expected.any()
     assert_near(found.attribution[None], scaled(expected.detach()))
 
 
@@ -391,5 +393,5 @@ def test_a_product_needs_two_layers(written):
 def of_refine(model, layers, x):
     """pytorch-grad-cam's RefineCAM on Grad-CAM, class 1."""
     modules = [model.get_submodule(name) for name in layers]
-    with theirs.RefineCAM(model, modules, base_method=theirs.GradCAM) as extract:
-        return torch.from_numpy(extract(x, [ClassifierOutputTarget(1)])).double()
+    extract = theirs.RefineCAM(model, modules, base_method=theirs.GradCAM)
+    return torch.from_numpy(extract(x, [ClassifierOutputTarget(1)])).double()
