@@ -371,7 +371,7 @@ def test_maps_of_two_layers_fused_by_a_product(written):
     """pytorch-grad-cam: test_refine_cam.py::test_refine_cam
 
     torchcam: test_methods_gradient.py::test_refinecam_fuse_cams, ::test_refinecam_base_methods
-    ::test_refinecam_metric_compatibility
+    ::test_refinecam_metric_compatibility, ::test_refinecam_shared_wrapper_regression
     """
     model, x, mapped = written
     found = mapped("--layer", "1", "--layer", "3", "--fuse", "product")

@@ -351,6 +351,34 @@ def test_finer_cam_keeps_type_and_network():
     assert f.weights_hash() == before and hooks(f) == hooks(model) == 0
 
 
+@pending("finer", pytest.fail.Exception)
+@pytest.mark.parametrize("wrong", [[0], [0, 3], [0.0, 1.0], True])
+def test_finer_cam_needs_classes(wrong):
+    """torchcam: test_methods_gradient.py
+
+    ::test_finercam_rejects_invalid_scores_targets_and_references
+    """
+    _, f, x = tiny_cut()
+    assert "finercam" in METHODS or pytest.fail("there is no Finer-CAM")
+    with pytest.raises(AftError):
+        attribution_map(f, x, wrong, "finercam")
+
+
+@pending("finer")
+@pytest.mark.parametrize("layer", ["0", "2"])
+def test_finer_cam_of_layers_of_any_size(layer):
+    """torchcam: test_methods_gradient.py::test_finercam_multiple_layers_and_compute_cams"""
+    model = tiny()
+    model[2].stride = (2, 2)
+    f = cut_classifier(model.eval(), layer, preprocessing=plain(8, 8))
+    x = torch.rand(1, 3, 8, 8, dtype=torch.double)
+    found = attribution_map(f, x, 0, "finercam")
+    cells = reference.upsample(
+        scaled(of_torchcam("FinerCAM", model, layer, x, 0))[0].numpy(), (8, 8)
+    )
+    assert_near(found[0], cells, 1e-5)
+
+
 @pending("finer", pytest.fail.Exception, TypeError)
 def test_finer_cam_takes_no_target():
     """torchcam: test_methods_gradient.py::test_finercam_rejects_output_targets"""
