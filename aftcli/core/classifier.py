@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.cut import cut, cut_modules, flow_of
-from aftcli.core.layers import default_layer, divided, name_of
-from aftcli.core.networks import copied, outside_inference_mode, unwrapped
+from aftcli.core.layers import default_layer, divided
+from aftcli.core.networks import copied, name_of, outside_inference_mode, unwrapped
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 

@@ -65,6 +65,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def name_of(layer: object, model: nn.Module) -> str:
+    """Find the name of a module of a network.
+
+    Raises:
+        AftError: it is none.
+    """
+    found = next((name for name, module in model.named_modules() if module is layer), "")
+    if not found:
+        what = type(layer).__name__
+        raise AftError(
+            f"layer must be the name of a module of {type(model).__name__}, or one of its modules; "
+            f"this {what} is none"
+        )
+    return found
+
+
 def copied(what: Copied, memo: dict[int, Any] | None = None) -> Copied:
     """Copy modules with the tensors that deepcopy refuses: those that autograd computed.
 

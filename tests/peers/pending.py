@@ -8,7 +8,6 @@ import pytest
 from aftcli.errors import AftError
 
 PENDING = {
-    "tokens": "layers whose output is tokens: cut_classifier(vit, layer) and its maps",
     "target": "explain(..., target=callable): a scalar of the output in place of a class",
     "structured": "outputs that are no logits (dicts, lists): explain(..., target=callable)",
     "segmentation": "outputs (N, C, H, W): explain(..., target=callable)",
@@ -21,7 +20,6 @@ PENDING = {
     "smooth": "`--smooth aug|eigen` with `--model FILE.py:NAME`",
     "finer": "Finer-CAM as the method finercam: contrast to the nearest classes",
     "convolution": "cam where a 1x1 convolution is the linear layer (core/cut.py::linear_head)",
-    "layer types": "a layer given as a module, or as what is neither name nor module",
     "bool": "True and False in a list of classes are refused, as in a tensor of them",
 }
 
