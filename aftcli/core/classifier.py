@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from aftcli.core.classes import Classes, Preprocessing
-from aftcli.core.cut import cut, cut_modules, flow_of
-from aftcli.core.layers import default_layer, divided
-from aftcli.core.networks import copied, name_of, outside_inference_mode, unwrapped
+from aftcli.cutting.cut import cut, cut_modules, flow_of
+from aftcli.cutting.layers import default_layer, divided
+from aftcli.cutting.networks import copied, name_of, outside_inference_mode, unwrapped
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 
@@ -232,7 +232,7 @@ def cut_classifier(
         model: a network from (N, 3, H, W) to logits (N, C); it is copied, not changed. Of
             DataParallel and torch.compile the network inside is taken.
         layer: where to cut, a module of the model or its name; default the last layer with cells
-            that the logits depend on, see `core.layers.default_layer`.
+            that the logits depend on, see `cutting.layers.default_layer`.
         name: the model's name in results; default its class's name.
         preprocessing: what makes its input; default ImageNet's usual.
         classes: the names of the classes; default numbers.

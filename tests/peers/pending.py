@@ -19,7 +19,7 @@ PENDING = {
     "layers": "`--layer A --layer B` with `--model FILE.py:NAME`: maps of two layers, fused",
     "smooth": "`--smooth aug|eigen` with `--model FILE.py:NAME`",
     "finer": "Finer-CAM as the method finercam: contrast to the nearest classes",
-    "convolution": "cam where a 1x1 convolution is the linear layer (core/cut.py::linear_head)",
+    "convolution": "cam where a 1x1 convolution is the linear layer (cutting/cut.py::linear_head)",
     "bool": "True and False in a list of classes are refused, as in a tensor of them",
 }
 
