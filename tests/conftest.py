@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -21,10 +22,35 @@ from aftcli.data.images import (
 from aftcli.settings import SITUATIONS  # noqa: E402
 from tests.helpers.command import aft  # noqa: E402
 from tests.helpers.compare import uncut  # noqa: E402
+from tests.helpers.preloaded import keep_from_collector  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 # By their wnids: tiger cat, espresso, missile.
 PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
+
+
+class Kept:
+    """Modules that the tests have imported, kept out of searches for reference cycles."""
+
+    def __init__(self):
+        self.modules = 0
+
+    def keep(self):
+        keep_from_collector()
+        self.modules = len(sys.modules)
+
+    def pytest_collection_finish(self):
+        self.keep()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self):
+        yield
+        if len(sys.modules) > self.modules + 100:
+            self.keep()
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Kept())
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +96,8 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     helpers = [f"tests.helpers.{name}" for name in ("stored", "trained", "faulty")]
     reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.report.formats"]
-    context.set_forkserver_preload([*helpers, "aftcli.evaluation.metrics", "timm", *reports])
+    others = ["aftcli.evaluation.metrics", "timm", *reports, "tests.helpers.preloaded"]
+    context.set_forkserver_preload([*helpers, *others])
     # Python 3.11's server looks for what it preloads on its own path only.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
