@@ -10,6 +10,9 @@ from pathlib import Path
 # Read when torch is imported: threads that wait for others on a busy machine leave it to them,
 # instead of spinning, which takes tests several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests that run side by side (pytest -n) have a core each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
