@@ -97,10 +97,12 @@ def chelsea(lite0):
 def processes():
     """Processes that start quickly, forked from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    helpers = [f"tests.helpers.{name}" for name in ("stored", "trained", "faulty")]
+    helpers = [f"tests.helpers.{name}" for name in ("stored", "trained", "faulty", "preloaded")]
     reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.report.formats"]
-    others = ["aftcli.evaluation.metrics", "timm", *reports, "tests.helpers.preloaded"]
-    context.set_forkserver_preload([*helpers, *others])
+    data = ["aftcli.data.folders", "aftcli.data.voc", "aftcli.evaluation.metrics"]
+    # Those of others that are imported late; what is not there is left out.
+    late = ["timm", "typer._adapters", "matplotlib.backends.backend_agg"]
+    context.set_forkserver_preload([*late, *data, *reports, *helpers])
     # Python 3.11's server looks for what it preloads on its own path only.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
