@@ -18,6 +18,7 @@ from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.networks import outside_inference_mode
+from aftcli.core.zero_level import no_softmax
 from aftcli.data.sets import (
     DataSet,
     format_of,
@@ -80,6 +81,8 @@ class Job:
             return "there are no masks"
         if not METHODS[self.cam].signed:
             return "the masks' method has no sign"
+        if why := no_softmax(self.f):
+            return why
         return "the masks are soft" if (self.made or {}).get("masking") == "soft" else ""
 
     @property

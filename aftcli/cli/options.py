@@ -14,7 +14,7 @@ from typer.models import OptionInfo
 
 from aftcli.core.methods import FAMILIES, METHODS, check_device, named
 from aftcli.errors import AftError
-from aftcli.settings import RANGES, Fill, Masking, Mode, Search, SearchKind, read_thresholds
+from aftcli.settings import RANGES, Fill, Masking, Mode, Output, Search, SearchKind, read_thresholds
 
 # As in aftcli.engine.accelerate.
 Engine = Literal["auto", "torch", "compile", "onnxruntime"]
@@ -133,6 +133,10 @@ class Weights:
         Path | None,
         option("--classes", "FILE", "Class names, one a line."),
     ] = None
+    output: Annotated[
+        Output,
+        words("--output", Output, "how outputs become probabilities; sigmoid for multi-label."),
+    ] = "auto"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Users' networks, wrapped or hard to copy, and the inputs x and classes c that callers give."""
+"""Users' networks: wrapped or hard to copy, their outputs, the x and c that callers give."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from aftcli.errors import AftError, first_line
+from aftcli.core.classes import in_range, sum_to_one
+from aftcli.errors import AftError, check_name, first_line
+from aftcli.settings import AUTO, NONE, OUTPUTS, SIGMOID, SOFTMAX
 
 P = ParamSpec("P")
 
@@ -191,9 +193,11 @@ def class_indices(
         count: N.
         device: where the tensor is needed.
     """
+    if isinstance(given, Sequence) and any(type(c).__name__.startswith("bool") for c in given):
+        raise AftError("class_index must be integers, got torch.bool; use .long()")
     try:
         classes = torch.as_tensor(given, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise AftError(
             f"class_index must be integers, got {type(given).__name__}; f.classes.index(NAME) "
             "finds one by its name"
@@ -207,10 +211,116 @@ def class_indices(
             f"class_index must have shape {(count,)}, one class for each map, got "
             f"{tuple(classes.shape)}; for one class everywhere use torch.full(({count},), c)"
         )
+    classes = classes.long()
     wrong = classes[(classes < 0) | (classes >= len(f.classes))]
     if len(wrong):
         raise AftError(
             f"class {int(wrong[0])} is out of range: the classes of {f.name} are "
             f"0..{len(f.classes) - 1}"
         )
-    return classes.long()
+    return classes
+
+
+class Meant(NamedTuple):
+    """The meaning of a network's outputs.
+
+    Attributes:
+        output: of OUTPUTS without auto.
+        single: there is one output, of a binary classifier.
+        guess: what was assumed, or looks wrong, for the user to know; "" where nothing is.
+    """
+
+    output: str
+    single: bool = False
+    guess: str = ""
+
+
+SIGMOIDS = ("SigmoidBackward", "HardsigmoidBackward")
+
+# Operations of autograd that move values and compute none.
+MOVING = (
+    *("View", "Reshape", "Squeeze", "Unsqueeze", "Select", "Slice", "Clone", "Alias", "ToCopy"),
+    *("UnsafeView", "Permute", "Transpose", "T", "Expand", "AsStrided"),
+)
+
+SCALES = (0.1, 1.0, 10.0)  # of the random inputs that show if outputs are probabilities
+
+
+def output_of(run: Callable[[Tensor], Tensor], x: Tensor, first: Tensor, wanted: str) -> Meant:
+    """Find out what a network's outputs mean.
+
+    Outputs are probabilities already where they lie in [0, 1] for random inputs of several
+    scales, and either sum to 1 or come out of a sigmoid, as autograd tells. Logarithms of
+    probabilities need no name: their softmax is these probabilities.
+
+    Args:
+        run: from inputs, shape (N, 3, H, W), to outputs.
+        x: one random input.
+        first: its outputs.
+        wanted: of OUTPUTS.
+
+    Raises:
+        AftError: what is wanted does not fit, or one output comes out of a softmax.
+    """
+    check_name("output", wanted, OUTPUTS)
+    single = first.numel() == 1
+    if not (single or wanted == NONE or in_range(first)):
+        return Meant(SOFTMAX if wanted == AUTO else wanted)
+    if single and wanted == SOFTMAX:
+        raise AftError(
+            "the network has one output, and the softmax of one output is 1 for every image; pass "
+            "--output sigmoid, or none if it is a probability already"
+        )
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.cat([torch.randn(x.shape, generator=generator) * scale for scale in SCALES])
+    found = run(inputs.to(x))
+    if single and found.numel() != len(inputs):
+        raise AftError(
+            f"the network has one output for {len(inputs)} images, so it is none of a class; pass "
+            "a network whose outputs have shape (N, C), (N, 1) or (N,)"
+        )
+    found = torch.cat([first.reshape(1, -1), found.reshape(len(inputs), -1)])
+    if not in_range(found):
+        if wanted == NONE:
+            raise AftError(
+                f"--output none is of probabilities, but the outputs reach from {found.min():.3g} "
+                f"to {found.max():.3g}; pass --output softmax, or sigmoid for classes that do not "
+                "exclude each other"
+            )
+        already = False
+    else:
+        last = last_operation(run, x)
+        if single and wanted == AUTO and last.startswith("SoftmaxBackward"):
+            raise AftError(
+                "the network's only output comes out of a softmax, so it is 1 for every image; "
+                "leave the softmax out"
+            )
+        already = last.startswith(SIGMOIDS) or (not single and sum_to_one(found))
+    if wanted == AUTO and already:
+        return Meant(NONE, single, f"{ALREADY}, so the score y^c of maps is the probability itself")
+    if wanted == AUTO and single:
+        return Meant(SIGMOID, True, ONE_LOGIT)
+    again = f"{ALREADY}; --output {wanted} applies {wanted} to them; leave it out"
+    doubled = already and wanted in (SOFTMAX, SIGMOID)
+    return Meant(SOFTMAX if wanted == AUTO else wanted, single, again if doubled else "")
+
+
+ALREADY = "its outputs are probabilities already"
+
+ONE_LOGIT = (
+    "its only output is taken for the logit of class 1, whose sigmoid is the probability; pass "
+    "--output none if it is a probability already"
+)
+
+
+def last_operation(run: Callable[[Tensor], Tensor], x: Tensor) -> str:
+    """Name autograd's last operation that computes; "" where it can't be known."""
+    try:
+        with torch.enable_grad():
+            # A copy: the network may write into its input.
+            node: Any = run(x.detach().requires_grad_().clone()).grad_fn
+    except RuntimeError:
+        return ""
+    while node is not None and node.name().partition("Backward")[0] in MOVING:
+        node = node.next_functions[0][0]
+    return node.name() if node is not None else ""

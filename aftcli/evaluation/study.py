@@ -24,7 +24,7 @@ from aftcli.data.sets import (
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import load_classifier
-from aftcli.settings import Search
+from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.judges import Judge, load_judges
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.stores import Source, advice, check_made_for, open_stores, stored_contents
@@ -217,14 +217,15 @@ def _start(stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Classif
             check_made_for(store, f)
     else:
         card = tuned[0].card
-        f = asked.source._replace(model=card["model"], layer=card["layer"], known=names).load()
+        f = asked.source._replace(layer=None).of_masks(card)._replace(known=names).load()
     weights = f.weights_hash()
     for path, card in tuned:
-        if card["start"] != weights and not _is_start(path, f) and card["cam"]:
+        other = card["start"] != weights and not _is_start(path, f) and card["cam"]
+        if other or card.get("output", SOFTMAX) != f.output:
             raise AftError(
-                f"{path}: was tuned from other weights than those of the masks or of "
-                "--checkpoint; tune it again with aft finetune --overwrite, or pass the "
-                "--checkpoint that it was tuned from"
+                f"{path}: was tuned from other weights or another --output than those of the masks "
+                "or of --checkpoint; tune it again with aft finetune --overwrite, or pass the "
+                "--checkpoint and --output that it was tuned from"
             )
     return f
 
@@ -357,14 +358,14 @@ def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
 def _variants(
     f: Classifier, cams: tuple[str, ...], tuned: list[_Made], asked: Asked
 ) -> list[Variant]:
-    start = (read_card(Path(f.checkpoint)) if f.checkpoint else None) or {}
+    start, own = (read_card(Path(f.checkpoint)) if f.checkpoint else None) or {}, f.classes.own
     found = [Variant("original", f.weights_hash(), cams, lambda: f, None, _trained(start))]
     for path, card in tuned:
         cam = card["cam"]
         if cam is None and not _is_control(_Made(path, card), f):
             continue
         name, methods = ("aft", (cam,)) if cam else ("control", cams)
-        load = partial(load_classifier, checkpoint=path, device=asked.source.device)
+        load = partial(load_classifier, None, path, classes=own or None, device=asked.source.device)
         found.append(Variant(name, card["digest"], methods, load, path, _trained(card)))
     return found
 

@@ -17,6 +17,7 @@ from aftcli.core.methods import METHODS
 from aftcli.data.sets import DataSet, Sample, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.models.load import load_classifier
+from aftcli.settings import AUTO, SOFTMAX
 from aftcli.tft.hdf5 import Rows
 from aftcli.tft.masks import MaskStore, differences
 
@@ -36,11 +37,14 @@ class Source(NamedTuple):
     earlier: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
     note: Callable[[str], None] = warnings.warn
+    output: str = AUTO
 
     def load(self) -> Classifier:
         """Load the classifier."""
-        name, checkpoint, layer, classes, device, _, known, note = self
-        f = load_classifier(name, checkpoint, layer, classes=classes, device=device, note=note)
+        name, checkpoint, layer, classes, device, _, known, note, output = self
+        f = load_classifier(
+            name, checkpoint, layer, classes=classes, device=device, output=output, note=note
+        )
         if classes is None and len(known) == len(f.classes):
             f.classes = Classes(known)
         return f
@@ -52,6 +56,7 @@ class Source(NamedTuple):
             model=self.model or made["model"],
             checkpoint=self.checkpoint or (Path(recorded) if recorded else None),
             layer=self.layer or made["layer"],
+            output=made.get("output", SOFTMAX) if self.output == AUTO else self.output,
             known=tuple(made.get("class_names", ())),
         )
 
@@ -104,13 +109,14 @@ def check_made_for(store: MaskStore, f: Classifier) -> None:
         "weights": f.weights_hash(),
         "activation_shape": list(f.activation_shape),
         "preprocessing": f.preprocessing.as_dict(),
+        "output": f.output,
     }
-    other = differences({key: made[key] for key in asked}, asked)
+    other = differences({key: made[key] for key in asked if key in made}, asked)
     if other:
         raise AftError(
             f"{store.path}: the masks were made for another classifier: {'; '.join(other)}; pass "
-            "the --model, --checkpoint and --layer that they were made with, or make them again "
-            "with aft gen-masks"
+            "the --model, --checkpoint, --layer and --output that they were made with, or make "
+            "them again with aft gen-masks"
         )
 
 
