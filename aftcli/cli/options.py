@@ -27,7 +27,7 @@ METHODS_HELP = (
         f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
         for family in FAMILIES
     )
-    + "; all for every CAM, or a family's name."
+    + "; all for every CAM, or a family."
 )
 
 
@@ -135,7 +135,7 @@ class Weights:
     ] = None
     output: Annotated[
         Output,
-        words("--output", Output, "how outputs become probabilities; sigmoid for multi-label."),
+        words("--output", Output, "last step."),
     ] = "auto"
 
 

@@ -298,12 +298,16 @@ def give_both_classes(head: nn.Module, of_probability: bool) -> None:
     Args:
         head: w2, as `aftcli.core.cut.cut` makes it; it is changed.
         of_probability: see `BothClasses`.
+
+    Raises:
+        AftError: the head has no graph.
     """
-    both = BothClasses(of_probability)
-    head.add_module(BOTH, both)
     if not isinstance(head, fx.GraphModule):
-        head.register_forward_hook(lambda _, given, y: both(y))
-        return
+        raise AftError(
+            "torch.fx can't open what follows this layer, so a network's only output can't become "
+            "columns of two classes; cut at a later --layer, or give the network two outputs"
+        )
+    head.add_module(BOTH, BothClasses(of_probability))
     (end,) = (node for node in head.graph.nodes if node.op == "output")
     with head.graph.inserting_before(end):
         end.args = (head.graph.call_module(BOTH, (end.args[0],)),)
