@@ -40,6 +40,7 @@ from aftcli.tft.stores import (
     find_stores,
     open_stores,
     stored_images,
+    with_names_of_run,
 )
 from aftcli.tft.threshold import FILLS, cut_off, masked_image, threshold_map
 
@@ -107,7 +108,7 @@ def mask_jobs(
     for store in find_stores(run, source.model, cams):
         own = source.of_masks(store.settings)
         if own not in loaded:
-            loaded[own] = own.load()
+            loaded[own] = with_names_of_run(own.load(), run, source.note)
         jobs.append(mask_job(store, loaded[own], data, limit, source.earlier))
     return jobs
 
@@ -144,7 +145,8 @@ def control_jobs(
             jobs.append(control_job(f, above, part or None, limit, seed, source.earlier))
     if data is None or jobs:
         return jobs
-    job = control_job(source.load(), data, split, limit, seed, source.earlier)
+    f = with_names_of_run(source.load(), run, source.note)
+    job = control_job(f, data, split, limit, seed, source.earlier)
     for store in stores:
         if not job.new_head and _has_control(store, job.f):
             raise AftError(

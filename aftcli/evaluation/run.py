@@ -282,7 +282,8 @@ def _files(
                 extras |= plan.extras if searched else plan.extras - {BASELINES}
             if searched and plan.controls:
                 extras.add(CONTROLS)
-            found[Unit(cam, masking)] = ResultFile(folder, stem, identity, frozenset(extras))
+            file = ResultFile(folder, stem, identity, frozenset(extras), study.f.classes.own)
+            found[Unit(cam, masking)] = file
     return found
 
 

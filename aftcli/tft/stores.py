@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.sets import DataSet, Sample, open_data_set, spread
 from aftcli.errors import AftError
+from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import load_classifier
 from aftcli.settings import AUTO, SOFTMAX
 from aftcli.tft.hdf5 import Rows
@@ -57,8 +58,30 @@ class Source(NamedTuple):
             checkpoint=self.checkpoint or (Path(recorded) if recorded else None),
             layer=self.layer or made["layer"],
             output=made.get("output", SOFTMAX) if self.output == AUTO else self.output,
-            known=tuple(made.get("class_names", ())),
+            known=tuple(made.get("class_names", ())) or self.known,
         )
+
+    def named_by(
+        self, stores: Sequence[Mapping[str, Any]], cards: Sequence[Mapping[str, Any]]
+    ) -> Source:
+        """Take the first class names that settings of stores or cards of checkpoints hold."""
+        found = [tuple(made.get("class_names", ())) for made in stores]
+        names = next(filter(None, [*found, *(card_classes(card).own for card in cards)]), ())
+        return self._replace(known=names)
+
+
+def with_names_of_run(f: Classifier, run: Path, note: Callable[[str], None]) -> Classifier:
+    """Name a network's classes as a run's masks and checkpoints do, where nobody else has."""
+    if f.classes != Classes.numbered(len(f.classes)):
+        return f
+    weights, paths = f.weights_hash(), sorted((run / "tuned").glob("[!.]*.safetensors"))
+    stores = [s.settings for s in open_stores(run, f.name, []) if s.settings["weights"] == weights]
+    cards = [c for c in map(read_card, paths) if c and c["start"] == weights]
+    names = Source().named_by(stores, cards).known
+    if len(names) == len(f.classes):
+        note(f"{run}: the classes are named as there: {', '.join(names)}")
+        f.classes = Classes(names)
+    return f
 
 
 def open_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskStore]:
