@@ -266,7 +266,8 @@ def in_range(outputs: Tensor) -> bool:
 def sum_to_one(p: Tensor) -> bool:
     """Tell if probabilities of classes, shape (N, C), sum to 1, but for rounding."""
     tolerance = torch.finfo(p.dtype).eps ** 0.5
-    return bool(((p.float().sum(1) - 1).abs() <= tolerance).all())
+    total = (p.float() if p.itemsize < 4 else p).sum(1)
+    return bool(((total - 1).abs() <= tolerance).all())
 
 
 class BothClasses(nn.Module):
