@@ -23,6 +23,7 @@ from aftcli.core.zero_level import give_zero_level
 from aftcli.engine.accelerate import accelerated
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import checkpoint_of
+from aftcli.tft.judges import Judge
 from tests.helpers.compare import assert_near
 from tests.helpers.small import SIZE, small, small_model
 
@@ -279,3 +280,14 @@ def test_engines_and_checkpoints_keep_the_output():
     tensors, metadata = checkpoint_of(f, None, {})
     assert "end" not in str(list(tensors)) and '"outputs": 1' in metadata["aft"]
     assert '"output": "sigmoid"' in metadata["aft"]
+
+
+def test_a_judge_has_the_probabilities_of_its_own_output():
+    f, x = cut(network("logits")), inputs()
+    outputs = ("sigmoid", "softmax")
+    judges = [Judge("other", cut(network("logits"), output=output)) for output in outputs]
+    assert judges[0].key(f) != judges[1].key(f)
+    with torch.no_grad():
+        y = f(x)
+        assert_near(judges[0].probabilities(f, x), 1 / (1 + (-y).exp()), 1e-6)
+        assert_near(judges[1].probabilities(f, x), y.exp() / y.exp().sum(1, keepdim=True), 1e-6)

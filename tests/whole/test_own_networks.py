@@ -191,6 +191,14 @@ def test_one_logit_goes_from_masks_to_tables(two_colours):
     assert (f.output, f.single, f.classes.names) == ("sigmoid", True, ("not plum", "plum"))
 
 
+def test_a_new_last_layer_of_one_logit_has_an_output_for_each_class(folder):
+    saved(1)
+    done("finetune", "data", "--no-masks", "--epochs", "1", *OWN, *QUICK)
+    card = read_card(Path("aft-run/tuned/tiny-control.safetensors"))
+    assert (card["output"], card["classes"]["names"]) == ("softmax", ["apple", "pear", "plum"])
+    assert "outputs" not in card and card["new_head"]
+
+
 def test_both_classes_of_one_logit_are_explained(folder):
     model = saved(1)
     picture = next(Path("data/val").rglob("*.png"))
