@@ -129,6 +129,7 @@ def with_parts(
         classes=f.classes,
         activation_shape=shape,
         bypassed=f.bypassed,
+        output=f.output,
     )
 
 

@@ -92,6 +92,11 @@ class Classes:
         """Make classes that nobody has named."""
         return cls(tuple(f"class {i}" for i in range(count)))
 
+    @classmethod
+    def of_one(cls, name: str) -> Classes:
+        """Make both classes of a binary classifier of the name of the positive one."""
+        return cls((f"not {name}", name))
+
     def __len__(self) -> int:
         return len(self.names)
 

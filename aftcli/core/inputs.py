@@ -71,9 +71,11 @@ def class_indices(
         count: N.
         device: where the tensor is needed.
     """
+    if isinstance(given, Sequence) and any(type(c).__name__.startswith("bool") for c in given):
+        raise AftError("class_index must be integers, got torch.bool; use .long()")
     try:
         classes = torch.as_tensor(given, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise AftError(
             f"class_index must be integers, got {type(given).__name__}; f.classes.index(NAME) "
             "finds one by its name"
@@ -87,10 +89,11 @@ def class_indices(
             f"class_index must have shape {(count,)}, one class for each map, got "
             f"{tuple(classes.shape)}; for one class everywhere use torch.full(({count},), c)"
         )
+    classes = classes.long()
     wrong = classes[(classes < 0) | (classes >= len(f.classes))]
     if len(wrong):
         raise AftError(
             f"class {int(wrong[0])} is out of range: the classes of {f.name} are "
             f"0..{len(f.classes) - 1}"
         )
-    return classes.long()
+    return classes

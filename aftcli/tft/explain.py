@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -94,8 +95,8 @@ def explain(
         One explanation for each method and class, method by method.
 
     Raises:
-        AftError: x is no single image, a class is out of range, the network has one output
-            only, or see `scaled_map` and `fine_tune_threshold`.
+        AftError: x is no single image, a class is out of range, or see `scaled_map` and
+            `fine_tune_threshold`.
     """
     g, activation = first_activation(f, x, 1)
     with torch.no_grad():
@@ -142,7 +143,8 @@ def explain_map(
 
 def _explained(f: Classifier, y: Tensor, targets: Sequence[int] | int, top_k: int) -> Tensor:
     """Return the classes asked for, by default those with the largest probabilities y, (C,)."""
-    given = [targets] if isinstance(targets, int) else list(targets)
+    alone = isinstance(targets, int) or getattr(targets, "ndim", 1) == 0
+    given = cast("list[int]", [targets] if alone else list(cast("Sequence[int]", targets)))
     if given:
         return class_indices(f, given, len(given), y.device)
     if not 0 < top_k <= len(y):
