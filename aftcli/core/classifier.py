@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aftcli.core.classes import Classes, Preprocessing
-from aftcli.core.outputs import BOTH, give_both_classes, output_of, probabilities
+from aftcli.core.outputs import BOTH, output_of, probabilities, with_both_classes
 from aftcli.cutting.cut import cut, cut_modules, flow_of
 from aftcli.cutting.layers import default_layer, divided
 from aftcli.cutting.networks import copied, name_of, outside_inference_mode, unwrapped
@@ -136,7 +136,7 @@ class Classifier(nn.Module):
     @property
     def single(self) -> bool:
         """True where the network has one output, of which the head makes columns of two classes."""
-        return any(name.endswith(BOTH) for name, _ in self.head.named_modules())
+        return hasattr(self.head, BOTH)
 
     def activation(self, x: Tensor) -> Tensor:
         """Compute activations A of layer l, shape (N, K, h, w), of x, shape (N, 3, H, W)."""
@@ -263,19 +263,18 @@ def cut_classifier(
     with torch.no_grad():
         activation, *rest = parts.flow(x)
         logits = parts.head(activation, *rest)
-        if logits.dim() != 2 and logits.numel() != 1:
-            raise AftError(
-                f"{type(model).__name__} gives an output of shape {tuple(logits.shape)}, a "
-                "classifier gives logits (N, C)"
-            )
         meant = output_of(lambda x: parts.head(*parts.flow(x)), x, logits, output)
+    if logits.dim() != 2 and not meant.single:
+        raise AftError(
+            f"{type(model).__name__} gives an output of shape {tuple(logits.shape)}, a classifier "
+            "gives logits (N, C)"
+        )
     name = name or type(model).__name__
     if meant.guess:
         note(f"{name}: {meant.guess}")
     if meant.single:
-        give_both_classes(parts.head, meant.output == NONE)
-        if classes and len(classes) == 1:
-            classes = Classes.of_one(classes.names[0])
+        parts = parts._replace(head=with_both_classes(parts.head, meant.output == NONE))
+        classes = Classes.of_one(*classes.names) if classes and len(classes) == 1 else classes
     count = 2 if meant.single else logits.shape[1]
     classes = classes or Classes.numbered(count)
     if len(classes) != count:
