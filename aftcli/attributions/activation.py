@@ -23,11 +23,11 @@ from aftcli.core.cam import (
     upsample,
     weighted_sum,
 )
-from aftcli.core.classes import log_probabilities
 from aftcli.core.classifier import Classifier
 from aftcli.core.cut import CutPoint, cut, cut_points
 from aftcli.core.zero_level import without_constant
 from aftcli.errors import AftError, first_line
+from aftcli.outputs import log_probabilities
 
 
 def relevance_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -259,6 +259,11 @@ def stage_maps(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
 
     `activation` is looked at only where there is no stage before layer l.
     """
+    if f.bypassed:
+        raise AftError(
+            f"layercam-fusion needs a layer that is the only path to the logits; {f.layer_name} of "
+            f"{f.name} is not: use layercam"
+        )
     _, _, *cells = activation.shape
     parts = stages(f, (x.shape[-2], x.shape[-1]), (cells[0], cells[1]))
     if not parts:

@@ -1,4 +1,4 @@
-"""What a network's input and outputs mean: preprocessing, class names, probabilities."""
+"""The meaning of what a network takes and gives: images, layers' outputs, classes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor
 
 from aftcli.errors import AftError, nearest
-from aftcli.settings import NONE, SIGMOID, SOFTMAX
 
 LARGEST = 4096  # pixels of a side that a file may ask for
 
 MOST_NAMED = 8  # classes in a message
-
-BOTH = "both_classes"  # the module's name in a head
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,47 @@ class Preprocessing:
             raise ValueError("mean and std have three values")
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean}, std {self.std}")
+
+
+class Layout(NamedTuple):
+    """The places of channels and cells in a layer's output, where it is not (N, K, h, w).
+
+    Attributes:
+        kind: "last", (N, h, w, K); "tokens", (N, T, K); "sequence", (T, N, K).
+        height: h, cells.
+        width: w, cells.
+        prefix: tokens before those of the cells: of the class, registers.
+    """
+
+    kind: str
+    height: int
+    width: int
+    prefix: int = 0
+
+
+def to_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Tensor:
+    """Make A, shape (N, K, h, w), of a layer's output; arguments as of `Layout`."""
+    if kind == "last":
+        return out.permute(0, 3, 1, 2)
+    tokens = out.transpose(0, 1) if kind == "sequence" else out
+    maps: Tensor = tokens[:, prefix:].mT.unflatten(2, (height, width))
+    return maps
+
+
+def before_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Tensor:
+    """Take the tokens that belong to no cell, shape (N, prefix, K), of a layer's output."""
+    tokens = out.transpose(0, 1) if kind == "sequence" else out
+    return tokens[:, :prefix]
+
+
+def from_maps(
+    maps: Tensor, before: Sequence[Tensor], kind: str, height: int, width: int, prefix: int
+) -> Tensor:
+    """Make a layer's output of A and the tokens before its cells, as `Layout` says."""
+    if kind == "last":
+        return maps.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+    tokens = torch.cat([*before, maps.flatten(2).mT], 1)
+    return (tokens.transpose(0, 1) if kind == "sequence" else tokens).contiguous()
 
 
 @dataclass(frozen=True)
@@ -194,122 +231,3 @@ def _once(names: Iterable[str]) -> dict[str, int]:
     names = list(names)
     counts = Counter(names)
     return {name: index for index, name in enumerate(names) if counts[name] == 1}
-
-
-def probabilities(logits: Tensor, output: str = SOFTMAX) -> Tensor:
-    """Compute probabilities of classes, shape (N, C), from logits (§2.1).
-
-    Args:
-        logits: shape (N, C).
-        output: of OUTPUTS: their softmax, the sigmoid of each, or they are probabilities already.
-    """
-    if output == SIGMOID:
-        return logits.sigmoid()
-    return logits.clamp(0, 1) if output == NONE else logits.softmax(1)
-
-
-def log_probabilities(logits: Tensor, output: str = SOFTMAX) -> Tensor:
-    """Compute the logarithms of `probabilities`; of 0 that of the smallest number."""
-    if output == SIGMOID:
-        return F.logsigmoid(logits)
-    return _log(logits) if output == NONE else logits.log_softmax(1)
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, output: str = SOFTMAX) -> Tensor:
-    """Compute the cross-entropy of labels, shape (N,), mean over images.
-
-    Of classes that do not exclude each other it is the binary one of each class, summed.
-    """
-    if excludes(logits, output):
-        return F.nll_loss(log_probabilities(logits, output), labels)
-    target = F.one_hot(labels, logits.shape[1]).to(logits)
-    if output == SIGMOID:
-        each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    else:
-        each = -torch.where(target > 0, _log(logits), _log(1 - logits))
-    return each.sum(1).mean()
-
-
-def divergence(logits: Tensor, teacher: Tensor, output: str = SOFTMAX) -> Tensor:
-    """Return KL(f_0(x) || f(x)), the distance of the teacher's probabilities, mean over images.
-
-    Of classes that do not exclude each other it is that of a coin for each class, summed.
-
-    Args:
-        logits: f(x), shape (N, C).
-        teacher: logits of f_0, the network before fine-tuning, shape (N, C).
-        output: see `probabilities`.
-    """
-    pairs = [(log_probabilities(logits, output), log_probabilities(teacher, output))]
-    if not excludes(teacher, output):
-        # 1 - sigmoid(y) is sigmoid(-y), exactly also where it is small.
-        other = [-y if output == SIGMOID else 1 - y for y in (logits, teacher)]
-        pairs.append((log_probabilities(other[0], output), log_probabilities(other[1], output)))
-    each = [F.kl_div(own, his, reduction="batchmean", log_target=True) for own, his in pairs]
-    return torch.stack(each).sum()
-
-
-def excludes(logits: Tensor, output: str) -> bool:
-    """Tell if the classes exclude each other: their probabilities sum to 1."""
-    return output == SOFTMAX or (output == NONE and sum_to_one(logits.detach()))
-
-
-def _log(p: Tensor) -> Tensor:
-    return p.clamp(min=torch.finfo(p.dtype).tiny).log()
-
-
-def in_range(outputs: Tensor) -> bool:
-    """Tell if all outputs lie in [0, 1]."""
-    return bool(((outputs >= 0) & (outputs <= 1)).all())
-
-
-def sum_to_one(p: Tensor) -> bool:
-    """Tell if probabilities of classes, shape (N, C), sum to 1, but for rounding."""
-    tolerance = torch.finfo(p.dtype).eps ** 0.5
-    total = (p.float() if p.itemsize < 4 else p).sum(1)
-    return bool(((total - 1).abs() <= tolerance).all())
-
-
-class BothClasses(nn.Module):
-    """The columns of both classes, shape (N, 2), of a binary classifier's only output.
-
-    Args:
-        of_probability: the output is p, and the columns are 1 - p and p; otherwise it is a logit
-            y, and they are -y and y: their sigmoid is the probability of each.
-    """
-
-    def __init__(self, of_probability: bool = False) -> None:
-        super().__init__()
-        self.of_probability = of_probability
-        self.training = False
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Compute the columns of y, shape (N,), (N, 1) or (N, 1, ..., 1)."""
-        y = y.reshape(-1, 1)
-        return torch.cat([1 - y if self.of_probability else -y, y], 1)
-
-    def extra_repr(self) -> str:
-        """Say which of the two it is: graphs are kept by what is printed."""
-        return "1 - p, p" if self.of_probability else "-y, y"
-
-
-def give_both_classes(head: nn.Module, of_probability: bool) -> None:
-    """Give a head with one output a column for each of both classes; its weights keep their names.
-
-    Args:
-        head: w2, as `aftcli.core.cut.cut` makes it; it is changed.
-        of_probability: see `BothClasses`.
-
-    Raises:
-        AftError: the head has no graph.
-    """
-    if not isinstance(head, fx.GraphModule):
-        raise AftError(
-            "torch.fx can't open what follows this layer, so a network's only output can't become "
-            "columns of two classes; cut at a later --layer, or give the network two outputs"
-        )
-    head.add_module(BOTH, BothClasses(of_probability))
-    (end,) = (node for node in head.graph.nodes if node.op == "output")
-    with head.graph.inserting_before(end):
-        end.args = (head.graph.call_module(BOTH, (end.args[0],)),)
-    head.recompile()

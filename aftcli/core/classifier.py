@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from aftcli.core.classes import BOTH, Classes, Preprocessing, give_both_classes, probabilities
-from aftcli.core.cut import cut, cut_modules
-from aftcli.core.layers import last_layer
-from aftcli.core.networks import copied, output_of, outside_inference_mode, unwrapped
+from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.cut import cut, cut_modules, flow_of
+from aftcli.core.layers import default_layer, divided
+from aftcli.core.networks import copied, name_of, outside_inference_mode, unwrapped
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
+from aftcli.outputs import BOTH, output_of, probabilities, with_both_classes
 from aftcli.settings import AUTO, NONE, SOFTMAX
 
 
@@ -51,11 +52,6 @@ class Before(Protocol):
         """Return what moved the maps, by names in a checkpoint."""
 
 
-def flow_of(out: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - a tensor or several
-    """Return what a layer gives to the head: A, and what passes the layer by."""
-    return out if isinstance(out, tuple) else (out,)
-
-
 class Held(nn.Module):
     """A head as a function of A alone: what passes layer l by is held.
 
@@ -66,7 +62,8 @@ class Held(nn.Module):
 
     def __init__(self, head: nn.Module, rest: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self.inner, self.rest = head, rest
+        self.inner: nn.Module = head.inner if isinstance(head, Held) else head
+        self.rest = rest
         self.training = head.training
 
     def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
@@ -139,7 +136,7 @@ class Classifier(nn.Module):
     @property
     def single(self) -> bool:
         """True where the network has one output, of which the head makes columns of two classes."""
-        return any(name.endswith(BOTH) for name, _ in self.head.named_modules())
+        return hasattr(self.head, BOTH)
 
     def activation(self, x: Tensor) -> Tensor:
         """Compute activations A of layer l, shape (N, K, h, w), of x, shape (N, 3, H, W)."""
@@ -160,18 +157,21 @@ class Classifier(nn.Module):
     def after(self, z: Any) -> tuple[Classifier, Tensor]:  # noqa: ANN401 - a tensor or several
         """Hold what passes layer l by, as `at`, of the stem's output z."""
         activation, *rest = flow_of(self.layer(z))
-        return (self._holding(Held(self.head, tuple(rest))) if rest else self), activation
+        return self.holding(rest), activation
+
+    def holding(self, rest: Sequence[Tensor]) -> Classifier:
+        """Hold these values of what passes layer l by, each (N, ...) or (1, ...); f for none."""
+        if not rest:
+            return self
+        held = copy.copy(self)
+        held._modules = {**self._modules, "head": Held(self.head, tuple(rest))}
+        return held
 
     def image(self, n: int) -> Classifier:
         """Return the classifier for the n-th of the images that it holds values of."""
         if not isinstance(self.head, Held):
             return self
-        return self._holding(Held(self.head.inner, tuple(r[n : n + 1] for r in self.head.rest)))
-
-    def _holding(self, head: Held) -> Classifier:
-        held = copy.copy(self)
-        held._modules = {**self._modules, "head": head}
-        return held
+        return self.holding([r[n : n + 1] for r in self.head.rest])
 
     def with_engine(self, engine: Engine | None) -> Classifier:
         """Return a classifier of the same modules whose inference passes run on an engine."""
@@ -191,7 +191,7 @@ class Classifier(nn.Module):
     @cached_property
     def linear_head(self) -> LinearHead | None:
         """The head split at its first linear layer, where it can be."""
-        return linear_head(self.head, self.activation_shape)
+        return None if self.bypassed else linear_head(self.head, self.activation_shape)
 
     def weights(self) -> dict[str, Tensor]:
         """All weights and statistics, under the names of the uncut model."""
@@ -213,7 +213,7 @@ class Classifier(nn.Module):
 @outside_inference_mode
 def cut_classifier(
     model: nn.Module,
-    layer: str | None = None,
+    layer: str | nn.Module | None = None,
     *,
     name: str | None = None,
     preprocessing: Preprocessing | None = None,
@@ -222,13 +222,14 @@ def cut_classifier(
     output: str = AUTO,
     note: Callable[[str], None] = warnings.warn,
 ) -> Classifier:
-    """Cut any CNN of the user's into a Classifier and check that nothing has changed.
+    """Cut any image classifier of the user's and check that nothing has changed.
 
     Args:
         model: a network from (N, 3, H, W) to logits (N, C); it is copied, not changed. Of
             DataParallel and torch.compile the network inside is taken. One output, (N, 1) or
             (N,), is a binary classifier's: the cut one has a column for each of both classes.
-        layer: where to cut; default the last convolutional layer with spatial extent.
+        layer: where to cut, a module of the model or its name; default the last layer with cells
+            that the logits depend on, see `core.layers.default_layer`.
         name: the model's name in results; default its class's name.
         preprocessing: what makes its input; default ImageNet's usual.
         classes: the names of the classes, of a binary classifier both or the positive one;
@@ -237,7 +238,7 @@ def cut_classifier(
         output: what makes probabilities of the outputs: softmax, sigmoid (one output, or classes
             that do not exclude each other), none (they are probabilities already); auto takes
             none where that shows, sigmoid for one output, otherwise softmax.
-        note: is told what auto assumed, but for softmax.
+        note: is told what was guessed, and what makes the network slower.
 
     Returns:
         A classifier in eval mode whose logits equal the model's bit for bit.
@@ -252,35 +253,28 @@ def cut_classifier(
             f"{type(model).__name__} was made in torch.inference_mode(), where nothing has a "
             "gradient; make it outside, or leave own out for a copy"
         )
+    layer = layer if layer is None or isinstance(layer, str) else name_of(layer, model)
     model = (model if own else copied(model)).eval().requires_grad_(False)
     preprocessing = preprocessing or Preprocessing()
-    layer = layer or last_layer(model, preprocessing.size)
-    parts = cut(model, layer)
     x = torch.randn(1, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))
     x = x.to(next(model.parameters()))
+    layer = layer or default_layer(model, x, note)
+    parts = divided(model, layer, x, note)
     with torch.no_grad():
-        activation, *rest = flow_of(parts.layer(parts.stem(x)))
-        if not isinstance(activation, Tensor) or activation.dim() != 4:
-            raise AftError(
-                f"layer {layer!r} can't be used: its output has shape "
-                f"{tuple(getattr(activation, 'shape', ()))}, a CAM needs (N, K, h, w)"
-            )
-        before = activation.clone()
+        activation, *rest = parts.flow(x)
         logits = parts.head(activation, *rest)
-        if (logits.dim() != 2 and logits.numel() != 1) or not torch.equal(logits, model(x)):
-            raise AftError(f"cutting at {layer!r} changes the logits; cut at another layer")
-        if not torch.equal(before, activation):
-            raise AftError(f"what follows {layer!r} writes into its output; cut at another layer")
-        meant = output_of(
-            lambda x: parts.head(*flow_of(parts.layer(parts.stem(x)))), x, logits, output
+        meant = output_of(lambda x: parts.head(*parts.flow(x)), x, logits, output)
+    if logits.dim() != 2 and not meant.single:
+        raise AftError(
+            f"{type(model).__name__} gives an output of shape {tuple(logits.shape)}, a classifier "
+            "gives logits (N, C)"
         )
     name = name or type(model).__name__
     if meant.guess:
         note(f"{name}: {meant.guess}")
     if meant.single:
-        give_both_classes(parts.head, meant.output == NONE)
-        if classes and len(classes) == 1:
-            classes = Classes.of_one(classes.names[0])
+        parts = parts._replace(head=with_both_classes(parts.head, meant.output == NONE))
+        classes = Classes.of_one(*classes.names) if classes and len(classes) == 1 else classes
     count = 2 if meant.single else logits.shape[1]
     classes = classes or Classes.numbered(count)
     if len(classes) != count:

@@ -1,10 +1,10 @@
-"""Users' networks: wrapped or hard to copy, their outputs, the x and c that callers give."""
+"""Users' networks, wrapped, hard to copy or to cut, and what callers give: x, c."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
+from contextlib import nullcontext, suppress
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -15,9 +15,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from aftcli.core.classes import in_range, sum_to_one
-from aftcli.errors import AftError, check_name, first_line
-from aftcli.settings import AUTO, NONE, OUTPUTS, SIGMOID, SOFTMAX
+from aftcli.core.classes import Layout, before_maps, from_maps, to_maps
+from aftcli.errors import AftError, first_line
 
 P = ParamSpec("P")
 
@@ -64,6 +63,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
             "nn.Module that it was made of, with the weights of its state_dict()"
         )
     return model
+
+
+def name_of(layer: object, model: nn.Module) -> str:
+    """Find the name of a module of a network.
+
+    Raises:
+        AftError: it is none.
+    """
+    found = next((name for name, module in model.named_modules() if module is layer), "")
+    if not found:
+        what = type(layer).__name__
+        raise AftError(
+            f"layer must be the name of a module of {type(model).__name__}, or one of its modules; "
+            f"this {what} is none"
+        )
+    return found
 
 
 def copied(what: Copied, memo: dict[int, Any] | None = None) -> Copied:
@@ -131,6 +146,148 @@ def with_plain_weights(module: nn.Module) -> nn.Module:
             remaking.remove(part)
             del part._forward_pre_hooks[key]
     return module
+
+
+class Ran(NamedTuple):
+    """A call of a module in a pass of a network.
+
+    Attributes:
+        name: the module's.
+        module: that ran.
+        output: what it returned; of a tuple or dict the first tensor.
+    """
+
+    name: str
+    module: nn.Module
+    output: Tensor
+
+
+def first_tensor(out: object) -> Tensor | None:
+    """Find the first tensor of what a module returned; None without."""
+    if isinstance(out, Tensor):
+        return out
+    parts = out.values() if isinstance(out, Mapping) else out
+    if isinstance(parts, list | tuple | ValuesView):
+        return next((t for part in parts if (t := first_tensor(part)) is not None), None)
+    return None
+
+
+def run_watched(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
+    """Run a network and return the calls of its modules, in the order in which they end.
+
+    Args:
+        model: the network; it has no hooks of ours afterwards.
+        x: its input.
+    """
+    calls: list[Ran] = []
+    handles = []
+    for name, module in model.named_modules():
+
+        def ended(module: nn.Module, _: object, out: object, name: str = name) -> None:
+            if name and (tensor := first_tensor(out)) is not None:
+                calls.append(Ran(name, module, tensor))
+
+        handles.append(module.register_forward_hook(ended))
+    try:
+        out = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, out
+
+
+class _Done(Exception):  # noqa: N818 - it is no error
+    """The layer's output is there, the rest of the network need not run."""
+
+
+class _Interrupted(nn.Module):
+    """A network that torch.fx can't trace, run to or from the output of one of its modules.
+
+    Its modules are the network's own, under the same names.
+
+    Args:
+        network: the whole.
+        layer: the module's name.
+        call: the number of its calls in a pass.
+        layout: where its output has its cells; None for (N, K, h, w).
+    """
+
+    def __init__(self, network: nn.Module, layer: str, call: int, layout: Layout | None) -> None:
+        super().__init__()
+        self._modules, self._parameters = network._modules, network._parameters
+        self._buffers = network._buffers
+        self.__dict__["network"] = network  # not as a module: names would begin with it
+        self.layer, self.call, self.layout = layer, call, layout
+        self.training = network.training
+
+    def run(self, x: Tensor, change: Callable[[object], object]) -> object:
+        """Run the network with the layer's output changed."""
+        calls = 0
+
+        def ended(module: nn.Module, _: object, out: object) -> object:
+            nonlocal calls
+            calls += 1
+            return change(out) if calls == self.call else None
+
+        network = self.__dict__["network"]
+        handle = network.get_submodule(self.layer).register_forward_hook(ended)
+        try:
+            return network(x)
+        finally:
+            handle.remove()
+
+
+class RunTo(_Interrupted):
+    """The stem and the layer in one: from x to the layer's output, and x for the rest."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Run the network up to the layer.
+
+        Args:
+            x: inputs, shape (N, C, H, W).
+
+        Returns:
+            A, tokens of no cell where there are any, and x, from which `RunFrom` runs the rest.
+        """
+        found: list[Tensor] = []
+
+        def stop(out: object) -> object:
+            tensor = first_tensor(out)
+            assert tensor is not None
+            found.append(tensor)
+            raise _Done
+
+        with suppress(_Done):
+            self.run(x, stop)
+        if self.layout is None:
+            return found[0], x
+        own = (found[0], *self.layout)
+        return (to_maps(*own), *([before_maps(*own)] if self.layout.prefix else []), x)
+
+
+class RunFrom(_Interrupted):
+    """The head: the whole network with another output of the layer."""
+
+    def forward(self, activation: Tensor, *rest: Tensor) -> object:
+        """Run the network with the layer's output replaced; arguments as `RunTo` returns them."""
+        *before, x = rest
+        # A copy: what follows may write into it.
+        own = from_maps(activation, before, *self.layout) if self.layout else activation.clone()
+        return self.run(x, lambda out: _replaced(out, own))
+
+
+def _replaced(out: Any, tensor: Tensor) -> Any:  # noqa: ANN401 - whatever a module returns
+    """Put a tensor in the place of the first one of what a module returned."""
+    if isinstance(out, Tensor):
+        return tensor
+    if isinstance(out, Mapping):
+        key = next(k for k, v in out.items() if first_tensor(v) is not None)
+        changed = copy.copy(out)
+        changed[key] = _replaced(out[key], tensor)  # type: ignore[index]
+        return changed
+    i = next(i for i, v in enumerate(out) if first_tensor(v) is not None)
+    parts = [*out[:i], _replaced(out[i], tensor), *out[i + 1 :]]
+    return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
 
 class Cut(Protocol):
@@ -219,108 +376,3 @@ def class_indices(
             f"0..{len(f.classes) - 1}"
         )
     return classes
-
-
-class Meant(NamedTuple):
-    """The meaning of a network's outputs.
-
-    Attributes:
-        output: of OUTPUTS without auto.
-        single: there is one output, of a binary classifier.
-        guess: what was assumed, or looks wrong, for the user to know; "" where nothing is.
-    """
-
-    output: str
-    single: bool = False
-    guess: str = ""
-
-
-SIGMOIDS = ("SigmoidBackward", "HardsigmoidBackward")
-
-# Operations of autograd that move values and compute none.
-MOVING = (
-    *("View", "Reshape", "Squeeze", "Unsqueeze", "Select", "Slice", "Clone", "Alias", "ToCopy"),
-    *("UnsafeView", "Permute", "Transpose", "T", "Expand", "AsStrided"),
-)
-
-SCALES = (0.1, 1.0, 10.0)  # of the random inputs that show if outputs are probabilities
-
-
-def output_of(run: Callable[[Tensor], Tensor], x: Tensor, first: Tensor, wanted: str) -> Meant:
-    """Find out what a network's outputs mean.
-
-    Outputs are probabilities already where they lie in [0, 1] for random inputs of several
-    scales, and either sum to 1 or come out of a sigmoid, as autograd tells. Logarithms of
-    probabilities need no name: their softmax is these probabilities.
-
-    Args:
-        run: from inputs, shape (N, 3, H, W), to outputs.
-        x: one random input.
-        first: its outputs.
-        wanted: of OUTPUTS.
-
-    Raises:
-        AftError: what is wanted does not fit, or one output comes out of a softmax.
-    """
-    check_name("output", wanted, OUTPUTS)
-    single = first.numel() == 1
-    if not (single or wanted == NONE or in_range(first)):
-        return Meant(SOFTMAX if wanted == AUTO else wanted)
-    if single and wanted == SOFTMAX:
-        raise AftError(
-            "the network has one output, and the softmax of one output is 1 for every image; pass "
-            "--output sigmoid, or none if it is a probability already"
-        )
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.cat([torch.randn(x.shape, generator=generator) * scale for scale in SCALES])
-    found = run(inputs.to(x))
-    if single and found.numel() != len(inputs):
-        raise AftError(
-            f"the network has one output for {len(inputs)} images, so it is none of a class; pass "
-            "a network whose outputs have shape (N, C), (N, 1) or (N,)"
-        )
-    found = torch.cat([first.reshape(1, -1), found.reshape(len(inputs), -1)])
-    if not in_range(found):
-        if wanted == NONE:
-            raise AftError(
-                f"--output none is of probabilities, but the outputs reach from {found.min():.3g} "
-                f"to {found.max():.3g}; pass --output softmax, or sigmoid for classes that do not "
-                "exclude each other"
-            )
-        already = False
-    else:
-        last = last_operation(run, x)
-        if single and wanted == AUTO and last.startswith("SoftmaxBackward"):
-            raise AftError(
-                "the network's only output comes out of a softmax, so it is 1 for every image; "
-                "leave the softmax out"
-            )
-        already = last.startswith(SIGMOIDS) or (not single and sum_to_one(found))
-    if wanted == AUTO and already:
-        return Meant(NONE, single, f"{ALREADY}, so the score y^c of maps is the probability itself")
-    if wanted == AUTO and single:
-        return Meant(SIGMOID, True, ONE_LOGIT)
-    again = f"{ALREADY}; --output {wanted} applies {wanted} to them; leave it out"
-    doubled = already and wanted in (SOFTMAX, SIGMOID)
-    return Meant(SOFTMAX if wanted == AUTO else wanted, single, again if doubled else "")
-
-
-ALREADY = "its outputs are probabilities already"
-
-ONE_LOGIT = (
-    "its only output is taken for the logit of class 1, whose sigmoid is the probability; pass "
-    "--output none if it is a probability already"
-)
-
-
-def last_operation(run: Callable[[Tensor], Tensor], x: Tensor) -> str:
-    """Name autograd's last operation that computes; "" where it can't be known."""
-    try:
-        with torch.enable_grad():
-            # A copy: the network may write into its input.
-            node: Any = run(x.detach().requires_grad_().clone()).grad_fn
-    except RuntimeError:
-        return ""
-    while node is not None and node.name().partition("Backward")[0] in MOVING:
-        node = node.next_functions[0][0]
-    return node.name() if node is not None else ""

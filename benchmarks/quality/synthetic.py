@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from aftcli import Classifier, fine_tune_threshold
 from aftcli.core.cam import class_score, normalise, scaled_map, upsample
-from aftcli.core.classes import probabilities
 from aftcli.evaluation import metrics
+from aftcli.outputs import probabilities
 from aftcli.tft.threshold import cut_off, mask_of, masked_image, threshold_map
 from benchmarks import pages
 from benchmarks.quality.synthetic_data import (
