@@ -17,13 +17,11 @@ if TYPE_CHECKING:
     from aftcli.aft.run import fine_tune as fine_tune
     from aftcli.aft.training import Training as Training
     from aftcli.core.cam import attribution_map as attribution_map
-    from aftcli.core.classifier import Classes as Classes
+    from aftcli.core.classes import Classes as Classes
+    from aftcli.core.classes import Preprocessing as Preprocessing
     from aftcli.core.classifier import Classifier as Classifier
-    from aftcli.core.classifier import Preprocessing as Preprocessing
     from aftcli.core.classifier import cut_classifier as cut_classifier
     from aftcli.core.methods import METHODS as METHODS
-    from aftcli.core.models import load_classifier as load_classifier
-    from aftcli.core.weights import read_card as read_card
     from aftcli.data.images import read_image as read_image
     from aftcli.data.images import to_input as to_input
     from aftcli.data.sets import open_data_set as open_data_set
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
     from aftcli.evaluation.study import find_studies as find_studies
     from aftcli.evaluation.tables import table3 as table3
     from aftcli.evaluation.tables import table4 as table4
+    from aftcli.models.checkpoint import read_card as read_card
+    from aftcli.models.load import load_classifier as load_classifier
     from aftcli.settings import Search as Search
     from aftcli.tft.explain import Explanation as Explanation
     from aftcli.tft.explain import explain as explain
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "AftError": "aftcli.errors",
     "Average": "aftcli.evaluation.metrics",
-    "Classes": "aftcli.core.classifier",
+    "Classes": "aftcli.core.classes",
     "Classifier": "aftcli.core.classifier",
     "Explanation": "aftcli.tft.explain",
     "Judge": "aftcli.tft.judges",
     "MEASURES": "aftcli.evaluation.measures",
     "METHODS": "aftcli.core.methods",
     "MaskStore": "aftcli.tft.masks",
-    "Preprocessing": "aftcli.core.classifier",
+    "Preprocessing": "aftcli.core.classes",
     "Recipe": "aftcli.aft.loss",
     "Search": "aftcli.settings",
     "Source": "aftcli.tft.stores",
@@ -73,10 +73,10 @@ _HOMES = {
     "fine_tune": "aftcli.aft.run",
     "fine_tune_threshold": "aftcli.tft.search",
     "generate_masks": "aftcli.tft.generate",
-    "load_classifier": "aftcli.core.models",
+    "load_classifier": "aftcli.models.load",
     "mask_job": "aftcli.aft.jobs",
     "open_data_set": "aftcli.data.sets",
-    "read_card": "aftcli.core.weights",
+    "read_card": "aftcli.models.checkpoint",
     "read_image": "aftcli.data.images",
     "table3": "aftcli.evaluation.tables",
     "table4": "aftcli.evaluation.tables",

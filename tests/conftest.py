@@ -13,11 +13,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from aftcli.core.models import load_classifier  # noqa: E402
 from aftcli.data.images import (
     read_image,  # noqa: E402
     to_input,  # noqa: E402
 )
+from aftcli.models.load import load_classifier  # noqa: E402
 from aftcli.settings import SITUATIONS  # noqa: E402
 from tests.helpers.command import aft  # noqa: E402
 from tests.helpers.compare import uncut  # noqa: E402

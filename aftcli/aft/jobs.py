@@ -17,7 +17,6 @@ from aftcli.aft.tail import Earlier, earlier_layers
 from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
-from aftcli.core.models import with_new_head
 from aftcli.core.networks import outside_inference_mode
 from aftcli.data.sets import (
     DataSet,
@@ -28,6 +27,7 @@ from aftcli.data.sets import (
 )
 from aftcli.errors import AftError
 from aftcli.files import file_stem
+from aftcli.models.load import with_new_head
 from aftcli.tft.hdf5 import Rows, join_float
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.stores import (

@@ -25,7 +25,6 @@ from aftcli.aft.training import Epoch, Measured, State, Step, Training
 from aftcli.aft.zero_level import Chosen, Searching, ZeroLevelTraining, check_job
 from aftcli.core.classifier import check_several
 from aftcli.core.networks import outside_inference_mode
-from aftcli.core.weights import card_classes, checkpoint_of, read_card
 from aftcli.data.blocks import Broken, content_hash, contents_of, pack, stamp_of, unpack
 from aftcli.errors import AftError
 from aftcli.files import (
@@ -37,6 +36,7 @@ from aftcli.files import (
     write_sealed,
     write_tensors,
 )
+from aftcli.models.checkpoint import card_classes, checkpoint_of, read_card
 from aftcli.tft.masks import refuse_other_settings
 from aftcli.version import __version__
 

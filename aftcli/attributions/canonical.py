@@ -25,6 +25,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import fusion, skip_init
 
 from aftcli.core.classifier import Classifier
+from aftcli.core.cut import flow_of
 from aftcli.core.networks import computes_weights, copied, with_plain_weights
 from aftcli.core.zero_level import without_constant
 from aftcli.errors import AftError, first_line
@@ -113,10 +114,10 @@ def _sample(f: Classifier, part: Part) -> tuple[Tensor, Tensor]:
         size = f.preprocessing.size
         try:
             x = noise(3, *(min(side, max(64, side // 4)) for side in size))
-            return x, plain.head(plain.layer(f.stem(x)))
+            return x, plain.head(*flow_of(plain.layer(f.stem(x))))
         except RuntimeError:
             x = noise(3, *size)
-            return x, plain.head(plain.layer(f.stem(x)))
+            return x, plain.head(*flow_of(plain.layer(f.stem(x))))
 
 
 class _Builder:

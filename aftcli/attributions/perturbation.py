@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aftcli.attributions.gradient import seeded
 from aftcli.core.cam import BATCH, class_score, wide
-from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
 
 WINDOW = 1 / 7  # of the side: 32 of 224 pixels, one cell of a 7 x 7 activation
@@ -70,7 +70,7 @@ def rise(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> T
     total = torch.zeros_like(wide(x[:, 0]))
     for masks in rise_masks(total[:, None]):
         for n, c in enumerate(class_index.tolist()):
-            p = probabilities(wide(f(x[n] * masks[:, None].to(x))))[:, c]
+            p = f.probabilities(wide(f(x[n] * masks[:, None].to(x))))[:, c]
             total[n] += torch.einsum("i,ihw->hw", p, masks)
     return total / (KEPT * MASKS)
 
@@ -194,7 +194,7 @@ def _by_superpixels(
         def show(z: Floats, x_n: Tensor = x_n, c: int = c, parts: Tensor = parts) -> Floats:
             batches = torch.from_numpy(z).to(x_n).split(BATCH)
             logits = torch.cat([f(x_n * part[:, parts][:, None]) for part in batches])
-            scores = (probabilities(logits) if probability else logits)[:, c]
+            scores = (f.probabilities(logits) if probability else logits)[:, c]
             _check_finite(f, scores)
             return scores.double().cpu().numpy()
 

@@ -45,7 +45,7 @@ def device(name: str) -> torch.device:
     """
     import torch
 
-    from aftcli.core.models import find_device
+    from aftcli.models.load import find_device
 
     torch.backends.cudnn.allow_tf32 = False
     return find_device(name)
@@ -73,7 +73,7 @@ def processes(device: str) -> tuple[Processes, str]:
 
 def accelerator(device: str, precision: str) -> Accelerator:
     """Accelerate's view of this process: its device, the precision, the other processes."""
-    from aftcli.core.models import find_device
+    from aftcli.models.load import find_device
 
     where = find_device(device)
     if precision == "fp16" and where.type == "cpu":
@@ -100,7 +100,7 @@ def at_fixed(settings: Search, cut: tuple[float, str] | None) -> Search:
 @kept_from_collector()
 def classifier(network: Network, device: str, quiet: bool) -> Classifier:
     """Load the classifier that was asked for, on its device."""
-    from aftcli.core.models import find_device, load_classifier
+    from aftcli.models.load import find_device, load_classifier
 
     where, note = find_device(device), noting(quiet)
     files = (network.model, network.checkpoint, network.layer)

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aftcli.core.classifier import Classifier
-from aftcli.core.cut import LinearHead
+from aftcli.core.classifier import Classifier, LinearHead
 from aftcli.core.methods import method as find_method
 from aftcli.core.networks import class_indices, first_activation, outside_inference_mode
 from aftcli.core.zero_level import above, without_constant
@@ -232,11 +231,11 @@ def ablated_by_batches(f: Classifier, activation: Tensor, class_index: Tensor) -
     y = class_score(f.head(activation), class_index)
     scores = []
     for n, (a, c) in enumerate(zip(activation, class_index.tolist(), strict=True)):
-        y_k = y[n].repeat(len(a))
+        of_image, y_k = f.image(n), y[n].repeat(len(a))
         for part in a.flatten(1).any(1).nonzero().squeeze(1).split(BATCH):
             ablated = a.repeat(len(part), 1, 1, 1)
             ablated[torch.arange(len(part)), part] = 0
-            y_k[part] = f.head(ablated)[:, c]
+            y_k[part] = of_image.head(ablated)[:, c]
         scores.append(y_k)
     return torch.stack(scores)
 
@@ -363,7 +362,7 @@ def attribution_map(
     Raises:
         AftError: x is no batch of images, not each has one class of f's, or see `scaled_map`.
     """
-    activation = first_activation(f, x)
+    f, activation = first_activation(f, x)
     classes = class_indices(f, class_index, len(x), x.device)
     return map_of(f, activation, classes, x, method, cells, zero_level)
 

@@ -1,195 +1,27 @@
-"""The classifier f(x) = head(layer(stem(x))) with weights w0, w1, w2 (§4.2)."""
+"""The classifier f(x) = head(layer(stem(x))) with weights w0, w1, w2 (§4.2).
+
+Most heads end in channel-wise operations (pooling, activations, flattening), a linear layer, and
+perhaps more of an MLP. Split at that layer, the effect of one channel of A on its output is known
+without running the head again, which makes CAM and Ablation-CAM cheap.
+"""
 
 from __future__ import annotations
 
 import copy
-import math
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from aftcli.core.cut import LinearHead, cut, last_layer, linear_head
+from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.cut import cut, cut_modules, flow_of
+from aftcli.core.layers import default_layer, divided
 from aftcli.core.networks import copied, outside_inference_mode, unwrapped
-from aftcli.errors import AftError, nearest
+from aftcli.errors import AftError
 from aftcli.files import tensors_hash
-
-LARGEST = 4096  # pixels of a side that a file may ask for
-
-MOST_NAMED = 8  # classes in a message
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """The steps from an image to the input x of a model.
-
-    Attributes:
-        size: height and width of x, pixels.
-        resize: the shorter side before the centre crop, pixels; None squashes the whole image
-            to `size`.
-        interpolation: nearest, bilinear or bicubic (with antialiasing).
-        mean: of each channel, subtracted from values in [0, 1].
-        std: of each channel, divided by.
-    """
-
-    size: tuple[int, int] = (224, 224)
-    resize: int | None = 256
-    interpolation: str = "bilinear"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-    def channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and std, shape (3, 1, 1), of the type and device of another tensor."""
-        mean, std = (like.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return mean, std
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, as JSON gives them back."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """Build it from the values of `as_dict`.
-
-        Raises:
-            AftError: the values, of a file, are none that an image can be prepared by.
-        """
-        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-        try:
-            read = cls(**{**values, **lists})
-            read._check()
-        except (TypeError, ValueError) as error:
-            raise AftError(f"no preprocessing of images: {error}") from error
-        return read
-
-    def _check(self) -> None:
-        sides = (*self.size, *(() if self.resize is None else (self.resize,)))
-        if len(self.size) != 2 or not all(type(n) is int and 0 < n <= LARGEST for n in sides):
-            raise ValueError(f"sizes {self.size} and {self.resize} must lie in 1..{LARGEST}")
-        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
-            raise ValueError(f"interpolation {self.interpolation!r}")
-        if not len(self.mean) == len(self.std) == 3:
-            raise ValueError("mean and std have three values")
-        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
-            raise ValueError(f"mean {self.mean}, std {self.std}")
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The classes of a model.
-
-    Attributes:
-        names: one for each class, literal; in ImageNet's list, which has wnids, synonyms are
-            separated by commas.
-        wnids: WordNet ids, where the classes are ImageNet's.
-    """
-
-    names: tuple[str, ...]
-    wnids: tuple[str, ...] = field(default=())
-
-    @classmethod
-    def numbered(cls, count: int) -> Classes:
-        """Make classes that nobody has named."""
-        return cls(tuple(f"class {i}" for i in range(count)))
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def own(self) -> tuple[str, ...]:
-        """The names, where only their user knows them: neither ImageNet's nor mere numbers."""
-        return () if self.wnids or self == Classes.numbered(len(self)) else self.names
-
-    def name(self, index: int) -> str:
-        """Name a class, by its first synonym where it has several."""
-        return self.synonyms(index)[0]
-
-    def synonyms(self, index: int) -> list[str]:
-        """Return all names of a class."""
-        name = self.names[index]
-        return [part.strip() for part in name.split(",")] if self.wnids else [name]
-
-    def index(self, target: str) -> int:
-        """Find a class by name, synonym or wnid, whatever the case, or by index.
-
-        A name as it is written comes first: of "Cat" and "cat", of a class "2" and class 2.
-
-        Raises:
-            AftError: no class has that name, several have, or the index is out of range.
-        """
-        wanted, count = _plain(target), range(len(self))
-        found = (
-            [i for i in count if self.names[i] == target]
-            or [i for i in count if _plain(self.names[i]) == wanted]
-            or [i for i in count if wanted in map(_plain, self.synonyms(i))]
-            or [i for i, wnid in enumerate(self.wnids) if wnid == wanted]
-        )
-        if len(found) == 1:
-            return found[0]
-        if found:
-            which = "; ".join(f"{i}: {self.names[i]}" for i in found)
-            raise AftError(f"class {target!r} is ambiguous, give the index: {which}")
-        if re.fullmatch(r"-?[0-9]{1,9}", target):
-            if int(target) in count:
-                return int(target)
-            raise AftError(f"class {target} is out of range: the classes are 0..{len(self) - 1}")
-        known = [synonym for i in count for synonym in self.synonyms(i)]
-        # A long name is not near to a word that it contains.
-        within = [name for name in known if wanted and f" {wanted} " in f" {_plain(name)} "]
-        named = ", ".join(dict.fromkeys(within[:MOST_NAMED])) or nearest(target, known)
-        raise AftError(f"unknown class {target!r}; nearest: {named}")
-
-    def match(self, names: Sequence[str]) -> list[int | None]:
-        """Find the classes that a data set's names mean; None where there is none.
-
-        Names mean a class as they are written, otherwise whatever the case, underscores and spaces,
-        where just one name and one class are the same then. Of ImageNet's list they are wnids; or
-        all of them are first synonyms.
-
-        Raises:
-            AftError: a name means several classes, which have the same name.
-        """
-        if self.wnids:
-            known = {wnid: index for index, wnid in enumerate(self.wnids)}
-            if any(name in known for name in names):
-                return [known.get(name) for name in names]
-            first = {_plain(self.name(index)): index for index in range(len(self))}
-            found = [first.get(_plain(name)) for name in names]
-            whole = len(first) == len(self) and None not in found
-            return found if whole else [None] * len(names)
-        counts = Counter(self.names)
-        for name in names:
-            if counts[name] > 1:
-                places = [str(i) for i in range(len(self)) if self.names[i] == name]
-                raise AftError(
-                    f"classes {' and '.join(places)} of the model are all named {name!r}, so it "
-                    "is unclear which is meant; give each class a name of its own, by --classes "
-                    "FILE, one a line"
-                )
-        exact, near = _once(self.names), _once(map(_plain, self.names))
-        alone = _once(map(_plain, names))
-        return [
-            exact.get(name, near.get(_plain(name)) if _plain(name) in alone else None)
-            for name in names
-        ]
-
-
-def _plain(name: str) -> str:
-    """Strip a name of its case, underscores, spaces and the encoding of its accents."""
-    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
-
-
-def _once(names: Iterable[str]) -> dict[str, int]:
-    """Find the places of the names that occur once."""
-    names = list(names)
-    counts = Counter(names)
-    return {name: index for index, name in enumerate(names) if counts[name] == 1}
 
 
 def probabilities(logits: Tensor) -> Tensor:
@@ -234,6 +66,27 @@ class Before(Protocol):
         """Return what moved the maps, by names in a checkpoint."""
 
 
+class Held(nn.Module):
+    """A head as a function of A alone: what passes layer l by is held.
+
+    Args:
+        head: w2, a function of A and the rest.
+        rest: tensors of shape (N, ...), or (1, ...) for any number of A.
+    """
+
+    def __init__(self, head: nn.Module, rest: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.inner: nn.Module = head.inner if isinstance(head, Held) else head
+        self.rest = rest
+        self.training = head.training
+
+    def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
+        """Compute logits, shape (N, C), of A, shape (N, K, h, w); values given go first."""
+        count = len(activation)
+        held = (r.expand(count, *r.shape[1:]) if len(r) == 1 else r for r in self.rest)
+        return self.inner(activation, *(rest or held))  # type: ignore[no-any-return]
+
+
 class Classifier(nn.Module):
     """A network cut at layer l: logits = head(layer(stem(x))).
 
@@ -251,6 +104,8 @@ class Classifier(nn.Module):
         engine: what runs passes without gradients; None runs all as they are written.
         zero_level: what `layer` and `head` were before a zero level was given; None without.
         watch: is told of each pass how many images it has; None for nobody.
+        bypassed: layer's output is not all that head takes: the layer returns (A, *rest), all of
+            shape (N, ...), and logits = head(A, *rest); see `at`.
     """
 
     def __init__(
@@ -265,13 +120,14 @@ class Classifier(nn.Module):
         classes: Classes,
         activation_shape: tuple[int, int, int],
         cam: str | None = None,
+        bypassed: bool = False,
     ) -> None:
         super().__init__()
         self.stem, self.layer, self.head = stem, layer, head
         self.name, self.layer_name = name, layer_name
         self.preprocessing, self.classes = preprocessing, classes
         self.activation_shape = activation_shape
-        self.cam, self.checkpoint = cam, ""
+        self.cam, self.checkpoint, self.bypassed = cam, "", bypassed
         self.engine: Engine | None = None
         self.zero_level: Before | None = None
         self.watch: Callable[[int], None] | None = None
@@ -281,12 +137,46 @@ class Classifier(nn.Module):
         if self.watch:
             self.watch(len(x))
         engine = self._engine_for(x)
-        return engine.logits(x) if engine else self.head(self.activation(x))
+        return engine.logits(x) if engine else self.head(*flow_of(self.layer(self.stem(x))))
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Compute probabilities of classes, shape (N, C), from logits: their softmax (§2.1)."""
+        return probabilities(logits)
 
     def activation(self, x: Tensor) -> Tensor:
         """Compute activations A of layer l, shape (N, K, h, w), of x, shape (N, 3, H, W)."""
-        engine = self._engine_for(x)
-        return engine.activation(x) if engine else self.layer(self.stem(x))
+        return self.at(x)[1]
+
+    def at(self, x: Tensor) -> tuple[Classifier, Tensor]:
+        """Hold what passes layer l by at its values of x, so that `head` is a function of A alone.
+
+        Args:
+            x: inputs, shape (N, 3, H, W).
+
+        Returns:
+            The classifier for these images, f itself where nothing passes by, and A.
+        """
+        engine = None if self.bypassed else self._engine_for(x)
+        return (self, engine.activation(x)) if engine else self.after(self.stem(x))
+
+    def after(self, z: Any) -> tuple[Classifier, Tensor]:  # noqa: ANN401 - a tensor or several
+        """Hold what passes layer l by, as `at`, of the stem's output z."""
+        activation, *rest = flow_of(self.layer(z))
+        return self.holding(rest), activation
+
+    def holding(self, rest: Sequence[Tensor]) -> Classifier:
+        """Hold these values of what passes layer l by, each (N, ...) or (1, ...); f for none."""
+        if not rest:
+            return self
+        held = copy.copy(self)
+        held._modules = {**self._modules, "head": Held(self.head, tuple(rest))}
+        return held
+
+    def image(self, n: int) -> Classifier:
+        """Return the classifier for the n-th of the images that it holds values of."""
+        if not isinstance(self.head, Held):
+            return self
+        return self.holding([r[n : n + 1] for r in self.head.rest])
 
     def with_engine(self, engine: Engine | None) -> Classifier:
         """Return a classifier of the same modules whose inference passes run on an engine."""
@@ -305,8 +195,8 @@ class Classifier(nn.Module):
 
     @cached_property
     def linear_head(self) -> LinearHead | None:
-        """The head split at its first linear layer, where it can be (see core/cut.py)."""
-        return linear_head(self.head, self.activation_shape)
+        """The head split at its first linear layer, where it can be."""
+        return None if self.bypassed else linear_head(self.head, self.activation_shape)
 
     def weights(self) -> dict[str, Tensor]:
         """All weights and statistics, under the names of the uncut model."""
@@ -334,17 +224,20 @@ def cut_classifier(
     preprocessing: Preprocessing | None = None,
     classes: Classes | None = None,
     own: bool = False,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Classifier:
-    """Cut any CNN of the user's into a Classifier and check that nothing has changed.
+    """Cut any image classifier of the user's and check that nothing has changed.
 
     Args:
         model: a network from (N, 3, H, W) to logits (N, C); it is copied, not changed. Of
             DataParallel and torch.compile the network inside is taken.
-        layer: where to cut; default the last convolutional layer with spatial extent.
+        layer: where to cut; default the last layer with cells that the logits depend on, see
+            `core.layers.default_layer`.
         name: the model's name in results; default its class's name.
         preprocessing: what makes its input; default ImageNet's usual.
         classes: the names of the classes; default numbers.
         own: cut the model itself, without a copy; its activations may become out-of-place.
+        note: is told what was guessed, and what makes the network slower.
 
     Returns:
         A classifier in eval mode whose logits equal the model's bit for bit.
@@ -361,23 +254,18 @@ def cut_classifier(
         )
     model = (model if own else copied(model)).eval().requires_grad_(False)
     preprocessing = preprocessing or Preprocessing()
-    layer = layer or last_layer(model, preprocessing.size)
-    parts = cut(model, layer)
     x = torch.randn(1, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))
     x = x.to(next(model.parameters()))
+    layer = layer or default_layer(model, x, note)
+    parts = divided(model, layer, x, note)
     with torch.no_grad():
-        activation = parts.layer(parts.stem(x))
-        if not isinstance(activation, Tensor) or activation.dim() != 4:
-            raise AftError(
-                f"layer {layer!r} can't be used: its output has shape "
-                f"{tuple(getattr(activation, 'shape', ()))}, a CAM needs (N, K, h, w)"
-            )
-        before = activation.clone()
-        logits = parts.head(activation)
-        if logits.dim() != 2 or not torch.equal(logits, model(x)):
-            raise AftError(f"cutting at {layer!r} changes the logits; cut at another layer")
-        if not torch.equal(before, activation):
-            raise AftError(f"what follows {layer!r} writes into its output; cut at another layer")
+        activation, *rest = parts.flow(x)
+        logits = parts.head(activation, *rest)
+    if logits.dim() != 2:
+        raise AftError(
+            f"{type(model).__name__} gives an output of shape {tuple(logits.shape)}, a classifier "
+            "gives logits (N, C)"
+        )
     count = logits.shape[1]
     classes = classes or Classes.numbered(count)
     if len(classes) != count:
@@ -393,4 +281,86 @@ def cut_classifier(
         preprocessing=preprocessing,
         classes=classes,
         activation_shape=(shape[0], shape[1], shape[2]),
+        bypassed=bool(rest),
     ).eval()
+
+
+class LinearHead(NamedTuple):
+    """head(A) = rest(linear(pool(A))), where pool mixes no channels.
+
+    Attributes:
+        pool: from A, shape (N, K, h, w), to features, shape (N, K * m), channel by channel.
+        linear: the first linear layer, K * m features in.
+        rest: from the linear layer's output to the logits.
+        is_last: the linear layer's outputs are the logits: rest is the identity.
+        is_mean: pool is global average pooling.
+    """
+
+    pool: nn.Module
+    linear: nn.Linear
+    rest: nn.Module
+    is_last: bool
+    is_mean: bool
+
+
+def linear_head(head: nn.Module, shape: tuple[int, int, int]) -> LinearHead | None:
+    """Split a head at its first linear layer; None if what is before it mixes channels."""
+    was_training = head.training
+    head.eval()
+    try:
+        name = _first_linear(head)
+        if name is None:
+            return None
+        pool, linear, rest = cut(head, name)
+        split = LinearHead(pool, head.get_submodule(name), rest, _is_identity(rest), False)  # type: ignore[arg-type]
+        if not _is_channelwise(split, shape):
+            return None
+        return split._replace(is_mean=_is_mean(split, shape))
+    finally:
+        head.train(was_training)
+
+
+def _first_linear(head: nn.Module) -> str | None:
+    try:
+        return next((n for n, m in cut_modules(head) if isinstance(m, nn.Linear)), None)
+    except Exception:  # noqa: BLE001 - a head that fx can't open has no linear form
+        return None
+
+
+def _is_identity(rest: nn.Module) -> bool:
+    return isinstance(rest, fx.GraphModule) and all(
+        isinstance(rest.get_submodule(str(node.target)), nn.Identity | nn.Dropout)
+        if node.op == "call_module"
+        else node.op in ("placeholder", "output")
+        for node in rest.graph.nodes
+    )
+
+
+@torch.no_grad()
+def _is_channelwise(split: LinearHead, shape: tuple[int, int, int]) -> bool:
+    """Test on random activations that zeroing channels moves only those channels' features."""
+    weight = split.linear.weight
+    channels = shape[0]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        activation = torch.randn(1, *shape, generator=generator).to(weight)
+        kept = (torch.rand(channels, generator=generator) < 0.5).to(weight.device)
+        zero = split.pool(torch.zeros_like(activation))
+        features = split.pool(activation)
+        if features.dim() != 2 or features.shape[1] % channels:
+            return False
+        blocks = features.view(channels, -1), zero.view(channels, -1)
+        expected = torch.where(kept[:, None], *blocks).view(1, -1)
+        ablated = split.pool(activation * kept[:, None, None])
+        if not torch.allclose(ablated, expected, rtol=1e-4, atol=1e-5):
+            return False
+    return True
+
+
+@torch.no_grad()
+def _is_mean(split: LinearHead, shape: tuple[int, int, int]) -> bool:
+    activation = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    activation = activation.to(split.linear.weight)
+    features = split.pool(activation)
+    mean = activation.mean((2, 3))
+    return features.shape == mean.shape and torch.allclose(features, mean, rtol=1e-4, atol=1e-5)

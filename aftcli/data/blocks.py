@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from aftcli.core.classifier import Preprocessing
+from aftcli.core.classes import Preprocessing
 from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError

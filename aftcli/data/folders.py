@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from aftcli.core.classifier import Classes
+from aftcli.core.classes import Classes
 from aftcli.data.sets import (
     Annotations,
     DataSet,

@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from aftcli.core.classifier import Preprocessing
+from aftcli.core.classes import Preprocessing
 from aftcli.data.text import reason
 from aftcli.errors import AftError
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aftcli.core.classifier import Preprocessing
+from aftcli.core.classes import Preprocessing
 from aftcli.data.images import Box, Size, Turn, View, image_labels, open_picture, turn_of, view_of
 from aftcli.data.sets import DataSet, Listed
 from aftcli.data.text import reason

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from aftcli.core.classifier import Classes
+from aftcli.core.classes import Classes
 from aftcli.data.images import Box, Size
 from aftcli.errors import AftError
 from aftcli.files import check_folder, inside

@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import shorten
 from xml.etree import ElementTree
 
-from aftcli.core.classifier import Classes
+from aftcli.core.classes import Classes
 from aftcli.data.images import image_labels, open_picture
 from aftcli.data.sets import Annotations, DataSet, Format, Listed, Marks, Sample, map_to_model
 from aftcli.data.text import read_text, read_xml, reason

@@ -18,10 +18,10 @@ from aftcli.core.cam import normalise, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.methods import method as find_method
-from aftcli.core.models import load_classifier
-from aftcli.core.weights import read_card
 from aftcli.engine.onnx import onnx_program
 from aftcli.errors import AftError, first_line
+from aftcli.models.checkpoint import read_card
+from aftcli.models.load import load_classifier
 
 TRACED = 61  # images: unlike any usual size, or the tracer might take one for the other
 
@@ -101,9 +101,9 @@ def traced(f: Classifier, method: str) -> nn.Module:
 
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            activation = f.activation(x)
-            logits = f.head(activation)
-        attribution = explain(f, activation, logits.argmax(1), x)
+            g, activation = f.at(x)
+            logits = g.head(activation)
+        attribution = explain(g, activation, logits.argmax(1), x)
         return logits, upsample(normalise(attribution), x)
 
     x = next(f.parameters()).new_zeros(TRACED, 3, *f.preprocessing.size)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aftcli.core.classifier import Classifier
+from aftcli.core.cut import flow_of
 from aftcli.errors import AftError, Unfit, first_line
 from aftcli.files import replacing, tensors_hash
 
@@ -59,8 +60,8 @@ class _Whole(nn.Module):
         self.training = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        activation = self.layer(self.stem(x))
-        return activation, self.head(activation)
+        flow = flow_of(self.layer(self.stem(x)))
+        return flow[0], self.head(*flow)
 
 
 def check_device(f: Classifier) -> None:

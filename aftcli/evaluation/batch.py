@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aftcli.attributions.controls import Control, Controlled, gamma_means, shifted_areas
 from aftcli.core.cam import class_score, map_of, scaled_map, upsample
-from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.objects import Regions
 from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, QUANTUS, Measure
@@ -75,7 +75,9 @@ class Given:
 
     def probability_of(self, x: Tensor) -> Tensor:
         """Return y^c of other inputs, shape (N,)."""
-        return class_score(probabilities(self._maps.f(x).float()), self._maps.class_index)
+        return class_score(
+            self._maps.f.probabilities(self._maps.f(x).float()), self._maps.class_index
+        )
 
     @property
     def inverse(self) -> Tensor:
@@ -96,9 +98,9 @@ class Given:
     def _product(self) -> tuple[Tensor, Tensor]:
         f, c, cam = self._maps.f, self._maps.class_index, self._maps.cam
         x_hat = masked_image(self.x, self.attribution, torch.zeros_like(self.x))
-        activation = f.activation(x_hat)
-        y_hat = class_score(probabilities(f.head(activation).float()), c)
-        again = map_of(f, activation, c, x_hat, cam, self._cells)
+        g, activation = f.at(x_hat)
+        y_hat = class_score(f.probabilities(g.head(activation).float()), c)
+        again = map_of(g, activation, c, x_hat, cam, self._cells)
         return self._muting.of(again), drop(y_hat, self.y)
 
     def on_objects(self, measure: Measure) -> Tensor:
@@ -127,7 +129,7 @@ class Given:
 
     def _map_of(self, tau: Tensor, f: Classifier, x: Tensor, class_index: Tensor) -> Tensor:
         """Return I_tau of any inputs and network, shape (N, H, W)."""
-        maps = map_of(f, f.activation(x), class_index, x, self._maps.cam, self._cells)
+        maps = map_of(*f.at(x), class_index, x, self._maps.cam, self._cells)
         return Muting(tau.expand(len(x)), self._muting.mode).of(maps)
 
 
@@ -190,11 +192,11 @@ class _Made(NamedTuple):
 def _made(f: Classifier, images: Images, units: Sequence[Unit], wanted: Wanted) -> _Made:
     """Explain the predicted classes, with one pass of the stem for all methods."""
     x, index = images.x, images.index
-    activation = f.activation(x)
-    y, c = probabilities(f.head(activation).float()).max(1)
+    g, activation = f.at(x)
+    y, c = f.probabilities(g.head(activation).float()).max(1)
     regions = [images.regions(int(i), int(own)) for i, own in zip(index, c, strict=True)]
     cams = dict.fromkeys(unit.cam for unit in units)
-    cells = {cam: scaled_map(f, activation, c, x, cam, wanted.cells) for cam in cams}
+    cells = {cam: scaled_map(g, activation, c, x, cam, wanted.cells) for cam in cams}
     maps = {
         cam: _Maps(f, cam, x, c, y, index, upsample(own, x), regions) for cam, own in cells.items()
     }
@@ -244,9 +246,8 @@ def measure_controls(
             parts = zip(shown.items(), y_hat[:, 0].cpu().split(len(x)), strict=True)
             return {view: torch.where(control.known, v, torch.nan) for (view, control), v in parts}
 
-        y_hat = by_view(
-            masked_probabilities(*given, c, own.probability.repeat(count), owner, search)
-        )
+        p = masked_probabilities(*given, c, own.probability.repeat(count), owner, search)
+        y_hat = by_view(p)
         views = {}
         for view, control in shown.items():
             nothing = Muting(torch.zeros_like(own.probability), "value")
@@ -260,9 +261,8 @@ def measure_controls(
         verdicts = {}
         for key, judge in wanted.judges.items():
             y = whole[key]
-            verdicts[key] = Verdict(
-                y.cpu(), by_view(judged_masks(judge, *given, c, y.repeat(count), owner, search))
-            )
+            p = judged_masks(judge, *given, c, y.repeat(count), owner, search)
+            verdicts[key] = Verdict(y.cpu(), by_view(p))
         found[unit] = Values(*common, views, judges=verdicts)
     return found
 

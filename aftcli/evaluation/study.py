@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
-from aftcli.core.models import load_classifier
-from aftcli.core.weights import card_classes, read_card
 from aftcli.data.blocks import pack, unpack
 from aftcli.data.sets import (
     DataSet,
@@ -24,6 +22,8 @@ from aftcli.data.sets import (
     refuse_one_class,
 )
 from aftcli.errors import AftError
+from aftcli.models.checkpoint import card_classes, read_card
+from aftcli.models.load import load_classifier
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge, load_judges
 from aftcli.tft.masks import MaskStore

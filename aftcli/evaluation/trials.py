@@ -153,7 +153,7 @@ def _maps(
 ) -> Tensor:
     """Make plain maps, or those of TFT, at the size that the method gives."""
     with torch.no_grad():
-        low = scaled_map(f, f.activation(x), class_index, x, cam, cells)
+        low = scaled_map(*f.at(x), class_index, x, cam, cells)
     if search is None:
         return low
     high = upsample(low, x)

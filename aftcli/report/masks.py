@@ -15,7 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aftcli.core.classifier import Classes
+from aftcli.core.classes import Classes
 from aftcli.data.blocks import Broken, Processes
 from aftcli.data.sets import format_of
 from aftcli.errors import AftError
@@ -174,7 +174,7 @@ def _damaged(path: Path, what: str) -> AftError:
 
 def _classes_of(store: MaskStore) -> Classes:
     """Name the classes of a store's labels as it does, otherwise after their folders."""
-    from aftcli.core.models import imagenet_classes
+    from aftcli.models.sources import imagenet_classes
 
     settings = store.settings
     names = settings["classes"] or settings.get("class_names")

@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from aftcli.core.models import DEFAULT_MODEL
+from aftcli.models.sources import DEFAULT_MODEL
 from aftcli.settings import Search
 
 LONGEST = 40  # characters of settings in a name; systems allow 255 bytes of it in all

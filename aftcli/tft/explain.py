@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aftcli.core.cam import map_of
-from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.networks import (
     check_shape,
@@ -101,13 +101,13 @@ def explain(
         AftError: x is no single image, a class is out of range, the network has one output
             only, or see `scaled_map` and `fine_tune_threshold`.
     """
-    activation = first_activation(f, x, 1)
+    g, activation = first_activation(f, x, 1)
     with torch.no_grad():
-        y = probabilities(f.head(activation).float())[0]
+        y = f.probabilities(g.head(activation).float())[0]
     classes = _explained(f, y, targets, top_k)
     count = len(classes)
     x_c, activation_c = x.expand(count, -1, -1, -1), activation.expand(count, -1, -1, -1)
-    maps = [map_of(f, activation_c, classes, x_c, method, cells, zero_level) for method in methods]
+    maps = [map_of(g, activation_c, classes, x_c, method, cells, zero_level) for method in methods]
     named = [method for method in methods for _ in classes]
     attribution = torch.cat(maps)
     found = _search(f, x, attribution, named, classes.repeat(len(maps)), y, settings)
@@ -137,7 +137,7 @@ def explain_map(
     """
     check_shape(x, 1)
     with torch.no_grad():
-        y = probabilities(f(x).float())[0]
+        y = f.probabilities(f(x).float())[0]
     classes = _explained(f, y, targets, top_k)
     count = len(classes)
     maps = attribution.expand(count, -1, -1)

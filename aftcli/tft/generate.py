@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aftcli.core.cam import scaled_map, upsample
-from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.classifier import Classifier
 from aftcli.core.networks import outside_inference_mode
 from aftcli.data.blocks import Loaded, Processes, batches, load_blocks, spans_of
 from aftcli.data.sets import DataSet
@@ -82,10 +82,10 @@ def tune_batch(f: Classifier, x: Tensor, methods: Sequence[str], settings: Searc
         One result a method. Masks that methods share are scored once.
     """
     count = len(x)
-    activation = f.activation(x)
-    y, class_index = probabilities(f.head(activation).float()).max(1)
+    g, activation = f.at(x)
+    y, class_index = f.probabilities(g.head(activation).float()).max(1)
     # The stored map is the one that is searched: I by cells, also for a map of pixels.
-    maps = [scaled_map(f, activation, class_index, x, method, cells=True) for method in methods]
+    maps = [scaled_map(g, activation, class_index, x, method, cells=True) for method in methods]
     low = torch.cat(maps)
     high = upsample(low, x)
     owner = torch.arange(count, device=x.device)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import h5py
 import numpy as np
 
-from aftcli.core.classifier import Preprocessing
+from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import Broken
 from aftcli.errors import AftError
 from aftcli.files import durable, values_hash

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from aftcli.core.cam import class_score
-from aftcli.core.classifier import Classes, Classifier, probabilities
-from aftcli.core.models import load_classifier
-from aftcli.core.weights import read_card
+from aftcli.core.classes import Classes
+from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
+from aftcli.models.checkpoint import read_card
+from aftcli.models.load import load_classifier
 from aftcli.settings import MIRROR, SELF, Search
 from aftcli.tft.search import masked_probabilities
 
@@ -42,8 +43,8 @@ class Judge:
     name: str
     classifier: Classifier | None = None
 
-    def logits(self, f: Classifier, x: Tensor) -> Tensor:
-        """Compute the judge's logits, shape (N, C).
+    def probabilities(self, f: Classifier, x: Tensor) -> Tensor:
+        """Compute the judge's probabilities, shape (N, C).
 
         Args:
             f: the classifier that x is an input of.
@@ -52,15 +53,13 @@ class Judge:
         """
         g = self.classifier
         if g is None:
-            mirrored: Tensor = f(x.flip(3))
-            return mirrored
+            return f.probabilities(f(x.flip(3)).float())
         mean, std = f.preprocessing.channels(x)
         colours = x * std + mean
         if colours.shape[2:] != g.preprocessing.size:
             colours = interpolate(colours, g.preprocessing.size, mode="bilinear", antialias=True)
         mean, std = g.preprocessing.channels(colours)
-        logits: Tensor = g(((colours - mean) / std).to(next(g.parameters())))
-        return logits
+        return g.probabilities(g(((colours - mean) / std).to(next(g.parameters()))).float())
 
     def matching(self, f: Classifier) -> Tensor:
         """Return the judge's class for each of f's, shape (classes of f,); -1 where it has none."""
@@ -126,7 +125,7 @@ def judged(judge: Judge, f: Classifier, x: Tensor, class_index: Tensor) -> Tenso
         class_index: c, a class of f, shape (N,).
     """
     theirs = judge.matching(f).to(class_index.device)[class_index]
-    p = probabilities(judge.logits(f, x).float())
+    p = judge.probabilities(f, x)
     return torch.where(theirs < 0, torch.nan, class_score(p, theirs.clamp(min=0)))
 
 
@@ -168,7 +167,7 @@ def judged_masks(
             y[known],
             owner[known],
             search,
-            partial(judge.logits, f),
+            partial(judge.probabilities, f),
         )
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from aftcli.core.cam import normalise, upsample
-from aftcli.core.classifier import Classifier, probabilities
+from aftcli.core.classifier import Classifier
 from aftcli.core.networks import check_shape, class_indices, outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import THRESHOLDS, Search
@@ -145,7 +145,7 @@ def masked_probabilities(
     y: Tensor,
     owner: Tensor,
     search: Search,
-    logits: Callable[[Tensor], Tensor] | None = None,
+    ask: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Return y_hat^c of each threshold of each map, (N, |T|); equal masks are scored once.
 
@@ -158,9 +158,8 @@ def masked_probabilities(
         y: y^c of the whole image, shape (N,).
         owner: which input each map is of, shape (N,).
         search: gives masking and fill.
-        logits: of masked images, where another network than f is asked for them.
+        ask: gives probabilities of masked images, where another network than f is asked.
     """
-    logits = logits or f
     pairs, source = distinct_masks(attribution, cut, owner.tolist(), search)
     filled = FILLS[search.fill](f, x)
     rows = []
@@ -168,7 +167,8 @@ def masked_probabilities(
     for n, t in (part.unbind(1) for part in places.split(BATCH) if len(part)):
         weight = MASKINGS[search.masking](threshold_map(attribution[n], cut[n, t]))
         image = owner[n]
-        rows.append(probabilities(logits(masked_image(x[image], weight, filled[image])).float()))
+        x_hat = masked_image(x[image], weight, filled[image])
+        rows.append(ask(x_hat) if ask else f.probabilities(f(x_hat).float()))
     if not rows:
         return y[:, None].repeat(1, cut.shape[1])
     source = source.to(x.device)
@@ -312,7 +312,7 @@ def search_threshold(
     cut = cut_off(attribution, attribution.new_tensor(search.thresholds), search.mode)
     if probability is None:
         with torch.no_grad():
-            y = probabilities(f(x).float())
+            y = f.probabilities(f(x).float())
         probability = y[owner, classes]
 
     def score(steps: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from aftcli.core.classifier import Classes, Classifier
+from aftcli.core.classes import Classes
+from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
-from aftcli.core.models import load_classifier
 from aftcli.data.sets import DataSet, Sample, open_data_set, spread
 from aftcli.errors import AftError
+from aftcli.models.load import load_classifier
 from aftcli.tft.hdf5 import Rows
 from aftcli.tft.masks import MaskStore, differences
 

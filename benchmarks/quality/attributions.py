@@ -31,13 +31,13 @@ from PIL import Image
 
 from aftcli.core.cam import attribution_map, normalise, upsample
 from aftcli.core.methods import METHODS
-from aftcli.core.models import load_classifier
 from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
 from aftcli.evaluation import metrics
 from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.tables import Difference, Table3Row
+from aftcli.models.load import load_classifier
 from aftcli.tft.search import TftResult, fine_tune_threshold
 from benchmarks import pages
 from benchmarks.quality.attributions_tables import MEASURED, NETWORKS, machine, tables

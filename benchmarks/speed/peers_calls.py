@@ -27,7 +27,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from aftcli import attribution_map, explain, load_classifier, read_image, to_input
-from aftcli.core.classifier import Classifier, Preprocessing
+from aftcli.core.classes import Preprocessing
+from aftcli.core.classifier import Classifier
 from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
 from aftcli.settings import THRESHOLDS, Search

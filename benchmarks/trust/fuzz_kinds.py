@@ -21,7 +21,8 @@ from unittest import mock
 import torch
 from PIL import Image
 
-from aftcli.core import models
+from aftcli.models import load as models
+from aftcli.models.sources import imagenet_classes
 from tests.helpers import mutants as m
 
 ROOT = Path(__file__).parents[2]
@@ -275,7 +276,7 @@ def _explained(rng: random.Random, name: str, data: bytes) -> Case:
 
 
 def _imagenet() -> bytes:
-    return "\n".join(models.imagenet_classes().names).encode()
+    return "\n".join(imagenet_classes().names).encode()
 
 
 def _state_dicts(photo: bytes) -> Iterator[Kind]:

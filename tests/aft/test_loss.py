@@ -279,7 +279,7 @@ class Scaled(torch.nn.Module):
 def test_an_objective_from_outside_is_one_object_in_the_registry(monkeypatch):
     def build(f, cam, settings):
         scaled = Scaled()
-        return Compared(lambda activation, class_index: scaled(activation), scaled)
+        return Compared(lambda flow, class_index: scaled(flow[0]), scaled)
 
     monkeypatch.setitem(OBJECTIVES, "scaled", Objective("scaled mean", build))
     f, examples = examples_of()
@@ -450,7 +450,7 @@ def test_a_card_says_what_was_minimised(colours, tmp_path):
 def test_a_relu_tuner_comes_back_from_its_file(colours, tmp_path):
     from safetensors.torch import load_file
 
-    from aftcli.core.weights import restore
+    from aftcli.models.checkpoint import restore
 
     root, run = colours
     events = tune(root, copy_of(run, tmp_path / "run"), settings={"tuner": "relu"})

@@ -22,7 +22,7 @@ from aftcli.aft.jobs import control_job, mask_job
 from aftcli.aft.loss import in_situation
 from aftcli.aft.run import Begun, Cached, Options, fine_tune
 from aftcli.aft.training import Step, shuffled
-from aftcli.core.classifier import Classes
+from aftcli.core.classes import Classes
 from aftcli.data.sets import open_data_set
 from aftcli.tft.stores import find_stores
 from tests.conftest import ROOT
@@ -584,7 +584,7 @@ def test_progress_tells_all_images_and_steps(images, run):
 
 
 def test_a_new_head_has_the_data_sets_classes(tmp_path):
-    from aftcli.core.models import load_classifier, with_new_head
+    from aftcli.models.load import load_classifier, with_new_head
 
     f = load_classifier("squeezenet1_0", weights=False)
     new, again = (with_new_head(f, ("a", "b", "c"), seed) for seed in (0, 0))
@@ -604,7 +604,7 @@ def test_a_new_head_has_the_data_sets_classes(tmp_path):
 def test_a_control_of_other_classes_gets_a_new_head_by_itself(tmp_path, monkeypatch):
     images = make_colours(tmp_path / "colours")
     (images / "train/apple").rename(images / "train/quince")
-    from aftcli.core.models import load_classifier
+    from aftcli.models.load import load_classifier
 
     f = load_classifier("squeezenet1_0", weights=False)
     job = control_job(f, images, None, None)

@@ -19,9 +19,9 @@ from aftcli.aft.run import Options, fine_tune
 from aftcli.aft.training import Step, Training
 from aftcli.aft.zero_level import SHARES, Chosen, Searching, ZeroLevelTraining
 from aftcli.core.cam import normalise, scaled_map, stretch
-from aftcli.core.classifier import Preprocessing, cut_classifier
+from aftcli.core.classes import Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
-from aftcli.core.weights import checkpoint_of, read_card, restore
 from aftcli.core.zero_level import (
     Learned,
     Levelled,
@@ -35,6 +35,7 @@ from aftcli.core.zero_level import (
 from aftcli.data.sets import spread
 from aftcli.evaluation.study import _check_pairs, _Made
 from aftcli.files import write_tensors
+from aftcli.models.checkpoint import checkpoint_of, read_card, restore
 from aftcli.settings import Search
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.threshold import FILLS, Tried, best_of

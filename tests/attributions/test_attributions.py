@@ -296,8 +296,8 @@ def test_masks_and_tables_of_a_method(tmp_path):
 
 def explain_picture(path, cells=False):
     """The drop of LRP with TFT, by the functions of Python."""
-    from aftcli.core.models import load_classifier
     from aftcli.data.images import read_image, to_input
+    from aftcli.models.load import load_classifier
 
     f = load_classifier("efficientnet_lite0")
     x = to_input(read_image(path), f.preprocessing)

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from aftcli.attributions.canonical import Product, Sum, canonical
 from aftcli.core.cam import score_gradient
-from aftcli.core.classifier import Preprocessing, cut_classifier
+from aftcli.core.classes import Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.errors import AftError
 from tests.helpers.small import CELLS, KINDS, SIZE, small
 

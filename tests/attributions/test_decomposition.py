@@ -33,13 +33,11 @@ from aftcli.attributions.rules import (
     named,  # noqa: E402
     relevance,  # noqa: E402
 )
-from aftcli.core.classifier import (
-    Preprocessing,  # noqa: E402
-    cut_classifier,  # noqa: E402
-)
+from aftcli.core.classes import Preprocessing  # noqa: E402
+from aftcli.core.classifier import cut_classifier  # noqa: E402
 from aftcli.core.methods import METHODS  # noqa: E402
-from aftcli.core.models import load_classifier  # noqa: E402
 from aftcli.errors import AftError  # noqa: E402
+from aftcli.models.load import load_classifier  # noqa: E402
 
 SIZE = (8, 10)
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.25, 0.3)

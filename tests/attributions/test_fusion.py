@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from aftcli.attributions import activation as fusion
 from aftcli.attributions.activation import fuse, layer_cam_fusion, stage_maps, stages
 from aftcli.core.cam import layer_cam, upsample
-from aftcli.core.classifier import Preprocessing, cut_classifier
+from aftcli.core.classes import Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.errors import AftError
 from tests.helpers.small import SIZE, small
 

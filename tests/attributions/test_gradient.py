@@ -15,7 +15,8 @@ from torchvision.models import get_model
 
 from aftcli import AftError
 from aftcli.attributions import gradient
-from aftcli.core.classifier import Preprocessing, cut_classifier
+from aftcli.core.classes import Preprocessing
+from aftcli.core.classifier import cut_classifier
 
 
 def score(model, x, c):

@@ -47,14 +47,14 @@ def folder(tmp_path, monkeypatch):
 def f(monkeypatch):
     """The commands' classifier: a small one, the same every time."""
     small = small_float()
-    monkeypatch.setattr("aftcli.core.models.load_classifier", lambda *_, **__: small)
+    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: small)
     return small
 
 
 @pytest.fixture
 def real(monkeypatch, lite0):
     """The commands' classifier: the embedded one, loaded once for all tests."""
-    monkeypatch.setattr("aftcli.core.models.load_classifier", lambda *_, **__: lite0)
+    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: lite0)
     return lite0
 
 
@@ -619,7 +619,7 @@ import sys
 sys.path.insert(0, {root!r})
 from tests.helpers import stored
 from aftcli.cli import app
-from aftcli.core import models
+from aftcli.models import load as models
 models.load_classifier = lambda *_, **__: stored.small_float()
 app.main()
 """

@@ -33,7 +33,7 @@ def folder(tmp_path, monkeypatch):
 def f(monkeypatch):
     """The commands' classifier: a small one, the same every time."""
     small = small_float()
-    monkeypatch.setattr("aftcli.core.models.load_classifier", lambda *_, **__: small)
+    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: small)
     return small
 
 

@@ -18,10 +18,11 @@ from aftcli.core.cam import (
     score_gradient,
     upsample,
 )
-from aftcli.core.classifier import Preprocessing, cut_classifier
+from aftcli.core.classes import Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import CAMS, METHODS, Entry, named
-from aftcli.core.models import load_classifier
 from aftcli.errors import AftError
+from aftcli.models.load import load_classifier
 from tests.helpers.compare import assert_near, uncut
 from tests.helpers.small import CELLS, KINDS, POOL_LINEAR, SIZE, small, small_model
 from tests.reference import paper as reference

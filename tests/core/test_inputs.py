@@ -8,7 +8,8 @@ from aftcli.aft.jobs import Job
 from aftcli.aft.loss import Recipe
 from aftcli.aft.run import fine_tune
 from aftcli.core.cam import attribution_map
-from aftcli.core.classifier import Preprocessing, cut_classifier
+from aftcli.core.classes import Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.errors import AftError
 from aftcli.settings import Search
 from aftcli.tft.explain import explain, explain_map

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from aftcli.core.models import load_classifier
-from aftcli.core.weights import INSTALLED, installed_weights
 from aftcli.data.images import read_image, to_input
+from aftcli.models.load import load_classifier
+from aftcli.models.weights import INSTALLED, installed_weights
 from tests.conftest import PHOTOS, ROOT
 from tests.helpers.command import aft
 

@@ -13,12 +13,13 @@ from aftcli.aft.jobs import mask_job
 from aftcli.aft.loss import in_situation
 from aftcli.aft.run import Options, Tuned, fine_tune
 from aftcli.core.cam import attribution_map
-from aftcli.core.classifier import Classes, Preprocessing, cut_classifier
+from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
-from aftcli.core.models import load_classifier
 from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
 from aftcli.errors import AftError
+from aftcli.models.load import load_classifier
 from aftcli.settings import Search
 from aftcli.tft.explain import explain
 from aftcli.tft.generate import generate_masks

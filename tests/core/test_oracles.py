@@ -12,7 +12,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torchvision.models import get_model
 
 from aftcli.core.cam import scaled_map
-from aftcli.core.models import load_classifier
+from aftcli.models.load import load_classifier
 from tests.helpers.compare import uncut
 from tests.reference import paper as reference
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torchvision
 
-from aftcli.core.models import load_classifier
 from aftcli.errors import AftError
+from aftcli.models.load import load_classifier
 from tests.helpers.command import aft
 from tests.helpers.compare import assert_near
 

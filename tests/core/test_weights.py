@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from aftcli import AftError, load_classifier, read_image, to_input
 from aftcli.core.classifier import Classifier
-from aftcli.core.weights import checkpoint_of, read_card, restore
 from aftcli.files import write_tensors
+from aftcli.models.checkpoint import checkpoint_of, read_card, restore
 from tests.helpers.command import aft, usage_error
 
 pytestmark = pytest.mark.slow
@@ -244,7 +244,7 @@ def test_a_later_format_or_another_architecture_is_named(tuned, tmp_path):
 
 def test_a_new_head_keeps_its_classes(tmp_path, x):
     f = load_classifier()
-    from aftcli.core.models import with_new_head
+    from aftcli.models.load import with_new_head
 
     new = with_new_head(f, ("cat", "cup", "rocket"))
     assert isinstance(new, Classifier)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from aftcli.core.classifier import Preprocessing
+from aftcli.core.classes import Preprocessing
 from aftcli.data.images import read_image, to_input
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from aftcli.core.cam import normalise, upsample
-from aftcli.core.classifier import Preprocessing
-from aftcli.core.models import _source
+from aftcli.core.classes import Preprocessing
 from aftcli.data.images import LONGEST, read_image, to_input, view_of
 from aftcli.data.maps import fit_map, read_map
 from aftcli.data.text import find_images, read_classes
 from aftcli.errors import AftError
+from aftcli.models.sources import find_source
 
 IMAGES = Path(__file__).parents[2] / "docs/images"
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -262,7 +262,7 @@ def test_a_large_picture_is_in_memory_about_twice(tmp_path):
     script = """
 import resource, sys, torch
 from pathlib import Path
-from aftcli.core.classifier import Preprocessing
+from aftcli.core.classes import Preprocessing
 from aftcli.data.images import read_image
 from aftcli.data.images import to_input
 from aftcli.data.images import view_of
@@ -302,7 +302,7 @@ def test_x_equals_torchvisions(name):
     from torchvision.models import get_model_weights
 
     transform = get_model_weights(name).IMAGENET1K_V1.transforms()
-    prep = _source(name)(name, False, None).preprocessing
+    prep = find_source(name)(name, False, None).preprocessing
     for picture in pictures():
         assert torch.equal(to_input(picture, prep)[0], transform(picture)), picture.size
 
@@ -326,7 +326,7 @@ def test_x_equals_timms(name, interpolation):
     known = name[5:] if name.startswith("timm:") else f"tf_{name}"
     config = resolve_model_data_config(timm.create_model(known))
     transform = create_transform(**config, is_training=False)
-    prep = _source(name)(name, False, None).preprocessing
+    prep = find_source(name)(name, False, None).preprocessing
     assert prep.interpolation == interpolation
     for picture in pictures():
         assert torch.equal(to_input(picture, prep)[0], transform(picture)), picture.size

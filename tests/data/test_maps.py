@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aftcli.core.classifier import Preprocessing
+from aftcli.core.classes import Preprocessing
 from aftcli.core.methods import CAMS
 from aftcli.data.images import TURNS, Turn, view_of
 from aftcli.data.maps import already_scaled, fit_map
@@ -26,7 +26,7 @@ INVERSE = {1: None, **TURNS, 6: TURNS[8], 8: TURNS[6]}
 def small(tmp_path, monkeypatch):
     """A small network in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("aftcli.core.models.load_classifier", lambda *_, **__: small_float())
+    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: small_float())
     return tmp_path
 
 

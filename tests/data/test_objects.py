@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from aftcli.core.classifier import Preprocessing
+from aftcli.core.classes import Preprocessing
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
 from aftcli.data.text import read_xml

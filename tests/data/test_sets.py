@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from aftcli import AftError, MaskStore
-from aftcli.core.classifier import Classes
-from aftcli.core.models import imagenet_classes
+from aftcli.core.classes import Classes
 from aftcli.data.objects import Objects
 from aftcli.data.sets import (
     FORMATS,
@@ -25,6 +24,7 @@ from aftcli.data.sets import (
     open_data_set,
     validation_of,
 )
+from aftcli.models.sources import imagenet_classes
 from aftcli.settings import Search
 from aftcli.tft.generate import store_settings
 from tests.helpers.command import aft

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from aftcli.core.classifier import Classes, Preprocessing
+from aftcli.core.classes import Classes, Preprocessing
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
 from aftcli.data.voc import VOC_CLASSES
@@ -74,7 +74,7 @@ def test_other_classes_beside_a_known_one_count_for_nothing(tmp_path):
 def test_commands_say_what_is_left_out(tmp_path, monkeypatch):
     root = make_voc(tmp_path / "VOC2012", {"a": A_CAT, "cut": A_CAT[:-9]}, "train")
     (root / "ImageSets/Segmentation/val.txt").write_text("a\ncut\n")
-    monkeypatch.setattr("aftcli.core.models.load_classifier", lambda *_, **__: small_float())
+    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: small_float())
     run = tmp_path / "run"
     done = aft("gen-masks", root, "--run", run, "--thresholds", "0.3", "--workers", "0", "--json")
     assert done.code in (0, None), done.err

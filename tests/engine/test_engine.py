@@ -10,7 +10,8 @@ from torch import nn
 
 from aftcli.aft.tail import earlier_layers
 from aftcli.core.cam import attribution_map
-from aftcli.core.classifier import Preprocessing, cut_classifier
+from aftcli.core.classes import Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.engine import accelerate as engine
 from aftcli.engine import onnx as engine_onnx
 from aftcli.engine.accelerate import ENGINES, ENOUGH, accelerated, fast_stem

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from aftcli.aft import features
 from aftcli.aft import run as finetune
 from aftcli.cli import app as cli
-from aftcli.core import models
-from aftcli.core.weights import read_card, restore
 from aftcli.data import blocks
 from aftcli.evaluation import study
+from aftcli.models import load as models
+from aftcli.models.checkpoint import read_card, restore
 from aftcli.tft import stores
 from tests.helpers.stored import small_float
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aftcli.core.classifier import Classifier, Preprocessing, cut_classifier
+from aftcli.core.classes import Preprocessing
+from aftcli.core.classifier import Classifier, cut_classifier
 
 SIZE = (20, 28)
 CELLS = (5, 7)

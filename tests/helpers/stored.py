@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from aftcli.core.classifier import Classes, Preprocessing, cut_classifier
+from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.data.blocks import Processes
 from aftcli.data.sets import open_data_set
 from aftcli.files import locked

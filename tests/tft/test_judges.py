@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from aftcli.core.cam import attribution_map
-from aftcli.core.classifier import Classes, Preprocessing, cut_classifier
+from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
-from aftcli.core.models import imagenet_classes
 from aftcli.data.blocks import Processes
 from aftcli.data.objects import Regions
 from aftcli.errors import AftError
@@ -21,6 +21,7 @@ from aftcli.evaluation.results import measure
 from aftcli.evaluation.run import evaluate_study
 from aftcli.evaluation.study import Asked, find_studies
 from aftcli.evaluation.tables import differences, table3
+from aftcli.models.sources import imagenet_classes
 from aftcli.settings import MODES, Search
 from aftcli.tft import judges as judging
 from aftcli.tft.judges import Judge, judged, load_judges

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aftcli.core.cam import attribution_map
-from aftcli.core.classifier import Classes
+from aftcli.core.classes import Classes
 from aftcli.errors import AftError
 from aftcli.settings import MODES, THRESHOLDS, Search
 from aftcli.tft.search import fine_tune_threshold
@@ -40,6 +40,9 @@ class Counting:
         self.images += list(x.clone())
         return self.f(x)
 
+    def probabilities(self, logits):
+        return logits.softmax(1)
+
 
 class Scripted:
     """A classifier of two classes; the probability of class 0 depends on the image's mean."""
@@ -52,6 +55,9 @@ class Scripted:
     def __call__(self, x):
         p = self.probability(x.mean((1, 2, 3)))
         return torch.stack([p.log(), (1 - p).log()], 1)
+
+    def probabilities(self, logits):
+        return logits.softmax(1)
 
 
 def kept_share(f_of_share):

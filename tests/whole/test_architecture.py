@@ -23,6 +23,7 @@ ORDER = [
     {"aft", "evaluation"},
     {"tft"},
     {"attributions", "engine", "data"},
+    {"models"},
     {"core"},
     {"settings"},
     {"files"},
@@ -92,7 +93,7 @@ def test_imports_run_downwards_only(path):
 
 def test_a_folder_has_three_to_eight_files_of_at_most_400_lines():
     counts = Counter(path.parent for path in FILES if not path.name.startswith("__"))
-    assert len(counts) == 10  # nine packages and the ground
+    assert len(counts) == 11  # ten packages and the ground
     assert {folder.name: n for folder, n in counts.items() if not 3 <= n <= 8} == {}
     lines = {path.name: len(path.read_text().splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > 400} == {}
@@ -129,7 +130,8 @@ def test_the_order_is_that_of_the_files():
     assert own_imports(PACKAGE / "tft" / "search.py") == {"tft", "core", "settings", "errors"}
 
 
-@named(FILES)
+# What torch.fx can't follow is watched in one place, which takes its hooks off again.
+@named([path for path in FILES if path.name != "networks.py"])
 def test_nothing_hooks_into_networks(path):
     assert "_hook(" not in path.read_text()
 

@@ -31,7 +31,7 @@ def folder(tmp_path, monkeypatch):
 def small(monkeypatch):
     """A small classifier for the commands."""
     f = small_float()
-    monkeypatch.setattr("aftcli.core.models.load_classifier", lambda *_, **__: f)
+    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: f)
     return f
 
 
@@ -344,7 +344,7 @@ def test_a_method_that_does_not_fit():
 
 
 def test_an_ambiguous_class_names_the_indices(monkeypatch, lite0):
-    monkeypatch.setattr("aftcli.core.models.load_classifier", lambda *_, **__: lite0)
+    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: lite0)
     message = complaint("explain", CHELSEA, "--target", "crane")
     assert "class 'crane' is ambiguous, give the index: 134: crane; 517: crane" in message
     message = complaint("explain", CHELSEA, "--target", "egyptien cat")

@@ -9,7 +9,7 @@ import torch
 
 # Imported here: it takes load_classifier when it is first imported.
 import aftcli.engine.export  # noqa: F401
-from aftcli.core.weights import read_card
+from aftcli.models.checkpoint import read_card
 from aftcli.settings import SITUATIONS
 from tests.helpers import faulty
 from tests.helpers.command import aft
@@ -29,7 +29,7 @@ CHECKPOINT = Path("aft-run/tuned/small-gradcam.safetensors")
 def colours(monkeypatch, tmp_path):
     """A folder to be in with a data set; the commands take a small network."""
     make_colours(tmp_path / "data")
-    for module in ("core.models", "tft.stores", "evaluation.study"):
+    for module in ("models.load", "tft.stores", "evaluation.study"):
         monkeypatch.setattr(f"aftcli.{module}.load_classifier", faulty.load_small)
     monkeypatch.chdir(tmp_path)
 

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import nn
 
 import aftcli
-from aftcli.core.classifier import Classes, Preprocessing, cut_classifier
-from aftcli.core.weights import read_card, restore
+from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.evaluation.tables import Table3Row, Table4Row
+from aftcli.models.checkpoint import read_card, restore
 from aftcli.report import formats as report_evaluate
 from aftcli.report import terminal as foreign
 from aftcli.report.grids import Shown, Tables
@@ -69,7 +70,7 @@ def load(name=None, checkpoint=None, *_, **__):
 
 def give_odd(patch):
     """Give every command the odd network."""
-    for module in ("core.models", "tft.stores", "evaluation.study"):
+    for module in ("models.load", "tft.stores", "evaluation.study"):
         patch.setattr(f"aftcli.{module}.load_classifier", load)
 
 

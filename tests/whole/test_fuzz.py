@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aftcli.cli.explain import OUTPUTS
-from aftcli.core.classifier import Classes
+from aftcli.core.classes import Classes
 from aftcli.data.images import read_image
 from aftcli.data.maps import read_map
 from aftcli.data.text import read_classes, read_xml
@@ -52,7 +52,7 @@ def place(tmp_path_factory):
     f = small_float()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("aftcli.core.models.load_classifier", lambda *_, **__: f)
+        patch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: f)
         mutants.photograph().save("photo.png")
         generate(make_images(folder / "fruit", each=2), folder / "run", ("gradcam",))
         yield folder
@@ -197,7 +197,7 @@ def test_an_image_whose_explanation_is_no_number(place, monkeypatch):
     # The logits overflow, their gradients do not.
     f.head.get_submodule("6").weight.data.fill_(1e34)
     f.head.get_submodule("6").bias.data.fill_(3.4028e38)
-    monkeypatch.setattr("aftcli.core.models.load_classifier", lambda *_, **__: f)
+    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: f)
     result = aft("explain", "photo.png", "--json")
     assert result.code == 1 and "gives NaN or infinite numbers" in result.err
 
@@ -212,7 +212,7 @@ def test_large_sides_and_scans_are_refused(tmp_path):
 READ = """
 import sys
 from pathlib import Path
-from aftcli.core.classifier import Preprocessing
+from aftcli.core.classes import Preprocessing
 from aftcli.data.images import read_image
 from aftcli.data.maps import read_map
 from aftcli.data.images import to_input

@@ -15,10 +15,11 @@ from aftcli import settings
 from aftcli.aft import features, loss
 from aftcli.cli import evaluate, explain, finetune, options
 from aftcli.cli.process import kept_from_collector
-from aftcli.core.models import find_device, imagenet_classes
 from aftcli.engine import accelerate
 from aftcli.errors import AftError
 from aftcli.evaluation import measures, tables
+from aftcli.models.load import find_device
+from aftcli.models.sources import imagenet_classes
 from aftcli.report import explain as report
 from aftcli.report.formats import FORMATS
 from aftcli.tft import search

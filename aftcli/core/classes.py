@@ -1,0 +1,228 @@
+"""The meaning of what a network takes and gives: images, layers' outputs, classes."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from aftcli.errors import AftError, nearest
+
+LARGEST = 4096  # pixels of a side that a file may ask for
+
+MOST_NAMED = 8  # classes in a message
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The steps from an image to the input x of a model.
+
+    Attributes:
+        size: height and width of x, pixels.
+        resize: the shorter side before the centre crop, pixels; None squashes the whole image
+            to `size`.
+        interpolation: nearest, bilinear or bicubic (with antialiasing).
+        mean: of each channel, subtracted from values in [0, 1].
+        std: of each channel, divided by.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    resize: int | None = 256
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std, shape (3, 1, 1), of the type and device of another tensor."""
+        mean, std = (like.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return mean, std
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as JSON gives them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """Build it from the values of `as_dict`.
+
+        Raises:
+            AftError: the values, of a file, are none that an image can be prepared by.
+        """
+        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+        try:
+            read = cls(**{**values, **lists})
+            read._check()
+        except (TypeError, ValueError) as error:
+            raise AftError(f"no preprocessing of images: {error}") from error
+        return read
+
+    def _check(self) -> None:
+        sides = (*self.size, *(() if self.resize is None else (self.resize,)))
+        if len(self.size) != 2 or not all(type(n) is int and 0 < n <= LARGEST for n in sides):
+            raise ValueError(f"sizes {self.size} and {self.resize} must lie in 1..{LARGEST}")
+        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
+            raise ValueError(f"interpolation {self.interpolation!r}")
+        if not len(self.mean) == len(self.std) == 3:
+            raise ValueError("mean and std have three values")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean}, std {self.std}")
+
+
+class Layout(NamedTuple):
+    """The places of channels and cells in a layer's output, where it is not (N, K, h, w).
+
+    Attributes:
+        kind: "last", (N, h, w, K); "tokens", (N, T, K); "sequence", (T, N, K).
+        height: h, cells.
+        width: w, cells.
+        prefix: tokens before those of the cells: of the class, registers.
+    """
+
+    kind: str
+    height: int
+    width: int
+    prefix: int = 0
+
+
+def to_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Tensor:
+    """Make A, shape (N, K, h, w), of a layer's output; arguments as of `Layout`."""
+    if kind == "last":
+        return out.permute(0, 3, 1, 2)
+    tokens = out.transpose(0, 1) if kind == "sequence" else out
+    maps: Tensor = tokens[:, prefix:].mT.unflatten(2, (height, width))
+    return maps
+
+
+def before_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Tensor:
+    """Take the tokens that belong to no cell, shape (N, prefix, K), of a layer's output."""
+    tokens = out.transpose(0, 1) if kind == "sequence" else out
+    return tokens[:, :prefix]
+
+
+def from_maps(
+    maps: Tensor, before: Sequence[Tensor], kind: str, height: int, width: int, prefix: int
+) -> Tensor:
+    """Make a layer's output of A and the tokens before its cells, as `Layout` says."""
+    if kind == "last":
+        return maps.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+    tokens = torch.cat([*before, maps.flatten(2).mT], 1)
+    return (tokens.transpose(0, 1) if kind == "sequence" else tokens).contiguous()
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a model.
+
+    Attributes:
+        names: one for each class, literal; in ImageNet's list, which has wnids, synonyms are
+            separated by commas.
+        wnids: WordNet ids, where the classes are ImageNet's.
+    """
+
+    names: tuple[str, ...]
+    wnids: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def numbered(cls, count: int) -> Classes:
+        """Make classes that nobody has named."""
+        return cls(tuple(f"class {i}" for i in range(count)))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The names, where only their user knows them: neither ImageNet's nor mere numbers."""
+        return () if self.wnids or self == Classes.numbered(len(self)) else self.names
+
+    def name(self, index: int) -> str:
+        """Name a class, by its first synonym where it has several."""
+        return self.synonyms(index)[0]
+
+    def synonyms(self, index: int) -> list[str]:
+        """Return all names of a class."""
+        name = self.names[index]
+        return [part.strip() for part in name.split(",")] if self.wnids else [name]
+
+    def index(self, target: str) -> int:
+        """Find a class by name, synonym or wnid, whatever the case, or by index.
+
+        A name as it is written comes first: of "Cat" and "cat", of a class "2" and class 2.
+
+        Raises:
+            AftError: no class has that name, several have, or the index is out of range.
+        """
+        wanted, count = _plain(target), range(len(self))
+        found = (
+            [i for i in count if self.names[i] == target]
+            or [i for i in count if _plain(self.names[i]) == wanted]
+            or [i for i in count if wanted in map(_plain, self.synonyms(i))]
+            or [i for i, wnid in enumerate(self.wnids) if wnid == wanted]
+        )
+        if len(found) == 1:
+            return found[0]
+        if found:
+            which = "; ".join(f"{i}: {self.names[i]}" for i in found)
+            raise AftError(f"class {target!r} is ambiguous, give the index: {which}")
+        if re.fullmatch(r"-?[0-9]{1,9}", target):
+            if int(target) in count:
+                return int(target)
+            raise AftError(f"class {target} is out of range: the classes are 0..{len(self) - 1}")
+        known = [synonym for i in count for synonym in self.synonyms(i)]
+        # A long name is not near to a word that it contains.
+        within = [name for name in known if wanted and f" {wanted} " in f" {_plain(name)} "]
+        named = ", ".join(dict.fromkeys(within[:MOST_NAMED])) or nearest(target, known)
+        raise AftError(f"unknown class {target!r}; nearest: {named}")
+
+    def match(self, names: Sequence[str]) -> list[int | None]:
+        """Find the classes that a data set's names mean; None where there is none.
+
+        Names mean a class as they are written, otherwise whatever the case, underscores and spaces,
+        where just one name and one class are the same then. Of ImageNet's list they are wnids; or
+        all of them are first synonyms.
+
+        Raises:
+            AftError: a name means several classes, which have the same name.
+        """
+        if self.wnids:
+            known = {wnid: index for index, wnid in enumerate(self.wnids)}
+            if any(name in known for name in names):
+                return [known.get(name) for name in names]
+            first = {_plain(self.name(index)): index for index in range(len(self))}
+            found = [first.get(_plain(name)) for name in names]
+            whole = len(first) == len(self) and None not in found
+            return found if whole else [None] * len(names)
+        counts = Counter(self.names)
+        for name in names:
+            if counts[name] > 1:
+                places = [str(i) for i in range(len(self)) if self.names[i] == name]
+                raise AftError(
+                    f"classes {' and '.join(places)} of the model are all named {name!r}, so it "
+                    "is unclear which is meant; give each class a name of its own, by --classes "
+                    "FILE, one a line"
+                )
+        exact, near = _once(self.names), _once(map(_plain, self.names))
+        alone = _once(map(_plain, names))
+        return [
+            exact.get(name, near.get(_plain(name)) if _plain(name) in alone else None)
+            for name in names
+        ]
+
+
+def _plain(name: str) -> str:
+    """Strip a name of its case, underscores, spaces and the encoding of its accents."""
+    return " ".join(unicodedata.normalize("NFC", name).replace("_", " ").lower().split())
+
+
+def _once(names: Iterable[str]) -> dict[str, int]:
+    """Find the places of the names that occur once."""
+    names = list(names)
+    counts = Counter(names)
+    return {name: index for index, name in enumerate(names) if counts[name] == 1}

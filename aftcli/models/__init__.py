@@ -1,0 +1,1 @@
+"""Classifiers by name and from files: sources, weights, checkpoints (§4.2)."""
