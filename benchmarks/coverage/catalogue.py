@@ -55,6 +55,7 @@ alexnet densenet121 efficientnet_b0 googlenet mnasnet0_5 mobilenet_v2 mobilenet_
 regnet_x_400mf resnet18 resnet50 shufflenet_v2_x0_5 squeezenet1_0 squeezenet1_1 vgg16 vit_b_32
 swin_t timm:convnext_zepto_rms timm:efficientnet_lite0 timm:vit_tiny_patch16_224 timm:mixer_s32_224
 """.split()
+NEARLY = 1e-3  # the largest of a weight's numbers
 CLASSES = 10  # of a network that is published without
 
 
@@ -65,9 +66,16 @@ def names() -> list[str]:
 
 
 def build(name: str) -> tuple[nn.Module, tuple[int, int]]:
-    """Build a network with random weights; return it and its input size, pixels."""
+    """Build a network with random weights; return it and its input size, pixels.
+
+    Weights that begin as 0, or nearly, become larger: they hide what lies behind them.
+    """
     torch.manual_seed(0)
     model, side = _timm(name[5:]) if name.startswith("timm:") else _torchvision(name)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.abs().max() < NEARLY:
+                weight.normal_(0, 0.1)
     return model.eval().requires_grad_(False), (side, side)
 
 

@@ -164,31 +164,36 @@ def _probability_wrong(user: Network, model: nn.Module, x: Tensor, found: Sequen
 
 
 def _map_wrong(user: Network, model: nn.Module, x: Tensor, activation: Tensor, maps: Tensor) -> str:
-    """Compare the maps of all classes, and A, with those at the layer that is right."""
-    module = None
+    """Compare A and the maps of all classes with those at the layers that are right."""
+    why = f"A, {tuple(activation.shape)}, is the output of none of {', '.join(user.layers)}"
     for name in user.layers:
-        module = model.get_submodule(name)
-        with leaf_at(module, lambda a: a) as leaves:
-            out = model(x)
+        with leaf_at(model.get_submodule(name), lambda a: a) as leaves:
+            y = user.y(model(x))
         if not leaves:
             continue
-        a = _cells(user, leaves[-1].detach())
-        if a.shape == activation.shape and torch.allclose(
-            a.double(), activation.double(), rtol=user.tolerance, atol=user.tolerance
+        a = _cells(user, leaves[-1].detach()).double()
+        if a.shape != activation.shape or not torch.allclose(
+            a, activation.double(), rtol=user.tolerance, atol=user.tolerance
         ):
+            continue
+        # A norm behind a norm has its output: the gradient tells them apart.
+        why = _maps_differ(user, x, y, leaves[-1], maps)
+        if not why:
             break
-    else:
-        return f"A, {tuple(activation.shape)}, is the output of none of {', '.join(user.layers)}"
-    y = user.y(out)
+    return why
+
+
+def _maps_differ(user: Network, x: Tensor, y: Tensor, a: Tensor, maps: Tensor) -> str:
+    """Compare the maps of all classes with Grad-CAM's at a layer, of output a."""
     for c, ours in enumerate(maps):
-        (gradient,) = torch.autograd.grad(y[0, c], leaves[-1], retain_graph=True)
+        (gradient,) = torch.autograd.grad(y[0, c], a, retain_graph=True)
         alpha = _cells(user, gradient).double().flatten(2).mean(2)
-        signed = torch.einsum("nk,nk...->n...", alpha, a.double())
+        signed = torch.einsum("nk,nk...->n...", alpha, _cells(user, a.detach()).double())
         cells = signed.clamp(min=0)
         cells = cells - cells.min()
         cells = cells / cells.max().clamp(min=1e-30)
         mode = "trilinear" if len(user.size) == 3 else "bilinear"
-        right = F.interpolate(cells[:, None], user.size, mode=mode)[0, 0]
+        right = F.interpolate(cells[:, None], x.shape[2:], mode=mode)[0, 0]
         difference = float((ours.double() - right).abs().max())
         if difference > user.tolerance:
             return f"the map of class {c} differs by {difference:.3g}"

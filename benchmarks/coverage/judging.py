@@ -124,7 +124,7 @@ def judged(name: str, model: nn.Module, size: tuple[int, int]) -> Verdict:
             return replace(found, unmatched="the layer is no module")
         prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
         found = _compared(found, f, model, module, x, prefix)
-        if not found.silent and not found.said:
+        if not found.silent and "not the last" not in found.said:
             later = later_mixing(model, f.layer_name, x, found.shape, prefix)
             found = replace(found, silent=later)
     except Exception as error:  # noqa: BLE001 - a crash is a finding
