@@ -63,7 +63,7 @@ class Network:
         channels: of its input.
         dtype: of its weights and its input.
         grid: (h, w) of A, where its layers return tokens; () where they return maps.
-        prefix: tokens before the cells'.
+        tokens_first: they have shape (T, N, K).
         plain: takes off what can't be hooked, such as torch.compile.
         options: of `cut_classifier`.
         size_known: the network itself tells its input size, `cut_classifier` is told nothing.
@@ -79,7 +79,7 @@ class Network:
     channels: int = 3
     dtype: torch.dtype = torch.float32
     grid: tuple[int, ...] = ()
-    prefix: int = 0
+    tokens_first: bool = False
     plain: Callable[[nn.Module], nn.Module] = field(default=lambda model: model)
     options: dict[str, Any] = field(default_factory=dict)
     size_known: bool = False
@@ -215,10 +215,8 @@ def _batch_wrong(user: Network, f: Classifier, x: Tensor) -> str:
 def _cells(user: Network, output: Tensor) -> Tensor:
     if not user.grid or output.dim() == 4 and output.shape[2:] == user.grid:
         return output
-    if output.dim() == 3 and user.grid and user.prefix < 0:  # tokens first: (T, N, K)
-        output = output.transpose(0, 1)
-    k = output.shape[-1]
-    return as_cells(output, (k, *user.grid), max(user.prefix, 0))
+    output = output.transpose(0, 1) if user.tokens_first else output
+    return as_cells(output, (output.shape[-1], *user.grid))
 
 
 def _rounded(values: Sequence[float]) -> str:

@@ -122,30 +122,27 @@ def judged(name: str, model: nn.Module, size: tuple[int, int]) -> Verdict:
         module = modules.get(f.layer_name.split("+")[-1])
         if module is None:
             return replace(found, unmatched="the layer is no module")
-        prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
-        found = _compared(found, f, model, module, x, prefix)
+        found = _compared(found, f, model, module, x)
         if not found.silent and "not the last" not in found.said:
-            later = later_mixing(model, f.layer_name, x, found.shape, prefix)
+            later = later_mixing(model, f.layer_name, x, found.shape)
             found = replace(found, silent=later)
     except Exception as error:  # noqa: BLE001 - a crash is a finding
         return replace(found, crashed=first_line(error))
     return found
 
 
-def as_cells(activation: Tensor, shape: tuple[int, ...], prefix: int = 0) -> Tensor:
+def as_cells(activation: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Bring a layer's output to (N, K, h, w): tokens and channels-last ones, too.
 
     Args:
-        activation: shape (N, K, h, w), (N, h, w, K) or (N, T, K).
+        activation: shape (N, K, h, w), (N, h, w, K) or (N, T, K), the cells' tokens last.
         shape: (K, h, w).
-        prefix: tokens before the cells'; taken from the count of tokens where it does not fit.
     """
     k, h, w = shape
     if activation.dim() == 4:
         return activation if tuple(activation.shape[1:]) == shape else activation.movedim(3, 1)
     if activation.dim() == 3 and activation.shape[2] == k and activation.shape[1] >= h * w:
-        before = prefix if activation.shape[1] >= prefix + h * w else activation.shape[1] - h * w
-        return activation[:, before : before + h * w].mT.unflatten(2, (h, w))
+        return activation[:, activation.shape[1] - h * w :].mT.unflatten(2, (h, w))
     raise ValueError(f"no cells in an output of shape {tuple(activation.shape)}")
 
 
@@ -167,26 +164,26 @@ def leaf_at(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[l
 
 
 def _compared(
-    found: Verdict, f: Classifier, model: nn.Module, module: nn.Module, x: Tensor, prefix: int
+    found: Verdict, f: Classifier, model: nn.Module, module: nn.Module, x: Tensor
 ) -> Verdict:
     """Compare Grad-CAM with pytorch-grad-cam's at the same layer."""
     try:
-        c = _telling_class(model, module, x, found.shape, prefix)
+        c = _telling_class(model, module, x, found.shape)
     except Exception as error:  # noqa: BLE001 - said in the table
         return replace(found, unmatched=first_line(error))
     if c is None:
         return replace(found, silent=found.silent or "the gradient at the layer is zero")
-    difference = _difference(f, model, module, x, c, found.shape, prefix)
+    difference = _difference(f, model, module, x, c, found.shape)
     if difference > TOLERANCE and sum(w.numel() for w in model.parameters()) < LARGE:
         # Rounding, or truly another map?
         parts = f.double(), model.double(), module, x.double()
-        difference = _difference(*parts, c, found.shape, prefix)
+        difference = _difference(*parts, c, found.shape)
         f.float(), model.float()
     return replace(found, difference=difference)
 
 
 def _telling_class(
-    model: nn.Module, module: nn.Module, x: Tensor, shape: tuple[int, ...], prefix: int
+    model: nn.Module, module: nn.Module, x: Tensor, shape: tuple[int, ...]
 ) -> int | None:
     """Find a class whose map is not empty; None where there is no gradient."""
     with leaf_at(module, lambda a: a) as leaves:
@@ -194,7 +191,7 @@ def _telling_class(
     best, found = -1.0, None
     for c in logits[0].topk(min(CANDIDATES, logits.shape[1])).indices.tolist():
         (gradient,) = torch.autograd.grad(logits[0, c], leaves[-1], retain_graph=True)
-        g, a = as_cells(gradient, shape, prefix), as_cells(leaves[-1].detach(), shape, prefix)
+        g, a = as_cells(gradient, shape), as_cells(leaves[-1].detach(), shape)
         if not g.any():
             return None
         signed = (g.mean((2, 3), keepdim=True) * a).sum(1)
@@ -210,12 +207,11 @@ def _difference(
     x: Tensor,
     c: int,
     shape: tuple[int, ...],
-    prefix: int,
 ) -> float:
     from pytorch_grad_cam import GradCAM
 
     def reshape(activation: Tensor) -> Tensor:
-        return as_cells(activation, shape, prefix)
+        return as_cells(activation, shape)
 
     ours = attribution_map(f, x, torch.tensor([c]), "gradcam")
     with GradCAM(model, [module], reshape_transform=reshape) as tool:
@@ -277,9 +273,7 @@ def _defines_layout(modules: dict[str, nn.Module], layer: str) -> bool:
     return any(isinstance(modules.get(name), kinds) for name in layer.split("+"))
 
 
-def later_mixing(
-    model: nn.Module, layer: str, x: Tensor, shape: tuple[int, ...], prefix: int = 0
-) -> str:
+def later_mixing(model: nn.Module, layer: str, x: Tensor, shape: tuple[int, ...]) -> str:
     """Find a later module with weights whose cells see several of A's, or which is A's successor.
 
     A single cell of A is changed, five times. A norm before the attention of the last block is
@@ -295,7 +289,7 @@ def later_mixing(
 
     def change(output: Tensor) -> Tensor:
         copies = output[:1].repeat(len(cells) + 1, *[1] * (output.dim() - 1))
-        view = as_cells(copies, shape, prefix)
+        view = as_cells(copies, shape)
         for n, (i, j) in enumerate(cells):
             noise = torch.randn(view.shape[1], generator=torch.Generator().manual_seed(n))
             view[n + 1, :, i, j] += 3 * output.std() * noise

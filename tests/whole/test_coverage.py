@@ -56,23 +56,20 @@ def test_a_convolution_of_single_cells_behind_the_layer_is_found():
 
 
 @pytest.mark.parametrize(
-    ("name", "prefix", "layer", "found"),
+    ("name", "layer", "found"),
     [
-        ("vit", 1, "blocks.1.norm1", ""),
-        ("vit", 1, "blocks.0", ""),
-        ("vit", 1, "blocks.0.norm1", "blocks.1.mlp.0 mixes cells behind it"),
-        ("vit", 1, "patch_embed", "blocks.1.mlp.0 mixes cells behind it"),
-        ("vit_mean", 0, "blocks.1.norm1", ""),
-        ("vit_mean", 0, "blocks.1", ""),
-        ("vit_mean", 0, "blocks.0", "blocks.1.mlp.2 mixes cells behind it"),
-        ("mixer", 0, "patch_embed", "blocks.1.mlp.2 mixes cells behind it"),
+        ("vit", "blocks.1.norm1", ""),
+        ("vit", "blocks.0", ""),
+        ("vit", "blocks.0.norm1", "blocks.1.mlp.0 mixes cells behind it"),
+        ("vit", "patch_embed", "blocks.1.mlp.0 mixes cells behind it"),
+        ("vit_mean", "blocks.1.norm1", ""),
+        ("vit_mean", "blocks.1", ""),
+        ("vit_mean", "blocks.0", "blocks.1.mlp.2 mixes cells behind it"),
+        ("mixer", "patch_embed", "blocks.1.mlp.2 mixes cells behind it"),
     ],
 )
-def test_attention_behind_the_layer_is_found(name, prefix, layer, found):
-    assert (
-        later_mixing(built(name), layer, X, (16, 4, 4), prefix).split(" ")[1:]
-        == (found.split(" ")[1:])
-    )
+def test_attention_behind_the_layer_is_found(name, layer, found):
+    assert later_mixing(built(name), layer, X, (16, 4, 4)).split(" ")[1:] == (found.split(" ")[1:])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +94,7 @@ def test_an_activation_without_cells_is_found():
 
 def test_tokens_become_cells_in_the_order_of_rows():
     tokens = torch.randn(2, 7, 4)
-    cells = as_cells(tokens, (4, 2, 3), 1)
+    cells = as_cells(tokens, (4, 2, 3))
     for n in range(2):
         for k in range(4):
             for i in range(2):

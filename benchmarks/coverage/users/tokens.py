@@ -66,13 +66,13 @@ BEFORE = ("blocks.1.norm1", "blocks.0")
 POOLED = (*BEFORE, "blocks.1", "norm", "blocks.1.norm2")
 
 
-@network(*BEFORE, grid=(4, 4), prefix=1)
+@network(*BEFORE, grid=(4, 4))
 def vit():
     """A class token, all by hand."""
     return Vit()
 
 
-@network(*BEFORE, grid=(4, 4), prefix=5)
+@network(*BEFORE, grid=(4, 4))
 def vit_with_registers():
     """A class token and four registers."""
     return Vit(5)
@@ -92,7 +92,7 @@ def vit_mean():
     return Mean()
 
 
-@network(*POOLED, grid=(4, 4), prefix=1)
+@network(*POOLED, grid=(4, 4))
 def vit_class_and_mean():
     """The class token and the mean of the others, concatenated."""
 
@@ -108,7 +108,7 @@ def vit_class_and_mean():
     return Together()
 
 
-@network(*BEFORE, grid=(4, 4), prefix=2)
+@network(*BEFORE, grid=(4, 4))
 def vit_distilled():
     """A class token and one for distillation, each with a head."""
 
@@ -150,7 +150,7 @@ class Torch(nn.Module):
         return self.attend(x, x, x, need_weights=False)[0]
 
 
-@network(*BEFORE, grid=(4, 4), prefix=1)
+@network(*BEFORE, grid=(4, 4))
 def vit_multihead_attention():
     """Blocks by hand around nn.MultiheadAttention."""
     return Vit(1, lambda: Block(K, Torch))
@@ -167,7 +167,7 @@ FIRST = ("blocks.layers.1.norm1", "blocks.layers.0")
 BEHIND = ("blocks.layers.0", "blocks.layers.0.norm2")
 
 
-@network(*FIRST, grid=(4, 4), prefix=1)
+@network(*FIRST, grid=(4, 4))
 def torch_encoder():
     """nn.TransformerEncoder, norms first."""
     model = Vit()
@@ -175,7 +175,7 @@ def torch_encoder():
     return model
 
 
-@network(*BEHIND, grid=(4, 4), prefix=1)
+@network(*BEHIND, grid=(4, 4))
 def torch_encoder_norms_behind():
     """nn.TransformerEncoder as it is by default, batch first."""
     model = Vit()
@@ -184,7 +184,13 @@ def torch_encoder_norms_behind():
 
 
 @network(
-    *BEHIND, "blocks", "blocks.layers.1", "norm", "blocks.layers.1.norm2", grid=(4, 4), prefix=-1
+    *BEHIND,
+    "blocks",
+    "blocks.layers.1",
+    "norm",
+    "blocks.layers.1.norm2",
+    grid=(4, 4),
+    tokens_first=True,
 )
 def torch_encoder_tokens_first():
     """nn.TransformerEncoder with tokens in the first dimension, averaged."""
