@@ -21,6 +21,8 @@ from aftcli import AftError, Classifier, Preprocessing, attribution_map, cut_cla
 TOLERANCE = 1e-4  # between two maps in [0, 1]
 CANDIDATES = 5  # classes, of which one with a map that is not empty is compared
 TOWARDS = 0.2  # the least that quarters of A differ in what moves them; 2 at the most
+ALIKE = 0.01  # the least that cells differ, of all there is
+SHARED = 0.1  # the least share of what two cells change, that both change, where they are mixed
 USED = 0.1  # the least share of a tensor that has a gradient, if its cells count
 POOLS = re.compile("attn|attention|pool")  # modules that look at cells for a head
 EXPLAINED = {  # parts of names of networks where pytorch-grad-cam's map is another one
@@ -246,6 +248,8 @@ def turned(f: Classifier, x: Tensor) -> str:
     """Change the first, then the last quarter of the rows; A must follow; columns likewise."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(x)
     a = f.activation(x)[0]
+    if (a - a.mean((1, 2), keepdim=True)).norm() < ALIKE * a.norm():
+        return ""  # cells that attention made alike, as random weights do, can't be told apart
     for axis, what in ((2, "rows"), (3, "columns")):
         side = x.shape[axis]
         first, last = (
@@ -317,7 +321,7 @@ def later_mixing(model: nn.Module, layer: str, x: Tensor, shape: tuple[int, ...]
             try:
                 logits = model(x)
             except (RuntimeError, ValueError):  # it remembers the number of images
-                found.clear()
+                found.clear(), raw.clear(), started.clear()
                 logits = model(x.expand(len(cells) + 1, -1, -1, -1))
     finally:
         for handle in handles:
@@ -367,8 +371,11 @@ def _mixed(output: Tensor, copies: int) -> bool:
     common = changed.all(0)  # all cells: attention; a few: tokens that stand for the whole
     if common.float().mean() > 0.5:
         return True
-    own = (changed & ~common)[:4]
-    return bool((own.sum(0) > 1).any())
+    own = (changed & ~common)[:4].flatten(1).float()
+    shared, alone = own @ own.mT, own.sum(1)
+    # Some of the tokens that stand for the whole are moved too little by single cells.
+    pairs = shared > SHARED * torch.minimum(alone[:, None], alone)
+    return bool((pairs & ~torch.eye(len(own), dtype=torch.bool)).any())
 
 
 def _counts(logits: Tensor, output: Tensor) -> bool:
