@@ -27,10 +27,17 @@ Fill = Literal["mean", "black", "blur"]
 Mode = Literal["value", "percentile"]
 SearchKind = Literal["exact", "fast"]
 
+# What makes probabilities of a network's outputs: softmax, sigmoid, or nothing as they are some;
+# auto finds out (aftcli.core.classes.output_of).
+Output = Literal["auto", "softmax", "sigmoid", "none"]
+
+AUTO, SOFTMAX, SIGMOID, NONE = get_args(Output)
+
 MASKINGS: tuple[str, ...] = get_args(Masking)
 FILLS: tuple[str, ...] = get_args(Fill)
 MODES: tuple[str, ...] = get_args(Mode)
 SEARCHES: tuple[str, ...] = get_args(SearchKind)
+OUTPUTS: tuple[str, ...] = get_args(Output)
 
 
 class Range(NamedTuple):

@@ -263,7 +263,12 @@ def _of_network(network: Network, run: ImageRun) -> list[Setting]:
     from aftcli.report.names import of_network
 
     return of_network(
-        network.model, network.checkpoint, network.classes, network.layer, run.precision
+        network.model,
+        network.checkpoint,
+        network.classes,
+        network.layer,
+        run.precision,
+        network.output,
     )
 
 

@@ -14,7 +14,7 @@ from typer.models import OptionInfo
 
 from aftcli.core.methods import FAMILIES, METHODS, check_device, named
 from aftcli.errors import AftError
-from aftcli.settings import RANGES, Fill, Masking, Mode, Search, SearchKind, read_thresholds
+from aftcli.settings import RANGES, Fill, Masking, Mode, Output, Search, SearchKind, read_thresholds
 
 # As in aftcli.engine.accelerate.
 Engine = Literal["auto", "torch", "compile", "onnxruntime"]
@@ -27,7 +27,7 @@ METHODS_HELP = (
         f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
         for family in FAMILIES
     )
-    + "; all for every CAM, or a family's name."
+    + "; all for every CAM, or a family."
 )
 
 
@@ -133,6 +133,10 @@ class Weights:
         Path | None,
         option("--classes", "FILE", "Class names, one a line."),
     ] = None
+    output: Annotated[
+        Output,
+        words("--output", Output, "last step."),
+    ] = "auto"
 
 
 @dataclass(frozen=True)

@@ -103,8 +103,8 @@ def classifier(network: Network, device: str, quiet: bool) -> Classifier:
     from aftcli.models.load import find_device, load_classifier
 
     where, note = find_device(device), noting(quiet)
-    files = (network.model, network.checkpoint, network.layer)
-    return load_classifier(*files, classes=names(network.classes), device=where, note=note)
+    files, own = (network.model, network.checkpoint, network.layer), names(network.classes)
+    return load_classifier(*files, classes=own, device=where, output=network.output, note=note)
 
 
 def source(
@@ -118,7 +118,8 @@ def source(
     from aftcli.tft.stores import Source
 
     own = names(network.classes)
-    return Source(network.model, network.checkpoint, layer or None, own, device, earlier, note=note)
+    files = (network.model, network.checkpoint, layer or None)
+    return Source(*files, own, device, earlier, note=note, output=network.output)
 
 
 def engine(name: str, precision: str, quiet: bool) -> Accelerate:

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftcli.core.classifier import Classifier, LinearHead
+from aftcli.core.inputs import class_indices, first_activation
 from aftcli.core.methods import method as find_method
-from aftcli.core.networks import class_indices, first_activation, outside_inference_mode
 from aftcli.core.zero_level import above, without_constant
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time
@@ -70,7 +71,7 @@ def _signed_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tenso
             f"cam needs a head of global average pooling and one linear layer after "
             f"{f.layer_name}; {f.name} has another: use gradcam or layercam"
         )
-    return _signed_sum(head.linear.weight[class_index], activation)
+    return _signed_sum(head.weight[class_index], activation)
 
 
 def grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ def ablated_in_closed_form(head: LinearHead, activation: Tensor, class_index: Te
     """y_k^c = y^c - W_ck . pool(A^k): for a head of pooling and one linear layer."""
     taken = _channel_features(head, activation)
     y = class_score(head.rest(head.linear(head.pool(activation))), class_index)
-    weight = head.linear.weight[class_index].view_as(taken)
+    weight = head.weight[class_index].view_as(taken)
     return y[:, None] - (weight * taken).sum(2)
 
 

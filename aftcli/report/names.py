@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.models.sources import DEFAULT_MODEL
-from aftcli.settings import Search
+from aftcli.settings import AUTO, Search
 
 LONGEST = 40  # characters of settings in a name; systems allow 255 bytes of it in all
 
@@ -80,6 +80,7 @@ def of_network(
     classes: Path | None,
     layer: str | None,
     precision: str,
+    output: str = AUTO,
 ) -> list[Setting]:
     """List settings of the network and its layer, as the options give them."""
     found = []
@@ -90,7 +91,8 @@ def of_network(
     found += [_file(path) for path in (checkpoint, classes) if path]
     if layer:
         found.append(Setting(f"layer_{UNSAFE.sub('_', layer)}", f"layer_{layer}"))
-    return found + _word(precision, "no")
+    read_as = [] if output == AUTO else [Setting(f"output_{output}", f"output_{output}")]
+    return found + read_as + _word(precision, "no")
 
 
 def of_map(

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aftcli.core.classes import Layout, to_maps
-from aftcli.core.cut import CutPoint, Parts, Untraceable, cut, cut_points, is_spatial, on_meta
-from aftcli.core.networks import Ran, RunFrom, RunTo, copied, first_tensor, run_watched
+from aftcli.cutting.cut import CutPoint, Parts, Untraceable, cut, cut_points, is_spatial, on_meta
+from aftcli.cutting.layouts import Layout, to_maps
+from aftcli.cutting.networks import copied
+from aftcli.cutting.watched import Ran, RunFrom, RunTo, first_tensor, run_watched
 from aftcli.errors import AftError, first_line
 
 ROUNDING = 1e-5  # of the largest logit
@@ -124,6 +125,10 @@ def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]
     """
     with torch.no_grad():
         expected = model(x)
+    if not isinstance(expected, Tensor):
+        raise AftError(
+            f"{type(model).__name__} gives a {type(expected).__name__}, not logits (N, C)"
+        )
     try:
         parts = cut(model, layer, x)
         with torch.no_grad():
