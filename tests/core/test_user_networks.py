@@ -16,21 +16,8 @@ KNOWN = {
             "model_output",
             "namedtuple_output",
             "logits_with_sides",
-            "flat_logit",
         ],
-        "its output is no tensor of shape (N, C)",
-    ),
-    **dict.fromkeys(
-        [
-            "single_logit",
-            "single_probability",
-            "multi_label",
-            "ends_in_softmax",
-            "ends_in_softmax_function",
-            "ends_in_sigmoid",
-            "regression",
-        ],
-        "softmax is taken of every output",
+        "its output is no tensor of logits (N, C)",
     ),
     **dict.fromkeys(
         ["grey", "four_channels", "thirteen_channels"], "three channels are taken for granted"
