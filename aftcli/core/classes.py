@@ -6,15 +6,21 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from aftcli.errors import AftError, nearest
+from aftcli.errors import AftError, first_line, nearest
 
 LARGEST = 4096  # pixels of a side that a file may ask for
+
+DEEPEST = 1024  # channels that a file may ask for
+
+# Sides of square inputs, pixels, that are tried where a network of unknown input refuses 224.
+SIDES = (32, 64, 96, 128, 192, 240, 256, 288, 299, 320, 384, 448, 512)
 
 MOST_NAMED = 8  # classes in a message
 
@@ -28,7 +34,7 @@ class Preprocessing:
         resize: the shorter side before the centre crop, pixels; None squashes the whole image
             to `size`.
         interpolation: nearest, bilinear or bicubic (with antialiasing).
-        mean: of each channel, subtracted from values in [0, 1].
+        mean: of each channel, subtracted from values in [0, 1]; one value for grey inputs.
         std: of each channel, divided by.
     """
 
@@ -38,17 +44,39 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of an input."""
+        return (len(self.mean), *self.size)
+
     def channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and std, shape (3, 1, 1), of the type and device of another tensor."""
+        """Return mean and std, shape (C, 1, 1), of the type and device of another tensor."""
         mean, std = (like.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return mean, std
+
+    def with_channels(self, count: int) -> Preprocessing:
+        """Return the same for another number of channels; their values are a guess.
+
+        Grey takes the means of the colours' values, more than three channels stay as they are.
+        """
+        if count == len(self.mean):
+            return self
+        if len(self.mean) == 1 or count == 1:
+            mean, std = (round(sum(v) / len(v), 6) for v in (self.mean, self.std))
+        else:
+            mean, std = 0.0, 1.0
+        return replace(self, mean=(mean,) * count, std=(std,) * count)
+
+    def with_size(self, size: tuple[int, int]) -> Preprocessing:
+        """Return the same for another input size; the crop takes the usual share, 7/8."""
+        return replace(self, size=size, resize=self.resize and round(min(size) * 8 / 7))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON gives them back."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """Build it from the values of `as_dict`.
 
         Raises:
@@ -66,12 +94,127 @@ class Preprocessing:
         sides = (*self.size, *(() if self.resize is None else (self.resize,)))
         if len(self.size) != 2 or not all(type(n) is int and 0 < n <= LARGEST for n in sides):
             raise ValueError(f"sizes {self.size} and {self.resize} must lie in 1..{LARGEST}")
-        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
+        if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation {self.interpolation!r}")
-        if not len(self.mean) == len(self.std) == 3:
-            raise ValueError("mean and std have three values")
+        if len(self.mean) != len(self.std) or not 0 < len(self.mean) <= DEEPEST:
+            raise ValueError(f"mean and std have one value a channel, of 1 to {DEEPEST} channels")
+        if math.prod(self.shape) > 3 * LARGEST**2:
+            raise ValueError(f"inputs of {self.shape} values are too large")
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean}, std {self.std}")
+
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+TIMM_CROP = 0.875  # timm's default share of the scaled picture
+
+
+def preprocessing_of_timm(config: Mapping[str, Any]) -> Preprocessing:
+    """Return the preprocessing of timm's `pretrained_cfg`; what it lacks is timm's default."""
+    usual, known = Preprocessing(), {k: v for k, v in config.items() if v}
+    _, height, width = known.get("input_size", (3, *usual.size))
+    whole = known.get("crop_mode") == "squash"
+    interpolation = known.get("interpolation", "bicubic")
+    return Preprocessing(
+        (height, width),
+        None if whole else int(min(height, width) / known.get("crop_pct", TIMM_CROP)),
+        interpolation if interpolation in INTERPOLATIONS else "bicubic",
+        tuple(known.get("mean", usual.mean)),
+        tuple(known.get("std", usual.std)),
+    )
+
+
+def recorded_preprocessing(model: object) -> Preprocessing | None:
+    """Read the preprocessing that a network's object records; None where it records none.
+
+    That is its attribute `preprocessing`, a Preprocessing or the values of `as_dict`, or timm's
+    `pretrained_cfg`.
+
+    Raises:
+        AftError: the values are none that an image can be prepared by.
+    """
+    own = getattr(model, "preprocessing", None)
+    if isinstance(own, Preprocessing):
+        return own
+    if isinstance(own, Mapping):
+        return Preprocessing.from_dict(own)
+    config = getattr(model, "pretrained_cfg", None)
+    return preprocessing_of_timm(config) if isinstance(config, Mapping) else None
+
+
+def input_channels(model: nn.Module) -> int:
+    """Return the channels of a network's input: those of its first convolution; otherwise 3."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return first.in_channels if first else 3
+
+
+@torch.no_grad()
+def find_preprocessing(model: nn.Module, note: Callable[[str], None]) -> Preprocessing:
+    """Find a preprocessing whose inputs a network takes: the one it records, or the usual one.
+
+    Args:
+        model: in eval mode.
+        note: is told what was guessed.
+
+    Raises:
+        AftError: the network takes inputs of no size that is tried.
+    """
+    recorded, config = recorded_preprocessing(model), getattr(model, "config", None)
+    found, side = recorded or Preprocessing(), getattr(config, "image_size", None)
+    if recorded is None and isinstance(side, int | list | tuple):
+        found = found.with_size((side, side) if isinstance(side, int) else (side[0], side[-1]))
+    sized = found.with_channels(input_channels(model))
+    tried = [sized, *(sized.with_size((side, side)) for side in SIDES)]
+    problem: AftError | None = None
+    for each in tried:
+        try:
+            run(model, each)
+        except AftError as error:
+            problem = problem or error
+            continue
+        if each != recorded:
+            note(_guess(model, each, recorded is not None))
+        return each
+    assert problem
+    raise problem
+
+
+def _guess(model: nn.Module, guessed: Preprocessing, is_recorded: bool) -> str:
+    depth, height, width = guessed.shape
+    because = "takes other inputs than it records" if is_recorded else "records no preprocessing"
+    colours = "the usual mean and std" if depth in (1, 3) else "mean 0 and std 1"
+    return (
+        f"{type(model).__name__} {because}; guessed: {depth} x {height} x {width} values, "
+        f"{colours}; if that is wrong, give the network an attribute `preprocessing` "
+        "(docs/own-network.md)"
+    )
+
+
+class Ran(NamedTuple):
+    """An input x of a network, shape (1, C, H, W), and what the network returns of it."""
+
+    x: Tensor
+    out: Any
+
+
+@torch.no_grad()
+def run(model: nn.Module, preprocessing: Preprocessing) -> Ran:
+    """Run a network on a random input, of its type and on its device.
+
+    Raises:
+        AftError: it does not take such inputs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *preprocessing.shape, generator=generator)
+    x = x.to(next(model.parameters(), x))
+    try:
+        return Ran(x, model(x))
+    except Exception as error:
+        raise AftError(
+            f"{type(model).__name__} can't run an input of shape {tuple(x.shape)} "
+            f"({first_line(error)[:200]}); say what it takes: preprocessing=Preprocessing("
+            "size=(H, W), mean=(...), std=(...)), or an attribute `preprocessing` of it"
+        ) from error
 
 
 @dataclass(frozen=True)

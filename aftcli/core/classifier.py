@@ -8,17 +8,18 @@ without running the head again, which makes CAM and Ablation-CAM cheap.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.classes import Classes, Preprocessing, find_preprocessing, run
 from aftcli.core.cut import cut, cut_modules
 from aftcli.core.layers import last_layer
-from aftcli.core.networks import copied, outside_inference_mode, unwrapped
+from aftcli.core.networks import at_path, copied, find_output, outside_inference_mode, unwrapped
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 
@@ -109,6 +110,7 @@ class Classifier(nn.Module):
         watch: is told of each pass how many images it has; None for nobody.
         bypassed: layer's output is not all that head takes: the layer returns (A, *rest), all of
             shape (N, ...), and logits = head(A, *rest); see `at`.
+        output_key: the entry of the network's output that was asked for; "" for the usual one.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class Classifier(nn.Module):
         activation_shape: tuple[int, int, int],
         cam: str | None = None,
         bypassed: bool = False,
+        output_key: str = "",
     ) -> None:
         super().__init__()
         self.stem, self.layer, self.head = stem, layer, head
@@ -131,6 +134,7 @@ class Classifier(nn.Module):
         self.preprocessing, self.classes = preprocessing, classes
         self.activation_shape = activation_shape
         self.cam, self.checkpoint, self.bypassed = cam, "", bypassed
+        self.output_key = output_key
         self.engine: Engine | None = None
         self.zero_level: Before | None = None
         self.watch: Callable[[int], None] | None = None
@@ -223,18 +227,24 @@ def cut_classifier(
     name: str | None = None,
     preprocessing: Preprocessing | None = None,
     classes: Classes | None = None,
+    output_key: str | None = None,
     own: bool = False,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Classifier:
     """Cut any CNN of the user's into a Classifier and check that nothing has changed.
 
     Args:
-        model: a network from (N, 3, H, W) to logits (N, C); it is copied, not changed. Of
-            DataParallel and torch.compile the network inside is taken.
+        model: a network from (N, C, H, W) to logits (N, C'), or to a structure that holds them; it
+            is copied, not changed. Of DataParallel and torch.compile the network inside is taken.
         layer: where to cut; default the last convolutional layer with spatial extent.
         name: the model's name in results; default its class's name.
-        preprocessing: what makes its input; default ImageNet's usual.
+        preprocessing: what makes its input; default what the model records, otherwise ImageNet's
+            usual, at a size that the model takes.
         classes: the names of the classes; default numbers.
+        output_key: the entry of what the model returns that has the logits (`find_output`);
+            default `logits`, otherwise the first tensor of shape (N, C').
         own: cut the model itself, without a copy; its activations may become out-of-place.
+        note: is told what was guessed.
 
     Returns:
         A classifier in eval mode whose logits equal the model's bit for bit.
@@ -250,11 +260,11 @@ def cut_classifier(
             "gradient; make it outside, or leave own out for a copy"
         )
     model = (model if own else copied(model)).eval().requires_grad_(False)
-    preprocessing = preprocessing or Preprocessing()
+    preprocessing = preprocessing or find_preprocessing(model, note)
+    x, out = run(model, preprocessing)
+    output = find_output(out, output_key, note)
     layer = layer or last_layer(model, preprocessing.size)
-    parts = cut(model, layer)
-    x = torch.randn(1, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))
-    x = x.to(next(model.parameters()))
+    parts = cut(model, layer, partial(at_path, path=output.path) if output.path else None)
     with torch.no_grad():
         activation, *rest = flow_of(parts.layer(parts.stem(x)))
         if not isinstance(activation, Tensor) or activation.dim() != 4:
@@ -264,7 +274,7 @@ def cut_classifier(
             )
         before = activation.clone()
         logits = parts.head(activation, *rest)
-        if logits.dim() != 2 or not torch.equal(logits, model(x)):
+        if logits.dim() != 2 or not torch.equal(logits, at_path(out, output.path)):
             raise AftError(f"cutting at {layer!r} changes the logits; cut at another layer")
         if not torch.equal(before, activation):
             raise AftError(f"what follows {layer!r} writes into its output; cut at another layer")
@@ -284,6 +294,7 @@ def cut_classifier(
         classes=classes,
         activation_shape=(shape[0], shape[1], shape[2]),
         bypassed=bool(rest),
+        output_key=output_key or "",
     ).eval()
 
 

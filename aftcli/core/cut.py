@@ -11,12 +11,14 @@ import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 
+from aftcli.core.classes import input_channels
 from aftcli.core.networks import copied, with_history
 from aftcli.errors import AftError, first_line, nearest
 
@@ -112,7 +114,21 @@ def _part(
     return module
 
 
-def cut(model: nn.Module, layer: str) -> Parts:
+def _pick(graph: fx.Graph, pick: partial[Any]) -> None:
+    """Let a graph return what `pick` takes out of its output."""
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    made: Any = output.args[0]
+    if isinstance(made, fx.Node) and isinstance(made.target, type):  # a named tuple, a dataclass
+        names = getattr(made.target, "_fields", ())
+        made = {**dict(zip(names, made.args, strict=False)), **made.kwargs}
+    if isinstance(made, fx.Node):
+        with graph.inserting_before(output):
+            output.args = (graph.call_function(pick.func, (made, *pick.args), pick.keywords),)
+    else:
+        output.args = (pick(made),)
+
+
+def cut(model: nn.Module, layer: str, pick: partial[Any] | None = None) -> Parts:
     """Cut a model into stem, layer and head (w0, w1, w2).
 
     The parts share the model's modules; in-place activations of the layer and the head are
@@ -123,9 +139,11 @@ def cut(model: nn.Module, layer: str) -> Parts:
             modules that do not contain the layer.
         layer: the name of a module, `layer3.5`, or of consecutive modules that together are
             w1, joined by `+`: `conv_head+bn2`. The last one's output is A.
+        pick: a function of a module, which takes the logits out of a structure that the model
+            returns; None where it returns them.
 
     Returns:
-        Parts with head(layer(stem(x))) == model(x), bit for bit.
+        Parts with head(layer(stem(x))) == pick(model(x)), bit for bit.
     """
     names = layer.split("+")
     modules = dict(model.named_modules())
@@ -144,6 +162,8 @@ def cut(model: nn.Module, layer: str) -> Parts:
             f"layer {layer!r} can't be cut: torch.fx can't trace the modules around it "
             f"({first_line(error)}); layers that can: {_some_cut_points(model)}"
         ) from error
+    if pick:
+        _pick(graph, pick)
     calls = [n for n in graph.nodes if n.op == "call_module"]
     last = next((n for n in reversed(calls) if n.target == names[-1]), None)
     before = calls[: calls.index(last) + 1] if last else []
@@ -190,14 +210,14 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen: dict[str, tuple[Tensor, Tensor | None]] = {}
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if n.op == "call_module":
             (input_, *_), _ = self.fetch_args_kwargs_from_env(n)
-            if isinstance(input_, Tensor) and isinstance(value, Tensor):
-                self.seen[n.name] = (input_, value)
+            if isinstance(input_, Tensor):
+                self.seen[n.name] = (input_, value if isinstance(value, Tensor) else None)
         return value
 
 
@@ -229,7 +249,8 @@ def cut_points(model: nn.Module, size: tuple[int, int] = (224, 224)) -> list[Cut
     The modules inside a container come before it.
     """
     weight = next(model.parameters(), torch.empty(0))
-    points = _walk(_on_meta(model), torch.empty(1, 3, *size, dtype=weight.dtype, device="meta"))
+    shape = (1, input_channels(model), *size)
+    points = _walk(_on_meta(model), torch.empty(shape, dtype=weight.dtype, device="meta"))
     return list({point.name: point for point in points}.values())
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import fields, is_dataclass
 from functools import wraps
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from aftcli.errors import AftError, first_line
+from aftcli.errors import AftError, first_line, nearest
 
 P = ParamSpec("P")
 
@@ -47,8 +49,15 @@ def _usual(value: object) -> object:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
+SHARDED = ("FullyShardedDataParallel", "FSDPModule")  # classes of FSDP, old and new
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Take off what runs a network elsewhere: DataParallel, torch.compile."""
+    """Take off what runs a network elsewhere: DataParallel, DistributedDataParallel, torch.compile.
+
+    Raises:
+        AftError: the network is scripted, or its weights lie on several processes (FSDP).
+    """
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -56,6 +65,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             break
+    if any(kind.__name__ in SHARDED for m in model.modules() for kind in type(m).__mro__):
+        raise AftError(
+            f"{type(model).__name__}: its weights lie on several processes (FSDP), so it can't be "
+            "cut; gather them (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "full_state_dict=True) and load them into the plain nn.Module"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise AftError(
             f"{type(model).__name__}: a scripted or traced network can't be cut; pass the "
@@ -131,11 +146,104 @@ def with_plain_weights(module: nn.Module) -> nn.Module:
     return module
 
 
+class Output(NamedTuple):
+    """The place of logits in what a network returns.
+
+    Attributes:
+        path: keys, indices and attributes that lead to them, one in another.
+    """
+
+    path: tuple[str | int, ...]
+
+    @property
+    def name(self) -> str:
+        """The path as `--output-key` takes it."""
+        return ".".join(map(str, self.path))
+
+
+def find_output(
+    out: object, key: str | None = None, note: Callable[[str], None] = warnings.warn
+) -> Output:
+    """Find the logits in what a network returns.
+
+    Args:
+        out: a tensor, or tuples, lists, mappings and objects of tensors.
+        key: the name of an entry, its number in a tuple, or several of them joined by dots;
+            default `logits`, otherwise the first tensor of shape (N, C).
+        note: is told what was taken where there are several.
+
+    Raises:
+        AftError: nothing is named so, or nothing has such a shape.
+    """
+    tensors = dict(_tensors(out))
+    if key is None and isinstance(out, Tensor):
+        return Output(())
+    named = {Output(path).name: path for path in tensors}
+    if key is not None:
+        under = [path for name, path in named.items() if f"{name}.".startswith(f"{key}.")]
+        if not under:
+            known = nearest(key, named) if any(named) else "none, it returns one tensor"
+            raise AftError(f"unknown output {key!r} of the network; nearest: {known}")
+        return Output(under[0])
+    fit = [path for path, tensor in tensors.items() if tensor.dim() == 2]
+    if not fit:
+        shapes = ", ".join(f"{name} {tuple(tensors[path].shape)}" for name, path in named.items())
+        raise AftError(
+            f"the network returns no logits of shape (N, C) (it returns {shapes or type(out)}); "
+            "name the output that has them: --output-key KEY, or output_key= in Python"
+        )
+    chosen = ("logits",) if ("logits",) in fit else fit[0]
+    if len(fit) > 1:
+        others = ", ".join(Output(path).name for path in fit if path != chosen)
+        note(
+            f"the network returns several tensors: {Output(chosen).name} is taken for the logits, "
+            f"not {others}; --output-key KEY takes another"
+        )
+    return Output(chosen)
+
+
+def _tensors(out: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the tensors in a structure, each with its path, in order."""
+    parts: Any = ()
+    if isinstance(out, Tensor):
+        yield path, out
+    elif isinstance(out, Mapping):
+        parts = out.items()
+    elif isinstance(out, tuple) and hasattr(out, "_fields"):
+        parts = zip(out._fields, out, strict=True)
+    elif isinstance(out, list | tuple):
+        parts = enumerate(out)
+    elif is_dataclass(out):
+        parts = [(each.name, getattr(out, each.name)) for each in fields(out)]
+    elif hasattr(out, "__dict__"):
+        parts = vars(out).items()
+    for key, part in parts:
+        if len(path) < DEEPEST_OUTPUT:
+            yield from _tensors(part, (*path, key))
+
+
+DEEPEST_OUTPUT = 3  # structures in structures that are searched for logits
+
+
+def at_path(out: Any, path: Sequence[str | int]) -> Any:  # noqa: ANN401 - a structure of anything
+    """Follow a path into what a network returns, or into the nodes of a graph that makes it."""
+    for key in path:
+        inside = isinstance(out, Mapping) or (isinstance(out, list | tuple) and type(key) is int)
+        out = out[key] if inside else getattr(out, str(key))
+    return out
+
+
+def logits_of(out: object, key: str | None = None) -> Tensor:
+    """Take the logits, shape (N, C), out of what a network returns; see `find_output`."""
+    return at_path(out, find_output(out, key).path)  # type: ignore[no-any-return]
+
+
 class Cut(Protocol):
     """A network cut at layer l, as `Classifier` is, which stands above."""
 
     name: str
     classes: Any  # sized
+    preprocessing: Any  # with a mean of each channel
 
     def at(self, x: Tensor) -> tuple[Any, Tensor]:
         """Compute A, and hold what passes layer l by."""
@@ -153,7 +261,7 @@ def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, 
     except (RuntimeError, ValueError) as error:
         weight = next(f.parameters())
         pairs = [
-            (f"{x.shape[1]} channels", "3 channels"),
+            (f"{x.shape[1]} channels", f"{len(f.preprocessing.mean)} channels"),
             (str(x.dtype), str(weight.dtype)),
             (str(x.device), str(weight.device)),
         ]

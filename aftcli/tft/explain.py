@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aftcli.core.cam import map_of
+from aftcli.core.cam import map_of, wide
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.networks import (
@@ -173,7 +173,7 @@ def _search(
             method,
             int(c),
             float(y[c]),
-            attribution,
+            wide(attribution),
             result,
             settings.thresholds if settings else (),
         )
