@@ -44,7 +44,7 @@ class TunedNetwork(Weights):
         option(
             "--layer",
             "NAME",
-            "Repeat to tune several, the masks' layer last. Default: the masks' layer.",
+            "Repeatable; the last, and default: the masks'.",
             callback=usage(check_layers),
         ),
     ] = None
@@ -214,7 +214,7 @@ def finetune(
     events = fine_tune(jobs, run.run, settings, options, accelerator)
     tuned = watch(events, run.quiet or not first)
     if first:
-        exported = [export(t.path) for t in tuned] if output.export else []
+        exported = [export(t.path, network.model) for t in tuned] if output.export else []
         print_tuned(tuned, exported, output.json)
 
 

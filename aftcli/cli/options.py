@@ -27,7 +27,7 @@ METHODS_HELP = (
         f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
         for family in FAMILIES
     )
-    + "; all for every CAM, or a family's name."
+    + "; all for every CAM, or a family."
 )
 
 
@@ -117,8 +117,8 @@ class Weights:
         option(
             "--model",
             "NAME",
-            "efficientnet_lite0 (default), 1, 2: offline; a torchvision CNN or "
-            "timm:NAME. A run knows its own.",
+            "Default efficientnet_lite0; of torchvision; timm:NAME; hf:DIR; FILE.py:NAME runs "
+            "your code.",
         ),
     ] = None
     checkpoint: Annotated[
@@ -132,6 +132,10 @@ class Weights:
     classes: Annotated[
         Path | None,
         option("--classes", "FILE", "Class names, one a line."),
+    ] = None
+    output_key: Annotated[
+        str | None,
+        option("--output-key", "KEY", "Which output has the logits."),
     ] = None
 
 

@@ -103,8 +103,15 @@ def classifier(network: Network, device: str, quiet: bool) -> Classifier:
     from aftcli.models.load import find_device, load_classifier
 
     where, note = find_device(device), noting(quiet)
-    files = (network.model, network.checkpoint, network.layer)
-    return load_classifier(*files, classes=names(network.classes), device=where, note=note)
+    return load_classifier(
+        network.model,
+        network.checkpoint,
+        network.layer,
+        classes=names(network.classes),
+        device=where,
+        output_key=network.output_key,
+        note=note,
+    )
 
 
 def source(
@@ -118,7 +125,8 @@ def source(
     from aftcli.tft.stores import Source
 
     own = names(network.classes)
-    return Source(network.model, network.checkpoint, layer or None, own, device, earlier, note=note)
+    files = (network.model, network.checkpoint, layer or None)
+    return Source(*files, own, device, earlier, output_key=network.output_key, note=note)
 
 
 def engine(name: str, precision: str, quiet: bool) -> Accelerate:
@@ -176,7 +184,7 @@ def targets(f: Classifier, maps: TargetMaps) -> list[int]:
 
 
 def input_of(f: Classifier, subject: Subject) -> Tensor:
-    """Make the model's input of a picture, shape (1, 3, H, W)."""
+    """Make the model's input of a picture, shape (1, C, H, W)."""
     from aftcli.data.images import to_input
 
-    return to_input(subject.picture, f.preprocessing).to(f.device)
+    return to_input(subject.picture, f.preprocessing).to(next(f.parameters()))

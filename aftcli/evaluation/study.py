@@ -185,7 +185,7 @@ def _tuned(run: Path, asked: Asked) -> list[_Made]:
                 f"{path}: is damaged, or not of aft finetune; move it away or tune again"
             )
         is_asked = card["cam"] is None or not asked.cams or card["cam"] in asked.cams
-        if is_asked and asked.source.model in (None, card["model"]):
+        if is_asked and asked.source.takes(card["model"]):
             found.append(_Made(path, card))
     return found
 
@@ -216,8 +216,9 @@ def _start(stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Classif
         for store in stores:
             check_made_for(store, f)
     else:
-        card = tuned[0].card
-        f = asked.source._replace(model=card["model"], layer=card["layer"], known=names).load()
+        path, card = tuned[0]
+        source = asked.source.of_model(card["model"], path)._replace(layer=card["layer"])
+        f = source._replace(known=names, output_key=card.get("output_key")).load()
     weights = f.weights_hash()
     for path, card in tuned:
         if card["start"] != weights and not _is_start(path, f) and card["cam"]:
@@ -364,7 +365,7 @@ def _variants(
         if cam is None and not _is_control(_Made(path, card), f):
             continue
         name, methods = ("aft", (cam,)) if cam else ("control", cams)
-        load = partial(load_classifier, checkpoint=path, device=asked.source.device)
+        load = partial(load_classifier, asked.source.model, path, device=asked.source.device)
         found.append(Variant(name, card["digest"], methods, load, path, _trained(card)))
     return found
 
