@@ -19,7 +19,7 @@ from aftcli.core.methods import check_device
 from aftcli.core.networks import outside_inference_mode
 from aftcli.errors import AftError, first_line
 from aftcli.models.checkpoint import card_classes, read_card, restore
-from aftcli.models.own import CODE, refuse_code
+from aftcli.models.own import CODE
 from aftcli.models.sources import (
     DEFAULT_MODEL,
     LAYERS,
@@ -29,6 +29,7 @@ from aftcli.models.sources import (
     full_name,
     imagenet_classes,
     is_model,
+    refuse_unnamed,
 )
 from aftcli.models.weights import (
     check_weights,
@@ -181,7 +182,7 @@ def _tuned(
                 f"{path}: was tuned for {what} {known}, asked for {asked}; leave {what} out"
             )
     if name is None:
-        refuse_code(card["model"], path)
+        refuse_unnamed(card["model"], path)
     name = card["model"] if name is None else full_name(name)
     own = card_classes(card)
     if classes and len(classes) != len(own):

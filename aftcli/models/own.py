@@ -1,7 +1,7 @@
 """Networks of a user's own code: `FILE.py:NAME` or `package.module:NAME`.
 
 This runs the code, as Python runs a script. So only the user's own words may name it: what a file
-says of itself (a card, a mask store) is refused by `refuse_code` before it comes here.
+says of itself (a card, a mask store) is refused by `sources.refuse_unnamed` before it comes here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import importlib.util
 import inspect
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,23 +44,6 @@ def same_code(one: str, other: str) -> bool:
     return one == other or (
         len(files) == 2 and len(set(files)) == 1 and _split(one)[1] == _split(other)[1]
     )
-
-
-def refuse_code(name: str, of: str | Path) -> None:
-    """Refuse to run code that only a file names.
-
-    Args:
-        name: a model's, as the file has it.
-        of: names the file.
-
-    Raises:
-        AftError: the name is one of code.
-    """
-    if CODE.fullmatch(name):
-        raise AftError(
-            f"{of}: the network is code, {name}, and code runs only if you name it yourself; if "
-            f"you trust it, add --model {shlex.quote(name)} (a judge: --judge MODEL=FILE)"
-        )
 
 
 def own_model(name: str, num_classes: int | None) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import resources
@@ -176,6 +177,29 @@ def full_name(name: str) -> str:
     if name.startswith("hf:"):
         return f"hf:{place_of(name)}"
     return full_code_name(name) if CODE.fullmatch(name) else name
+
+
+def refuse_unnamed(name: str, of: str | Path) -> None:
+    """Refuse to run code, or to ask a hub, that only a file names.
+
+    Args:
+        name: a model's, as the file has it.
+        of: names the file.
+
+    Raises:
+        AftError: the name is one of code, or of transformers and no folder here.
+    """
+    again = f"add --model {shlex.quote(name)} (a judge: --judge MODEL=FILE)"
+    if CODE.fullmatch(name) and not name.startswith(tuple(SOURCES)):
+        raise AftError(
+            f"{of}: the network is code, {name}, and code runs only if you name it yourself; if "
+            f"you trust it, {again}"
+        )
+    if name.startswith("hf:") and not Path(place_of(name)).is_dir():
+        raise AftError(
+            f"{of}: the network is {name}, no folder here, and the hub is asked only for what "
+            f"you name yourself; {again}"
+        )
 
 
 def is_model(asked: str | None, made: str) -> bool:

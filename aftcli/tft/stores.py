@@ -17,8 +17,7 @@ from aftcli.core.methods import METHODS
 from aftcli.data.sets import DataSet, Sample, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.models.load import load_classifier
-from aftcli.models.own import refuse_code
-from aftcli.models.sources import is_model
+from aftcli.models.sources import is_model, refuse_unnamed
 from aftcli.tft.hdf5 import Rows
 from aftcli.tft.masks import MaskStore, differences
 
@@ -63,17 +62,17 @@ class Source(NamedTuple):
         """Fill in the model that a file names, where none was asked for.
 
         Raises:
-            AftError: that is somebody's own code.
+            AftError: that is somebody's own code, or on a hub.
         """
         if self.model is None:
-            refuse_code(name, of)
+            refuse_unnamed(name, of)
         return self._replace(model=self.model or name)
 
     def of_masks(self, made: dict[str, Any]) -> Source:
         """Fill in the classifier that masks were made with where nothing else was asked for.
 
         Raises:
-            AftError: that is of somebody's own code, which nobody asked for.
+            AftError: that is somebody's own code, or on a hub.
         """
         recorded = made.get("checkpoint")  # "" for published weights
         return self.of_model(made["model"], "the masks")._replace(
