@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from aftcli.core.classes import Classes, Preprocessing, find_preprocessing, run
-from aftcli.core.cut import cut, cut_modules
-from aftcli.core.layers import last_layer
-from aftcli.core.networks import at_path, copied, find_output, outside_inference_mode, unwrapped
+from aftcli.core.classes import Classes, Preprocessing, find_preprocessing, run, with_logits
+from aftcli.core.cut import cut, cut_modules, flow_of
+from aftcli.core.layers import default_layer, divided, name_of
+from aftcli.core.networks import copied, outside_inference_mode, unwrapped
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 
@@ -66,11 +66,6 @@ class Before(Protocol):
         """Return what moved the maps, by names in a checkpoint."""
 
 
-def flow_of(out: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - a tensor or several
-    """Return what a layer gives to the head: A, and what passes the layer by."""
-    return out if isinstance(out, tuple) else (out,)
-
-
 class Held(nn.Module):
     """A head as a function of A alone: what passes layer l by is held.
 
@@ -81,7 +76,8 @@ class Held(nn.Module):
 
     def __init__(self, head: nn.Module, rest: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self.inner, self.rest = head, rest
+        self.inner: nn.Module = head.inner if isinstance(head, Held) else head
+        self.rest = rest
         self.training = head.training
 
     def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
@@ -169,18 +165,21 @@ class Classifier(nn.Module):
     def after(self, z: Any) -> tuple[Classifier, Tensor]:  # noqa: ANN401 - a tensor or several
         """Hold what passes layer l by, as `at`, of the stem's output z."""
         activation, *rest = flow_of(self.layer(z))
-        return (self._holding(Held(self.head, tuple(rest))) if rest else self), activation
+        return self.holding(rest), activation
+
+    def holding(self, rest: Sequence[Tensor]) -> Classifier:
+        """Hold these values of what passes layer l by, each (N, ...) or (1, ...); f for none."""
+        if not rest:
+            return self
+        held = copy.copy(self)
+        held._modules = {**self._modules, "head": Held(self.head, tuple(rest))}
+        return held
 
     def image(self, n: int) -> Classifier:
         """Return the classifier for the n-th of the images that it holds values of."""
         if not isinstance(self.head, Held):
             return self
-        return self._holding(Held(self.head.inner, tuple(r[n : n + 1] for r in self.head.rest)))
-
-    def _holding(self, head: Held) -> Classifier:
-        held = copy.copy(self)
-        held._modules = {**self._modules, "head": head}
-        return held
+        return self.holding([r[n : n + 1] for r in self.head.rest])
 
     def with_engine(self, engine: Engine | None) -> Classifier:
         """Return a classifier of the same modules whose inference passes run on an engine."""
@@ -200,7 +199,7 @@ class Classifier(nn.Module):
     @cached_property
     def linear_head(self) -> LinearHead | None:
         """The head split at its first linear layer, where it can be."""
-        return linear_head(self.head, self.activation_shape)
+        return None if self.bypassed else linear_head(self.head, self.activation_shape)
 
     def weights(self) -> dict[str, Tensor]:
         """All weights and statistics, under the names of the uncut model."""
@@ -222,7 +221,7 @@ class Classifier(nn.Module):
 @outside_inference_mode
 def cut_classifier(
     model: nn.Module,
-    layer: str | None = None,
+    layer: str | nn.Module | None = None,
     *,
     name: str | None = None,
     preprocessing: Preprocessing | None = None,
@@ -231,12 +230,13 @@ def cut_classifier(
     own: bool = False,
     note: Callable[[str], None] = warnings.warn,
 ) -> Classifier:
-    """Cut any CNN of the user's into a Classifier and check that nothing has changed.
+    """Cut any image classifier of the user's and check that nothing has changed.
 
     Args:
         model: a network from (N, C, H, W) to logits (N, C'), or to a structure that holds them; it
             is copied, not changed. Of DataParallel and torch.compile the network inside is taken.
-        layer: where to cut; default the last convolutional layer with spatial extent.
+        layer: where to cut, a module of the model or its name; default the last layer with cells
+            that the logits depend on, see `core.layers.default_layer`.
         name: the model's name in results; default its class's name.
         preprocessing: what makes its input; default what the model records, otherwise ImageNet's
             usual, at a size that the model takes.
@@ -244,7 +244,7 @@ def cut_classifier(
         output_key: the entry of what the model returns that has the logits (`find_output`);
             default `logits`, otherwise the first tensor of shape (N, C').
         own: cut the model itself, without a copy; its activations may become out-of-place.
-        note: is told what was guessed.
+        note: is told what was guessed, and what makes the network slower.
 
     Returns:
         A classifier in eval mode whose logits equal the model's bit for bit.
@@ -259,25 +259,22 @@ def cut_classifier(
             f"{type(model).__name__} was made in torch.inference_mode(), where nothing has a "
             "gradient; make it outside, or leave own out for a copy"
         )
+    layer = layer if layer is None or isinstance(layer, str) else name_of(layer, model)
     model = (model if own else copied(model)).eval().requires_grad_(False)
+    kind = type(model).__name__
     preprocessing = preprocessing or find_preprocessing(model, note)
-    x, out = run(model, preprocessing)
-    output = find_output(out, output_key, note)
-    layer = layer or last_layer(model, preprocessing.size)
-    parts = cut(model, layer, partial(at_path, path=output.path) if output.path else None)
+    tried = run(model, preprocessing)
+    x, model = tried.x, with_logits(model, tried, output_key, note)
+    layer = layer or default_layer(model, x, note)
+    parts = divided(model, layer, x, note)
     with torch.no_grad():
-        activation, *rest = flow_of(parts.layer(parts.stem(x)))
-        if not isinstance(activation, Tensor) or activation.dim() != 4:
-            raise AftError(
-                f"layer {layer!r} can't be used: its output has shape "
-                f"{tuple(getattr(activation, 'shape', ()))}, a CAM needs (N, K, h, w)"
-            )
-        before = activation.clone()
+        activation, *rest = parts.flow(x)
         logits = parts.head(activation, *rest)
-        if logits.dim() != 2 or not torch.equal(logits, at_path(out, output.path)):
-            raise AftError(f"cutting at {layer!r} changes the logits; cut at another layer")
-        if not torch.equal(before, activation):
-            raise AftError(f"what follows {layer!r} writes into its output; cut at another layer")
+    if logits.dim() != 2:
+        raise AftError(
+            f"{kind} gives an output of shape {tuple(logits.shape)}, a classifier "
+            "gives logits (N, C)"
+        )
     count = logits.shape[1]
     classes = classes or Classes.numbered(count)
     if len(classes) != count:
@@ -288,7 +285,7 @@ def cut_classifier(
     _, *shape = activation.shape
     return Classifier(
         *parts,
-        name=name or type(model).__name__,
+        name=name or kind,
         layer_name=layer,
         preprocessing=preprocessing,
         classes=classes,

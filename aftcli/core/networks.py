@@ -1,12 +1,10 @@
-"""Users' networks, wrapped or hard to copy, and the inputs x and classes c that callers give."""
+"""Users' networks, wrapped, hard to copy or to cut, and what callers give: x, c."""
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
+from contextlib import nullcontext, suppress
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -17,7 +15,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from aftcli.errors import AftError, first_line, nearest
+from aftcli.core.classes import Layout, before_maps, from_maps, to_maps
+from aftcli.errors import AftError, first_line
 
 P = ParamSpec("P")
 
@@ -146,96 +145,148 @@ def with_plain_weights(module: nn.Module) -> nn.Module:
     return module
 
 
-class Output(NamedTuple):
-    """The place of logits in what a network returns.
+class Ran(NamedTuple):
+    """A call of a module in a pass of a network.
 
     Attributes:
-        path: keys, indices and attributes that lead to them, one in another.
+        name: the module's.
+        module: that ran.
+        output: what it returned; of a tuple or dict the first tensor.
+        alone: it returned nothing else.
     """
 
-    path: tuple[str | int, ...]
-
-    @property
-    def name(self) -> str:
-        """The path as `--output-key` takes it."""
-        return ".".join(map(str, self.path))
+    name: str
+    module: nn.Module
+    output: Tensor
+    alone: bool
 
 
-def find_output(
-    out: object, key: str | None = None, note: Callable[[str], None] = warnings.warn
-) -> Output:
-    """Find the logits in what a network returns.
+def first_tensor(out: object) -> Tensor | None:
+    """Find the first tensor of what a module returned; None without."""
+    if isinstance(out, Tensor):
+        return out
+    parts = out.values() if isinstance(out, Mapping) else out
+    if isinstance(parts, list | tuple | ValuesView):
+        return next((t for part in parts if (t := first_tensor(part)) is not None), None)
+    return None
+
+
+def run_watched(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
+    """Run a network and return the calls of its modules, in the order in which they end.
 
     Args:
-        out: a tensor, or tuples, lists, mappings and objects of tensors.
-        key: the name of an entry, its number in a tuple, or several of them joined by dots;
-            default `logits`, otherwise the first tensor of shape (N, C).
-        note: is told what was taken where there are several.
-
-    Raises:
-        AftError: nothing is named so, or nothing has such a shape.
+        model: the network; it has no hooks of ours afterwards.
+        x: its input.
     """
-    tensors = dict(_tensors(out))
-    if key is None and isinstance(out, Tensor):
-        return Output(())
-    named = {Output(path).name: path for path in tensors}
-    if key is not None:
-        under = [path for name, path in named.items() if f"{name}.".startswith(f"{key}.")]
-        if not under:
-            known = nearest(key, named) if any(named) else "none, it returns one tensor"
-            raise AftError(f"unknown output {key!r} of the network; nearest: {known}")
-        return Output(under[0])
-    fit = [path for path, tensor in tensors.items() if tensor.dim() == 2]
-    if not fit:
-        shapes = ", ".join(f"{name} {tuple(tensors[path].shape)}" for name, path in named.items())
-        raise AftError(
-            f"the network returns no logits of shape (N, C) (it returns {shapes or type(out)}); "
-            "name the output that has them: --output-key KEY, or output_key= in Python"
-        )
-    chosen = ("logits",) if ("logits",) in fit else fit[0]
-    if len(fit) > 1:
-        others = ", ".join(Output(path).name for path in fit if path != chosen)
-        note(
-            f"the network returns several tensors: {Output(chosen).name} is taken for the logits, "
-            f"not {others}; --output-key KEY takes another"
-        )
-    return Output(chosen)
+    calls: list[Ran] = []
+    handles = []
+    for name, module in model.named_modules():
+
+        def ended(module: nn.Module, _: object, out: object, name: str = name) -> None:
+            if name and (tensor := first_tensor(out)) is not None:
+                calls.append(Ran(name, module, tensor, tensor is out))
+
+        handles.append(module.register_forward_hook(ended))
+    try:
+        out = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, out
 
 
-def _tensors(out: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the tensors in a structure, each with its path, in order."""
-    parts: Any = ()
+class _Done(Exception):  # noqa: N818 - it is no error
+    """The layer's output is there, the rest of the network need not run."""
+
+
+class _Interrupted(nn.Module):
+    """A network that torch.fx can't trace, run to or from the output of one of its modules.
+
+    Its modules are the network's own, under the same names.
+
+    Args:
+        network: the whole.
+        layer: the module's name.
+        call: the number of its calls in a pass.
+        layout: where its output has its cells; None for (N, K, h, w).
+    """
+
+    def __init__(self, network: nn.Module, layer: str, call: int, layout: Layout | None) -> None:
+        super().__init__()
+        self._modules, self._parameters = network._modules, network._parameters
+        self._buffers = network._buffers
+        self.__dict__["network"] = network  # not as a module: names would begin with it
+        self.layer, self.call, self.layout = layer, call, layout
+        self.training = network.training
+
+    def run(self, x: Tensor, change: Callable[[object], object]) -> object:
+        """Run the network with the layer's output changed."""
+        calls = 0
+
+        def ended(module: nn.Module, _: object, out: object) -> object:
+            nonlocal calls
+            calls += 1
+            return change(out) if calls == self.call else None
+
+        network = self.__dict__["network"]
+        handle = network.get_submodule(self.layer).register_forward_hook(ended)
+        try:
+            return network(x)
+        finally:
+            handle.remove()
+
+
+class RunTo(_Interrupted):
+    """The stem and the layer in one: from x to the layer's output, and x for the rest."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Run the network up to the layer.
+
+        Args:
+            x: inputs, shape (N, C, H, W).
+
+        Returns:
+            A, tokens of no cell where there are any, and x, from which `RunFrom` runs the rest.
+        """
+        found: list[Tensor] = []
+
+        def stop(out: object) -> object:
+            tensor = first_tensor(out)
+            assert tensor is not None
+            found.append(tensor)
+            raise _Done
+
+        with suppress(_Done):
+            self.run(x, stop)
+        if self.layout is None:
+            return found[0], x
+        own = (found[0], *self.layout)
+        return (to_maps(*own), *([before_maps(*own)] if self.layout.prefix else []), x)
+
+
+class RunFrom(_Interrupted):
+    """The head: the whole network with another output of the layer."""
+
+    def forward(self, activation: Tensor, *rest: Tensor) -> object:
+        """Run the network with the layer's output replaced; arguments as `RunTo` returns them."""
+        *before, x = rest
+        # A copy: what follows may write into it.
+        own = from_maps(activation, before, *self.layout) if self.layout else activation.clone()
+        return self.run(x, lambda out: _replaced(out, own))
+
+
+def _replaced(out: Any, tensor: Tensor) -> Any:  # noqa: ANN401 - whatever a module returns
+    """Put a tensor in the place of the first one of what a module returned."""
     if isinstance(out, Tensor):
-        yield path, out
-    elif isinstance(out, Mapping):
-        parts = out.items()
-    elif isinstance(out, tuple) and hasattr(out, "_fields"):
-        parts = zip(out._fields, out, strict=True)
-    elif isinstance(out, list | tuple):
-        parts = enumerate(out)
-    elif is_dataclass(out):
-        parts = [(each.name, getattr(out, each.name)) for each in fields(out)]
-    elif hasattr(out, "__dict__"):
-        parts = vars(out).items()
-    for key, part in parts:
-        if len(path) < DEEPEST_OUTPUT:
-            yield from _tensors(part, (*path, key))
-
-
-DEEPEST_OUTPUT = 3  # structures in structures that are searched for logits
-
-
-def at_path(out: Any, path: Sequence[str | int]) -> Any:  # noqa: ANN401 - a structure of anything
-    """Follow a path into what a network returns, or into the nodes of a graph that makes it."""
-    for key in path:
-        inside = isinstance(out, Mapping) or (isinstance(out, list | tuple) and type(key) is int)
-        out = out[key] if inside else getattr(out, str(key))
-    return out
-
-
-def logits_of(out: object, key: str | None = None) -> Tensor:
-    """Take the logits, shape (N, C), out of what a network returns; see `find_output`."""
-    return at_path(out, find_output(out, key).path)  # type: ignore[no-any-return]
+        return tensor
+    if isinstance(out, Mapping):
+        key = next(k for k, v in out.items() if first_tensor(v) is not None)
+        changed = copy.copy(out)
+        changed[key] = _replaced(out[key], tensor)  # type: ignore[index]
+        return changed
+    i = next(i for i, v in enumerate(out) if first_tensor(v) is not None)
+    parts = [*out[:i], _replaced(out[i], tensor), *out[i + 1 :]]
+    return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
 
 
 class Cut(Protocol):

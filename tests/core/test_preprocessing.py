@@ -9,12 +9,12 @@ from PIL import Image
 from torch import nn
 
 from aftcli.core.cam import attribution_map
-from aftcli.core.classes import Preprocessing, preprocessing_of_timm
+from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.images import to_input
 from aftcli.errors import AftError
-from aftcli.settings import Search
+from aftcli.settings import Search, preprocessing_of_timm
 from aftcli.tft.explain import explain
 from aftcli.tft.judges import Judge
 from tests.helpers.compare import assert_near

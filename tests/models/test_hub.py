@@ -12,6 +12,7 @@ from PIL import Image
 
 from aftcli.core.cam import attribution_map
 from aftcli.core.classes import find_preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.data.images import to_input
 from aftcli.errors import AftError
 from aftcli.models.load import load_classifier
@@ -99,6 +100,35 @@ def test_a_resnet_is_explained_from_the_command_line(folders, tmp_path, monkeypa
         p = model(x).logits.softmax(1)[0]
     assert abs(found["probability"] - float(p.max())) < 1e-4
     assert NAMES[int(p.argmax())] == found["class_name"]
+
+
+def test_a_vit_is_explained_from_the_command_line(folders, tmp_path):
+    command = ("explain", CHELSEA, "--model", f"hf:{folders / 'vit'}", "--tft", "--json")
+    done = aft(*command, "--cam", "gradcam", "--out", tmp_path)
+    assert done.code in (0, None), done.err
+    (found,) = json.loads(done.out)
+    assert found["layer"] == "vit.layers.1.layernorm_before"
+    assert found["class_name"] in NAMES.values() and found["tft"]["tau"] is not None
+
+
+SMALL = {
+    "ConvNext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    "Segformer": {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4},
+    "Beit": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+    | {"intermediate_size": 32, "image_size": 32},
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_networks_whose_parts_return_structures_are_cut(kind):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL[kind], num_labels=3)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config).eval()
+    f = cut_classifier(model, note=lambda _: None)
+    x = torch.randn(2, *f.preprocessing.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(f(x), model(x).logits)
+    assert attribution_map(f, x, [0, 1], "gradcam").any()
 
 
 def test_its_map_is_that_of_a_loop_over_channels(folders):
