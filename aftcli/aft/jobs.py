@@ -17,7 +17,7 @@ from aftcli.aft.tail import Earlier, earlier_layers
 from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
-from aftcli.core.networks import outside_inference_mode
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.sets import (
     DataSet,
     format_of,

@@ -24,7 +24,7 @@ from aftcli.aft.loss import ZERO_LEVEL, Choice, InSituation, Recipe, check_setti
 from aftcli.aft.training import Epoch, Measured, State, Step, Training
 from aftcli.aft.zero_level import Chosen, Searching, ZeroLevelTraining, check_job
 from aftcli.core.classifier import check_several
-from aftcli.core.networks import outside_inference_mode
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import Broken, content_hash, contents_of, pack, stamp_of, unpack
 from aftcli.errors import AftError
 from aftcli.files import (

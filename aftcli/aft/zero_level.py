@@ -32,7 +32,6 @@ from aftcli.aft.training import (
 )
 from aftcli.core.cam import class_score
 from aftcli.core.classifier import Classifier
-from aftcli.core.networks import copied
 from aftcli.core.zero_level import (
     Learned,
     check_plain,
@@ -45,6 +44,7 @@ from aftcli.core.zero_level import (
     without_constant,
     zero_level_loss,
 )
+from aftcli.cutting.networks import copied
 from aftcli.data.sets import spread
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError

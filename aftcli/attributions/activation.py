@@ -24,8 +24,8 @@ from aftcli.core.cam import (
     weighted_sum,
 )
 from aftcli.core.classifier import Classifier, check_several
-from aftcli.core.cut import CutPoint, cut, cut_points
 from aftcli.core.zero_level import without_constant
+from aftcli.cutting.cut import CutPoint, cut, cut_points
 from aftcli.errors import AftError, first_line
 
 

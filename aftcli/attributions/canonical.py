@@ -25,9 +25,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import fusion, skip_init
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.cut import flow_of
-from aftcli.core.networks import computes_weights, copied, with_plain_weights
 from aftcli.core.zero_level import without_constant
+from aftcli.cutting.cut import flow_of
+from aftcli.cutting.networks import computes_weights, copied, with_plain_weights
 from aftcli.errors import AftError, first_line
 
 Part = Literal["all", "head"]

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftcli.core.classifier import Classifier, LinearHead
+from aftcli.core.inputs import class_indices, first_activation
 from aftcli.core.methods import method as find_method
-from aftcli.core.networks import class_indices, first_activation, outside_inference_mode
 from aftcli.core.zero_level import above, without_constant
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time

@@ -1,279 +1,147 @@
-"""The meaning of what a network takes and gives: images, layers' outputs, classes."""
+"""What a network's input and outputs mean: preprocessing and class names."""
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from aftcli.errors import AftError, first_line, nearest
-from aftcli.settings import Preprocessing as Preprocessing
-from aftcli.settings import recorded_preprocessing
+from aftcli.errors import AftError, nearest
 
-# Sides of square inputs, pixels, that are tried where a network of unknown input refuses 224.
-SIDES = (32, 64, 96, 128, 192, 240, 256, 288, 299, 320, 384, 448, 512)
+LARGEST = 4096  # pixels of a side that a file may ask for
 
-NESTED = 3  # structures in structures that are searched for logits
+DEEPEST = 1024  # channels that a file may ask for
 
 MOST_NAMED = 8  # classes in a message
 
 
-def input_channels(model: nn.Module) -> int:
-    """Return the channels of a network's input: those of its first convolution; otherwise 3."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return first.in_channels if first else 3
+@dataclass(frozen=True)
+class Preprocessing:
+    """The steps from an image to the input x of a model.
 
-
-@torch.no_grad()
-def find_preprocessing(model: nn.Module, note: Callable[[str], None]) -> Preprocessing:
-    """Find a preprocessing whose inputs a network takes: the one it records, or the usual one.
-
-    Args:
-        model: in eval mode.
-        note: is told what was guessed.
-
-    Raises:
-        AftError: the network takes inputs of no size that is tried.
+    Attributes:
+        size: height and width of x, pixels.
+        resize: the shorter side before the centre crop, pixels; None squashes the whole image
+            to `size`.
+        interpolation: nearest, bilinear or bicubic (with antialiasing).
+        mean: of each channel, subtracted from values in [0, 1]; one value for grey inputs.
+        std: of each channel, divided by.
     """
-    recorded, config = recorded_preprocessing(model), getattr(model, "config", None)
-    found, side = recorded or Preprocessing(), getattr(config, "image_size", None)
-    if recorded is None and isinstance(side, int | list | tuple):
-        found = found.with_size((side, side) if isinstance(side, int) else (side[0], side[-1]))
-    sized = found.with_channels(input_channels(model))
-    tried = [sized, *(sized.with_size((side, side)) for side in SIDES)]
-    problem: AftError | None = None
-    for each in tried:
+
+    size: tuple[int, int] = (224, 224)
+    resize: int | None = 256
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of an input."""
+        return (len(self.mean), *self.size)
+
+    def channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and std, shape (C, 1, 1), of the type and device of another tensor."""
+        mean, std = (like.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return mean, std
+
+    def with_channels(self, count: int) -> Preprocessing:
+        """Return the same for another number of channels.
+
+        Equal values of all channels stay. Otherwise it is a guess: grey takes the means of the
+        colours' values, more channels than three stay as they are.
+        """
+        if count == len(self.mean):
+            return self
+        if self.is_even or count == 1:
+            mean, std = (round(sum(v) / len(v), 6) for v in (self.mean, self.std))
+        else:
+            mean, std = 0.0, 1.0
+        return replace(self, mean=(mean,) * count, std=(std,) * count)
+
+    @property
+    def is_even(self) -> bool:
+        """True where all channels have the same mean and std."""
+        return len(set(self.mean)) == len(set(self.std)) == 1
+
+    def with_size(self, size: tuple[int, int]) -> Preprocessing:
+        """Return the same for another input size; the crop takes the usual share, 7/8."""
+        return replace(self, size=size, resize=self.resize and round(min(size) * 8 / 7))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values, as JSON gives them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Build it from the values of `as_dict`.
+
+        Raises:
+            AftError: the values, of a file, are none that an image can be prepared by.
+        """
+        lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
         try:
-            run(model, each)
-        except AftError as error:
-            problem = problem or error
-            continue
-        if each != recorded:
-            note(_guess(model, each, recorded is not None))
-        return each
-    assert problem
-    raise problem
+            read = cls(**{**values, **lists})
+            read._check()
+        except (TypeError, ValueError) as error:
+            raise AftError(f"no preprocessing of images: {error}") from error
+        return read
+
+    def _check(self) -> None:
+        sides = (*self.size, *(() if self.resize is None else (self.resize,)))
+        if len(self.size) != 2 or not all(type(n) is int and 0 < n <= LARGEST for n in sides):
+            raise ValueError(f"sizes {self.size} and {self.resize} must lie in 1..{LARGEST}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation {self.interpolation!r}")
+        if len(self.mean) != len(self.std) or not 0 < len(self.mean) <= DEEPEST:
+            raise ValueError(f"mean and std have one value a channel, of 1 to {DEEPEST} channels")
+        if math.prod(self.shape) > 3 * LARGEST**2:
+            raise ValueError(f"inputs of {self.shape} values are too large")
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean}, std {self.std}")
 
 
-def _guess(model: nn.Module, guessed: Preprocessing, is_recorded: bool) -> str:
-    depth, height, width = guessed.shape
-    because = "takes other inputs than it records" if is_recorded else "records no preprocessing"
-    colours = "the usual mean and std" if depth in (1, 3) else "mean 0 and std 1"
-    return (
-        f"{type(model).__name__} {because}; guessed: {depth} x {height} x {width} values, "
-        f"{colours}; if that is wrong, give the network an attribute `preprocessing` "
-        "(docs/own-network.md)"
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+TIMM_CROP = 0.875  # timm's default share of the scaled picture
+
+
+def preprocessing_of_timm(config: Mapping[str, Any]) -> Preprocessing:
+    """Return the preprocessing of timm's `pretrained_cfg`; what it lacks is timm's default."""
+    usual, known = Preprocessing(), {k: v for k, v in config.items() if v}
+    _, height, width = known.get("input_size", (3, *usual.size))
+    whole = known.get("crop_mode") == "squash"
+    interpolation = known.get("interpolation", "bicubic")
+    return Preprocessing(
+        (height, width),
+        None if whole else int(min(height, width) / known.get("crop_pct", TIMM_CROP)),
+        interpolation if interpolation in INTERPOLATIONS else "bicubic",
+        tuple(known.get("mean", usual.mean)),
+        tuple(known.get("std", usual.std)),
     )
 
 
-class Tried(NamedTuple):
-    """An input x of a network, shape (1, C, H, W), and what the network returns of it."""
+def recorded_preprocessing(model: object) -> Preprocessing | None:
+    """Read the preprocessing that a network's object records; None where it records none.
 
-    x: Tensor
-    out: Any
-
-
-@torch.no_grad()
-def run(model: nn.Module, preprocessing: Preprocessing) -> Tried:
-    """Run a network on a random input, of its type and on its device.
+    That is its attribute `preprocessing`, a Preprocessing or the values of `as_dict`, or timm's
+    `pretrained_cfg`.
 
     Raises:
-        AftError: it does not take such inputs.
+        AftError: the values are none that an image can be prepared by.
     """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, *preprocessing.shape, generator=generator)
-    x = x.to(next(model.parameters(), x))
-    try:
-        return Tried(x, model(x))
-    except Exception as error:
-        raise AftError(
-            f"{type(model).__name__} can't run an input of shape {tuple(x.shape)} "
-            f"({first_line(error)[:200]}); say what it takes: preprocessing=Preprocessing("
-            "size=(H, W), mean=(...), std=(...)), or an attribute `preprocessing` of it"
-        ) from error
-
-
-class Output(NamedTuple):
-    """The place of logits in what a network returns.
-
-    Attributes:
-        path: keys, indices and attributes that lead to them, one in another.
-    """
-
-    path: tuple[str | int, ...]
-
-    @property
-    def name(self) -> str:
-        """The path as `--output-key` takes it."""
-        return ".".join(map(str, self.path))
-
-
-def find_output(
-    out: object, key: str | None = None, note: Callable[[str], None] = warnings.warn
-) -> Output:
-    """Find the logits in what a network returns.
-
-    Args:
-        out: a tensor, or tuples, lists, mappings and objects of tensors.
-        key: the name of an entry, its number in a tuple, or several of them joined by dots;
-            default `logits`, otherwise the first tensor of shape (N, C).
-        note: is told what was taken where there are several.
-
-    Raises:
-        AftError: nothing is named so, or nothing has such a shape.
-    """
-    tensors = dict(_tensors(out))
-    if key is None and isinstance(out, Tensor):
-        return Output(())
-    named = {Output(path).name: path for path in tensors}
-    if key is not None:
-        under = [path for name, path in named.items() if f"{name}.".startswith(f"{key}.")]
-        if not under:
-            known = nearest(key, named) if any(named) else "none, it returns one tensor"
-            raise AftError(f"unknown output {key!r} of the network; nearest: {known}")
-        return Output(under[0])
-    fit = [path for path, tensor in tensors.items() if tensor.dim() == 2]
-    if not fit:
-        shapes = ", ".join(f"{name} {tuple(tensors[path].shape)}" for name, path in named.items())
-        raise AftError(
-            f"the network returns no logits of shape (N, C) (it returns {shapes or type(out)}); "
-            "name the output that has them: --output-key KEY, or output_key= in Python"
-        )
-    chosen = ("logits",) if ("logits",) in fit else fit[0]
-    if len(fit) > 1:
-        others = ", ".join(Output(path).name for path in fit if path != chosen)
-        note(
-            f"the network returns several tensors: {Output(chosen).name} is taken for the logits, "
-            f"not {others}; --output-key KEY takes another"
-        )
-    return Output(chosen)
-
-
-def _tensors(out: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the tensors in a structure, each with its path, in order."""
-    parts: Any = ()
-    if isinstance(out, Tensor):
-        yield path, out
-    elif isinstance(out, Mapping):
-        parts = out.items()
-    elif isinstance(out, tuple) and hasattr(out, "_fields"):
-        parts = zip(out._fields, out, strict=True)
-    elif isinstance(out, list | tuple):
-        parts = enumerate(out)
-    elif is_dataclass(out):
-        parts = [(each.name, getattr(out, each.name)) for each in fields(out)]
-    elif hasattr(out, "__dict__"):
-        parts = vars(out).items()
-    for key, part in parts:
-        if len(path) < NESTED:
-            yield from _tensors(part, (*path, key))
-
-
-def at_path(out: Any, path: Sequence[str | int]) -> Any:  # noqa: ANN401 - a structure of anything
-    """Follow a path into what a network returns, which torch.fx may trace."""
-    for i, key in enumerate(path):
-        if isinstance(out, fx.Proxy):
-            return out.tracer.create_proxy("call_function", at_path, (out, tuple(path[i:])), {})
-        inside = isinstance(out, Mapping) or (isinstance(out, list | tuple) and type(key) is int)
-        out = out[key] if inside else getattr(out, str(key))
-    return out
-
-
-def logits_of(out: object, key: str | None = None) -> Tensor:
-    """Take the logits, shape (N, C), out of what a network returns; see `find_output`."""
-    return at_path(out, find_output(out, key).path)  # type: ignore[no-any-return]
-
-
-class _Logits(nn.Module):
-    """A network that returns a part of what another returns, of the same modules and names."""
-
-    def __init__(self, network: nn.Module, path: tuple[str | int, ...]) -> None:
-        super().__init__()
-        self._modules, self._parameters = network._modules, network._parameters
-        self._buffers = network._buffers
-        self.__dict__["network"] = network  # not as a module: names would begin with it
-        self.path, self.training = path, network.training
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the logits of inputs x."""
-        # As torch.fx calls it: the network is no module of this one.
-        return at_path(self.__dict__["network"].forward(x), self.path)  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def with_logits(
-    model: nn.Module, tried: Tried, key: str | None, note: Callable[[str], None]
-) -> nn.Module:
-    """Return a network that returns its logits alone: itself, where it does so already.
-
-    Args:
-        model: in eval mode.
-        tried: what it returned of an input.
-        key: see `find_output`.
-        note: see `find_output`.
-
-    Raises:
-        AftError: there are no such logits, or hooks of the network change what it returns.
-    """
-    output = find_output(tried.out, key, note)
-    if not output.path:
-        return model
-    # Messages name its class.
-    logits: nn.Module = type(type(model).__name__, (_Logits,), {})(model, output.path)
-    if not torch.equal(logits(tried.x), at_path(tried.out, output.path)):
-        raise AftError(
-            f"{type(model).__name__} returns other values each time, or hooks of its own change "
-            "them; remove the hooks, or let its forward do what they do"
-        )
-    return logits
-
-
-class Layout(NamedTuple):
-    """The places of channels and cells in a layer's output, where it is not (N, K, h, w).
-
-    Attributes:
-        kind: "last", (N, h, w, K); "tokens", (N, T, K); "sequence", (T, N, K).
-        height: h, cells.
-        width: w, cells.
-        prefix: tokens before those of the cells: of the class, registers.
-    """
-
-    kind: str
-    height: int
-    width: int
-    prefix: int = 0
-
-
-def to_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Tensor:
-    """Make A, shape (N, K, h, w), of a layer's output; arguments as of `Layout`."""
-    if kind == "last":
-        return out.permute(0, 3, 1, 2)
-    tokens = out.transpose(0, 1) if kind == "sequence" else out
-    maps: Tensor = tokens[:, prefix:].mT.unflatten(2, (height, width))
-    return maps
-
-
-def before_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Tensor:
-    """Take the tokens that belong to no cell, shape (N, prefix, K), of a layer's output."""
-    tokens = out.transpose(0, 1) if kind == "sequence" else out
-    return tokens[:, :prefix]
-
-
-def from_maps(
-    maps: Tensor, before: Sequence[Tensor], kind: str, height: int, width: int, prefix: int
-) -> Tensor:
-    """Make a layer's output of A and the tokens before its cells, as `Layout` says."""
-    if kind == "last":
-        return maps.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-    tokens = torch.cat([*before, maps.flatten(2).mT], 1)
-    return (tokens.transpose(0, 1) if kind == "sequence" else tokens).contiguous()
+    own = getattr(model, "preprocessing", None)
+    if isinstance(own, Preprocessing):
+        return own
+    if isinstance(own, Mapping):
+        return Preprocessing.from_dict(own)
+    config = getattr(model, "pretrained_cfg", None)
+    return preprocessing_of_timm(config) if isinstance(config, Mapping) else None
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from aftcli.core.classes import Classes, Preprocessing, find_preprocessing, run, with_logits
-from aftcli.core.cut import cut, cut_modules, flow_of
-from aftcli.core.layers import default_layer, divided, name_of
-from aftcli.core.networks import copied, outside_inference_mode, unwrapped
+from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.inputs import find_preprocessing
+from aftcli.cutting.cut import cut, cut_modules, flow_of
+from aftcli.cutting.layers import default_layer, divided
+from aftcli.cutting.networks import copied, name_of, outside_inference_mode, unwrapped
+from aftcli.cutting.outputs import run, with_logits
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 
@@ -236,7 +238,7 @@ def cut_classifier(
         model: a network from (N, C, H, W) to logits (N, C'), or to a structure that holds them; it
             is copied, not changed. Of DataParallel and torch.compile the network inside is taken.
         layer: where to cut, a module of the model or its name; default the last layer with cells
-            that the logits depend on, see `core.layers.default_layer`.
+            that the logits depend on, see `cutting.layers.default_layer`.
         name: the model's name in results; default its class's name.
         preprocessing: what makes its input; default what the model records, otherwise ImageNet's
             usual, at a size that the model takes.
@@ -262,8 +264,8 @@ def cut_classifier(
     layer = layer if layer is None or isinstance(layer, str) else name_of(layer, model)
     model = (model if own else copied(model)).eval().requires_grad_(False)
     kind = type(model).__name__
-    preprocessing = preprocessing or find_preprocessing(model, note)
-    tried = run(model, preprocessing)
+    preprocessing = find_preprocessing(model, preprocessing, note)
+    tried = run(model, preprocessing.shape)
     x, model = tried.x, with_logits(model, tried, output_key, note)
     layer = layer or default_layer(model, x, note)
     parts = divided(model, layer, x, note)

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftcli.core.classifier import Classifier, linear_head
-from aftcli.core.cut import flow_of
 from aftcli.core.methods import METHODS, method
-from aftcli.core.networks import RunTo
+from aftcli.cutting.cut import flow_of
+from aftcli.cutting.watched import RunTo
 from aftcli.errors import AftError
 from aftcli.settings import RANGES
 

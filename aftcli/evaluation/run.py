@@ -15,7 +15,7 @@ import torch
 
 from aftcli.attributions.controls import Controlled, equal_gamma, exchanged, nearest_shift
 from aftcli.core.methods import METHODS
-from aftcli.core.networks import outside_inference_mode
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import (
     GONE,
     Processes,

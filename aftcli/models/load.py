@@ -16,7 +16,7 @@ from torch import nn
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import Classifier, cut_classifier
 from aftcli.core.methods import check_device
-from aftcli.core.networks import outside_inference_mode
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError, first_line
 from aftcli.models.checkpoint import card_classes, read_card, restore
 from aftcli.models.own import CODE

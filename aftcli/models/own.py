@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from aftcli.core.networks import copied, unwrapped
+from aftcli.cutting.networks import copied, unwrapped
 from aftcli.errors import AftError, first_line, nearest
 
 IDENTIFIER = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"  # of Python, or several joined by dots

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from aftcli.core.classes import Classes, Preprocessing, input_channels
+from aftcli.core.classes import Classes, Preprocessing, preprocessing_of_timm
+from aftcli.cutting.networks import input_channels
 from aftcli.errors import AftError, nearest
 from aftcli.models.hub import hub_classes, hub_model, hub_preprocessing, place_of
 from aftcli.models.own import CODE, full_code_name, own_model, same_code
 from aftcli.models.weights import INSTALLED, installed_weights, read_state_dict
-from aftcli.settings import preprocessing_of_timm
 
 DEFAULT_MODEL = "efficientnet_lite0"
 
-# The layer l where the automatic choice (core.layers.default_layer) is not what the paper means.
+# The layer l where the automatic choice (cutting.layers.default_layer) is not what the paper means.
 LAYERS = {
     **dict.fromkeys(INSTALLED, "conv_head+bn2"),
     "resnet50": "layer4.2",

@@ -10,13 +10,9 @@ from torch import Tensor
 
 from aftcli.core.cam import map_of, wide
 from aftcli.core.classifier import Classifier
+from aftcli.core.inputs import check_shape, class_indices, first_activation
 from aftcli.core.methods import METHODS
-from aftcli.core.networks import (
-    check_shape,
-    class_indices,
-    first_activation,
-    outside_inference_mode,
-)
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import Search
 from aftcli.tft.search import TftResult, search_threshold

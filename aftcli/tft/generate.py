@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
-from aftcli.core.networks import outside_inference_mode
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import Loaded, Processes, batches, load_blocks, spans_of
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError

@@ -9,12 +9,12 @@ from PIL import Image
 from torch import nn
 
 from aftcli.core.cam import attribution_map
-from aftcli.core.classes import Preprocessing
+from aftcli.core.classes import Preprocessing, preprocessing_of_timm
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.images import to_input
 from aftcli.errors import AftError
-from aftcli.settings import Search, preprocessing_of_timm
+from aftcli.settings import Search
 from aftcli.tft.explain import explain
 from aftcli.tft.judges import Judge
 from tests.helpers.compare import assert_near
@@ -94,6 +94,20 @@ def test_channels_come_from_the_first_convolution_and_are_guessed_aloud():
     f = cut_classifier(network(5), note=notes.append)
     assert f.preprocessing.mean == (0.0,) * 5 and f.preprocessing.std == (1.0,) * 5
     assert "mean 0 and std 1" in notes[1]
+
+
+def test_a_size_alone_says_nothing_of_the_channels():
+    grey = network(1)
+    f = cut_classifier(grey, "2+3", preprocessing=Preprocessing(SIZE), note=pytest.fail)
+    assert f.preprocessing.shape == (1, *SIZE)
+    even = Preprocessing(SIZE, mean=(0.5,) * 3, std=(0.25,) * 3)
+    f = cut_classifier(grey, "2+3", preprocessing=even, note=pytest.fail)
+    assert (f.preprocessing.mean, f.preprocessing.std) == ((0.5,), (0.25,))
+    f = cut_classifier(network(5), "2+3", preprocessing=even, note=pytest.fail)
+    assert f.preprocessing.mean == (0.5,) * 5
+    own = Preprocessing(SIZE, mean=(0.5, 0.4, 0.3))
+    with pytest.raises(AftError, match=r"can't run an input of shape \(1, 3, 32, 32\)"):
+        cut_classifier(grey, "2+3", preprocessing=own)
 
 
 def test_a_grey_input_is_the_pictures_luma():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from aftcli.core.cam import attribution_map
-from aftcli.core.classes import Preprocessing, logits_of
+from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
+from aftcli.cutting.outputs import logits_of
 from aftcli.errors import AftError
 
 PREPROCESSING = Preprocessing(size=(32, 32), resize=36)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from aftcli.core.cam import attribution_map
-from aftcli.core.classes import find_preprocessing
 from aftcli.core.classifier import cut_classifier
+from aftcli.core.inputs import find_preprocessing
 from aftcli.data.images import to_input
 from aftcli.errors import AftError
 from aftcli.models.load import load_classifier
@@ -189,7 +189,7 @@ def test_without_a_processor_the_size_is_the_configurations_and_said(folders, tm
     notes = []
     f = load_classifier(f"hf:{tmp_path}", note=notes.append)
     assert f.preprocessing.size == (224, 224) and "records no preprocessing" in notes[0]
-    assert find_preprocessing(classifier("vit"), notes.append).size == (32, 32)
+    assert find_preprocessing(classifier("vit"), None, notes.append).size == (32, 32)
     assert "guessed: 3 x 32 x 32 values" in notes[1]
 
 

@@ -1,0 +1,153 @@
+"""Inputs that a network takes; inputs x and classes c that callers give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from aftcli.core.classes import Preprocessing, recorded_preprocessing
+from aftcli.cutting.networks import input_channels
+from aftcli.cutting.outputs import run
+from aftcli.errors import AftError
+
+# Sides of square inputs, pixels, that are tried where a network of unknown input refuses 224.
+SIDES = (32, 64, 96, 128, 192, 240, 256, 288, 299, 320, 384, 448, 512)
+
+
+@torch.no_grad()
+def find_preprocessing(
+    model: nn.Module, given: Preprocessing | None, note: Callable[[str], None]
+) -> Preprocessing:
+    """Find a preprocessing whose inputs a network takes: the one it records, or the usual one.
+
+    Args:
+        model: in eval mode.
+        given: the user's; only its mean and std change, where the network takes another number of
+            channels and they are the default ones or the same for all channels.
+        note: is told what was guessed.
+
+    Raises:
+        AftError: the network takes inputs of no size that is tried.
+    """
+    channels, usual = input_channels(model), Preprocessing()
+    if given:
+        of_colours = (given.mean, given.std) != (usual.mean, usual.std) and not given.is_even
+        return given if of_colours else given.with_channels(channels)
+    recorded, config = recorded_preprocessing(model), getattr(model, "config", None)
+    found, side = recorded or usual, getattr(config, "image_size", None)
+    if recorded is None and isinstance(side, int | list | tuple):
+        found = found.with_size((side, side) if isinstance(side, int) else (side[0], side[-1]))
+    sized = found.with_channels(channels)
+    tried = [sized, *(sized.with_size((side, side)) for side in SIDES)]
+    problem: AftError | None = None
+    for each in tried:
+        try:
+            run(model, each.shape)
+        except AftError as error:
+            problem = problem or error
+            continue
+        if each != recorded:
+            note(_guess(model, each, recorded is not None))
+        return each
+    assert problem
+    raise problem
+
+
+def _guess(model: nn.Module, guessed: Preprocessing, is_recorded: bool) -> str:
+    depth, height, width = guessed.shape
+    because = "takes other inputs than it records" if is_recorded else "records no preprocessing"
+    colours = "the usual mean and std" if depth in (1, 3) else "mean 0 and std 1"
+    return (
+        f"{type(model).__name__} {because}; guessed: {depth} x {height} x {width} values, "
+        f"{colours}; if that is wrong, give the network an attribute `preprocessing` "
+        "(docs/own-network.md)"
+    )
+
+
+class Cut(Protocol):
+    """A network cut at layer l, as `Classifier` is, which stands above."""
+
+    name: str
+    classes: Any  # sized
+    preprocessing: Any  # with a mean of each channel
+
+    def at(self, x: Tensor) -> tuple[Any, Tensor]:
+        """Compute A, and hold what passes layer l by."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights."""
+
+
+def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, Tensor]:
+    """Compute f.at(x) of inputs that a caller gave, without gradients: f for them, and A."""
+    check_shape(x, count)
+    try:
+        with torch.no_grad():
+            return f.at(x)
+    except (RuntimeError, ValueError) as error:
+        weight = next(f.parameters())
+        pairs = [
+            (f"{x.shape[1]} channels", f"{len(f.preprocessing.mean)} channels"),
+            (str(x.dtype), str(weight.dtype)),
+            (str(x.device), str(weight.device)),
+        ]
+        wrong = [f"{has} instead of {needed}" for has, needed in pairs if has != needed]
+        if not wrong:
+            raise
+        raise AftError(
+            f"x can't pass {f.name}: it has {' and '.join(wrong)}; to_input makes x of an image, "
+            "x.to(next(f.parameters())) gives it the type and the device of the weights"
+        ) from error
+
+
+def check_shape(x: Tensor, count: int | None = None) -> None:
+    """Check that x is a batch of images."""
+    if not isinstance(x, Tensor):
+        raise AftError(
+            f"x must be a tensor of shape (N, 3, H, W), got {type(x).__name__}; to_input makes one "
+            "of an image"
+        )
+    if x.dim() != 4:
+        single = "; for one image pass x[None]" if x.dim() == 3 else ""
+        raise AftError(f"x must have shape (N, 3, H, W), got {tuple(x.shape)}{single}")
+    if count is not None and len(x) != count:
+        raise AftError(f"x must hold {count} image, got {len(x)}; pass one after the other")
+
+
+def class_indices(
+    f: Cut, given: Tensor | Sequence[int] | int, count: int, device: torch.device
+) -> Tensor:
+    """Turn classes that a caller gave into a tensor, int64, shape (N,).
+
+    Args:
+        f: the classifier.
+        given: c of each image; a plain number where there is one image.
+        count: N.
+        device: where the tensor is needed.
+    """
+    try:
+        classes = torch.as_tensor(given, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AftError(
+            f"class_index must be integers, got {type(given).__name__}; f.classes.index(NAME) "
+            "finds one by its name"
+        ) from error
+    if classes.dtype == torch.bool or classes.is_floating_point() or classes.is_complex():
+        raise AftError(f"class_index must be integers, got {classes.dtype}; use .long()")
+    if not classes.dim() and count == 1:
+        classes = classes[None]
+    if classes.shape != (count,):
+        raise AftError(
+            f"class_index must have shape {(count,)}, one class for each map, got "
+            f"{tuple(classes.shape)}; for one class everywhere use torch.full(({count},), c)"
+        )
+    wrong = classes[(classes < 0) | (classes >= len(f.classes))]
+    if len(wrong):
+        raise AftError(
+            f"class {int(wrong[0])} is out of range: the classes of {f.name} are "
+            f"0..{len(f.classes) - 1}"
+        )
+    return classes.long()
