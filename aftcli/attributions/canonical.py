@@ -112,12 +112,12 @@ def _sample(f: Classifier, part: Part) -> tuple[Tensor, Tensor]:
         if part == "head":
             activation = without_constant(f, noise(*f.activation_shape))
             return activation, plain.head(activation)
-        size = f.preprocessing.size
+        depth, *size = f.preprocessing.shape
         try:
-            x = noise(3, *(min(side, max(64, side // 4)) for side in size))
+            x = noise(depth, *(min(side, max(64, side // 4)) for side in size))
             return x, plain.head(*flow_of(plain.layer(f.stem(x))))
         except RuntimeError:
-            x = noise(3, *size)
+            x = noise(depth, *size)
             return x, plain.head(*flow_of(plain.layer(f.stem(x))))
 
 

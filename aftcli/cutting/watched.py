@@ -22,11 +22,13 @@ class Ran(NamedTuple):
         name: the module's.
         module: that ran.
         output: what it returned; of a tuple or dict the first tensor.
+        alone: it returned nothing else.
     """
 
     name: str
     module: nn.Module
     output: Tensor
+    alone: bool
 
 
 def first_tensor(out: object) -> Tensor | None:
@@ -52,7 +54,7 @@ def run_watched(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
 
         def ended(module: nn.Module, _: object, out: object, name: str = name) -> None:
             if name and (tensor := first_tensor(out)) is not None:
-                calls.append(Ran(name, module, tensor))
+                calls.append(Ran(name, module, tensor, tensor is out))
 
         handles.append(module.register_forward_hook(ended))
     try:
