@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftcli.attributions.canonical import canonical
-from aftcli.attributions.decomposition import contrast
-from aftcli.attributions.rules import named, relevance
+from aftcli.attributions.decomposition import contrast, named, relevance
 from aftcli.core.cam import (
     class_score,
     layer_cam,
