@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from aftcli.aft.loss import Recipe as Recipe
     from aftcli.aft.run import fine_tune as fine_tune
     from aftcli.aft.training import Training as Training
-    from aftcli.core.cam import attribution_map as attribution_map
+    from aftcli.attributions.maps import attribution_map as attribution_map
     from aftcli.core.classes import Classes as Classes
     from aftcli.core.classes import Preprocessing as Preprocessing
     from aftcli.core.classifier import Classifier as Classifier
@@ -64,7 +64,7 @@ _HOMES = {
     "TftResult": "aftcli.tft.search",
     "Training": "aftcli.aft.training",
     "accelerated": "aftcli.engine.accelerate",
-    "attribution_map": "aftcli.core.cam",
+    "attribution_map": "aftcli.attributions.maps",
     "control_job": "aftcli.aft.jobs",
     "cut_classifier": "aftcli.core.classifier",
     "evaluate_study": "aftcli.evaluation.run",

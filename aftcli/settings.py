@@ -26,6 +26,9 @@ Masking = Literal["binary", "soft"]
 Fill = Literal["mean", "black", "blur"]
 Mode = Literal["value", "percentile"]
 SearchKind = Literal["exact", "fast"]
+# Of those in aftcli.attributions.maps.
+Smooth = Literal["none", "aug", "eigen"]
+Fuse = Literal["max", "product"]
 
 MASKINGS: tuple[str, ...] = get_args(Masking)
 FILLS: tuple[str, ...] = get_args(Fill)

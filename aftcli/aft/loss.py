@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aftcli.core.cam import TUNERS, Tuner, normalise
+from aftcli.core.cam import normalise
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS, method
 from aftcli.core.zero_level import check_signed
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, nearest
+from aftcli.models.checkpoint import TUNERS, Tuner
 from aftcli.settings import MANY, RANGES, SITUATIONS, ZERO_LEVEL_TAKES, Situation
 from aftcli.settings import ZERO_LEVEL as ZERO_LEVEL
 

@@ -1,4 +1,4 @@
-"""Maps of activations beyond CAMs: Relevance-CAM, OM-CAM, fused Layer-CAM."""
+"""Maps of activations beyond their plain sum: Relevance-CAM, OM-CAM, fused Layer-CAM."""
 
 from __future__ import annotations
 

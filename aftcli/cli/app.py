@@ -128,7 +128,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
     ),
     "tft": (
         Idle(("--absolute",), _without("--map")),
-        Idle(("--layer", "--cam", "--cells"), _with("--map")),
+        Idle(("--layer", "--cam", "--cells", "--smooth"), _with("--map")),
         _cells(),
     ),
     "gen-masks": (
@@ -282,7 +282,7 @@ def root(
     """See what a convolutional image classifier looked at: CAMs with fine-tuned thresholds."""
 
 
-DEFAULT = f"{METHODS_HELP} Default: a tuned --checkpoint's, otherwise"
+DEFAULT = f"{METHODS_HELP} Default: the checkpoint's, or"
 
 EPILOGS = {
     "explain": f"{DEFAULT} layercam.",

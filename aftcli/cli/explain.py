@@ -13,6 +13,7 @@ import typer
 
 from aftcli.cli import setup
 from aftcli.cli.options import (
+    LayeredNetwork,
     LowerPrecision,
     Network,
     Printed,
@@ -140,7 +141,7 @@ def explain(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or globs.")
     ],
-    network: Network,
+    network: LayeredNetwork,
     maps: CutMaps,
     thresholds: WantedThresholds,
     output: Files,
@@ -154,8 +155,8 @@ def explain(
     cut = muting(maps.threshold, maps.mute, tft)
     kinds, accelerate, found = _begin(images, network, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
-    f = setup.classifier(network, run.device, run.quiet)
-    methods, targets = setup.methods(f, maps.cam, "layercam"), setup.targets(f, maps)
+    f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse)
+    methods, targets = setup.methods(f, maps.cam, "layercam", others), setup.targets(f, maps)
     setup.advise(methods if tft else [], thresholds.mode, maps.cells, run.quiet)
 
     from aftcli.report import names
@@ -165,15 +166,18 @@ def explain(
     wanted = settings if tft or cut else None
     searched = names.of_search(settings, thresholds.thresholds) if tft else []
     of_map = [
-        *_of_network(network, run),
-        *names.of_map(cells=maps.cells, zero_level=maps.zero_level),
+        *_of_network(network, maps, run),
+        *names.of_map(cells=maps.cells, zero_level=maps.zero_level, smooth=maps.smooth),
     ]
     called = names.suffixes(of_map, [*searched, *names.of_threshold(maps.threshold, maps.mute)])
-    each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted)
+    each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted, maps.smooth)
 
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         asked = (targets, maps.top_k, wanted, maps.cells, bool(cut), maps.zero_level)
-        explained = explanation.explain(fast, setup.input_of(f, subject), methods, *asked)
+        x, layers = setup.input_of(f, subject), (fast, *others)
+        explained = explanation.explain(
+            layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion
+        )
         return [write_outputs(f, subject, e, kinds, output.out, called) for e in explained]
 
     ready = partial(accelerate, f, len(found.paths) * each)
@@ -182,7 +186,7 @@ def explain(
 
 def tft(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture.")],
-    network: Network,
+    network: LayeredNetwork,
     maps: GivenMap,
     thresholds: Thresholds,
     output: Files,
@@ -197,20 +201,23 @@ def tft(
     from aftcli.report.explain import write_outputs
     from aftcli.tft import explain as explanation
 
-    of_map = names.of_map(maps.map_, maps.absolute, maps.cells)
+    of_map = names.of_map(maps.map_, maps.absolute, maps.cells, smooth=maps.smooth)
     searched = names.of_search(settings, thresholds.thresholds)
-    called = names.suffixes([*_of_network(network, run), *of_map], searched)
+    called = names.suffixes([*_of_network(network, maps, run), *of_map], searched)
     values = read_map(maps.map_) if maps.map_ else None
-    f = setup.classifier(network, run.device, run.quiet)
+    f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse)
     targets = setup.targets(f, maps)
-    methods = setup.methods(f, maps.cam, "gradcam") if values is None else ["map"]
+    methods = setup.methods(f, maps.cam, "gradcam", others) if values is None else ["map"]
     setup.advise(methods, thresholds.mode, maps.cells, run.quiet)
-    each = explanation.passes(f, methods, len(targets) or maps.top_k, settings)
+    each = explanation.passes(f, methods, len(targets) or maps.top_k, settings, maps.smooth)
 
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         x, asked = setup.input_of(f, subject), (targets, maps.top_k, settings)
         if values is None:
-            explained = explanation.explain(fast, x, methods, *asked, maps.cells)
+            layers = (fast, *others)
+            explained = explanation.explain(
+                layers, x, methods, *asked, maps.cells, smooth=maps.smooth, fuse=maps.fusion
+            )
         else:
             attribution = _fitted(values, maps, f, x, subject, run.quiet)
             explained = explanation.explain_map(fast, x, attribution, *asked)
@@ -259,12 +266,12 @@ def _begin(
     return kinds, accelerate, found
 
 
-def _of_network(network: Network, run: ImageRun) -> list[Setting]:
+def _of_network(network: Network, maps: TargetMaps, run: ImageRun) -> list[Setting]:
     from aftcli.report.names import of_network
 
-    return of_network(
-        network.model, network.checkpoint, network.classes, network.layer, run.precision
-    )
+    layers = tuple(network.layers or ())
+    files = (network.model, network.checkpoint, network.classes)
+    return of_network(*files, layers, run.precision, maps.fusion)
 
 
 def _fitted(

@@ -7,19 +7,22 @@ The score y^c is the pre-softmax one (docs/decisions.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from aftcli.core.classifier import Classifier, LinearHead
+from aftcli.core.methods import Method
 from aftcli.core.methods import method as find_method
-from aftcli.core.networks import class_indices, first_activation, outside_inference_mode
 from aftcli.core.zero_level import above, without_constant
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time
+
+
+Score = Callable[[Tensor, Tensor], Tensor]  # of logits (N, C) and class_index (N,), shape (N,)
 
 
 def class_score(logits: Tensor, class_index: Tensor) -> Tensor:
@@ -27,15 +30,18 @@ def class_score(logits: Tensor, class_index: Tensor) -> Tensor:
     return logits.gather(1, class_index[:, None]).squeeze(1)
 
 
-def score_gradient(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
+def score_gradient(
+    f: Classifier, activation: Tensor, class_index: Tensor, score: Score = class_score
+) -> Tensor:
     """Compute dy^c / dA, shape (N, K, h, w): autograd through the head only.
 
-    Where A depends on weights that are being trained, so does the gradient.
+    Where A depends on weights that are being trained, so does the gradient. Another score may
+    take the place of y^c.
     """
     trained = torch.is_grad_enabled() and activation.requires_grad
     with torch.enable_grad():
         activation = activation if trained else activation.detach().requires_grad_()
-        y = class_score(f.head(activation), class_index)
+        y = score(f.head(activation), class_index)
         return torch.autograd.grad(y.sum(), activation, create_graph=trained)[0]
 
 
@@ -64,13 +70,18 @@ def cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Te
 
 
 def _signed_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    return _signed_sum(cam_weights(f, activation, class_index, x), activation)
+
+
+def cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return CAM's alpha, shape (N, K)."""
     head = f.linear_head
     if head is None or not (head.is_last and head.is_mean):
         raise AftError(
             f"cam needs a head of global average pooling and one linear layer after "
             f"{f.layer_name}; {f.name} has another: use gradcam or layercam"
         )
-    return _signed_sum(head.linear.weight[class_index], activation)
+    return head.linear.weight[class_index]
 
 
 def grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -79,7 +90,12 @@ def grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) 
 
 
 def _signed_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    return _signed_sum(score_gradient(f, activation, class_index).mean((2, 3)), activation)
+    return _signed_sum(grad_cam_weights(f, activation, class_index, x), activation)
+
+
+def grad_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Grad-CAM's alpha, shape (N, K)."""
+    return score_gradient(f, activation, class_index).mean((2, 3))
 
 
 def grad_cam_plus_plus(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -88,11 +104,15 @@ def grad_cam_plus_plus(f: Classifier, activation: Tensor, class_index: Tensor, x
     Eq. 19 of its paper for y = exp(score); written as s = 1 / (2 + (sum_ab A_ab^k) g), which is
     the same for g != 0 and does not underflow where gradients are small.
     """
+    return weighted_sum(plus_plus_weights(f, activation, class_index, x), activation)
+
+
+def plus_plus_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Grad-CAM++'s alpha, shape (N, K)."""
     g = score_gradient(f, activation, class_index)
     denominator = 2 + activation.sum((2, 3), keepdim=True) * g
     s = _ratio(torch.ones_like(g), torch.where(g != 0, denominator, 0))
-    alpha = (s * g.relu()).sum((2, 3))
-    return weighted_sum(alpha, activation)
+    return (s * g.relu()).sum((2, 3))
 
 
 def x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -101,14 +121,23 @@ def x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
 
 
 def _signed_x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    return _signed_sum(x_grad_cam_weights(f, activation, class_index, x), activation)
+
+
+def x_grad_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return XGrad-CAM's alpha, shape (N, K)."""
     g = score_gradient(f, activation, class_index)
-    return _signed_sum(_ratio((g * activation).sum((2, 3)), activation.sum((2, 3))), activation)
+    return _ratio((g * activation).sum((2, 3)), activation.sum((2, 3)))
 
 
 def layer_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """Layer-CAM: I_pre = ReLU(sum_k ReLU(dy^c/dA_ij^k) A_ij^k)."""
-    g = score_gradient(f, activation, class_index)
-    return (g.relu() * activation).sum(1).relu()
+    return (layer_cam_weights(f, activation, class_index, x) * activation).sum(1).relu()
+
+
+def layer_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Layer-CAM's alpha of each cell, shape (N, K, h, w)."""
+    return score_gradient(f, activation, class_index).relu()
 
 
 def hires_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -117,7 +146,12 @@ def hires_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
 
 
 def _signed_hires_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    return (score_gradient(f, activation, class_index) * activation).sum(1)
+    return (hires_cam_weights(f, activation, class_index, x) * activation).sum(1)
+
+
+def hires_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return HiResCAM's alpha of each cell, shape (N, K, h, w)."""
+    return score_gradient(f, activation, class_index)
 
 
 def eigen_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -125,11 +159,15 @@ def eigen_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
 
     A singular vector has no sign of its own; the one with a positive sum of the map is taken.
     """
-    cells = wide(without_constant(f, activation)).flatten(2).mT
-    u, s, _ = torch.linalg.svd(cells, full_matrices=False)
+    first = first_component(without_constant(f, activation))
+    return (first * torch.where(first.sum((1, 2), keepdim=True) < 0, -1, 1)).relu()
+
+
+def first_component(channels: Tensor) -> Tensor:
+    """Project cells, shape (N, K, h, w), on their first right singular vector, (N, h, w)."""
+    u, s, _ = torch.linalg.svd(wide(channels).flatten(2).mT, full_matrices=False)
     first: Tensor = u[:, :, 0] * s[:, None, 0]
-    first = first * torch.where(first.sum(1, keepdim=True) < 0, -1, 1)
-    return first.view(len(activation), *activation.shape[2:]).relu()
+    return first.view(len(channels), *channels.shape[2:])
 
 
 @torch.no_grad()
@@ -139,8 +177,15 @@ def score_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
     Each A^k is scaled to [0, 1] first. Constant channels all give the same empty mask, which is
     scored once.
     """
-    activation = without_constant(f, activation)
-    return weighted_sum(masked_scores(f, activation, class_index, x).softmax(1), activation)
+    alpha = score_cam_weights(f, activation, class_index, x)
+    return weighted_sum(alpha, without_constant(f, activation))
+
+
+def score_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Score-CAM's alpha, shape (N, K)."""
+    plain = without_constant(f, activation)
+    alpha: Tensor = masked_scores(f, plain, class_index, x).softmax(1)
+    return alpha
 
 
 def masked_scores(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -167,9 +212,14 @@ def ablation_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tens
 
 
 def _signed_ablation(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    return _signed_sum(ablation_weights(f, activation, class_index, x), activation)
+
+
+def ablation_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Ablation-CAM's alpha, shape (N, K)."""
     y = class_score(f.head(activation), class_index)[:, None]
     drop = y - ablated_scores(f, activation, class_index)
-    return _signed_sum(drop / torch.where(y != 0, y.abs(), 1), activation)
+    return drop / torch.where(y != 0, y.abs(), 1)
 
 
 def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
@@ -301,6 +351,7 @@ def scaled_map(
     method: str,
     cells: bool = False,
     zero_level: float = 0.0,
+    compute: Method | None = None,
 ) -> Tensor:
     """Compute S(I_pre), in [0, 1]: of a CAM, shape (N, h, w), of other methods (N, H, W) (§3.1).
 
@@ -312,9 +363,11 @@ def scaled_map(
         method: a key of METHODS.
         cells: average a map of pixels over the activation's cells, see `to_cells`.
         zero_level: subtract this share of the map's maximum from its cells first, in [0, 1).
+        compute: gives I_pre in place of the method's own function.
     """
+    compute = compute or find_method(method).load()
     with torch.no_grad():
-        attribution = find_method(method).load()(f, activation, class_index, x)
+        attribution = compute(f, activation, class_index, x)
     if not attribution.isfinite().all():
         raise AftError(
             f"{method} gives a map that is not finite: check the weights of {f.name} and the input"
@@ -335,65 +388,3 @@ def map_of(
 ) -> Tensor:
     """Compute I of inputs whose activation is known, shape (N, H, W), as `attribution_map`."""
     return upsample(scaled_map(f, activation, class_index, x, method, cells, zero_level), x)
-
-
-@outside_inference_mode
-def attribution_map(
-    f: Classifier,
-    x: Tensor,
-    class_index: Tensor | int,
-    method: str,
-    cells: bool = False,
-    zero_level: float = 0.0,
-) -> Tensor:
-    """Compute the attribution map I of a method, at the input's size (§2.4, §3.1).
-
-    Args:
-        f: the classifier.
-        x: inputs, shape (N, 3, H, W), normalised as the model wants.
-        class_index: the class explained for each input, shape (N,); a number for one input.
-        method: a key of METHODS: gradcam, ablationcam, layercam, lrp, rise, …
-        cells: average a map of pixels over the activation's cells, see `to_cells`.
-        zero_level: see `scaled_map`; for maps of cells.
-
-    Returns:
-        I, shape (N, H, W), in [0, 1]; an all-zero map stays zero.
-
-    Raises:
-        AftError: x is no batch of images, not each has one class of f's, or see `scaled_map`.
-    """
-    f, activation = first_activation(f, x)
-    classes = class_indices(f, class_index, len(x), x.device)
-    return map_of(f, activation, classes, x, method, cells, zero_level)
-
-
-# What is between the tuner's two convolutions.
-TUNERS: dict[str, type[nn.Module]] = {"linear": nn.Identity, "relu": nn.ReLU}
-
-
-class Tuner(nn.Module):
-    """Two 1x1 convolutions, K -> 3 -> 1, with weights w'; space keeps its size.
-
-    The paper names no activation function between them, so by default there is none: f_tuner(A)
-    is linear in A (docs/decisions.md).
-
-    Args:
-        channels: K of A.
-        hidden: channels between the two convolutions.
-        kind: a key of TUNERS: what is between them.
-        seed: of the initial weights; the global random state stays as it is.
-    """
-
-    def __init__(
-        self, channels: int, hidden: int = 3, kind: str = "linear", *, seed: int = 0
-    ) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.reduce = nn.Conv2d(channels, hidden, 1)
-            self.combine = nn.Conv2d(hidden, 1, 1)
-        self.between = TUNERS[kind]()
-
-    def forward(self, activation: Tensor) -> Tensor:
-        """Compute f_tuner(A), shape (N, h, w), of activations A, shape (N, K, h, w)."""
-        return self.combine(self.between(self.reduce(activation))).squeeze(1)  # type: ignore[no-any-return]

@@ -316,6 +316,10 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
         result["cells"] = True
     if e.zero_level:
         result["zero_level"] = e.zero_level
+    if e.smooth != "none":
+        result["smooth"] = e.smooth
+    if e.layers:
+        result |= {"layers": list(e.layers), "fuse": e.fuse}
     if e.tft:
         result["tft"] = {
             "thresholds": list(e.thresholds),

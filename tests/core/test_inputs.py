@@ -7,7 +7,7 @@ from torch import nn
 from aftcli.aft.jobs import Job
 from aftcli.aft.loss import Recipe
 from aftcli.aft.run import fine_tune
-from aftcli.core.cam import attribution_map
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.errors import AftError
