@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from aftcli.attributions import activation as beyond
 from aftcli.core import cam
 from aftcli.core.cam import first_component, normalise, scaled_map, stretch, upsample
 from aftcli.core.classifier import Classifier
@@ -34,6 +35,7 @@ WEIGHTS: dict[str, Method] = {
     "layercam": cam.layer_cam_weights,
     "xgradcam": cam.x_grad_cam_weights,
     "hirescam": cam.hires_cam_weights,
+    "finercam": beyond.finer_cam_weights,
 }
 
 FACTORS = (0.9, 1.0, 1.1)  # of the input's copies

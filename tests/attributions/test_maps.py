@@ -12,6 +12,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 from torchcam.methods.core import _CAM
 
+from aftcli.attributions import activation as beyond
 from aftcli.attributions.maps import FUSIONS, SMOOTHINGS, WEIGHTS, attribution_map, fused
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
@@ -175,6 +176,40 @@ def test_smoothing_that_is_not_defined_is_refused():
         attribution_map(s.f, s.x, s.class_index, "eigencam", smooth="eigen")
     with pytest.raises(AftError, match="smoothing 'eign'"):
         attribution_map(s.f, s.x, s.class_index, "gradcam", smooth="eign")
+
+
+# Finer-CAM
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_finer_cam_is_torchcams(kind):
+    s = small(kind, 6)
+    with torchcam.methods.FinerCAM(s.model, s.layer, (3, *SIZE)) as extract:
+        (raw,) = extract(s.class_index.tolist(), s.model(s.x), normalized=False)
+    expected = scaled(raw.detach().relu())
+    assert expected.max() == 1
+    assert_near(ours_on_cells(s, "finercam", "none"), expected, 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_finer_cam_against_one_class_is_pytorch_grad_cams(kind, monkeypatch):
+    # Against several theirs weighs them by probability, the paper by their number.
+    monkeypatch.setattr(beyond, "NEAREST", 1)
+    s = small(kind, 7)
+    expected = []
+    for x, c in zip(s.x.split(1), s.class_index.tolist(), strict=True):
+        module = s.model.get_submodule(s.layer)
+        with torch.enable_grad():
+            extract = pytorch_grad_cam.FinerCAM(s.model, [module])
+            extract.base_cam.get_target_width_height = lambda x: CELLS[::-1]
+            expected.append(extract(x, alpha=0.6, comparison_categories=[1], target_idx=c)[0])
+            extract.base_cam.activations_and_grads.release()
+    assert_near(ours_on_cells(s, "finercam", "none"), scaled(expected), 1e-5)
+
+
+def test_finer_cam_needs_another_class():
+    with pytest.raises(AftError, match="finercam compares a class with others"):
+        beyond.finer_score(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long))
 
 
 # Several layers
