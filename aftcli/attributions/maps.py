@@ -16,10 +16,11 @@ from aftcli.attributions import activation as beyond
 from aftcli.core import cam
 from aftcli.core.cam import first_component, normalise, scaled_map, stretch, upsample
 from aftcli.core.classifier import Classifier
-from aftcli.core.methods import Method, method
+from aftcli.core.methods import METHODS, Method, method
 from aftcli.core.networks import class_indices, first_activation, outside_inference_mode
 from aftcli.core.zero_level import without_constant
 from aftcli.errors import AftError, check_name
+from aftcli.models.targets import Target, Targeted, with_target
 
 Layers = Classifier | Sequence[Classifier]  # one network, cut at a layer or at several
 
@@ -133,6 +134,15 @@ def fused(maps: Sequence[Tensor], fuse: str = "max") -> Tensor:
     return normalise(FUSIONS[fuse](torch.stack([stretch(m, size) for m in maps])))
 
 
+# Beside those of family decomposition: methods that read the head, or compare classes.
+OF_CLASSES = ("cam", "finercam", "relevancecam", "omcam", "guidedbackprop", "deeplift")
+
+
+def takes_target(name: str) -> bool:
+    """Tell if a method explains any score of the output, not only a class's."""
+    return name not in OF_CLASSES and method(name).family != "decomposition"
+
+
 def map_of_layers(
     seen: Sequence[Seen],
     class_index: Tensor,
@@ -144,6 +154,11 @@ def map_of_layers(
     fuse: str = "max",
 ) -> Tensor:
     """Compute I of inputs whose activations are known, shape (N, H, W), as `attribution_map`."""
+    if isinstance(seen[0][0], Targeted) and not takes_target(name):
+        raise AftError(
+            f"{method(name).title} is of classes and takes no target; take one of "
+            f"{', '.join(other for other in METHODS if takes_target(other))}"
+        )
     if len(seen) > 1 and method(name).family not in ("cam", "activation"):
         raise AftError(
             f"{method(name).title} is of pixels, the same whatever the layer: nothing to fuse; "
@@ -179,7 +194,7 @@ def cuts(f: Layers) -> tuple[Classifier, ...]:
 def attribution_map(
     f: Layers,
     x: Tensor,
-    class_index: Tensor | int,
+    class_index: Tensor | int | Target,
     method: str,
     cells: bool = False,
     zero_level: float = 0.0,
@@ -192,7 +207,8 @@ def attribution_map(
     Args:
         f: the classifier; several that are cut at different layers of one network give one map.
         x: inputs, shape (N, 3, H, W), normalised as the model wants.
-        class_index: the class explained for each input, shape (N,); a number for one input.
+        class_index: the class explained for each input, shape (N,); a number for one input; or a
+            target, a function of the output (aftcli/models/targets.py).
         method: a key of METHODS: gradcam, ablationcam, layercam, lrp, rise, …
         cells: average a map of pixels over the activation's cells, see `to_cells`.
         zero_level: see `scaled_map`; for maps of cells.
@@ -208,6 +224,9 @@ def attribution_map(
             smoothed or fused so, or see `scaled_map`.
     """
     layers = cuts(f)
+    if callable(class_index):
+        layers = tuple(with_target(each, class_index) for each in layers)
+        class_index = torch.zeros(len(x), dtype=torch.long)
     seen = [first_activation(each, x) for each in layers]
     classes = class_indices(layers[0], class_index, len(x), x.device)
     return map_of_layers(seen, classes, x, method, cells, zero_level, smooth, fuse)

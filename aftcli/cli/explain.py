@@ -108,7 +108,9 @@ class GivenMap(TargetMaps):
 class WantedThresholds(Thresholds):
     """The search of thresholds, where one is wanted."""
 
-    tft: Annotated[bool, option("--tft", "", "Find the threshold that explains best.")] = False
+    tft: Annotated[bool, option("--tft", "", "Cut where the class's probability rises most.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True)
@@ -147,15 +149,12 @@ def explain(
     output: Files,
     run: ImageRun,
 ) -> None:
-    """Show where the model looked for its prediction, or for any class.
-
-    With --tft the map is cut where the class's probability rises most.
-    """
+    """Show where the model looked for its prediction, or for any class."""
     tft = thresholds.tft
     cut = muting(maps.threshold, maps.mute, tft)
     kinds, accelerate, found = _begin(images, network, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
-    f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse)
+    f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
     methods, targets = setup.methods(f, maps.cam, "layercam", others), setup.targets(f, maps)
     setup.advise(methods if tft else [], thresholds.mode, maps.cells, run.quiet)
 
@@ -167,7 +166,12 @@ def explain(
     searched = names.of_search(settings, thresholds.thresholds) if tft else []
     of_map = [
         *_of_network(network, maps, run),
-        *names.of_map(cells=maps.cells, zero_level=maps.zero_level, smooth=maps.smooth),
+        *names.of_map(
+            cells=maps.cells,
+            zero_level=maps.zero_level,
+            smooth=maps.smooth,
+            target=maps.target_fn,
+        ),
     ]
     called = names.suffixes(of_map, [*searched, *names.of_threshold(maps.threshold, maps.mute)])
     each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted, maps.smooth)
@@ -180,7 +184,7 @@ def explain(
         )
         return [write_outputs(f, subject, e, kinds, output.out, called) for e in explained]
 
-    ready = partial(accelerate, f, len(found.paths) * each)
+    ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
     _each_image(ready, found, explain_image, settings, output, run)
 
 
@@ -201,11 +205,11 @@ def tft(
     from aftcli.report.explain import write_outputs
     from aftcli.tft import explain as explanation
 
-    of_map = names.of_map(maps.map_, maps.absolute, maps.cells, smooth=maps.smooth)
+    of_map = names.of_map(maps.map_, maps.absolute, maps.cells, 0.0, maps.smooth, maps.target_fn)
     searched = names.of_search(settings, thresholds.thresholds)
     called = names.suffixes([*_of_network(network, maps, run), *of_map], searched)
     values = read_map(maps.map_) if maps.map_ else None
-    f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse)
+    f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
     targets = setup.targets(f, maps)
     methods = setup.methods(f, maps.cam, "gradcam", others) if values is None else ["map"]
     setup.advise(methods, thresholds.mode, maps.cells, run.quiet)
@@ -223,7 +227,7 @@ def tft(
             explained = explanation.explain_map(fast, x, attribution, *asked)
         return [write_outputs(f, subject, e, kinds, output.out, called) for e in explained]
 
-    ready = partial(accelerate, f, len(found.paths) * each)
+    ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
     _each_image(ready, found, explain_image, settings, output, run)
 
 
@@ -253,8 +257,10 @@ def _begin(
     """Check what can be checked without torch, and find the images; without one it ends here."""
     kinds = outputs(output.save, tft)
     named(maps.cam or [])
-    if maps.target and maps.top_k > 1:
-        raise AftError("--target and --top-k exclude each other: give one")
+    if (maps.target is not None) + (maps.top_k > 1) + (maps.target_fn is not None) > 1:
+        raise AftError("--target, --target-fn and --top-k exclude each other: give one")
+    if maps.target_fn and run.precision != "no":
+        raise AftError("--target-fn runs in full precision: leave --precision out")
     setup.check(network)
     accelerate = setup.engine(run.engine, run.precision, run.quiet)
 
@@ -264,6 +270,14 @@ def _begin(
     if not found.paths:
         _finish([], found.problems, output.json)
     return kinds, accelerate, found
+
+
+def _as_it_is(f: Classifier, passes: int | None) -> Classifier:
+    """Keep a network whose head ends in the user's code on torch."""
+    from aftcli.report.terminal import PASSED
+
+    f.watch = PASSED.add
+    return f
 
 
 def _of_network(network: Network, maps: TargetMaps, run: ImageRun) -> list[Setting]:

@@ -228,6 +228,10 @@ class TargetMaps(Maps):
         list[str] | None,
         option("--target", "CLASS", "Name or index; repeatable. Default: predicted."),
     ] = None
+    target_fn: Annotated[
+        str | None,
+        option("--target-fn", "FN", "FILE.py:NAME: a score of the output; runs it."),
+    ] = None
     top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N most likely.")] = 1
     smooth: Annotated[Smooth, words("--smooth", Smooth, "of the map.")] = "none"
     fuse: Annotated[Fuse | None, words("--fuse", Fuse, "of several layers.")] = None

@@ -104,9 +104,15 @@ def classifier(network: Network, device: str, quiet: bool) -> Classifier:
 
 @kept_from_collector()
 def classifiers(
-    network: Network, device: str, quiet: bool, fuse: str | None = None
+    network: Network,
+    device: str,
+    quiet: bool,
+    fuse: str | None = None,
+    target: str | None = None,
 ) -> tuple[Classifier, ...]:
     """Load the network once for each layer that was asked for, cut there, on its device.
+
+    With a target, FILE.py:NAME, that is its only class.
 
     Raises:
         AftError: maps are to be fused, and there are no two layers, or see `load_classifier`.
@@ -118,9 +124,11 @@ def classifiers(
         raise AftError(f"--fuse {fuse} takes the maps of two layers or more: repeat --layer")
     where, note = find_device(device), noting(quiet)
     files, own = (network.model, network.checkpoint), names(network.classes)
-    return tuple(
-        load_classifier(*files, layer, classes=own, device=where, note=note) for layer in layers
-    )
+    from aftcli.models.targets import load_target, with_target
+
+    score = load_target(target) if target else None
+    found = (load_classifier(*files, n, classes=own, device=where, note=note) for n in layers)
+    return tuple(with_target(f, score) if score else f for f in found)
 
 
 def source(

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.cut import cut, cut_modules
 from aftcli.core.layers import last_layer
-from aftcli.core.networks import copied, outside_inference_mode, unwrapped
+from aftcli.core.networks import copied, outside_inference_mode, same_output, unwrapped
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 
@@ -228,8 +228,9 @@ def cut_classifier(
     """Cut any CNN of the user's into a Classifier and check that nothing has changed.
 
     Args:
-        model: a network from (N, 3, H, W) to logits (N, C); it is copied, not changed. Of
-            DataParallel and torch.compile the network inside is taken.
+        model: a network from (N, 3, H, W) to logits (N, C), or to any other output, of which only
+            a target can be explained; it is copied, not changed. Of DataParallel and torch.compile
+            the network inside is taken.
         layer: where to cut; default the last convolutional layer with spatial extent.
         name: the model's name in results; default its class's name.
         preprocessing: what makes its input; default ImageNet's usual.
@@ -264,11 +265,12 @@ def cut_classifier(
             )
         before = activation.clone()
         logits = parts.head(activation, *rest)
-        if logits.dim() != 2 or not torch.equal(logits, model(x)):
+        if not same_output(logits, model(x)):
             raise AftError(f"cutting at {layer!r} changes the logits; cut at another layer")
         if not torch.equal(before, activation):
             raise AftError(f"what follows {layer!r} writes into its output; cut at another layer")
-    count = logits.shape[1]
+    # Other outputs have no classes; they are explained by a target (aftcli/models/targets.py).
+    count = logits.shape[1] if isinstance(logits, Tensor) and logits.dim() == 2 else 0
     classes = classes or Classes.numbered(count)
     if len(classes) != count:
         raise AftError(

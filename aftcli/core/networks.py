@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -101,6 +101,17 @@ def with_history(what: object) -> Iterator[Tensor]:
             todo += value
 
 
+def same_output(one: object, two: object) -> bool:
+    """Tell if two outputs of a network are equal bit for bit: tensors, or collections of them."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return torch.equal(one, two)
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return one.keys() == two.keys() and all(same_output(one[key], two[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(map(same_output, one, two))
+    return type(one) is type(two) and bool(one == two)
+
+
 def computes_weights(module: nn.Module) -> bool:
     """Tell if weights are computed at each pass: by parametrizations, norms or pruning."""
     return is_parametrized(module) or any(map(_remaking, module.modules()))
@@ -180,6 +191,15 @@ def check_shape(x: Tensor, count: int | None = None) -> None:
         raise AftError(f"x must hold {count} image, got {len(x)}; pass one after the other")
 
 
+def check_classes(f: Cut) -> None:
+    """Check that a network's output is logits of classes."""
+    if not len(f.classes):
+        raise AftError(
+            f"the output of {f.name} is no logits of shape (N, C), so it has no classes; explain a "
+            "target, a function of the output (target=, --target-fn FILE.py:NAME)"
+        )
+
+
 def class_indices(
     f: Cut, given: Tensor | Sequence[int] | int, count: int, device: torch.device
 ) -> Tensor:
@@ -191,6 +211,7 @@ def class_indices(
         count: N.
         device: where the tensor is needed.
     """
+    check_classes(f)
     try:
         classes = torch.as_tensor(given, device=device)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -99,17 +99,19 @@ def of_map(
     cells: bool = False,
     zero_level: float = 0.0,
     smooth: str = "none",
+    target: str | None = None,
 ) -> list[Setting]:
-    """List settings of the map: another tool's file, its magnitudes, cells, their zero, smoothing.
+    """List settings of the map: another tool's file, magnitudes, cells, zero, smoothing, target.
 
-    What shapes our own maps says nothing of a file.
+    Smoothing says nothing of a file. A target is FILE.py:NAME.
     """
     flags = {"absolute": absolute and file is not None, "cells": cells and file is None}
     named = [_file(file)] if file else []
     zero = [_number("zero", zero_level)] if zero_level else []
     smoothed = [] if file else _word(smooth, "none")
     words = [Setting(word, word) for word, is_on in flags.items() if is_on]
-    return named + words + zero + smoothed
+    path, _, _ = (target or "").rpartition(":")
+    return named + words + zero + smoothed + ([_file(Path(path))] if path else [])
 
 
 def of_threshold(threshold: float | None, mute: float | None) -> list[Setting]:

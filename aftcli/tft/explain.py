@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from aftcli.attributions.maps import COPIES, Layers, cuts, map_of_layers
+from aftcli.attributions.maps import COPIES, Layers, cuts, map_of_layers, takes_target
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.networks import (
+    check_classes,
     check_shape,
     class_indices,
     first_activation,
     outside_inference_mode,
 )
 from aftcli.errors import AftError
+from aftcli.models.targets import Target, Targeted, with_target
 from aftcli.settings import Search
 from aftcli.tft.search import TftResult, search_threshold
 
@@ -29,7 +31,7 @@ class Explanation:
     Attributes:
         cam: the method, or "map" for a map from another tool.
         class_index: c.
-        probability: y^c, in [0, 1].
+        probability: y^c, in [0, 1]; of a target its score, any number.
         attribution: I, shape (H, W), in [0, 1].
         tft: the threshold fine-tuned for I, N = 1; None if not asked for.
         thresholds: those searched, T, or the fixed one.
@@ -62,6 +64,8 @@ class Explanation:
 
 def fits(f: Classifier, method: str) -> bool:
     """Check that a method can explain a classifier: CAM only fits some heads."""
+    if isinstance(f, Targeted):
+        return takes_target(method)
     return method != "cam" or (
         f.linear_head is not None and f.linear_head.is_last and f.linear_head.is_mean
     )
@@ -97,6 +101,7 @@ def explain(
     *,
     smooth: str = "none",
     fuse: str = "max",
+    target: Target | None = None,
 ) -> list[Explanation]:
     """Explain one image by several methods and for several classes, with one stem pass.
 
@@ -113,6 +118,8 @@ def explain(
         zero_level: subtract this share of the maximum from maps of cells first, in [0, 1).
         smooth: see `attribution_map`.
         fuse: see `attribution_map`.
+        target: a score of the network's output to explain in place of classes, see
+            aftcli/models/targets.py; a search of thresholds needs one in [0, 1].
 
     Returns:
         One explanation for each method and class, method by method.
@@ -122,7 +129,12 @@ def explain(
             only, or see `scaled_map` and `fine_tune_threshold`.
     """
     layers = cuts(f)
+    if target is not None:
+        if isinstance(targets, int) or targets or top_k != 1:
+            raise AftError("target takes the place of classes: leave targets and top_k out")
+        layers = tuple(with_target(each, target) for each in layers)
     first = layers[0]
+    check_classes(first)
     seen = [first_activation(each, x, 1) for each in layers]
     (g, activation), *_ = seen
     with torch.no_grad():
