@@ -42,7 +42,6 @@ def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
 
 # Teachers of whole images' classes: their labels (eq. 8), or the network before fine-tuning.
 CLASSIFICATIONS = ("labels", "distillation")
-
 # Weights trained behind the frozen w0.
 TRAINED = ("w1+w2", "w1")
 
@@ -107,11 +106,12 @@ class Compared(NamedTuple):
     """The function whose values are compared with M_tau* at one layer.
 
     Attributes:
-        values: of A, shape (N, K, h, w), and c, shape (N,); its values have shape (N, h, w).
+        values: of what the layer gives, A, shape (N, K, h, w), first, and of c, shape (N,); its
+            values have shape (N, h, w).
         weights: trained with w1 and w2; None where the function has none of its own.
     """
 
-    values: Callable[[Tensor, Tensor], Tensor]
+    values: Callable[[Features, Tensor], Tensor]
     weights: nn.Module | None = None
 
 
@@ -135,13 +135,13 @@ class Objective:
 def _tuner(f: Classifier, cam: str, settings: Recipe) -> Compared:
     """Compare f_tuner(A), as eq. 8 does."""
     tuner = Tuner(f.activation_shape[0], kind=settings.tuner, seed=settings.seed)
-    return Compared(lambda activation, class_index: tuner(activation), tuner)
+    return Compared(lambda flow, class_index: tuner(flow[0]), tuner)
 
 
 def _map(f: Classifier, cam: str, settings: Recipe) -> Compared:
     """Compare the CAM itself, a function of w1 and w2."""
     function = method(cam).load()
-    return Compared(lambda a, class_index: normalise(function(f, a, class_index, a)))
+    return Compared(lambda flow, c: normalise(function(f.holding(flow[1:]), flow[0], c, flow[0])))
 
 
 def _check_map(cam: str) -> None:

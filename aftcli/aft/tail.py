@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aftcli.aft.loss import OBJECTIVES, Compared, Features, Outputs, Recipe
 from aftcli.core.classifier import Classifier
-from aftcli.core.cut import cut, cut_modules
+from aftcli.core.cut import cut, cut_modules, flow_of
 from aftcli.core.networks import copied
 from aftcli.errors import AftError, nearest
 
@@ -61,28 +61,28 @@ class Tail(nn.Module):
             head = after[0] if len(after) == 1 else nn.Sequential(*after)
             yield with_parts(f, nn.Identity(), parts[i], head, shape)
 
-    def activations(self, features: Features) -> list[Tensor]:
-        """Return A of each tuned layer, l's last."""
+    def flows(self, features: Features) -> list[Features]:
+        """Return what each tuned layer gives, A first, l's last."""
         x: Any = features[0] if len(features) == 1 else features
-        found = []
+        found: list[Features] = []
         for i, part in enumerate(self.between):
             x = part(x)
             if i in self.taken:
-                found.append(x)
-        return [*found, self.layer(x)]
+                found.append((x,))
+        return [*found, flow_of(self.layer(x))]
 
     def forward(
         self, features: Features, class_index: Tensor | None = None, masked: Features | None = None
     ) -> Outputs:
         """Return logits and the values compared with the masks; arguments as of `Batch`."""
-        activations = self.activations(features)
+        flows = self.flows(features)
         tuned: tuple[Tensor, ...] = ()
         if class_index is not None and self.compared:
-            pairs = zip(self.compared, activations, strict=True)
-            tuned = tuple(compared.values(a, class_index) for compared, a in pairs)
-        logits = self.head(activations[-1])
+            pairs = zip(self.compared, flows, strict=True)
+            tuned = tuple(compared.values(flow, class_index) for compared, flow in pairs)
+        logits = self.head(*flows[-1])
         return Outputs(
-            logits, tuned, None if masked is None else self.head(self.activations(masked)[-1])
+            logits, tuned, None if masked is None else self.head(*self.flows(masked)[-1])
         )
 
     def weights(self) -> dict[str, Tensor]:

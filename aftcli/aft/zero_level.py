@@ -202,8 +202,8 @@ class ZeroLevelTraining:
         signed, kept, area = [], [], torch.empty(0)
         for indices, batch in zip(batches, self.examples.batches(batches, None), strict=True):
             assert batch.class_index is not None
-            activation = self._activation(batch)
-            found = signed_map(self.f, activation, batch.class_index, self.cam).detach()
+            g, activation = self._at(batch)
+            found = signed_map(g, activation, batch.class_index, self.cam).detach()
             masks = torch.stack([full(i) for i in indices])
             means, area = pieces_of(masks, found.shape[1:])
             signed.append(found)
@@ -212,9 +212,9 @@ class ZeroLevelTraining:
         return Learned(whole, whole.amax((1, 2)), torch.cat(kept), area.to(whole))
 
     @torch.no_grad()
-    def _activation(self, batch: Batch, f: Classifier | None = None) -> Tensor:
-        x = batch.features[0] if len(batch.features) == 1 else batch.features
-        return (f or self.f).layer(x)  # type: ignore[no-any-return]
+    def _at(self, batch: Batch, f: Classifier | None = None) -> tuple[Classifier, Tensor]:
+        z = batch.features[0] if len(batch.features) == 1 else batch.features
+        return (f or self.f).after(z)
 
     def _rows(self, indices: Sequence[int]) -> Tensor:
         return torch.tensor([self.place[i] for i in indices], dtype=torch.long)
@@ -279,7 +279,7 @@ class ZeroLevelTraining:
             done = ((self.epoch - 1) * len(batches) + self.step) / (self.epochs * len(batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * min(1.0, 2 * (1 - done))
-            activation = self._activation(batch)
+            f, activation = self._at(batch)
             loss = self._loss(activation, self.learned.rows(rows))
             if not loss.isfinite().all():
                 raise AftError(
@@ -290,7 +290,7 @@ class ZeroLevelTraining:
             loss.mean().backward()
             self.optimizer.step()
             with torch.no_grad():
-                logits = self.f.head(activation)
+                logits = f.head(activation)
             self.sums += _sums(loss, logits, batch.labels)
             self.step += 1
             yield Step(self.epoch, self.step, len(batches), Measured.of(self.sums))
@@ -334,7 +334,7 @@ class ZeroLevelTraining:
         c, of = batch.class_index, self.learned.rows(self._rows(indices))
         assert c is not None
         y = class_score(f.probabilities(f(x).float()), c)
-        moved = self._moved(self._activation(batch), of)
+        moved = self._moved(self._at(batch)[1], of)
         y_hat = level_probabilities(f, x, moved, levels, c, y, self.fill)
         plain = y_hat[:, :1]
         if self.settings.gauge == "v":
@@ -349,7 +349,7 @@ class ZeroLevelTraining:
         size = self.settings.batch
         batches = [self.train[i : i + size] for i in range(0, len(self.train), size)]
         maxima = [
-            self._moved(self._activation(batch), self.learned.rows(self._rows(some))).amax((1, 2))
+            self._moved(self._at(batch)[1], self.learned.rows(self._rows(some))).amax((1, 2))
             for some, batch in zip(batches, self.examples.batches(batches, None), strict=True)
         ]
         return mean_maximum(torch.cat(maxima))
@@ -364,11 +364,11 @@ class ZeroLevelTraining:
         batches = [indices[i : i + size] for i in range(0, len(indices), size)]
         sums, g = torch.zeros_like(self.sums), self.classifier()
         for some, batch in zip(batches, examples.batches(batches, None), strict=True):
-            activation, loss = self._activation(batch, g), torch.zeros(len(some))
+            (held, activation), loss = self._at(batch, g), torch.zeros(len(some))
             if batch.class_index is not None:
                 of = self.learned.rows(self._rows(some))
                 loss = self._loss(without_constant(g, activation), of)
-            sums += _sums(loss, g.head(activation), batch.labels)
+            sums += _sums(loss, held.head(activation), batch.labels)
         return Measured.of(sums)
 
     def use_best(self) -> None:

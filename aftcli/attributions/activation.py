@@ -286,6 +286,11 @@ def stage_maps(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
 
     `activation` is looked at only where there is no stage before layer l.
     """
+    if f.bypassed:
+        raise AftError(
+            f"layercam-fusion needs a layer that is the only path to the logits; {f.layer_name} of "
+            f"{f.name} is not: use layercam"
+        )
     _, _, *cells = activation.shape
     parts = stages(f, (x.shape[-2], x.shape[-1]), (cells[0], cells[1]))
     if not parts:

@@ -24,7 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import fusion, skip_init
 
-from aftcli.core.classifier import Classifier, flow_of
+from aftcli.core.classifier import Classifier
+from aftcli.core.cut import flow_of
 from aftcli.core.networks import computes_weights, copied, with_plain_weights
 from aftcli.core.zero_level import without_constant
 from aftcli.errors import AftError, first_line

@@ -8,7 +8,8 @@ without running the head again, which makes CAM and Ablation-CAM cheap.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from aftcli.core.classes import Classes, Preprocessing
-from aftcli.core.cut import cut, cut_modules
-from aftcli.core.layers import last_layer
-from aftcli.core.networks import copied, outside_inference_mode, same_output, unwrapped
+from aftcli.core.cut import cut, cut_modules, flow_of
+from aftcli.core.layers import default_layer, divided
+from aftcli.core.networks import copied, outside_inference_mode, unwrapped
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 
@@ -65,11 +66,6 @@ class Before(Protocol):
         """Return what moved the maps, by names in a checkpoint."""
 
 
-def flow_of(out: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - a tensor or several
-    """Return what a layer gives to the head: A, and what passes the layer by."""
-    return out if isinstance(out, tuple) else (out,)
-
-
 class Held(nn.Module):
     """A head as a function of A alone: what passes layer l by is held.
 
@@ -80,7 +76,8 @@ class Held(nn.Module):
 
     def __init__(self, head: nn.Module, rest: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self.inner, self.rest = head, rest
+        self.inner: nn.Module = head.inner if isinstance(head, Held) else head
+        self.rest = rest
         self.training = head.training
 
     def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
@@ -165,18 +162,21 @@ class Classifier(nn.Module):
     def after(self, z: Any) -> tuple[Classifier, Tensor]:  # noqa: ANN401 - a tensor or several
         """Hold what passes layer l by, as `at`, of the stem's output z."""
         activation, *rest = flow_of(self.layer(z))
-        return (self._holding(Held(self.head, tuple(rest))) if rest else self), activation
+        return self.holding(rest), activation
+
+    def holding(self, rest: Sequence[Tensor]) -> Classifier:
+        """Hold these values of what passes layer l by, each (N, ...) or (1, ...); f for none."""
+        if not rest:
+            return self
+        held = copy.copy(self)
+        held._modules = {**self._modules, "head": Held(self.head, tuple(rest))}
+        return held
 
     def image(self, n: int) -> Classifier:
         """Return the classifier for the n-th of the images that it holds values of."""
         if not isinstance(self.head, Held):
             return self
-        return self._holding(Held(self.head.inner, tuple(r[n : n + 1] for r in self.head.rest)))
-
-    def _holding(self, head: Held) -> Classifier:
-        held = copy.copy(self)
-        held._modules = {**self._modules, "head": head}
-        return held
+        return self.holding([r[n : n + 1] for r in self.head.rest])
 
     def with_engine(self, engine: Engine | None) -> Classifier:
         """Return a classifier of the same modules whose inference passes run on an engine."""
@@ -196,7 +196,7 @@ class Classifier(nn.Module):
     @cached_property
     def linear_head(self) -> LinearHead | None:
         """The head split at its first linear layer, where it can be."""
-        return linear_head(self.head, self.activation_shape)
+        return None if self.bypassed else linear_head(self.head, self.activation_shape)
 
     def weights(self) -> dict[str, Tensor]:
         """All weights and statistics, under the names of the uncut model."""
@@ -224,18 +224,21 @@ def cut_classifier(
     preprocessing: Preprocessing | None = None,
     classes: Classes | None = None,
     own: bool = False,
+    note: Callable[[str], None] = warnings.warn,
 ) -> Classifier:
-    """Cut any CNN of the user's into a Classifier and check that nothing has changed.
+    """Cut any image classifier of the user's and check that nothing has changed.
 
     Args:
         model: a network from (N, 3, H, W) to logits (N, C), or to any other output, of which only
             a target can be explained; it is copied, not changed. Of DataParallel and torch.compile
             the network inside is taken.
-        layer: where to cut; default the last convolutional layer with spatial extent.
+        layer: where to cut; default the last layer with cells that the logits depend on, see
+            `core.layers.default_layer`.
         name: the model's name in results; default its class's name.
         preprocessing: what makes its input; default ImageNet's usual.
         classes: the names of the classes; default numbers.
         own: cut the model itself, without a copy; its activations may become out-of-place.
+        note: is told what was guessed, and what makes the network slower.
 
     Returns:
         A classifier in eval mode whose logits equal the model's bit for bit.
@@ -252,23 +255,13 @@ def cut_classifier(
         )
     model = (model if own else copied(model)).eval().requires_grad_(False)
     preprocessing = preprocessing or Preprocessing()
-    layer = layer or last_layer(model, preprocessing.size)
-    parts = cut(model, layer)
     x = torch.randn(1, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))
     x = x.to(next(model.parameters()))
+    layer = layer or default_layer(model, x, note)
+    parts = divided(model, layer, x, note)
     with torch.no_grad():
-        activation, *rest = flow_of(parts.layer(parts.stem(x)))
-        if not isinstance(activation, Tensor) or activation.dim() != 4:
-            raise AftError(
-                f"layer {layer!r} can't be used: its output has shape "
-                f"{tuple(getattr(activation, 'shape', ()))}, a CAM needs (N, K, h, w)"
-            )
-        before = activation.clone()
+        activation, *rest = parts.flow(x)
         logits = parts.head(activation, *rest)
-        if not same_output(logits, model(x)):
-            raise AftError(f"cutting at {layer!r} changes the logits; cut at another layer")
-        if not torch.equal(before, activation):
-            raise AftError(f"what follows {layer!r} writes into its output; cut at another layer")
     # Other outputs have no classes; they are explained by a target (aftcli/models/targets.py).
     count = logits.shape[1] if isinstance(logits, Tensor) and logits.dim() == 2 else 0
     classes = classes or Classes.numbered(count)

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 
-from aftcli.core.networks import copied, with_history
+from aftcli.core.classes import Layout, before_maps, from_maps, to_maps
+from aftcli.core.networks import copied, run_watched, with_history
 from aftcli.errors import AftError, first_line, nearest
 
 
@@ -27,6 +28,19 @@ class Parts(NamedTuple):
     stem: nn.Module
     layer: nn.Module
     head: nn.Module
+
+    def flow(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Run an input up to the layer: A, and what passes the layer by."""
+        return flow_of(self.layer(self.stem(x)))
+
+
+def flow_of(out: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - a tensor or several
+    """Return what a layer gives to the head: A, and what passes the layer by."""
+    return out if isinstance(out, tuple) else (out,)
+
+
+class Untraceable(AftError):
+    """torch.fx can't follow a network: it must be run as it is."""
 
 
 class CutPoint(NamedTuple):
@@ -91,12 +105,25 @@ def _without_in_place(node: fx.Node) -> None:
 
 
 def _part(
-    model: nn.Module, graph: fx.Graph, nodes: set[fx.Node], inputs: list[fx.Node], outputs: Argument
+    model: nn.Module,
+    graph: fx.Graph,
+    nodes: set[fx.Node],
+    inputs: list[fx.Node],
+    outputs: Argument,
+    sizes: Mapping[fx.Node, Any] | None = None,
 ) -> fx.GraphModule:
-    """Make a module of the part of a graph that computes `outputs` from `inputs`."""
+    """Make a module of the part of a graph that computes `outputs` from `inputs`.
+
+    Several inputs are one tuple, but for a head, which has `sizes`: values of nodes, where BATCH
+    stands for the number of images.
+    """
     part = fx.Graph()
-    values: dict[fx.Node, fx.Node] = {}
-    if len(inputs) == 1:
+    values: dict[fx.Node, Any] = {}
+    if sizes is not None:
+        values |= {node: part.placeholder(f"x_{i}") for i, node in enumerate(inputs)}
+        batch = part.call_function(len, (values[inputs[0]],))
+        values |= {node: _sized(size, batch) for node, size in sizes.items()}
+    elif len(inputs) == 1:
         values[inputs[0]] = part.placeholder("x")
     else:
         several = part.placeholder("x")
@@ -107,12 +134,16 @@ def _part(
             values[node] = part.node_copy(node, lambda n: values[n])
             _without_in_place(values[node])
     part.output(fx.map_arg(outputs, lambda n: values[n]))
+    if sizes is not None and not batch.users:
+        part.erase_node(batch)
     module = fx.GraphModule(model, part)
     module.train(model.training)
     return module
 
 
-def cut(model: nn.Module, layer: str) -> Parts:
+def cut(
+    model: nn.Module, layer: str, x: Tensor | None = None, layout: Layout | None = None
+) -> Parts:
     """Cut a model into stem, layer and head (w0, w1, w2).
 
     The parts share the model's modules; in-place activations of the layer and the head are
@@ -123,9 +154,18 @@ def cut(model: nn.Module, layer: str) -> Parts:
             modules that do not contain the layer.
         layer: the name of a module, `layer3.5`, or of consecutive modules that together are
             w1, joined by `+`: `conv_head+bn2`. The last one's output is A.
+        x: an input; with one, other paths than through the layer are allowed. What passes it by
+            is an output of the layer and an input of the head.
+        layout: where A has its channels and cells; default (N, K, h, w). Tokens of no cell pass
+            the layer by.
 
     Returns:
-        Parts with head(layer(stem(x))) == model(x), bit for bit.
+        Parts with head(layer(stem(x))) == model(x), bit for bit, or head(*layer(stem(x))) where
+        something passes the layer by.
+
+    Raises:
+        Untraceable: torch.fx can't follow the modules around the layer.
+        AftError: the layer is unknown, or not the only path.
     """
     names = layer.split("+")
     modules = dict(model.named_modules())
@@ -140,7 +180,7 @@ def cut(model: nn.Module, layer: str) -> Parts:
     except AftError:
         raise
     except Exception as error:
-        raise AftError(
+        raise Untraceable(
             f"layer {layer!r} can't be cut: torch.fx can't trace the modules around it "
             f"({first_line(error)}); layers that can: {_some_cut_points(model)}"
         ) from error
@@ -148,11 +188,25 @@ def cut(model: nn.Module, layer: str) -> Parts:
     last = next((n for n in reversed(calls) if n.target == names[-1]), None)
     before = calls[: calls.index(last) + 1] if last else []
     first = next((n for n in reversed(before) if n.target == names[0]), None)
-    if last is None or first is None or not _is_only_path(graph, last):
+    alone = last is not None and _is_only_path(graph, last)
+    if last is None or first is None or (x is None and not alone):
         raise AftError(
             f"layer {layer!r} can't be cut: its output is not the only path from the input to "
             f"the logits; layers that can: {_some_cut_points(model, near=names[-1])}"
         )
+    parts = (
+        _cut_one_path(model, graph, first, last)
+        if alone
+        else _cut_all_paths(model, graph, first, last, x)  # type: ignore[arg-type]
+    )
+    for part in (parts.layer, parts.head):
+        for module in part.modules():
+            if getattr(module, "inplace", None) is True:
+                module.inplace = False  # type: ignore[assignment]
+    return _with_layout(parts, layout) if layout else parts
+
+
+def _cut_one_path(model: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node) -> Parts:
     behind_first = _upstream(list(first.all_input_nodes), stop=set())
     inside = _upstream([last], stop=behind_first) - behind_first
     entering = [n for n in graph.nodes if n in behind_first and any(u in inside for u in n.users)]
@@ -161,20 +215,120 @@ def cut(model: nn.Module, layer: str) -> Parts:
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     crossing = entering[0] if len(entering) == 1 else tuple(entering)
     stem = _part(model, graph, _upstream(entering, stop=set()), placeholders[:1], crossing)
-    parts = Parts(
+    return Parts(
         stem,
         _part(model, graph, inside, entering, last),
         _part(model, graph, after, [last], output.args[0]),
     )
-    for part in (parts.layer, parts.head):
-        for module in part.modules():
-            if getattr(module, "inplace", None) is True:
-                module.inplace = False  # type: ignore[assignment]
+
+
+def _cut_all_paths(
+    model: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node, x: Tensor
+) -> Parts:
+    """Cut a graph where values pass the layer by; they are those with a row for each image."""
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    input_ = next(n for n in graph.nodes if n.op == "placeholder")
+    of_input, from_first = _downstream(graph, input_), _downstream(graph, first)
+    behind = _downstream(graph, last) & _upstream([output], set()) - {last}
+    passing = of_input - behind - {last}
+    known, sizes = _known(model, graph, input_, [n for n in passing if behind & set(n.users)], x)
+    past = [n for n in graph.nodes if n in known]
+    # What does not depend on the input, such as a table of positions, is made where it is needed.
+    inside = {n for n in _upstream([last, *past], set()) if n in from_first or n not in of_input}
+    entering = [
+        n
+        for n in graph.nodes
+        if n in of_input - from_first and (n in past or inside & from_first & set(n.users))
+    ]
+    after = _upstream([output], {last, *past, *sizes})
+    head = {n for n in after if n in behind or n not in of_input}
+    crossing = entering[0] if len(entering) == 1 else tuple(entering)
+    return Parts(
+        _part(model, graph, _upstream(entering, set()), [input_], crossing),
+        _part(model, graph, inside, entering, (last, *past) if past else last),
+        _part(model, graph, head - {output}, [last, *past], output.args[0], sizes),
+    )
+
+
+BATCH = object()  # stands for the number of images
+
+
+def _known(
+    model: nn.Module, graph: fx.Graph, input_: fx.Node, nodes: list[fx.Node], x: Tensor
+) -> tuple[set[fx.Node], dict[fx.Node, Any]]:
+    """Tell tensors with a row for each image from sizes, by running two and three images.
+
+    Raises:
+        Untraceable: a value is neither.
+    """
+    run = _part(model, graph, _upstream(nodes, set()), [input_], tuple(nodes))
+    with torch.no_grad():
+        two, three = (run(x[:1].repeat(n, 1, 1, 1)) for n in (2, 3))
+    tensors, sizes = set(), {}
+    for node, a, b in zip(nodes, two, three, strict=True):
+        if isinstance(a, Tensor):
+            if (len(a), len(b)) != (2, 3) or a.shape[1:] != b.shape[1:]:
+                raise Untraceable(f"{node} passes the layer by without a row for each image")
+            tensors.add(node)
+        else:
+            sizes[node] = _size(a, b)
+    return tensors, sizes
+
+
+def _sized(size: Any, batch: fx.Node) -> Any:  # noqa: ANN401 - numbers, nested
+    if isinstance(size, tuple):
+        return tuple(_sized(each, batch) for each in size)
+    return batch if size is BATCH else size
+
+
+def _size(two: Any, three: Any) -> Any:  # noqa: ANN401 - numbers, nested
+    """Return a size of two images with BATCH in the place of their number."""
+    if isinstance(two, tuple) and len(two) == len(three):
+        return tuple(_size(a, b) for a, b in zip(two, three, strict=True))
+    if isinstance(two, int | float | str | None) and two == three:
+        return two
+    if isinstance(two, int) and (two, three) == (2, 3):
+        return BATCH
+    raise Untraceable(f"a {type(two).__name__} passes the layer by")
+
+
+def _with_layout(parts: Parts, layout: Layout) -> Parts:
+    """Make maps of the layer's output, and the layer's output of maps before the head."""
+    layer, head = parts.layer, parts.head
+    assert isinstance(layer, fx.GraphModule)
+    assert isinstance(head, fx.GraphModule)
+    (output,) = (n for n in layer.graph.nodes if n.op == "output")
+    given = output.args[0]
+    out, *past = given if isinstance(given, tuple) else (given,)
+    with layer.graph.inserting_before(output):
+        found = [layer.graph.call_function(to_maps, (out, *layout))]
+        if layout.prefix:
+            found.append(layer.graph.call_function(before_maps, (out, *layout)))
+    output.args = ((*found, *past) if len(found) + len(past) > 1 else found[0],)
+    first, *others = (n for n in head.graph.nodes if n.op == "placeholder")
+    with head.graph.inserting_after(first):
+        maps = [first]
+        if layout.prefix:
+            maps.append(head.graph.placeholder("before"))
+    with head.graph.inserting_after((others or maps)[-1]):
+        made = head.graph.call_function(from_maps, (first, tuple(maps[1:]), *layout))
+    first.replace_all_uses_with(made, lambda user: user is not made)
+    layer.recompile()
+    head.recompile()
     return parts
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """Copy the model without its numbers: shapes for free."""
+def _downstream(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:
+    """Find all that depends on a node, itself included."""
+    seen = {node}
+    for each in graph.nodes:
+        if seen & set(each.all_input_nodes):
+            seen.add(each)
+    return seen
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """Copy a model without its numbers: shapes for free."""
     memo: dict[int, Tensor] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -185,42 +339,22 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copied(model, memo).eval()
 
 
-class _Recorder(fx.Interpreter):
-    """A run of a graph that keeps the tensors that go into and out of each module."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        value = super().run_node(n)
-        if n.op == "call_module":
-            (input_, *_), _ = self.fetch_args_kwargs_from_env(n)
-            if isinstance(input_, Tensor) and isinstance(value, Tensor):
-                self.seen[n.name] = (input_, value)
-        return value
-
-
-def _walk(model: nn.Module, x: Tensor | None, prefix: str = "") -> Iterator[CutPoint]:
+def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     graph = _trace(model, set())
-    recorder = _Recorder(fx.GraphModule(model, graph))
-    if x is not None:
-        recorder.run(x)
     for node in graph.nodes:
         if node.op != "call_module" or not _is_only_path(graph, node):
             continue
         name, module = f"{prefix}{node.target}", model.get_submodule(str(node.target))
-        input_, output = recorder.seen.get(node.name, (None, None))
         if len(node.all_input_nodes) == 1 and any(module.children()):
             # A module that fx can't open is just a leaf.
             with suppress(Exception):
-                yield from list(_walk(module, input_, f"{name}."))
-        yield CutPoint(name, module, tuple(output.shape) if output is not None else ())
+                yield from list(_walk(module, f"{name}."))
+        yield name, module
 
 
 def cut_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """List the names and modules of `cut_points`, found by structure alone."""
-    return [(point.name, point.module) for point in _walk(model, None)]
+    return list(_walk(model))
 
 
 def cut_points(model: nn.Module, size: tuple[int, int] = (224, 224)) -> list[CutPoint]:
@@ -229,8 +363,9 @@ def cut_points(model: nn.Module, size: tuple[int, int] = (224, 224)) -> list[Cut
     The modules inside a container come before it.
     """
     weight = next(model.parameters(), torch.empty(0))
-    points = _walk(_on_meta(model), torch.empty(1, 3, *size, dtype=weight.dtype, device="meta"))
-    return list({point.name: point for point in points}.values())
+    x = torch.empty(1, 3, *size, dtype=weight.dtype, device="meta")
+    shapes = {ran.name: tuple(ran.output.shape) for ran in run_watched(on_meta(model), x)[0]}
+    return [CutPoint(name, m, shapes.get(name, ())) for name, m in dict(_walk(model)).items()]
 
 
 def _some_cut_points(model: nn.Module, near: str = "", n: int = 12) -> str:

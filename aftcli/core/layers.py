@@ -1,11 +1,324 @@
-"""The layer at which a network is cut where nobody names one."""
+"""The layer at which a network is cut where nobody names one, and where its cells are."""
 
 from __future__ import annotations
 
-from torch import nn
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from aftcli.core.cut import CutPoint, cut_points, is_spatial
+import torch
+from torch import Tensor, nn
+
+from aftcli.core.classes import Layout, to_maps
+from aftcli.core.cut import CutPoint, Parts, Untraceable, cut, cut_points, is_spatial, on_meta
+from aftcli.core.networks import (
+    Ran,
+    RunFrom,
+    RunTo,
+    copied,
+    first_tensor,
+    run_watched,
+    same_output,
+)
 from aftcli.errors import AftError, first_line
+
+ROUNDING = 1e-5  # of the largest logit
+
+MOST_TOKENS = 8  # beside those of the cells: class, distillation, registers
+
+PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Embedding)  # of tokens, inside an attention or an MLP
+
+
+class Place(NamedTuple):
+    """A call of a module whose output has cells.
+
+    Attributes:
+        ran: the call.
+        layout: where the channels and the cells are; kind "first" is (N, K, h, w).
+    """
+
+    ran: Ran
+    layout: Layout
+
+    @property
+    def maps(self) -> Tensor:
+        """The output as (N, K, h, w)."""
+        first = self.layout.kind == "first"
+        return self.ran.output if first else to_maps(self.ran.output, *self.layout)
+
+
+def places(calls: Sequence[Ran], x: Tensor) -> list[Place]:
+    """Find the calls whose outputs have cells, more than one.
+
+    Which axes are the cells' is read off their sides, whose ratio is the input's. A row of tokens
+    is laid out on the grid of the last map before it, or on one with the input's ratio.
+
+    Args:
+        calls: of a pass.
+        x: its input, shape (N, C, H, W).
+    """
+    found, grids = [], [(0, 0)]
+    for ran in calls:
+        layout = _layout(ran.output.shape, x.shape, grids)
+        if layout:
+            found.append(Place(ran, layout))
+            if layout.kind in ("first", "last"):
+                grids.append((layout.height, layout.width))
+    return found
+
+
+def _layout(
+    shape: Sequence[int], input_: Sequence[int], grids: Sequence[tuple[int, int]]
+) -> Layout | None:
+    count, _, high, wide = input_
+    if len(shape) == 4 and shape[0] == count:
+        for kind, (h, w) in (("first", shape[2:]), ("last", shape[1:3])):
+            if h * w > 1 and abs(h * wide - w * high) < wide:
+                return Layout(kind, h, w)
+    if len(shape) != 3 or count not in shape[:2]:
+        return None
+    kind, tokens = ("tokens", shape[1]) if shape[0] == count else ("sequence", shape[0])
+    for h, w in reversed(grids):
+        if h * w > 1 and 0 <= tokens - h * w <= MOST_TOKENS:
+            return Layout(kind, h, w, tokens - h * w)
+    for prefix in range(MOST_TOKENS + 1):
+        h = round(math.sqrt(max(tokens - prefix, 0) * high / wide))
+        if h > 1 and h * round(h * wide / high) == tokens - prefix:
+            return Layout(kind, h, round(h * wide / high), prefix)
+    return None
+
+
+def layout_at(model: nn.Module, layer: str, x: Tensor) -> tuple[Layout | None, int]:
+    """Find where a layer's output has its cells, and how often the layer runs in a pass.
+
+    Args:
+        model: the network.
+        layer: the module's name.
+        x: an input, shape (1, C, H, W).
+
+    Raises:
+        AftError: the layer does not run, or its output has no cells.
+    """
+    calls, _ = _calls(model, x)
+    layer = layer.split("+")[-1]
+    own = [ran for ran in calls if ran.name == layer]
+    if not own:
+        raise AftError(f"layer {layer!r} does not run in a pass of {type(model).__name__}")
+    place = next((p for p in places(calls, _two(x)) if p.ran is own[-1]), None)
+    if place is None:
+        known = dict.fromkeys(p.ran.name for p in places(calls, _two(x)))
+        raise AftError(
+            f"layer {layer!r} can't be used: its output has shape (N, "
+            f"{', '.join(map(str, own[-1].output.shape[1:]))}), a CAM needs (N, K, h, w), or "
+            f"tokens of cells; the last layers that have them: {', '.join([*known][-12:])}"
+        )
+    return None if place.layout.kind == "first" else place.layout, len(own)
+
+
+def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]) -> Parts:
+    """Cut a model by its graph, or run it up to the layer and from it, where the graph is unknown.
+
+    Args:
+        model: the network, in eval mode.
+        layer: as `cut` takes it.
+        x: an input, shape (1, C, H, W).
+        note: is told that the network runs as it is.
+
+    Returns:
+        Parts whose logits equal the model's bit for bit; up to rounding where it runs as it is.
+
+    Raises:
+        AftError: the layer is unknown, or has no cells, or the parts do not equal the model.
+    """
+    with torch.no_grad():
+        expected = model(x)
+    try:
+        parts = cut(model, layer, x)
+        with torch.no_grad():
+            activation = parts.flow(x)[0]
+        if not _are_maps(activation, x):
+            parts = cut(model, layer, x, layout_at(model, layer, x)[0])
+        _check(parts, layer, x, expected, 0.0)
+    except Untraceable as error:
+        reason = first_line(error)
+        layout, calls = layout_at(model, layer, x)
+        own = (model, layer.split("+")[-1], calls, layout)
+        parts = Parts(nn.Identity(), RunTo(*own), RunFrom(*own))
+        try:
+            # Where it is watched, torch leaves its fused kernels out.
+            _check(parts, layer, x, expected, ROUNDING)
+        except Untraceable as failed:
+            raise AftError(failed.args[0]) from failed
+        note(
+            f"{type(model).__name__} is cut at {layer} by running it twice, which is slower: "
+            f"{reason}"
+        )
+    return parts
+
+
+def _are_maps(activation: object, x: Tensor) -> bool:
+    if not isinstance(activation, Tensor) or activation.dim() != 4:
+        return False
+    layout = _layout(activation.shape, x.shape, [])
+    return layout is None or layout.kind == "first"
+
+
+@torch.no_grad()
+def _check(parts: Parts, layer: str, x: Tensor, expected: object, tolerance: float) -> None:
+    """Check that parts give a model's output, but for a share of the largest, and leave A alone.
+
+    Raises:
+        Untraceable: they do not.
+    """
+    flow = parts.flow(x)
+    before = [t.clone() for t in flow]
+    if not same_output(parts.head(*flow), expected, tolerance):
+        raise Untraceable(f"cutting at {layer!r} changes the logits; cut at another layer")
+    if not all(map(torch.equal, before, flow)):
+        raise Untraceable(f"what follows {layer!r} writes into its output; cut at another layer")
+
+
+def _two(x: Tensor) -> Tensor:
+    # Two images: the axis of images is then told from others.
+    return x[:1].repeat(2, 1, 1, 1)
+
+
+def _calls(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
+    with torch.no_grad():
+        try:
+            return run_watched(on_meta(model), _two(x).to("meta"))
+        except Exception:  # noqa: BLE001 - it needs its numbers
+            return run_watched(model, _two(x))
+
+
+def default_layer(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> str:
+    """Choose the layer to cut at: the last one with cells that the logits depend on.
+
+    That is the last convolutional layer, with its norm and activation, unless cells are mixed
+    behind it, as attention does; then it is the last module whose every cell moves the logits:
+    of a vision transformer with a class token the last block's first norm.
+
+    Args:
+        model: the network, in eval mode.
+        x: an input, shape (1, C, H, W).
+        note: is told where the layer is not the last convolution.
+
+    Returns:
+        Its name, as `cut` takes it.
+
+    Raises:
+        AftError: no layer has cells that move the logits.
+    """
+    calls, out = _calls(model, x)
+    logits = first_tensor(out)
+    count = logits.shape[1] if logits is not None and logits.dim() == 2 else None
+    layer = last_convolution(model, (x.shape[2], x.shape[3]), count)
+    behind = _with_cells_behind(layer, calls, x, count)
+    if layer is None or _convolutions(behind):
+        layer = _last_that_matters(model, x, None, count)
+    elif not all(_is_pointwise(ran.module) for ran in behind):
+        layer = _last_that_matters(model, x, layer, count)
+    left = _convolutions(_with_cells_behind(layer, calls, x, count))
+    if left:
+        note(
+            f"layer {layer} is explained, not the last convolution {left[-1].name}, whose cells "
+            "move no class on their own; --layer NAME chooses another"
+        )
+    return layer
+
+
+def _with_cells_behind(
+    layer: str | None, calls: Sequence[Ran], x: Tensor, classes: int | None
+) -> list[Ran]:
+    """Find modules with weights and cells that run after a layer, neither in it nor around it."""
+    *_, last = names = (layer or "").split("+")
+    end = max((i for i, ran in enumerate(calls) if ran.name == last), default=-1)
+    behind = [
+        ran
+        for ran in calls[end + 1 :]
+        if not any(f"{ran.name}.".startswith(f"{name}.") for name in names)
+        and not f"{last}.".startswith(f"{ran.name}.")
+        and any(True for _ in ran.module.parameters())
+    ]
+    return [p.ran for p in places(behind, _two(x)) if not _classifies(p, classes)]
+
+
+def _convolutions(calls: Sequence[Ran]) -> list[Ran]:
+    return [ran for ran in calls if isinstance(ran.module, nn.Conv2d)]
+
+
+def _classifies(place: Place, classes: int | None) -> bool:
+    """Tell if a convolution gives a map for each class: it is the classifier, as in SqueezeNet."""
+    return isinstance(place.ran.module, nn.Conv2d) and place.maps.shape[1] == classes
+
+
+def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: int | None) -> str:
+    """Find the last module whose cells move the logits, or stay with a layer that is as good."""
+    network = _stirred(model)
+    x = _two(x).detach().requires_grad_()
+    with torch.enable_grad():
+        calls, out = run_watched(network, x)
+    found = [
+        p
+        for p in places(calls, x)
+        if p.ran.output.requires_grad
+        and not _classifies(p, classes)
+        and not isinstance(p.ran.module, PROJECTIONS)
+        and any(True for _ in p.ran.module.parameters())
+    ]
+    logits = first_tensor(out)
+    outputs = [p.ran.output for p in found]
+    gradients: Sequence[Tensor | None] = ()
+    if logits is not None and logits.requires_grad and outputs:
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+        score = (logits * weights.to(logits)).sum()
+        gradients = torch.autograd.grad(score, outputs, allow_unused=True, retain_graph=True)
+    live = [p for p, g in zip(found, gradients, strict=False) if g is not None and _moves(p, g)]
+    if not live:
+        if layer is None:
+            raise AftError(
+                f"{type(model).__name__} has no layer with cells that move its output; pass "
+                "--layer NAME"
+            )
+        return layer
+    # Containers return what their last part does: the first that returned it is meant.
+    last = next(p for p in live if p.ran.output is live[-1].ran.output)
+    own = next((p for p in reversed(found) if layer and p.ran.name == layer.split("+")[-1]), None)
+    if layer and own and (own.ran.output is last.ran.output or not _mixed(own, last)):
+        return layer
+    return last.ran.name
+
+
+def _stirred(model: nn.Module) -> nn.Module:
+    """Copy a network with small numbers in place of weights that are all 0: those hide paths."""
+    network = copied(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.is_floating_point() and not p.any():
+                p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    return network
+
+
+def _moves(place: Place, gradient: Tensor) -> bool:
+    """Tell if most cells move the logits: where only a class token is read, none does."""
+    maps = Place(place.ran._replace(output=gradient), place.layout).maps
+    return bool((maps != 0).any(1).float().mean() > 0.5)
+
+
+def _mixed(own: Place, last: Place) -> bool:
+    """Tell if a cell of the last output depends on other cells of the layer's than its own."""
+    h, w = last.layout.height, last.layout.width
+    cell = last.maps[:, :, h // 2, w // 2]
+    # Not their sum, which a norm keeps at 0.
+    weights = torch.randn(cell.shape, generator=torch.Generator().manual_seed(0)).to(cell)
+    score = (cell * weights).sum()
+    (gradient,) = torch.autograd.grad(score, [own.ran.output], allow_unused=True, retain_graph=True)
+    if gradient is None or (own.layout.height, own.layout.width) != (h, w):
+        return True
+    moved = (Place(own.ran._replace(output=gradient), own.layout).maps != 0).any(1)
+    moved[:, h // 2, w // 2] = False
+    return bool(moved.any())
 
 
 def _has_convolution(module: nn.Module) -> bool:
@@ -22,35 +335,35 @@ def _is_pointwise(module: nn.Module) -> bool:
     )
 
 
-def last_layer(model: nn.Module, size: tuple[int, int] = (224, 224)) -> str:
+def last_convolution(
+    model: nn.Module, size: tuple[int, int] = (224, 224), classes: int | None = None
+) -> str | None:
     """Find the last convolutional layer with spatial extent, its norm and activation included.
 
-    It is named as `cut` takes it.
+    One that gives a map for each class is the classifier, as in SqueezeNet: the one before is
+    taken.
+
+    Args:
+        model: the network.
+        size: height and width of its input, pixels.
+        classes: the number of logits; None where it is unknown.
+
+    Returns:
+        Its name as `cut` takes it; None without one on the only path to the logits.
     """
     try:
         points = cut_points(model, size)
-    except AftError:
-        raise
-    except Exception as error:
-        raise AftError(
-            f"no layer found at which {type(model).__name__} can be cut ({first_line(error)}); "
-            "pass --layer NAME"
-        ) from error
+    except Exception:  # noqa: BLE001 - torch.fx can't follow it, or it needs its numbers
+        return None
     spatial = [p for p in points if is_spatial(p.shape) and _has_convolution(p.module)]
     inner = [
         p for p in spatial if not any(q.name.startswith(f"{p.name}.") for q in spatial if q != p)
     ]
+    if len(inner) > 1 and inner[-1].shape[1] == classes:
+        inner.pop()
     if not inner:
-        raise AftError(
-            f"{type(model).__name__} has no convolutional layer with spatial extent on the only "
-            "path to its logits: it is not a plain CNN, or it needs --layer NAME"
-        )
+        return None
     after = points[points.index(inner[-1]) + 1 :]
-    if any("Attention" in type(m).__name__ for p in after for m in p.module.modules()):
-        raise AftError(
-            f"{type(model).__name__} attends over tokens after its last convolution: it is a "
-            "transformer, not a CNN; pass --layer NAME to cut it all the same"
-        )
     layer = [inner[-1]]
     for point in _outermost_pointwise(after):
         if layer[0].name.startswith(f"{point.name}."):

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftcli.core.classifier import Classifier, linear_head
+from aftcli.core.cut import flow_of
 from aftcli.core.methods import METHODS, method
+from aftcli.core.networks import RunTo
 from aftcli.errors import AftError
 from aftcli.settings import RANGES
 
@@ -60,10 +62,11 @@ class WithConstant(nn.Module):
         super().__init__()
         self.inner = layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute A with the constant channel, shape (N, K + 1, h, w)."""
-        activation = self.inner(x)
-        return torch.cat([activation, torch.ones_like(activation[:, :1])], 1)
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Compute A with the constant channel, shape (N, K + 1, h, w), and what else there is."""
+        activation, *rest = flow_of(self.inner(x))
+        widened = _with_ones(activation)
+        return (widened, *rest) if rest else widened
 
 
 class Levelled(nn.Module):
@@ -78,10 +81,10 @@ class Levelled(nn.Module):
         self.register_buffer("level", level)
         self.register_buffer("v", v)
 
-    def forward(self, activation: Tensor) -> Tensor:
+    def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
         """Compute logits, shape (N, C), of activations with the constant channel."""
         plain, constant = activation[:, :-1], activation[:, -1:]
-        moved: Tensor = self.inner(plain) + self.level * (1 - constant.mean((2, 3)))
+        moved: Tensor = self.inner(plain, *rest) + self.level * (1 - constant.mean((2, 3)))
         if self.v is None:
             return moved
         return moved + (plain.mean((2, 3)) * self.v).sum(1, keepdim=True)
@@ -103,7 +106,8 @@ def give_zero_level(f: Classifier, t: Tensor, v: Tensor | None = None) -> None:
     channels -= f.zero_level is not None
     f.zero_level = ZeroLevel(layer, head, t.to(next(f.parameters())), v).to(f.device).eval()
     level = f.zero_level.t * (high * wide)
-    widened = _widened(head, (channels, high, wide), level, f.zero_level.v)
+    shape = (channels, high, wide)
+    widened = None if f.bypassed else _widened(head, shape, level, f.zero_level.v)
     f.layer = WithConstant(layer).eval()
     f.head = (widened or Levelled(head, level, f.zero_level.v)).eval()
     f.activation_shape = (channels + 1, high, wide)
@@ -318,7 +322,12 @@ def above(attribution: Tensor, share: float, activation: Tensor, name: str) -> T
 
 
 def check_plain(f: Classifier) -> None:
-    """Check that a classifier that is to be trained has no zero level."""
+    """Check that a classifier that is to be trained has no zero level, and a layer of its own."""
+    if isinstance(f.layer, RunTo):
+        raise AftError(
+            f"{f.name} is cut at {f.layer_name} by running it as it is, so its layers can't be "
+            "trained apart; name another --layer, one that torch.fx can reach"
+        )
     if f.zero_level is not None:
         raise AftError(
             f"{f.checkpoint or f.name}: has a zero level, which training would lose; tune the "

@@ -10,11 +10,30 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from aftcli.core.classifier import Classifier
+from aftcli.core.cut import Parts, flow_of
 from aftcli.core.networks import copied, with_plain_weights
 
 Pass = Callable[[Tensor], Tensor]
 
 LOWER = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # by --precision
+
+
+class _Before(nn.Module):
+    """x to A."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.stem, self.layer, self.head = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return flow_of(self.layer(self.stem(x)))[0]
+
+
+class _Whole(_Before):
+    """x to logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(*flow_of(self.layer(self.stem(x))))  # type: ignore[no-any-return]
 
 
 class FoldedTorch:
@@ -23,9 +42,9 @@ class FoldedTorch:
     name = "torch"
 
     def __init__(self, f: Classifier, note: Callable[[str], None], precision: str) -> None:
-        stem, layer, head = (_laid_out(folded(part)) for part in (f.stem, f.layer, f.head))
-        self.before: Pass = nn.Sequential(stem, layer)
-        self.whole: Pass = nn.Sequential(stem, layer, head)
+        parts = Parts(*(_laid_out(folded(part)) for part in (f.stem, f.layer, f.head)))
+        self.before: Pass = _Before(parts)
+        self.whole: Pass = _Whole(parts)
         self.device, self.dtype = f.device, next(f.parameters()).dtype
         self.precision, self.lower = precision, LOWER[precision]
 

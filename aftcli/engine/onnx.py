@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx, nn
 
-from aftcli.core.classifier import Classifier, flow_of
+from aftcli.core.classifier import Classifier
+from aftcli.core.cut import flow_of
 from aftcli.errors import AftError, Unfit, first_line
 from aftcli.files import replacing, tensors_hash
 

@@ -15,13 +15,11 @@ from aftcli.models.weights import INSTALLED, installed_weights, read_state_dict
 
 DEFAULT_MODEL = "efficientnet_lite0"
 
-# The layer l where the automatic choice (core.cut.last_layer) is not what the paper means.
+# The layer l where the automatic choice (core.layers.default_layer) is not what the paper means.
 LAYERS = {
     **dict.fromkeys(INSTALLED, "conv_head+bn2"),
     "resnet50": "layer4.2",
     "vgg16": "features.28+features.29",
-    "squeezenet1_0": "features.12",
-    "squeezenet1_1": "features.12",
 }
 
 

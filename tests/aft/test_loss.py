@@ -279,7 +279,7 @@ class Scaled(torch.nn.Module):
 def test_an_objective_from_outside_is_one_object_in_the_registry(monkeypatch):
     def build(f, cam, settings):
         scaled = Scaled()
-        return Compared(lambda activation, class_index: scaled(activation), scaled)
+        return Compared(lambda flow, class_index: scaled(flow[0]), scaled)
 
     monkeypatch.setitem(OBJECTIVES, "scaled", Objective("scaled mean", build))
     f, examples = examples_of()

@@ -1,0 +1,335 @@
+"""Layers that other paths pass by, tokens and channels-last maps, networks torch.fx can't trace."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from aftcli import Search, attribution_map, cut_classifier, explain, fine_tune_threshold
+from aftcli.core.cam import ablated_scores, grad_cam
+from aftcli.core.classes import Layout, Preprocessing, before_maps, from_maps, to_maps
+from aftcli.core.layers import default_layer
+from aftcli.core.networks import RunTo
+from aftcli.errors import AftError
+
+SIZE = (24, 32)
+PREPROCESSING = Preprocessing(SIZE)
+CLASSES = 5
+
+
+class Residual(nn.Module):
+    """conv2 is passed by, by its input and by a mean that the head scales with."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, stride=4, padding=1)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        z = self.conv1(x).relu()
+        z = z + self.conv2(z).tanh()
+        return self.fc(z.reshape(n, 6, h // 4 * (w // 4)).mean(2)) * x.mean((1, 2, 3))[:, None]
+
+
+class ShapeDependent(Residual):
+    """The same, in a form that torch.fx can't trace."""
+
+    def forward(self, *inputs):
+        if inputs[0].shape[-1] > 8:
+            return super().forward(*inputs)
+        raise ValueError("too small")
+
+
+class Tokens(nn.Module):
+    """A class token and cells' tokens through two blocks by torch; batch first or second."""
+
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.first = batch_first
+        make = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=batch_first, norm_first=True)
+        self.blocks = nn.ModuleList([make, copy.deepcopy(make)])
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        tokens = self.patch(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), tokens], 1)
+        tokens = tokens if self.first else tokens.transpose(0, 1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.fc(tokens[:, 0] if self.first else tokens[0])
+
+
+class ChannelsLast(nn.Module):
+    """Maps (N, h, w, K), mixed by a convolution between permutations."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, stride=4)
+        self.mix = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.LayerNorm(8)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        z = self.patch(x).permute(0, 2, 3, 1)
+        z = z + self.mix(z.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc(self.norm(z).mean((1, 2)))
+
+
+def vit():
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=SIZE,
+        patch_size=8,
+        depth=2,
+        embed_dim=12,
+        num_heads=2,
+        num_classes=CLASSES,
+    )
+
+
+# Network, layer, the place of its cells, and whether its graph is known.
+CASES = {
+    "residual": (Residual, "conv2", None, True),
+    "untraceable": (ShapeDependent, "conv2", None, False),
+    "tokens": (Tokens, "blocks.1.norm1", Layout("tokens", 6, 8, 1), False),
+    "sequence": (lambda: Tokens(False), "blocks.1.norm1", Layout("sequence", 6, 8, 1), False),
+    "channels last": (ChannelsLast, "norm", Layout("last", 6, 8), True),
+    "vit": (vit, "blocks.1.norm1", Layout("tokens", 3, 4, 1), True),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    build, layer, layout, traced = CASES[request.param]
+    torch.manual_seed(3)
+    model = build().double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn(p.shape))
+    notes = []
+    f = cut_classifier(model, layer, preprocessing=PREPROCESSING, note=notes.append)
+    assert isinstance(f.layer, RunTo) == (not traced)
+    assert len(notes) == (not traced)
+    x = torch.randn(3, 3, *SIZE, dtype=torch.double)
+    return model, layer, layout, f, x
+
+
+def by_hooks(model, layer, x, change=lambda out: out):
+    """Run the network itself; return its output and the layer's, which `change` may replace."""
+    seen = []
+
+    def hook(module, args, out):
+        out = change(out)
+        seen.append(out)
+        return out
+
+    handle = model.get_submodule(layer).register_forward_hook(hook)
+    logits = model(x)
+    handle.remove()
+    return logits, seen[-1]
+
+
+def cells_of(out, layout, n, k, i, j):
+    """One number of a layer's output, by its layout."""
+    if layout is None:
+        return out[n, k, i, j]
+    place = layout.prefix + i * layout.width + j
+    return {
+        "last": lambda: out[n, i, j, k],
+        "tokens": lambda: out[n, place, k],
+        "sequence": lambda: out[place, n, k],
+    }[layout.kind]()
+
+
+def test_logits_and_activations_are_the_networks_own(case):
+    model, layer, layout, f, x = case
+    logits, out = by_hooks(model, layer, x)
+    # Where a network runs as it is, torch's own fused kernels may be left out.
+    tolerance = 1e-12 if isinstance(f.layer, RunTo) else 0
+    assert (f(x) - logits).abs().max() <= tolerance
+    g, activation = f.at(x)
+    assert (g.head(activation) - logits).abs().max() <= tolerance
+    assert not torch.equal(logits[0], logits[1])
+    k, h, w = f.activation_shape
+    assert activation.shape == (3, k, h, w)
+    for n, c, i, j in [(0, 0, 0, 0), (1, k - 1, h - 1, w - 2), (2, 3, 1, 2)]:
+        own = cells_of(out, layout, n, c, i, j)
+        assert abs(float(activation[n, c, i, j] - own)) <= tolerance
+
+
+def test_the_head_is_the_network_behind_the_layer_with_the_rest_held(case):
+    model, layer, layout, f, x = case
+    g, activation = f.at(x)
+    changed = activation * 1.5 + 0.1
+
+    def change(out):
+        out = out.clone()
+        cells = out
+        if layout is not None and layout.prefix:
+            # A view of the tokens that belong to cells.
+            cells = out[:, layout.prefix :] if layout.kind == "tokens" else out[layout.prefix :]
+        cells.mul_(1.5).add_(0.1)
+        return out
+
+    expected, _ = by_hooks(model, layer, x, change)
+    assert (g.head(changed) - expected).abs().max() < 1e-12
+    assert (g.head(changed) - g.head(activation)).abs().max() > 1e-3
+
+
+def test_grad_cam_is_that_of_hooks(case):
+    model, layer, layout, f, x = case
+    c = torch.tensor([0, 2, 4])
+    out = by_hooks(model, layer, x)[1].detach().requires_grad_()
+    logits, _ = by_hooks(model, layer, x, lambda _: out)
+    (gradient,) = torch.autograd.grad(logits.gather(1, c[:, None]).sum(), out)
+    k, h, w = f.activation_shape
+    expected = torch.zeros(3, h, w, dtype=torch.double)
+    for n in range(3):
+        for channel in range(k):
+            every = [(i, j) for i in range(h) for j in range(w)]
+            alpha = sum(cells_of(gradient, layout, n, channel, i, j) for i, j in every) / (h * w)
+            for i, j in every:
+                expected[n, i, j] += alpha * cells_of(out, layout, n, channel, i, j).detach()
+    g, activation = f.at(x)
+    found = grad_cam(g, activation, c, x)
+    assert (found - expected.relu()).abs().max() < 1e-12
+    assert found.abs().max() > 0
+
+
+def test_ablation_zeroes_one_channel_of_one_image_at_a_time(case):
+    model, layer, layout, f, x = case
+    c = torch.tensor([1, 0, 3])
+    g, activation = f.at(x)
+    found = ablated_scores(g, activation, c)
+    for n in (0, 2):
+        for k in (0, f.activation_shape[0] - 1):
+            without = activation.clone()
+            without[n, k] = 0
+            assert abs(float(found[n, k] - g.head(without)[n, c[n]])) < 1e-12
+    assert (found[:, 0] - f(x).gather(1, c[:, None])[:, 0]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("method", ["gradcam", "layercam", "scorecam", "eigencam"])
+def test_a_batch_is_its_images(case, method):
+    *_, f, x = case
+    batch = attribution_map(f, x, [0, 1, 2], method)
+    single = [attribution_map(f, x[n : n + 1], n, method)[0] for n in range(3)]
+    assert (batch - torch.stack(single)).abs().max() < 1e-10
+    assert batch.amax() > 0.5
+
+
+def test_the_threshold_is_searched_by_the_network_itself(case):
+    model, *_, f, x = case
+    search = Search(thresholds=(0.0, 0.3, 0.6))
+    (found,) = explain(f, x[:1], ["gradcam"], targets=1, settings=search)
+    result = fine_tune_threshold(f, x[:1], found.attribution[None], 1, search.thresholds)
+    assert torch.equal(result.tau, found.tft.tau)
+    for t, tau in enumerate(search.thresholds):
+        kept = (found.attribution >= tau) & (found.attribution > 0)
+        y_hat = model(x[:1] * kept).softmax(1)[0, 1]
+        assert abs(float(found.tft.probabilities[0, t] - y_hat)) < 1e-6
+    assert abs(found.probability - float(model(x[:1]).softmax(1)[0, 1])) < 1e-6
+
+
+def test_the_users_network_and_its_weights_stay_as_they_are(case):
+    model, layer, _, f, x = case
+    assert not any(m._forward_hooks for m in [*model.modules(), *f.modules()])
+    assert f.weights().keys() == model.state_dict().keys()
+    for name, value in f.weights().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_a_classifier_that_holds_values_still_runs_other_images(case):
+    *_, f, x = case
+    g, activation = f.at(x[:1])
+    assert (g(x) - f(x)).abs().max() < 1e-12
+    two = g.head(activation.repeat(2, 1, 1, 1))
+    assert (two - f(x[:1])).abs().max() < 1e-12
+    h, several = f.at(x)
+    for n in range(3):
+        assert (h.image(n).head(several[n : n + 1]) - f(x)[n]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout("last", 2, 3),
+        Layout("tokens", 2, 3),
+        Layout("tokens", 2, 3, 2),
+        Layout("sequence", 2, 3, 1),
+    ],
+)
+def test_layouts_there_and_back(layout):
+    shape = {"last": (4, 2, 3, 5), "tokens": (4, layout.prefix + 6, 5)}
+    shape = shape.get(layout.kind, (layout.prefix + 6, 4, 5))
+    out = torch.randn(shape)
+    before = [before_maps(out, *layout)] if layout.prefix else []
+    back = from_maps(to_maps(out, *layout), before, *layout)
+    assert torch.equal(back, out)
+    assert back.stride() == out.stride() or layout.kind == "sequence"
+
+
+# Default layers
+
+
+@pytest.mark.parametrize(
+    ("build", "layer"),
+    [
+        (Residual, "conv2"),
+        (Tokens, "blocks.1.norm1"),
+        (ChannelsLast, "norm"),
+        (vit, "blocks.1.norm1"),
+    ],
+)
+def test_the_default_is_the_last_layer_whose_cells_move_the_logits(build, layer):
+    torch.manual_seed(0)
+    model = build().eval()
+    x = torch.randn(1, 3, *SIZE)
+    assert default_layer(model, x, note=lambda _: None) == layer
+    # By brute force: cells behind it move nothing, or there is no such module.
+    logits, out = by_hooks(model, layer, x)
+    moved, _ = by_hooks(model, layer, x, lambda out: out + torch.randn_like(out))
+    assert not torch.equal(moved, logits)
+
+
+def test_zero_weights_do_not_hide_a_path():
+    torch.manual_seed(0)
+    model = Residual().eval()
+    nn.init.zeros_(model.fc.weight)
+    x = torch.randn(1, 3, *SIZE)
+    assert default_layer(model, x, note=lambda _: None) == "conv2"
+    assert not model.fc.weight.any()
+
+
+def test_a_layer_before_the_last_convolution_is_said():
+    class Gate(nn.Module):
+        """A convolution whose cells are only summed: it has none of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, stride=4)
+            self.gate = nn.Conv2d(3, 6, 3, stride=8)
+            self.fc = nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).mean((2, 3)) + 0 * self.gate(x).mean((2, 3)))
+
+    notes = []
+    f = cut_classifier(Gate(), preprocessing=PREPROCESSING, note=notes.append)
+    assert f.layer_name == "conv"
+    assert notes == [
+        "layer conv is explained, not the last convolution gate, whose cells move no class on "
+        "their own; --layer NAME chooses another"
+    ]
+
+
+def test_a_layer_run_as_it_is_can_be_named_only_if_it_has_cells():
+    torch.manual_seed(0)
+    with pytest.raises(AftError, match=r"'fc' can't be used: its output has shape \(N, 5\)"):
+        cut_classifier(ShapeDependent(), "fc", preprocessing=PREPROCESSING, note=lambda _: None)
