@@ -233,11 +233,11 @@ class _Builder:
     def _fold(self) -> None:
         """Fold batch normalisation into the convolution or linear layer before it."""
         for node in list(self.graph.nodes):
-            norm = self.modules.get(str(node.target)) if node.op == "call_module" else None
+            norm = self._layer(node)
             if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
                 continue
             (before,) = node.all_input_nodes
-            layer = self.modules.get(str(before.target)) if before.op == "call_module" else None
+            layer = self._layer(before)
             if isinstance(layer, (_ConvNd, nn.Linear)) and len(before.users) == 1:
                 fold_into(layer, norm)
                 self._skip(node)
@@ -245,21 +245,25 @@ class _Builder:
     def _separate(self) -> None:
         """Give each non-linearity an input of its own.
 
-        captum replaces the gradient of the tensor that goes in, for all that read it.
+        captum replaces the gradient of the tensor that goes in, for all that read it. A
+        non-linearity that made this tensor has noted its gradient before that.
         """
         for node in self.graph.nodes:
-            layer = self.modules.get(str(node.target)) if node.op == "call_module" else None
+            layer = self._layer(node)
             kind = type(layer).__module__
             if kind in (nn.modules.activation.__name__, nn.modules.pooling.__name__):
                 (x,) = node.all_input_nodes
-                if len(x.users) > 1:
+                if len(x.users) > 1 or _is_hooked(layer) and _is_hooked(self._layer(x)):
                     with self.graph.inserting_before(node):
                         node.replace_input_with(x, self.graph.call_function(torch.clone, (x,)))
+
+    def _layer(self, node: fx.Node) -> nn.Module | None:
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None
 
     def _split(self) -> None:
         """Write each ReLU6(x) as ReLU(x) - ReLU(x - 6)."""
         for node in list(self.graph.nodes):
-            module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+            module = self._layer(node)
             # ReLU6 is a Hardtanh from 0 to 6.
             if isinstance(module, nn.Hardtanh) and module.min_val == 0:
                 self.modules |= {f"{node.name}.{i}": nn.ReLU() for i in range(2)}
@@ -273,6 +277,12 @@ class _Builder:
                     whole = self.graph.call_function(operator.sub, (low, high))
                 node.replace_all_uses_with(whole)
                 self.graph.erase_node(node)
+
+
+def _is_hooked(layer: nn.Module | None) -> bool:
+    """Tell if captum changes the gradient at a layer."""
+    activation = type(layer).__module__ == nn.modules.activation.__name__
+    return activation or isinstance(layer, nn.MaxPool2d)
 
 
 class Sum(nn.Module):

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftcli.attributions.canonical import canonical
@@ -123,11 +124,12 @@ def signed_deep_lift(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
 
     Each non-linearity takes the multiplier Delta out / Delta in in place of its derivative
     (section 3.5.1). ReLU6(z) is written ReLU(z) - ReLU(z - 6): multipliers add up, so this is its
-    rescale rule exactly. One pass with gradients of two images a map.
+    rescale rule exactly. Windows of a max pooling are laid side by side, since captum's rule loses
+    what cells in several windows contribute. One pass with gradients of two images a map.
     """
     from captum.attr import DeepLift
 
-    network = canonical(f, split_relu6=True)
+    network = _without_overlap(canonical(f, split_relu6=True))
     for module in network.modules():
         pointwise = type(module).__module__ == "torch.nn.modules.activation"
         if pointwise and not isinstance(module, RESCALED):
@@ -141,6 +143,42 @@ def signed_deep_lift(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
     )
 
 
+def _without_overlap(network: nn.Module) -> nn.Module:
+    """Give each max pooling windows that do not overlap, in place."""
+    for name, pool in list(network.named_modules()):
+        if type(pool) is nn.MaxPool2d:
+            network.set_submodule(
+                name, nn.Sequential(_SideBySide(pool), nn.MaxPool2d(pool.kernel_size))
+            )
+    return network
+
+
+class _SideBySide(nn.Module):
+    """The windows of a max pooling side by side: a cell is repeated for each one that has it."""
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.window = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+        self.ceil = pool.ceil_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, K, i k, j l) for i x j windows of k x l cells; padding is the lowest number.
+
+        Args:
+            x: shape (N, K, h, w).
+        """
+        sides = x.new_empty(1, 1, *x.shape[2:], device="meta")
+        counts = F.max_pool2d(sides, *self.window, ceil_mode=self.ceil).shape
+        pairs = [(v, v) if isinstance(v, int) else v for v in self.window]
+        for axis, (kernel, stride, padding, dilation) in enumerate(zip(*pairs, strict=True), 2):
+            first = torch.arange(counts[axis], device=x.device)[:, None] * stride - padding
+            cells = (first + torch.arange(kernel, device=x.device) * dilation).flatten()
+            inside = cells.clamp(0, x.shape[axis] - 1)
+            missing = (cells != inside).view(-1, *[1] * (3 - axis))
+            x = x.index_select(axis, inside).masked_fill(missing, torch.finfo(x.dtype).min)
+        return x
+
+
 def signed_smooth_grad(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
     """SmoothGrad: the mean of dy^c/dx at x + N(0, sigma^2), sigma = NOISE (max x - min x).
 
@@ -152,6 +190,7 @@ def signed_smooth_grad(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
     method = NoiseTunnel(Saliency(_in_type_of(f, x)))
 
     def smooth(x_n: Tensor, c: int) -> Tensor:
+        x_n = x_n.detach()
         with seeded(x.device):
             return method.attribute(  # type: ignore[no-any-return]
                 x_n,

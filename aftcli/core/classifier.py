@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.cut import cut, cut_modules, flow_of
-from aftcli.core.layers import default_layer, divided
+from aftcli.core.layers import default_layer, divided, name_of
 from aftcli.core.networks import copied, outside_inference_mode, unwrapped
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
@@ -218,7 +218,7 @@ class Classifier(nn.Module):
 @outside_inference_mode
 def cut_classifier(
     model: nn.Module,
-    layer: str | None = None,
+    layer: str | nn.Module | None = None,
     *,
     name: str | None = None,
     preprocessing: Preprocessing | None = None,
@@ -232,8 +232,8 @@ def cut_classifier(
         model: a network from (N, 3, H, W) to logits (N, C), or to any other output, of which only
             a target can be explained; it is copied, not changed. Of DataParallel and torch.compile
             the network inside is taken.
-        layer: where to cut; default the last layer with cells that the logits depend on, see
-            `core.layers.default_layer`.
+        layer: where to cut, a module of the model or its name; default the last layer with cells
+            that the logits depend on, see `core.layers.default_layer`.
         name: the model's name in results; default its class's name.
         preprocessing: what makes its input; default ImageNet's usual.
         classes: the names of the classes; default numbers.
@@ -253,6 +253,7 @@ def cut_classifier(
             f"{type(model).__name__} was made in torch.inference_mode(), where nothing has a "
             "gradient; make it outside, or leave own out for a copy"
         )
+    layer = layer if layer is None or isinstance(layer, str) else name_of(layer, model)
     model = (model if own else copied(model)).eval().requires_grad_(False)
     preprocessing = preprocessing or Preprocessing()
     x = torch.randn(1, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))

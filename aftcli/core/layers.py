@@ -88,6 +88,22 @@ def _layout(
     return None
 
 
+def name_of(layer: object, model: nn.Module) -> str:
+    """Find the name of a module of a network.
+
+    Raises:
+        AftError: it is none.
+    """
+    found = next((name for name, module in model.named_modules() if module is layer), "")
+    if not found:
+        what = type(layer).__name__
+        raise AftError(
+            f"layer must be the name of a module of {type(model).__name__}, or one of its modules; "
+            f"this {what} is none"
+        )
+    return found
+
+
 def layout_at(model: nn.Module, layer: str, x: Tensor) -> tuple[Layout | None, int]:
     """Find where a layer's output has its cells, and how often the layer runs in a pass.
 

@@ -120,6 +120,44 @@ def test_deep_lift_through_relu6_is_the_rescale_rule():
     assert_near(found, expected.detach())
 
 
+IN_A_ROW = {
+    "pooled, then rectified": (nn.MaxPool2d(2), nn.ReLU()),
+    "rectified twice": (nn.ReLU(), nn.ReLU(inplace=True)),
+    "three kinds": (nn.Softplus(), nn.Tanh(), nn.Sigmoid()),
+    "pooled twice": (nn.MaxPool2d(2), nn.ReLU6(), nn.MaxPool2d(2), nn.LeakyReLU()),
+    "pooled behind a layer": (nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.MaxPool2d(2)),
+    "windows that overlap": (nn.MaxPool2d(3, 2, 1), nn.ReLU(), nn.MaxPool2d((2, 3), (1, 2))),
+    "windows beyond the edge": (nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2, 1, dilation=2)),
+}
+
+
+@pytest.mark.parametrize("row", IN_A_ROW)
+def test_deep_lift_through_non_linearities_in_a_row(row):
+    """captum alone loses multipliers there, and what cells in several windows contribute."""
+    torch.manual_seed(1)
+    mean = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *IN_A_ROW[row], *mean).double()
+    model[0].weight.data *= 6
+    f = cut_classifier(model, "0", preprocessing=Preprocessing(size=(8, 8)))
+    x, c = 2 * torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 3])
+    with torch.no_grad():
+        change = (model(x) - model(torch.zeros_like(x))).gather(1, c[:, None])[:, 0]
+    assert_near(gradient.signed_deep_lift(f, c, x).sum((1, 2, 3)), change, 1e-7)
+
+
+def test_deep_lift_of_a_cell_in_two_windows():
+    """Cells 1, 5, 2 against 0: each of the two windows hands its 5 to the middle one."""
+    model = nn.Sequential(nn.Conv2d(3, 1, 1, bias=False), nn.MaxPool2d((1, 2), 1), nn.Flatten())
+    model.append(nn.Linear(2, 2)).double()
+    nn.init.ones_(model[0].weight)
+    nn.init.ones_(model[3].weight)
+    f = cut_classifier(model, "0", preprocessing=Preprocessing(size=(1, 3)))
+    x = torch.zeros(1, 3, 1, 3, dtype=torch.float64)
+    x[0, 0, 0] = torch.tensor([1.0, 5.0, 2.0])
+    found = gradient.signed_deep_lift(f, torch.tensor([0]), x)
+    assert_near(found[0, 0, 0], torch.tensor([0.0, 10.0, 0.0], dtype=torch.float64))
+
+
 def test_deep_lift_says_which_layer_it_has_no_rule_for():
     model = TwoReLU6()
     model.act = nn.SiLU()

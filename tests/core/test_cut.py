@@ -323,6 +323,13 @@ def test_an_unknown_layer_is_refused_with_the_nearest(layer, resnet18):
         cut(resnet18, name)
 
 
+def test_a_module_is_a_layer_by_its_name(resnet18):
+    assert cut_classifier(resnet18, resnet18.layer4).layer_name == "layer4"
+    for wrong in (3, ["layer4"], nn.ReLU(), resnet18):
+        with pytest.raises(AftError, match="layer must be the name of a module of ResNet"):
+            cut_classifier(resnet18, wrong)
+
+
 @pytest.mark.parametrize("layer", ["", "+layer4", "layer4+"])
 def test_an_empty_name_is_refused(layer, resnet18):
     with pytest.raises(AftError, match="unknown layer ''"):
