@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from aftcli.attributions.canonical import canonical
 from aftcli.attributions.decomposition import contrast, named, relevance
 from aftcli.core.cam import (
+    cells_of,
     class_score,
     layer_cam,
     normalise,
@@ -58,7 +59,7 @@ def finer_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
 
 def finer_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """Return Finer-CAM's alpha, shape (N, K)."""
-    return score_gradient(f, activation, class_index, finer_score).mean((2, 3))
+    return score_gradient(f, activation, class_index, finer_score).mean(cells_of(activation))
 
 
 def finer_score(logits: Tensor, class_index: Tensor) -> Tensor:

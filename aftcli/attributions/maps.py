@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aftcli.attributions import activation as beyond
 from aftcli.core import cam
-from aftcli.core.cam import first_component, normalise, scaled_map, stretch, upsample
+from aftcli.core.cam import cells_of, first_component, normalise, scaled_map, stretch, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS, Method, method
 from aftcli.core.networks import class_indices, first_activation, outside_inference_mode
@@ -52,9 +52,10 @@ def eigen_smoothed(
     """
     plain = without_constant(f, activation)
     alpha = WEIGHTS[name](f, activation, class_index, x)[:, : plain.shape[1]]
-    weighted = (alpha if alpha.dim() == 4 else alpha[:, :, None, None]) * plain
-    first = first_component(weighted - weighted.mean((2, 3), keepdim=True))
-    agreement = (first * weighted.sum(1)).sum((1, 2), keepdim=True)
+    cells = cells_of(plain)
+    weighted = alpha.view(*alpha.shape, *[1] * (plain.dim() - alpha.dim())) * plain
+    first = first_component(weighted - weighted.mean(cells, keepdim=True))
+    agreement = (first * weighted.sum(1)).sum([axis - 1 for axis in cells], keepdim=True)
     return (first * torch.where(agreement < 0, -1, 1)).relu()
 
 
@@ -68,9 +69,9 @@ def augmented(
     maps = []
     for mirrored in (False, True):
         for factor in FACTORS:
-            z = factor * (x.flip(3) if mirrored else x)
+            z = factor * (x.flip(-1) if mirrored else x)
             found = scaled_map(*f.at(z), class_index, z, name)
-            maps.append(found.flip(2) if mirrored else found)
+            maps.append(found.flip(-1) if mirrored else found)
     return torch.stack(maps).mean(0)
 
 
@@ -130,7 +131,7 @@ def fused(maps: Sequence[Tensor], fuse: str = "max") -> Tensor:
     check_name("fusion", fuse, FUSIONS)
     if len(maps) == 1:
         return maps[0]
-    size = [max(m.shape[axis] for m in maps) for axis in (1, 2)]
+    size = [max(sides) for sides in zip(*(m.shape[1:] for m in maps), strict=True)]
     return normalise(FUSIONS[fuse](torch.stack([stretch(m, size) for m in maps])))
 
 
@@ -159,6 +160,8 @@ def map_of_layers(
             f"{method(name).title} is of classes and takes no target; take one of "
             f"{', '.join(other for other in METHODS if takes_target(other))}"
         )
+    if x.dim() == 5 and method(name).family != "cam":
+        raise AftError(f"{method(name).title} is of images; videos are explained by CAMs")
     if len(seen) > 1 and method(name).family not in ("cam", "activation"):
         raise AftError(
             f"{method(name).title} is of pixels, the same whatever the layer: nothing to fuse; "
@@ -206,7 +209,8 @@ def attribution_map(
 
     Args:
         f: the classifier; several that are cut at different layers of one network give one map.
-        x: inputs, shape (N, 3, H, W), normalised as the model wants.
+        x: inputs, shape (N, 3, H, W), normalised as the model wants; videos (N, 3, D, H, W) for
+            CAMs.
         class_index: the class explained for each input, shape (N,); a number for one input; or a
             target, a function of the output (aftcli/models/targets.py).
         method: a key of METHODS: gradcam, ablationcam, layercam, lrp, rise, …
@@ -217,7 +221,7 @@ def attribution_map(
         fuse: "max" or "product": what several layers' maps are combined by, see `fused`.
 
     Returns:
-        I, shape (N, H, W), in [0, 1]; an all-zero map stays zero.
+        I, shape (N, H, W), of videos (N, D, H, W), in [0, 1]; an all-zero map stays zero.
 
     Raises:
         AftError: x is no batch of images, not each has one class of f's, the method can't be

@@ -56,7 +56,12 @@ def wide(values: Tensor) -> Tensor:
 
 
 def _signed_sum(alpha: Tensor, activation: Tensor) -> Tensor:
-    return torch.einsum("nk,nkhw->nhw", alpha, activation)
+    return torch.einsum("nk,nk...->n...", alpha, activation)
+
+
+def cells_of(activation: Tensor) -> tuple[int, ...]:
+    """Return the axes of A's cells: h and w, of a video d, h and w."""
+    return tuple(range(2, activation.dim()))
 
 
 def weighted_sum(alpha: Tensor, activation: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ def _signed_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: 
 
 def grad_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """Return Grad-CAM's alpha, shape (N, K)."""
-    return score_gradient(f, activation, class_index).mean((2, 3))
+    return score_gradient(f, activation, class_index).mean(cells_of(activation))
 
 
 def grad_cam_plus_plus(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -110,9 +115,9 @@ def grad_cam_plus_plus(f: Classifier, activation: Tensor, class_index: Tensor, x
 def plus_plus_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """Return Grad-CAM++'s alpha, shape (N, K)."""
     g = score_gradient(f, activation, class_index)
-    denominator = 2 + activation.sum((2, 3), keepdim=True) * g
+    denominator = 2 + activation.sum(cells_of(activation), keepdim=True) * g
     s = _ratio(torch.ones_like(g), torch.where(g != 0, denominator, 0))
-    return (s * g.relu()).sum((2, 3))
+    return (s * g.relu()).sum(cells_of(activation))
 
 
 def x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -127,7 +132,8 @@ def _signed_x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x
 def x_grad_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """Return XGrad-CAM's alpha, shape (N, K)."""
     g = score_gradient(f, activation, class_index)
-    return _ratio((g * activation).sum((2, 3)), activation.sum((2, 3)))
+    cells = cells_of(activation)
+    return _ratio((g * activation).sum(cells), activation.sum(cells))
 
 
 def layer_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -160,7 +166,8 @@ def eigen_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
     A singular vector has no sign of its own; the one with a positive sum of the map is taken.
     """
     first = first_component(without_constant(f, activation))
-    return (first * torch.where(first.sum((1, 2), keepdim=True) < 0, -1, 1)).relu()
+    axes = tuple(range(1, first.dim()))
+    return (first * torch.where(first.sum(axes, keepdim=True) < 0, -1, 1)).relu()
 
 
 def first_component(channels: Tensor) -> Tensor:
@@ -283,7 +290,7 @@ def ablated_by_batches(f: Classifier, activation: Tensor, class_index: Tensor) -
     for n, (a, c) in enumerate(zip(activation, class_index.tolist(), strict=True)):
         of_image, y_k = f.image(n), y[n].repeat(len(a))
         for part in a.flatten(1).any(1).nonzero().squeeze(1).split(BATCH):
-            ablated = a.repeat(len(part), 1, 1, 1)
+            ablated = a.repeat(len(part), *[1] * a.dim())
             ablated[torch.arange(len(part)), part] = 0
             y_k[part] = of_image.head(ablated)[:, c]
         scores.append(y_k)
@@ -292,14 +299,15 @@ def ablated_by_batches(f: Classifier, activation: Tensor, class_index: Tensor) -
 
 def normalise(attribution: Tensor) -> Tensor:
     """Apply S: scale each map, shape (N, h, w), to [0, 1]; a constant one becomes zero (§3.1)."""
-    low = attribution.amin((1, 2), keepdim=True)
-    span = attribution.amax((1, 2), keepdim=True) - low
+    axes = tuple(range(1, attribution.dim()))
+    low = attribution.amin(axes, keepdim=True)
+    span = attribution.amax(axes, keepdim=True) - low
     return _ratio(attribution - low, span)
 
 
 def upsample(attribution: Tensor, x: Tensor) -> Tensor:
-    """Stretch maps, shape (N, h, w), bilinearly to the height and width of x."""
-    return stretch(attribution, x.shape[-2:])
+    """Stretch maps, shape (N, h, w), bilinearly to the size of x, of videos to its frames too."""
+    return stretch(attribution, x.shape[1 - attribution.dim() :])
 
 
 def stretch(attribution: Tensor, size: Sequence[int]) -> Tensor:
@@ -309,19 +317,20 @@ def stretch(attribution: Tensor, size: Sequence[int]) -> Tensor:
     F.interpolate rounds it, so that by rank a cut would go through the middle of a flat part.
 
     Args:
-        attribution: maps, shape (N, h, w).
-        size: (H, W).
+        attribution: maps, shape (N, h, w), or (N, d, h, w) of videos.
+        size: (H, W), or (D, H, W).
 
     Returns:
-        Maps of shape (N, H, W).
+        Maps of shape (N, H, W), or (N, D, H, W).
     """
-    for axis, side in ((1, size[0]), (2, size[1])):
+    last = attribution.dim() - 1
+    for axis, side in enumerate(size, 1):
         cells = attribution.shape[axis]
         if cells != side:
             centres = (torch.arange(side, dtype=torch.double) + 0.5) * (cells / side) - 0.5
             centres = centres.clamp(0, cells - 1).to(attribution.device)
             low = centres.floor().long()
-            weight = (centres - low).to(attribution).view(-1, *[1] * (2 - axis))
+            weight = (centres - low).to(attribution).view(-1, *[1] * (last - axis))
             before = attribution.index_select(axis, low)
             after = attribution.index_select(axis, (low + 1).clamp(max=cells - 1))
             attribution = torch.lerp(before, after, weight)

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.cut import cut, cut_modules, flow_of
 from aftcli.core.layers import default_layer, divided, name_of
-from aftcli.core.networks import copied, outside_inference_mode, unwrapped
+from aftcli.core.networks import copied, outside_inference_mode, takes_videos, unwrapped
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 
@@ -38,6 +38,9 @@ def check_several(classes: int) -> None:
             "needs two classes or more: train it on as many, or give its last layer a first row of "
             "zeros (weights and bias), then class 1 has the sigmoid of the old output"
         )
+
+
+FRAMES = 8  # of the video that a cut is checked on
 
 
 class Engine(Protocol):
@@ -230,8 +233,9 @@ def cut_classifier(
 
     Args:
         model: a network from (N, 3, H, W) to logits (N, C), or to any other output, of which only
-            a target can be explained; it is copied, not changed. Of DataParallel and torch.compile
-            the network inside is taken.
+            a target can be explained, or from videos (N, 3, D, H, W), at a layer that is named;
+            it is copied, not changed. Of DataParallel and torch.compile the network inside is
+            taken.
         layer: where to cut, a module of the model or its name; default the last layer with cells
             that the logits depend on, see `core.layers.default_layer`.
         name: the model's name in results; default its class's name.
@@ -256,7 +260,9 @@ def cut_classifier(
     layer = layer if layer is None or isinstance(layer, str) else name_of(layer, model)
     model = (model if own else copied(model)).eval().requires_grad_(False)
     preprocessing = preprocessing or Preprocessing()
-    x = torch.randn(1, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))
+    frames = [FRAMES] if takes_videos(model) else []
+    size = (*frames, *preprocessing.size)
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     x = x.to(next(model.parameters()))
     layer = layer or default_layer(model, x, note)
     parts = divided(model, layer, x, note)
@@ -278,7 +284,7 @@ def cut_classifier(
         layer_name=layer,
         preprocessing=preprocessing,
         classes=classes,
-        activation_shape=(shape[0], shape[1], shape[2]),
+        activation_shape=tuple(shape),  # type: ignore[arg-type] # of videos (K, d, h, w)
         bypassed=bool(rest),
     ).eval()
 
@@ -349,7 +355,7 @@ def _is_channelwise(split: LinearHead, shape: tuple[int, int, int]) -> bool:
             return False
         blocks = features.view(channels, -1), zero.view(channels, -1)
         expected = torch.where(kept[:, None], *blocks).view(1, -1)
-        ablated = split.pool(activation * kept[:, None, None])
+        ablated = split.pool(activation * kept.view(-1, *[1] * (len(shape) - 1)))
         if not torch.allclose(ablated, expected, rtol=1e-4, atol=1e-5):
             return False
     return True
@@ -360,5 +366,5 @@ def _is_mean(split: LinearHead, shape: tuple[int, int, int]) -> bool:
     activation = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
     activation = activation.to(split.linear.weight)
     features = split.pool(activation)
-    mean = activation.mean((2, 3))
+    mean = activation.flatten(2).mean(2)
     return features.shape == mean.shape and torch.allclose(features, mean, rtol=1e-4, atol=1e-5)

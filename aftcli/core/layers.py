@@ -9,17 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aftcli.core.classes import Layout, to_maps
+from aftcli.core.classes import Layout, same_output, to_maps
 from aftcli.core.cut import CutPoint, Parts, Untraceable, cut, cut_points, is_spatial, on_meta
-from aftcli.core.networks import (
-    Ran,
-    RunFrom,
-    RunTo,
-    copied,
-    first_tensor,
-    run_watched,
-    same_output,
-)
+from aftcli.core.networks import Ran, RunFrom, RunTo, copied, first_tensor, run_watched
 from aftcli.errors import AftError, first_line
 
 ROUNDING = 1e-5  # of the largest logit
@@ -70,7 +62,7 @@ def places(calls: Sequence[Ran], x: Tensor) -> list[Place]:
 def _layout(
     shape: Sequence[int], input_: Sequence[int], grids: Sequence[tuple[int, int]]
 ) -> Layout | None:
-    count, _, high, wide = input_
+    count, _, *_, high, wide = input_
     if len(shape) == 4 and shape[0] == count:
         for kind, (h, w) in (("first", shape[2:]), ("last", shape[1:3])):
             if h * w > 1 and abs(h * wide - w * high) < wide:
@@ -173,8 +165,10 @@ def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]
 
 
 def _are_maps(activation: object, x: Tensor) -> bool:
-    if not isinstance(activation, Tensor) or activation.dim() != 4:
+    if not isinstance(activation, Tensor) or activation.dim() != x.dim():
         return False
+    if x.dim() == 5:
+        return True
     layout = _layout(activation.shape, x.shape, [])
     return layout is None or layout.kind == "first"
 
@@ -196,7 +190,7 @@ def _check(parts: Parts, layer: str, x: Tensor, expected: object, tolerance: flo
 
 def _two(x: Tensor) -> Tensor:
     # Two images: the axis of images is then told from others.
-    return x[:1].repeat(2, 1, 1, 1)
+    return x[:1].repeat(2, *[1] * (x.dim() - 1))
 
 
 def _calls(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:

@@ -102,31 +102,6 @@ def with_history(what: object) -> Iterator[Tensor]:
             todo += value
 
 
-def same_output(one: object, two: object, tolerance: float = 0.0) -> bool:
-    """Tell if two outputs of a network are equal: tensors, or collections of them.
-
-    Args:
-        one: an output.
-        two: the other.
-        tolerance: a share of the largest number of a tensor; by 0 they are equal bit for bit.
-    """
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        if one.shape != two.shape or not one.numel():
-            return one.shape == two.shape
-        if one.dtype == torch.bool:
-            return torch.equal(one, two)
-        return bool((one - two).abs().max() <= tolerance * two.abs().max())
-    if isinstance(one, Mapping) and isinstance(two, Mapping):
-        return one.keys() == two.keys() and all(
-            same_output(one[key], two[key], tolerance) for key in one
-        )
-    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
-        return len(one) == len(two) and all(
-            same_output(a, b, tolerance) for a, b in zip(one, two, strict=True)
-        )
-    return type(one) is type(two) and bool(one == two)
-
-
 def computes_weights(module: nn.Module) -> bool:
     """Tell if weights are computed at each pass: by parametrizations, norms or pruning."""
     return is_parametrized(module) or any(map(_remaking, module.modules()))
@@ -304,6 +279,7 @@ class Cut(Protocol):
 
     name: str
     classes: Any  # sized
+    activation_shape: Any
 
     def at(self, x: Tensor) -> tuple[Any, Tensor]:
         """Compute A, and hold what passes layer l by."""
@@ -314,7 +290,7 @@ class Cut(Protocol):
 
 def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, Tensor]:
     """Compute f.at(x) of inputs that a caller gave, without gradients: f for them, and A."""
-    check_shape(x, count)
+    check_shape(x, count, len(f.activation_shape) == 4)
     try:
         with torch.no_grad():
             return f.at(x)
@@ -334,16 +310,24 @@ def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, 
         ) from error
 
 
-def check_shape(x: Tensor, count: int | None = None) -> None:
-    """Check that x is a batch of images."""
+def takes_videos(model: nn.Module) -> bool:
+    """Tell if a network's first convolution is over frames too."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    first = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    return isinstance(first, nn.Conv3d)
+
+
+def check_shape(x: Tensor, count: int | None = None, videos: bool = False) -> None:
+    """Check that x is a batch of images, or of videos."""
+    shape = "(N, 3, D, H, W)" if videos else "(N, 3, H, W)"
     if not isinstance(x, Tensor):
         raise AftError(
-            f"x must be a tensor of shape (N, 3, H, W), got {type(x).__name__}; to_input makes one "
+            f"x must be a tensor of shape {shape}, got {type(x).__name__}; to_input makes one "
             "of an image"
         )
-    if x.dim() != 4:
-        single = "; for one image pass x[None]" if x.dim() == 3 else ""
-        raise AftError(f"x must have shape (N, 3, H, W), got {tuple(x.shape)}{single}")
+    if x.dim() != 4 + videos:
+        single = "; for one image pass x[None]" if x.dim() == 3 + videos else ""
+        raise AftError(f"x must have shape {shape}, got {tuple(x.shape)}{single}")
     if count is not None and len(x) != count:
         raise AftError(f"x must hold {count} image, got {len(x)}; pass one after the other")
 

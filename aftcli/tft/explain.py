@@ -141,8 +141,8 @@ def explain(
         y = first.probabilities(g.head(activation).float())[0]
     classes = _explained(first, y, targets, top_k)
     count = len(classes)
-    x_c = x.expand(count, -1, -1, -1)
-    seen_c = [(each, a.expand(count, -1, -1, -1)) for each, a in seen]
+    x_c = x.expand(count, *x.shape[1:])
+    seen_c = [(each, a.expand(count, *a.shape[1:])) for each, a in seen]
     how = (cells, zero_level, smooth, fuse)
     maps = [map_of_layers(seen_c, classes, x_c, method, *how) for method in methods]
     named = [method for method in methods for _ in classes]

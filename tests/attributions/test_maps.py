@@ -370,3 +370,108 @@ def test_layers_that_a_command_does_not_take(layers):
     for command in (("gen-masks", "."), ("evaluate", ".")):
         wrong = usage_error(aft(*command, "--layer", "2+3", "--layer", "0+1"))
         assert "give --layer once" in wrong
+
+
+# Videos
+
+
+class Videos(nn.Module):
+    """3-d convolutions; layer `relu` of (3, 4, 5) cells for 6 frames of 8 x 10 pixels."""
+
+    def __init__(self, pooled):
+        super().__init__()
+        torch.manual_seed(2)
+        self.conv, self.relu = nn.Conv3d(3, 5, 3, stride=2, padding=1), nn.ReLU()
+        self.mix, self.pooled = nn.Conv3d(5, 5, 1), pooled
+        self.fc = nn.Linear(5, 4)
+
+    def forward(self, x):
+        a = self.relu(self.conv(x))
+        a = a if self.pooled else torch.tanh(self.mix(a)) * 3
+        return self.fc(a.mean((2, 3, 4)))
+
+
+def cut_videos(pooled):
+    model = Videos(pooled).double().eval()
+    preprocessing = Preprocessing(size=(8, 10), resize=None)
+    f = cut_classifier(model, "relu", preprocessing=preprocessing)
+    generator = torch.Generator().manual_seed(3)
+    return model, f, torch.randn(2, 3, 6, 8, 10, generator=generator, dtype=torch.double)
+
+
+def stretched(m, size):
+    """Linear between cells, axis by axis, frames first."""
+    for axis, side in enumerate(size):
+        m = np.moveaxis(m, axis, 0)
+        out = []
+        for i in range(side):
+            at = min(max((i + 0.5) * len(m) / side - 0.5, 0), len(m) - 1)
+            low = int(at)
+            high = min(low + 1, len(m) - 1)
+            out.append(m[low] * (1 - (at - low)) + m[high] * (at - low))
+        m = np.moveaxis(np.array(out), 0, axis)
+    return m
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("method", [name for name in reference.CAMS if name != "eigencam"])
+def test_maps_of_videos_are_those_of_rows_of_cells(method, pooled):
+    if method == "cam" and not pooled:
+        return
+    # The same cells in two dimensions, d * h by w, behind a head that only takes their mean.
+    model, f, x = cut_videos(pooled)
+    c = torch.tensor([1, 3])
+    found = attribution_map(f, x, c, method)
+    assert found.shape == (2, 6, 8, 10)
+    with torch.no_grad():
+        a = model.relu(model.conv(x))
+    for n in range(2):
+        if method == "scorecam":
+            scores = []
+            for channel in a[n].numpy():
+                mask = torch.from_numpy(stretched(reference.scale(channel), (6, 8, 10)))
+                with torch.no_grad():
+                    scores.append(float(model((x[n] * mask)[None])[0, c[n]]))
+            alpha = np.exp(np.array(scores) - max(scores))
+            cells = reference.weighted_sum(alpha / alpha.sum(), a[n].flatten(1, 2).numpy())
+        else:
+            flat = Flat(model)
+            rows = a[n : n + 1].flatten(2, 3)
+            cells = reference.CAMS[method](flat, "layer", rows, int(c[n]))
+        expected = stretched(reference.scale(cells.reshape(a.shape[2:])), (6, 8, 10))
+        assert_near(found[n], expected, 1e-7)
+
+
+class Flat(nn.Module):
+    """What follows A in `Videos`, for A as rows of cells."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.layer, self.whole = nn.Identity(), [model]
+        self.fc = model.fc
+
+    def forward(self, rows):
+        (model,) = self.whole
+        a = self.layer(rows)
+        if not model.pooled:
+            mixed = torch.einsum("ok,nkij->noij", model.mix.weight[:, :, 0, 0, 0], a)
+            a = torch.tanh(mixed + model.mix.bias[:, None, None]) * 3
+        return self.fc(a.mean((2, 3)))
+
+
+def test_videos_are_fused_smoothed_and_explained():
+    model, f, x = cut_videos(False)
+    deeper = cut_classifier(model, "mix", preprocessing=f.preprocessing)
+    for smooth in SMOOTHINGS:
+        found = attribution_map((f, deeper), x, [0, 2], "gradcam", smooth=smooth, fuse="product")
+        assert found.shape == (2, 6, 8, 10) and found.max() > 0
+    [explained] = explain(f, x[:1], ["layercam"], 1)
+    assert torch.equal(explained.attribution, attribution_map(f, x[:1], 1, "layercam")[0])
+    with pytest.raises(AftError, match="x must have shape .N, 3, H, W., got .1, 3, 6"):
+        explain(f, x[:1], ["layercam"], 1, settings=Search())
+    with pytest.raises(AftError, match="x must have shape .N, 3, D, H, W., got .2, 3, 8, 10"):
+        attribution_map(f, x[:, :, 0], [0, 1], "gradcam")
+    with pytest.raises(AftError, match="RISE is of images; videos are explained by CAMs"):
+        attribution_map(f, x, [0, 1], "rise")
+    with pytest.raises(AftError, match="pass --layer NAME"):
+        cut_classifier(model, preprocessing=f.preprocessing)
