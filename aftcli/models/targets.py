@@ -1,8 +1,9 @@
 """Targets beyond a class: scores of a network's output, whatever it is.
 
 A target takes the output of N images, as the network gives it, and returns a score of each, shape
-(N,). A network with a target is a classifier of one class whose logit is that score, so every
-method that asks for no probabilities takes it.
+(N,); one that returns a single score is asked image by image. A network with a target is a
+classifier of one class whose logit is that score, so every method that asks for no probabilities
+takes it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,25 @@ class Scored(nn.Module):
 
     def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
         """Compute scores, shape (N, 1), of A, shape (N, K, h, w)."""
-        output = self.inner(activation, *rest)
+        output, count = self.inner(activation, *rest), len(activation)
+        scores = self._scores(output)
+        if scores.numel() == 1 < count:
+            # A target written for one image, as other libraries' are.
+            alone = [self._scores(image_of(output, n, count)) for n in range(count)]
+            scores = torch.cat([each.reshape(-1) for each in alone])
+        if scores.numel() != count:
+            raise AftError(
+                f"target {self.name} gives {tuple(scores.shape)} for {count} images; it must "
+                "return one score for each, shape (N,)"
+            )
+        if activation.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+            raise AftError(
+                f"target {self.name} gives a score without a gradient; leave .item(), .detach(), "
+                "argmax and numpy out of it, or take a method without gradients: scorecam"
+            )
+        return scores.reshape(-1, 1)
+
+    def _scores(self, output: object) -> Tensor:
         try:
             scores = self.target(output)
         except AftError:
@@ -47,17 +66,20 @@ class Scored(nn.Module):
         if not isinstance(scores, Tensor) or not scores.is_floating_point():
             what = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
             raise AftError(f"target {self.name} gives {what}; it must return a tensor of floats")
-        if scores.numel() != len(activation):
-            raise AftError(
-                f"target {self.name} gives {tuple(scores.shape)} for {len(activation)} images; it "
-                "must return one score for each, shape (N,)"
-            )
-        if activation.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
-            raise AftError(
-                f"target {self.name} gives a score without a gradient; leave .item(), .detach(), "
-                "argmax and numpy out of it, or take a method without gradients: scorecam"
-            )
-        return scores.reshape(-1, 1)
+        return scores
+
+
+def image_of(output: Any, n: int, count: int) -> Any:  # noqa: ANN401 - whatever a network returns
+    """Take the n-th of `count` images' outputs: rows of tensors, an entry of a list of images."""
+    if isinstance(output, Tensor):
+        return output[n : n + 1]
+    if isinstance(output, Mapping):
+        return {key: image_of(value, n, count) for key, value in output.items()}
+    if isinstance(output, list | tuple):
+        if len(output) == count and not isinstance(output[0], Tensor):
+            return [output[n]]
+        return [image_of(value, n, count) for value in output]
+    return output
 
 
 def _described(output: object) -> str:
@@ -78,7 +100,7 @@ def with_target(f: Classifier, target: Target, name: str = "") -> Targeted:
 
     Args:
         f: the classifier, or a network cut with any output; its modules are shared.
-        target: see the module; it must work for any number of images.
+        target: see the module.
         name: names the class; default the function's.
     """
     if not callable(target):

@@ -25,7 +25,7 @@ from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
 from aftcli.errors import AftError
-from aftcli.models.targets import overlap
+from aftcli.models.targets import image_of, overlap
 from aftcli.settings import Search
 from aftcli.tft.explain import explain, fits
 from aftcli.tft.search import fine_tune_threshold
@@ -90,6 +90,22 @@ def test_a_probability_is_pytorch_grad_cams_target(name):
     theirs = [ClassifierOutputSoftmaxTarget(C)] * 3
     expected = on_cells(getattr(pytorch_grad_cam, name), s.model, s.layer, s.x, theirs)
     assert_near(attribution_map(s.f, s.x, probability, name.lower()), expected, 1e-5)
+
+
+@pytest.mark.parametrize("method", ["gradcam", "scorecam", "ablationcam"])
+def test_a_target_of_one_image_is_asked_image_by_image(method):
+    s = small("mlp", 6)
+    expected = attribution_map(s.f, s.x, torch.full((3,), C), method)
+    assert_near(attribution_map(s.f, s.x, lambda output: output.flatten()[C], method), expected)
+
+
+def test_outputs_of_an_image_are_told_apart():
+    rows = torch.arange(6).view(3, 2)
+    boxes = [{"scores": row} for row in rows]
+    assert image_of(rows, 1, 3).tolist() == [[2, 3]]
+    assert image_of({"out": rows, "n": 4}, 2, 3)["out"].tolist() == [[4, 5]]
+    assert image_of((rows, rows), 0, 3)[1].tolist() == [[0, 1]]
+    assert image_of(boxes, 1, 3)[0]["scores"].tolist() == [2, 3]
 
 
 # Networks whose output is no logits
@@ -280,6 +296,7 @@ def test_targets_that_are_none():
     s = small("linear", 0)
     for target, message in (
         (lambda output: output, r"gives \(3, 5\) for 3 images"),
+        (lambda output: output[:1, :2].sum(1)[:0], r"gives \(0,\) for 3 images"),
         (lambda output: output[:, 0].tolist(), "gives list; it must return a tensor"),
         (lambda output: output.argmax(1), "gives torch.int64"),
         (lambda output: output[:, 0].detach(), "gives a score without a gradient"),

@@ -151,7 +151,6 @@ def test_a_network_of_grey_pictures():
     assert found.shape == (5, 28, 28) and found.isfinite().all()
 
 
-@pending("target")
 def test_a_loss_as_a_target(seen):
     """OmniXAI: gradcam/vlm_gradcam_torch.py::test, its loss_function"""
     f, x = seen
