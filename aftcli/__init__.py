@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from aftcli.models.checkpoint import read_card as read_card
     from aftcli.models.load import load_classifier as load_classifier
     from aftcli.models.targets import box_target as box_target
+    from aftcli.models.targets import contrast_target as contrast_target
     from aftcli.models.targets import output_target as output_target
     from aftcli.models.targets import region_target as region_target
     from aftcli.models.targets import similarity_target as similarity_target
@@ -71,6 +72,7 @@ _HOMES = {
     "accelerated": "aftcli.engine.accelerate",
     "attribution_map": "aftcli.attributions.maps",
     "box_target": "aftcli.models.targets",
+    "contrast_target": "aftcli.models.targets",
     "control_job": "aftcli.aft.jobs",
     "cut_classifier": "aftcli.core.classifier",
     "evaluate_study": "aftcli.evaluation.run",

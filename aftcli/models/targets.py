@@ -145,6 +145,15 @@ def load_target(text: str) -> Target:
 # Ready ones
 
 
+def contrast_target(class_index: int, other: int) -> Target:
+    """Return the target of a class against another one: y^A - y^B of logits, shape (N, C)."""
+
+    def score(output: Tensor) -> Tensor:
+        return output[:, class_index] - output[:, other]
+
+    return _named(score, f"class {class_index} against {other}")
+
+
 def output_target(index: int = 0) -> Target:
     """Return the target of a regression: one number of outputs, shape (N,) or (N, M)."""
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from aftcli import (
     box_target,
+    contrast_target,
     output_target,
     region_target,
     similarity_target,
@@ -68,7 +69,7 @@ def test_a_classs_score_as_a_target_gives_the_classs_map(method, kind):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_difference_of_classes_is_the_gradients_difference(seed):
     s = small("mlp", seed)
-    found = attribution_map(s.f, s.x, lambda output: output[:, 1] - output[:, 4], "gradcam")
+    found = attribution_map(s.f, s.x, contrast_target(1, 4), "gradcam")
     for n in range(3):
         x = s.x[n : n + 1]
         g = [reference.gradient_of(s.model, s.layer, x, c) for c in (1, 4)]
