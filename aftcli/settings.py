@@ -30,10 +30,17 @@ SearchKind = Literal["exact", "fast"]
 Smooth = Literal["none", "aug", "eigen"]
 Fuse = Literal["max", "product"]
 
+# What makes probabilities of a network's outputs: softmax, sigmoid, or nothing as they are some;
+# auto finds out (aftcli.core.classes.output_of).
+Output = Literal["auto", "softmax", "sigmoid", "none"]
+
+AUTO, SOFTMAX, SIGMOID, NONE = get_args(Output)
+
 MASKINGS: tuple[str, ...] = get_args(Masking)
 FILLS: tuple[str, ...] = get_args(Fill)
 MODES: tuple[str, ...] = get_args(Mode)
 SEARCHES: tuple[str, ...] = get_args(SearchKind)
+OUTPUTS: tuple[str, ...] = get_args(Output)
 
 
 class Range(NamedTuple):

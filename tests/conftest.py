@@ -3,12 +3,16 @@
 import json
 import multiprocessing
 import os
+import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
 # Read when torch is imported: threads that wait for others on a busy machine leave it to them,
 # instead of spinning, which takes tests several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests that run side by side (pytest -n) have a core each.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -21,10 +25,35 @@ from aftcli.models.load import load_classifier  # noqa: E402
 from aftcli.settings import SITUATIONS  # noqa: E402
 from tests.helpers.command import aft  # noqa: E402
 from tests.helpers.compare import uncut  # noqa: E402
+from tests.helpers.preloaded import keep_from_collector  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 # By their wnids: tiger cat, espresso, missile.
 PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
+
+
+class Kept:
+    """Modules that the tests have imported, kept out of searches for reference cycles."""
+
+    def __init__(self):
+        self.modules = 0
+
+    def keep(self):
+        keep_from_collector()
+        self.modules = len(sys.modules)
+
+    def pytest_collection_finish(self):
+        self.keep()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self):
+        yield
+        if len(sys.modules) > self.modules + 100:
+            self.keep()
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Kept())
 
 
 @pytest.fixture(scope="session")
@@ -68,9 +97,12 @@ def chelsea(lite0):
 def processes():
     """Processes that start quickly, forked from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    helpers = [f"tests.helpers.{name}" for name in ("stored", "trained", "faulty")]
+    helpers = [f"tests.helpers.{name}" for name in ("stored", "trained", "faulty", "preloaded")]
     reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.report.formats"]
-    context.set_forkserver_preload([*helpers, "aftcli.evaluation.metrics", "timm", *reports])
+    data = ["aftcli.data.folders", "aftcli.data.voc", "aftcli.evaluation.metrics"]
+    # Those of others that are imported late; what is not there is left out.
+    late = ["timm", "typer._adapters", "matplotlib.backends.backend_agg"]
+    context.set_forkserver_preload([*late, *data, *reports, *helpers])
     # Python 3.11's server looks for what it preloads on its own path only.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))

@@ -17,7 +17,8 @@ from aftcli.aft.tail import Earlier, earlier_layers
 from aftcli.core.cam import upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
-from aftcli.core.networks import outside_inference_mode
+from aftcli.core.zero_level import no_softmax
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.sets import (
     DataSet,
     format_of,
@@ -39,6 +40,7 @@ from aftcli.tft.stores import (
     find_stores,
     open_stores,
     stored_images,
+    with_names_of_run,
 )
 from aftcli.tft.threshold import FILLS, cut_off, masked_image, threshold_map
 
@@ -80,6 +82,8 @@ class Job:
             return "there are no masks"
         if not METHODS[self.cam].signed:
             return "the masks' method has no sign"
+        if why := no_softmax(self.f):
+            return why
         return "the masks are soft" if (self.made or {}).get("masking") == "soft" else ""
 
     @property
@@ -104,7 +108,7 @@ def mask_jobs(
     for store in find_stores(run, source.model, cams):
         own = source.of_masks(store.settings)
         if own not in loaded:
-            loaded[own] = own.load()
+            loaded[own] = with_names_of_run(own.load(), run, source.note)
         jobs.append(mask_job(store, loaded[own], data, limit, source.earlier))
     return jobs
 
@@ -141,7 +145,8 @@ def control_jobs(
             jobs.append(control_job(f, above, part or None, limit, seed, source.earlier))
     if data is None or jobs:
         return jobs
-    job = control_job(source.load(), data, split, limit, seed, source.earlier)
+    f = with_names_of_run(source.load(), run, source.note)
+    job = control_job(f, data, split, limit, seed, source.earlier)
     for store in stores:
         if not job.new_head and _has_control(store, job.f):
             raise AftError(

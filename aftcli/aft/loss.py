@@ -12,32 +12,21 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftcli.core.cam import normalise
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS, method
+from aftcli.core.outputs import cross_entropy as cross_entropy_of
+from aftcli.core.outputs import divergence
 from aftcli.core.zero_level import check_signed
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, nearest
 from aftcli.models.checkpoint import TUNERS, Tuner
-from aftcli.settings import MANY, RANGES, SITUATIONS, ZERO_LEVEL_TAKES, Situation
+from aftcli.settings import MANY, RANGES, SITUATIONS, SOFTMAX, ZERO_LEVEL_TAKES, Situation
 from aftcli.settings import ZERO_LEVEL as ZERO_LEVEL
 
 Features = tuple[Tensor, ...]  # what w0 hands to w1: one tensor for most networks
-
-
-def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(f_0(x) || f(x)), the distance of the teacher's probabilities, mean over images.
-
-    Args:
-        logits: f(x), shape (N, C).
-        teacher: logits of f_0, the network before fine-tuning, shape (N, C).
-    """
-    return F.kl_div(
-        logits.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True
-    )
 
 
 # Teachers of whole images' classes: their labels (eq. 8), or the network before fine-tuning.
@@ -240,7 +229,7 @@ def mask_distance(tuned: Tensor, mask: Tensor) -> Tensor:
     return (tuned - mask).square().sum((1, 2))
 
 
-def aft_loss(out: Outputs, batch: Batch, settings: Recipe) -> AftLoss:
+def aft_loss(out: Outputs, batch: Batch, settings: Recipe, output: str = SOFTMAX) -> AftLoss:
     """Return CE(f(x), y) + lambda ||f_tuner(A) - M_tau*||_2^2 (eq. 8), mean over the batch.
 
     Beyond the paper, KL(f_0(x) || f(x)) may take the place of the first term, and
@@ -250,10 +239,12 @@ def aft_loss(out: Outputs, batch: Batch, settings: Recipe) -> AftLoss:
         out: of the network.
         batch: that it was given.
         settings: lambda, consistency and the classification term.
+        output: what makes probabilities of the logits, of `settings.OUTPUTS`.
     """
     logits = _float32(out.logits)
-    cross_entropy = F.cross_entropy(logits, batch.labels)
-    total = cross_entropy if out.teacher is None else divergence(logits, _float32(out.teacher))
+    cross_entropy = cross_entropy_of(logits, batch.labels, output)
+    teacher = out.teacher
+    total = cross_entropy if teacher is None else divergence(logits, _float32(teacher), output)
     mask = consistency = torch.zeros_like(cross_entropy)
     if batch.masks and settings.lam is not None:
         distances = [
@@ -265,7 +256,7 @@ def aft_loss(out: Outputs, batch: Batch, settings: Recipe) -> AftLoss:
     if out.masked is not None:
         target = batch.labels if out.teacher is None else batch.class_index
         assert target is not None
-        consistency = F.cross_entropy(_float32(out.masked), target)
+        consistency = cross_entropy_of(_float32(out.masked), target, output)
         total = total + settings.consistency * consistency
     return AftLoss(total, cross_entropy, mask, consistency)
 

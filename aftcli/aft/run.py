@@ -23,8 +23,7 @@ from aftcli.aft.jobs import Job
 from aftcli.aft.loss import ZERO_LEVEL, Choice, InSituation, Recipe, check_settings, situation_of
 from aftcli.aft.training import Epoch, Measured, State, Step, Training
 from aftcli.aft.zero_level import Chosen, Searching, ZeroLevelTraining, check_job
-from aftcli.core.classifier import check_several
-from aftcli.core.networks import outside_inference_mode
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import Broken, content_hash, contents_of, pack, stamp_of, unpack
 from aftcli.errors import AftError
 from aftcli.files import (
@@ -83,6 +82,7 @@ def _identity(
         contents = content_hash(job.data_set.files(), _known_in(run, accelerator))
     return {
         "start": job.f.weights_hash(),
+        "output": job.f.output,
         "layer": job.f.layer_name,
         "earlier_layers": list(job.earlier.names) if job.earlier else [],
         "masks": job.made,
@@ -159,7 +159,7 @@ class _Files:
             raise AftError(
                 f"{self.path}: is damaged, or was not written by aft; move it away, or --overwrite"
             )
-        found = {key: card.get(key) for key in self.identity}
+        found = {key: card[key] for key in self.identity if key in card}
         refuse_other_settings(self.path, found, self.identity)
         return card
 
@@ -217,7 +217,6 @@ def fine_tune(
 
 
 def _tune(job: Job, settings: Recipe, choice: Choice, gathering: Gathering) -> Iterator[Event]:
-    check_several(len(job.f.classes))
     check_settings(settings, job.cam)
     if settings.objective == ZERO_LEVEL:
         check_job(job, gathering.options.augment)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from aftcli.aft.loss import OBJECTIVES, Compared, Features, Outputs, Recipe
 from aftcli.core.classifier import Classifier
-from aftcli.core.cut import cut, cut_modules, flow_of
-from aftcli.core.networks import copied
+from aftcli.cutting.cut import cut, cut_modules, flow_of
+from aftcli.cutting.networks import copied
 from aftcli.errors import AftError, nearest
 
 
@@ -129,6 +129,7 @@ def with_parts(
         classes=f.classes,
         activation_shape=shape,
         bypassed=f.bypassed,
+        output=f.output,
     )
 
 

@@ -334,7 +334,7 @@ class Training:
     def _step(self, batch: Batch, own: int, whole: int) -> None:
         """Take one step on the loss of a batch, of which this process has `own` of `whole`."""
         out = self._outputs(self.model, batch)
-        loss = aft_loss(out, batch, self.settings)
+        loss = aft_loss(out, batch, self.settings, self.f.output)
         if not loss.total.isfinite():
             raise AftError(
                 f"the loss is no longer finite in epoch {self.epoch}; lower the learning rate "
@@ -378,7 +378,7 @@ class Training:
         sums = torch.zeros_like(self.sums)
         for batch in examples.batches(batches[self.rank :: self.processes], None):
             out = self._outputs(self.tail, batch)
-            loss = aft_loss(out, batch, self.settings)
+            loss = aft_loss(out, batch, self.settings, self.f.output)
             sums += _sums(loss, out.logits, batch.labels, len(batch.labels), sums)
         return Measured.of(self._reduced(sums))
 

@@ -32,10 +32,9 @@ from aftcli.aft.training import (
 )
 from aftcli.core.cam import class_score
 from aftcli.core.classifier import Classifier
-from aftcli.core.networks import copied
 from aftcli.core.zero_level import (
     Learned,
-    check_plain,
+    check_learnable,
     fold,
     give_zero_level,
     mean_maximum,
@@ -45,6 +44,7 @@ from aftcli.core.zero_level import (
     without_constant,
     zero_level_loss,
 )
+from aftcli.cutting.networks import copied
 from aftcli.data.sets import spread
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
@@ -67,7 +67,7 @@ def check_job(job: Job, augment: bool) -> None:
     Raises:
         AftError: it can't.
     """
-    check_plain(job.f)
+    check_learnable(job.f)
     if (job.made or {}).get("masking") == "soft":
         raise AftError(
             f"{job.name}: a zero level is learned from binary masks, these were searched with soft "
@@ -136,7 +136,7 @@ class ZeroLevelTraining:
 
     Raises:
         AftError: settings are out of range, no image can be read, the method's map has no sign,
-            or f has a zero level.
+            or f has a zero level, or can have none.
 
     Attributes:
         history: the epochs done, epoch 0 first.
@@ -159,7 +159,7 @@ class ZeroLevelTraining:
         accelerate: Accelerate = as_it_is,
     ) -> None:
         check_settings(settings, cam)
-        check_plain(f)
+        check_learnable(f)
         usable = list(examples.usable)
         if not usable:
             raise AftError("there is no readable image to train on")

@@ -23,9 +23,10 @@ from aftcli.core.cam import (
     upsample,
     weighted_sum,
 )
-from aftcli.core.classifier import Classifier, check_several
-from aftcli.core.cut import CutPoint, cut, cut_points
+from aftcli.core.classifier import Classifier
+from aftcli.core.outputs import log_probabilities
 from aftcli.core.zero_level import without_constant
+from aftcli.cutting.cut import CutPoint, cut, cut_points
 from aftcli.errors import AftError, first_line
 
 
@@ -159,7 +160,7 @@ class Masking:
     def objective(self, mask: Tensor) -> Tensor:
         """F(M) = r(Phi(M)) - r(Phi(1 - M)) + lambda_1 mean |1 - M| + lambda_2 TV(M), shape (n,).
 
-        Phi(M) = M x + (1 - M) blurred x, M stretched; r = p_c / p_c(x), p the softmax.
+        Phi(M) = M x + (1 - M) blurred x, M stretched; r = p_c / p_c(x).
         """
         deleted = self._relative(self._mixed(mask, self.x, self.blurred))
         inserted = self._relative(self._mixed(mask, self.blurred, self.x))
@@ -186,9 +187,7 @@ class Masking:
         return m * kept + (1 - m) * other
 
     def _log_probability(self, x: Tensor) -> Tensor:
-        logits = self.f(x)
-        check_several(logits.shape[1])
-        log_p = logits.log_softmax(1)
+        log_p = log_probabilities(self.f(x), self.f.output)
         return class_score(log_p, self.class_index.expand(len(x)))
 
     def _relative(self, x: Tensor) -> Tensor:

@@ -25,9 +25,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import fusion, skip_init
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.cut import flow_of
-from aftcli.core.networks import computes_weights, copied, with_plain_weights
+from aftcli.core.outputs import BOTH, BothClasses
 from aftcli.core.zero_level import without_constant
+from aftcli.cutting.cut import flow_of
+from aftcli.cutting.networks import computes_weights, copied, with_plain_weights
 from aftcli.errors import AftError, first_line
 
 Part = Literal["all", "head"]
@@ -46,8 +47,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # timm's modules with TensorFlow's padding: how much they pad depends on the input's size.
         padded = isinstance(m, (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d))
-        is_same = padded and type(m).__name__.endswith("Same")
-        return is_same or super().is_leaf_module(m, module_qualified_name)
+        own = isinstance(m, BothClasses) or (padded and type(m).__name__.endswith("Same"))
+        return own or super().is_leaf_module(m, module_qualified_name)
 
     def getattr(self, attr: str, attr_val: object, parameter_proxy_cache: object) -> object:
         return attr_val
@@ -145,6 +146,7 @@ class _Builder:
                 self._copy(node)
             elif node.op in ("call_function", "call_method"):
                 self._as_module(node)
+        self._both()
         # fx keeps what it takes for impure, and asserting the input's shape needs its shape.
         for node in reversed(self.graph.nodes):
             if not node.users and node.op not in ("placeholder", "output"):
@@ -229,6 +231,24 @@ class _Builder:
         module = weighted(node.target, settings)
         if module is not None:
             self._replace(node, module, x)
+
+    def _both(self) -> None:
+        """Write the columns of both classes as rows of the last linear layer: -w and w."""
+        for node in [n for n in self.graph.nodes if BOTH in str(n.target)]:
+            (y,), path = node.all_input_nodes, [node]
+            while not isinstance(layer := self.modules.get(str(y.target)), nn.Linear):
+                what = type(layer).__name__ if layer else getattr(y.target, "__name__", y.target)
+                if what not in SHAPING:
+                    raise ValueError("its only output is not that of a linear layer")
+                path.append(y)
+                (y,) = y.all_input_nodes
+            rows = skip_init(nn.Linear, layer.in_features, 2, bias=layer.bias is not None)
+            for name, w in layer.named_parameters():
+                setattr(rows, name, nn.Parameter(torch.cat([-w, w]), False))
+            self._replace(y, rows, y.args[0])
+            for passed in path:
+                if not isinstance(self.modules.get(str(passed.target)), nn.Sigmoid):
+                    self._skip(passed)
 
     def _fold(self) -> None:
         """Fold batch normalisation into the convolution or linear layer before it."""
@@ -333,6 +353,9 @@ ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 
 MEANS = (torch.mean, "mean")
+
+# Between the last linear layer and the columns of both classes.
+SHAPING = ("flatten", "Flatten", "squeeze", "reshape", "view", "getitem", "Sigmoid")
 
 # They change nothing in eval mode. torchvision's own stochastic depth is a leaf to torch.fx.
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)

@@ -23,6 +23,7 @@ from aftcli.attributions.canonical import INSTEAD, Product, Sum, canonical
 from aftcli.core.cam import class_score
 from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
+from aftcli.settings import NONE
 
 if TYPE_CHECKING:
     from zennit.core import Composite, Hook
@@ -80,11 +81,14 @@ def relevance(
         class_index: c, shape (N,).
         x: the network's input, shape (N, ...).
         rules: from `named`; making them needs zennit.
-        start: the relevance of the logits, shape (N, C), of logits and class_index.
+        start: the relevance of the logits, shape (N, C), of logits and class_index; also where
+            f's outputs are probabilities already.
 
     Returns:
         R, in the shape of x.
     """
+    if f.output == NONE:
+        before_probabilities(network)
     composite = composite_of(f, network, rules)
     parts = []
     with torch.enable_grad(), composite.context(network):
@@ -94,6 +98,19 @@ def relevance(
             r = start(logits.detach(), c)
             parts.append(torch.autograd.grad(logits, part, r)[0])
     return torch.cat(parts)
+
+
+def before_probabilities(network: nn.Module) -> None:
+    """Leave out what makes probabilities at a network's end: relevance starts from the scores."""
+    graph: fx.Graph = network.graph  # type: ignore[assignment]
+    (end,) = (node for node in graph.nodes if node.op == "output")
+    last = end.all_input_nodes[0]
+    layer = network.get_submodule(str(last.target)) if last.op == "call_module" else None
+    what = type(layer).__name__ if layer else getattr(last.target, "__name__", last.target)
+    if what in ("Softmax", "softmax", "Sigmoid", "Hardsigmoid"):
+        end.args = (last.all_input_nodes[0],)
+        graph.erase_node(last)
+        network.recompile()  # type: ignore[operator]
 
 
 def named(f: Classifier, name: Named) -> Rules:

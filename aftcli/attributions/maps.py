@@ -16,9 +16,10 @@ from aftcli.attributions import activation as beyond
 from aftcli.core import cam
 from aftcli.core.cam import cells_of, first_component, normalise, scaled_map, stretch, upsample
 from aftcli.core.classifier import Classifier
+from aftcli.core.inputs import class_indices, first_activation
 from aftcli.core.methods import METHODS, Method, method
-from aftcli.core.networks import class_indices, first_activation, outside_inference_mode
 from aftcli.core.zero_level import without_constant
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError, check_name
 from aftcli.models.targets import Target, Targeted, with_target
 

@@ -64,8 +64,8 @@ def signed_occlusion(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
 def rise(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """RISE: S = 1 / (E[M] N) sum_i p^c(x * M_i) M_i over random masks M_i (eq. 6).
 
-    As in the paper the score is the probability p^c, after softmax. The masks are the same for
-    every image; 64 are held (17 MB stretched, 13 MB cut). S needs no ReLU.
+    As in the paper the score is the probability p^c, after softmax or sigmoid. The masks are the
+    same for every image; 64 are held (17 MB stretched, 13 MB cut). S needs no ReLU.
     """
     total = torch.zeros_like(wide(x[:, 0]))
     for masks in rise_masks(total[:, None]):

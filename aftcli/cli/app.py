@@ -139,7 +139,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
                 *("DATASET", "--split", "--model", "--checkpoint", "--classes", "--layer"),
                 *("--cam", "--limit", "--thresholds", "--masking", "--fill", "--threshold-mode"),
                 *("--search", "--run", "--overwrite", "--strict", "--device", "--engine"),
-                *("--precision", "--batch-size", "--workers"),
+                *("--precision", "--batch-size", "--workers", "--output"),
             ),
             _with("--show"),
         ),
@@ -284,7 +284,7 @@ def root(
     """See what a convolutional image classifier looked at: CAMs with fine-tuned thresholds."""
 
 
-DEFAULT = f"{METHODS_HELP} Default: the checkpoint's, or"
+DEFAULT = f"{METHODS_HELP} Default: a checkpoint's, or"
 
 EPILOGS = {
     "explain": f"{DEFAULT} layercam.",

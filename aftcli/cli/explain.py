@@ -285,7 +285,7 @@ def _of_network(network: Network, maps: TargetMaps, run: ImageRun) -> list[Setti
 
     layers = tuple(network.layers or ())
     files = (network.model, network.checkpoint, network.classes)
-    return of_network(*files, layers, run.precision, maps.fusion)
+    return of_network(*files, layers, run.precision, network.output, maps.fusion)
 
 
 def _fitted(

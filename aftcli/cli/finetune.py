@@ -44,7 +44,7 @@ class TunedNetwork(Weights):
         option(
             "--layer",
             "NAME",
-            "Repeat to tune several, the masks' layer last. Default: the masks' layer.",
+            "Repeatable; the last, and default: the masks'.",
             callback=usage(check_layers),
         ),
     ] = None

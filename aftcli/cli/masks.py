@@ -72,8 +72,10 @@ def gen_masks(
     from aftcli.report.masks import print_stores, watch
     from aftcli.tft.explain import passes
     from aftcli.tft.generate import generate_masks, store_path
+    from aftcli.tft.stores import with_names_of_run
 
     keep_freed_memory()
+    f = with_names_of_run(f, run.run, setup.noting(quiet))
     images = open_data_set(data.dataset, data.split, f.classes).limited(data.limit)
     for text in images.notes:
         setup.noting(quiet)(text)

@@ -20,6 +20,7 @@ from aftcli.settings import (
     Fuse,
     Masking,
     Mode,
+    Output,
     Search,
     SearchKind,
     Smooth,
@@ -156,6 +157,10 @@ class Weights:
         Path | None,
         option("--classes", "FILE", "Class names, one a line."),
     ] = None
+    output: Annotated[
+        Output,
+        words("--output", Output, "last step."),
+    ] = "auto"
 
 
 @dataclass(frozen=True)

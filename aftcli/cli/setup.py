@@ -123,11 +123,14 @@ def classifiers(
     if fuse and len(layers) < 2:
         raise AftError(f"--fuse {fuse} takes the maps of two layers or more: repeat --layer")
     where, note = find_device(device), noting(quiet)
-    files, own = (network.model, network.checkpoint), names(network.classes)
     from aftcli.models.targets import load_target, with_target
 
+    files, own = (network.model, network.checkpoint), names(network.classes)
     score = load_target(target) if target else None
-    found = (load_classifier(*files, n, classes=own, device=where, note=note) for n in layers)
+    found = (
+        load_classifier(*files, layer, classes=own, device=where, output=network.output, note=note)
+        for layer in layers
+    )
     return tuple(with_target(f, score) if score else f for f in found)
 
 
@@ -142,7 +145,8 @@ def source(
     from aftcli.tft.stores import Source
 
     own = names(network.classes)
-    return Source(network.model, network.checkpoint, layer or None, own, device, earlier, note=note)
+    files = (network.model, network.checkpoint, layer or None)
+    return Source(*files, own, device, earlier, note=note, output=network.output)
 
 
 def engine(name: str, precision: str, quiet: bool) -> Accelerate:

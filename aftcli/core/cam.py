@@ -86,7 +86,7 @@ def cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tenso
             f"cam needs a head of global average pooling and one linear layer after "
             f"{f.layer_name}; {f.name} has another: use gradcam or layercam"
         )
-    return head.linear.weight[class_index]
+    return head.weight[class_index]
 
 
 def grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def ablated_in_closed_form(head: LinearHead, activation: Tensor, class_index: Te
     """y_k^c = y^c - W_ck . pool(A^k): for a head of pooling and one linear layer."""
     taken = _channel_features(head, activation)
     y = class_score(head.rest(head.linear(head.pool(activation))), class_index)
-    weight = head.linear.weight[class_index].view_as(taken)
+    weight = head.weight[class_index].view_as(taken)
     return y[:, None] - (weight * taken).sum(2)
 
 

@@ -17,28 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from aftcli.core.classes import Classes, Preprocessing
-from aftcli.core.cut import cut, cut_modules, flow_of
-from aftcli.core.layers import default_layer, divided, name_of
-from aftcli.core.networks import copied, outside_inference_mode, takes_videos, unwrapped
+from aftcli.core.outputs import BOTH, Meant, give_both_classes, output_of, probabilities
+from aftcli.cutting.cut import cut, cut_modules, flow_of
+from aftcli.cutting.layers import default_layer, divided
+from aftcli.cutting.networks import copied, name_of, outside_inference_mode, takes_videos, unwrapped
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
-
-
-def probabilities(logits: Tensor) -> Tensor:
-    """Compute probabilities of classes, shape (N, C), from logits: their softmax (§2.1)."""
-    check_several(logits.shape[1])
-    return logits.softmax(1)
-
-
-def check_several(classes: int) -> None:
-    """Check that there are classes enough for softmax to say something."""
-    if classes == 1:
-        raise AftError(
-            "the network has one output, so its class has probability 1 for every image; softmax "
-            "needs two classes or more: train it on as many, or give its last layer a first row of "
-            "zeros (weights and bias), then class 1 has the sigmoid of the old output"
-        )
-
+from aftcli.settings import AUTO, NONE, SOFTMAX
 
 FRAMES = 8  # of the video that a cut is checked on
 
@@ -109,6 +94,8 @@ class Classifier(nn.Module):
         watch: is told of each pass how many images it has; None for nobody.
         bypassed: layer's output is not all that head takes: the layer returns (A, *rest), all of
             shape (N, ...), and logits = head(A, *rest); see `at`.
+        output: what makes probabilities of the logits: softmax, sigmoid, or none where they are
+            probabilities already.
     """
 
     def __init__(
@@ -124,6 +111,7 @@ class Classifier(nn.Module):
         activation_shape: tuple[int, int, int],
         cam: str | None = None,
         bypassed: bool = False,
+        output: str = SOFTMAX,
     ) -> None:
         super().__init__()
         self.stem, self.layer, self.head = stem, layer, head
@@ -131,6 +119,7 @@ class Classifier(nn.Module):
         self.preprocessing, self.classes = preprocessing, classes
         self.activation_shape = activation_shape
         self.cam, self.checkpoint, self.bypassed = cam, "", bypassed
+        self.output = output
         self.engine: Engine | None = None
         self.zero_level: Before | None = None
         self.watch: Callable[[int], None] | None = None
@@ -143,8 +132,13 @@ class Classifier(nn.Module):
         return engine.logits(x) if engine else self.head(*flow_of(self.layer(self.stem(x))))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Compute probabilities of classes, shape (N, C), from logits: their softmax (§2.1)."""
-        return probabilities(logits)
+        """Compute probabilities of classes, shape (N, C), from logits (§2.1)."""
+        return probabilities(logits, self.output)
+
+    @property
+    def single(self) -> bool:
+        """True where the network has one output, of which the head makes columns of two classes."""
+        return any(name.endswith(BOTH) for name, _ in self.head.named_modules())
 
     def activation(self, x: Tensor) -> Tensor:
         """Compute activations A of layer l, shape (N, K, h, w), of x, shape (N, 3, H, W)."""
@@ -227,6 +221,7 @@ def cut_classifier(
     preprocessing: Preprocessing | None = None,
     classes: Classes | None = None,
     own: bool = False,
+    output: str = AUTO,
     note: Callable[[str], None] = warnings.warn,
 ) -> Classifier:
     """Cut any image classifier of the user's and check that nothing has changed.
@@ -235,21 +230,26 @@ def cut_classifier(
         model: a network from (N, 3, H, W) to logits (N, C), or to any other output, of which only
             a target can be explained, or from videos (N, 3, D, H, W), at a layer that is named;
             it is copied, not changed. Of DataParallel and torch.compile the network inside is
-            taken.
+            taken. One output, (N, 1) or (N,), is a binary classifier's: the cut one has a column
+            for each of both classes.
         layer: where to cut, a module of the model or its name; default the last layer with cells
-            that the logits depend on, see `core.layers.default_layer`.
+            that the logits depend on, see `cutting.layers.default_layer`.
         name: the model's name in results; default its class's name.
         preprocessing: what makes its input; default ImageNet's usual.
-        classes: the names of the classes; default numbers.
+        classes: the names of the classes, of a binary classifier both or the positive one;
+            default numbers.
         own: cut the model itself, without a copy; its activations may become out-of-place.
+        output: what makes probabilities of the outputs: softmax, sigmoid (one output, or classes
+            that do not exclude each other), none (they are probabilities already); auto takes
+            none where that shows, sigmoid for one output, otherwise softmax.
         note: is told what was guessed, and what makes the network slower.
 
     Returns:
         A classifier in eval mode whose logits equal the model's bit for bit.
 
     Raises:
-        AftError: the layer is unknown or can't be cut, the parts do not equal the model, or the
-            model can't be copied.
+        AftError: the layer is unknown or can't be cut, the parts do not equal the model, the
+            model can't be copied, or its outputs are not what `output` says.
     """
     model = unwrapped(model)
     if own and any(tensor.is_inference() for tensor in model.state_dict().values()):
@@ -260,8 +260,7 @@ def cut_classifier(
     layer = layer if layer is None or isinstance(layer, str) else name_of(layer, model)
     model = (model if own else copied(model)).eval().requires_grad_(False)
     preprocessing = preprocessing or Preprocessing()
-    frames = [FRAMES] if takes_videos(model) else []
-    size = (*frames, *preprocessing.size)
+    size = (*([FRAMES] if takes_videos(model) else []), *preprocessing.size)
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     x = x.to(next(model.parameters()))
     layer = layer or default_layer(model, x, note)
@@ -269,8 +268,19 @@ def cut_classifier(
     with torch.no_grad():
         activation, *rest = parts.flow(x)
         logits = parts.head(activation, *rest)
-    # Other outputs have no classes; they are explained by a target (aftcli/models/targets.py).
-    count = logits.shape[1] if isinstance(logits, Tensor) and logits.dim() == 2 else 0
+        # Other outputs have no classes; they are explained by a target (aftcli/models/targets.py).
+        others = not isinstance(logits, Tensor) or (logits.dim() != 2 and logits.numel() != 1)
+        meant = Meant(NONE)
+        if not others:
+            meant = output_of(lambda x: parts.head(*parts.flow(x)), x, logits, output)
+    name = name or type(model).__name__
+    if meant.guess:
+        note(f"{name}: {meant.guess}")
+    if meant.single:
+        give_both_classes(parts.head, meant.output == NONE)
+        if classes and len(classes) == 1:
+            classes = Classes.of_one(classes.names[0])
+    count = 2 if meant.single else 0 if others else logits.shape[1]
     classes = classes or Classes.numbered(count)
     if len(classes) != count:
         raise AftError(
@@ -280,12 +290,13 @@ def cut_classifier(
     _, *shape = activation.shape
     return Classifier(
         *parts,
-        name=name or type(model).__name__,
+        name=name,
         layer_name=layer,
         preprocessing=preprocessing,
         classes=classes,
         activation_shape=tuple(shape),  # type: ignore[arg-type] # of videos (K, d, h, w)
         bypassed=bool(rest),
+        output=meant.output,
     ).eval()
 
 
@@ -296,7 +307,8 @@ class LinearHead(NamedTuple):
         pool: from A, shape (N, K, h, w), to features, shape (N, K * m), channel by channel.
         linear: the first linear layer, K * m features in.
         rest: from the linear layer's output to the logits.
-        is_last: the linear layer's outputs are the logits: rest is the identity.
+        is_last: the linear layer's outputs are the logits: rest is the identity, or makes the
+            columns of both classes of the only output.
         is_mean: pool is global average pooling.
     """
 
@@ -305,6 +317,12 @@ class LinearHead(NamedTuple):
     rest: nn.Module
     is_last: bool
     is_mean: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights of each class, shape (C, K * m), where the linear layer is last."""
+        own = self.linear.weight
+        return torch.cat([-own, own]) if _is_both(self.rest, self.linear) else own
 
 
 def linear_head(head: nn.Module, shape: tuple[int, int, int]) -> LinearHead | None:
@@ -315,8 +333,10 @@ def linear_head(head: nn.Module, shape: tuple[int, int, int]) -> LinearHead | No
         name = _first_linear(head)
         if name is None:
             return None
-        pool, linear, rest = cut(head, name)
-        split = LinearHead(pool, head.get_submodule(name), rest, _is_identity(rest), False)  # type: ignore[arg-type]
+        pool, _, rest = cut(head, name)
+        linear: nn.Linear = head.get_submodule(name)  # type: ignore[assignment]
+        is_last = _is_identity(rest) or _is_both(rest, linear)
+        split = LinearHead(pool, linear, rest, is_last, False)
         if not _is_channelwise(split, shape):
             return None
         return split._replace(is_mean=_is_mean(split, shape))
@@ -338,6 +358,15 @@ def _is_identity(rest: nn.Module) -> bool:
         else node.op in ("placeholder", "output")
         for node in rest.graph.nodes
     )
+
+
+@torch.no_grad()
+def _is_both(rest: nn.Module, linear: nn.Linear) -> bool:
+    """Test if rest makes columns -y, y of the linear layer's only output."""
+    if linear.out_features != 1 or not hasattr(rest, BOTH):
+        return False
+    y = torch.linspace(-9, 9, 19)[:, None].to(linear.weight)
+    return torch.equal(rest(y), torch.cat([-y, y], 1))
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftcli.core.classifier import Classifier, linear_head
-from aftcli.core.cut import flow_of
 from aftcli.core.methods import METHODS, method
-from aftcli.core.networks import RunTo
+from aftcli.cutting.cut import flow_of
+from aftcli.cutting.watched import RunTo
 from aftcli.errors import AftError
-from aftcli.settings import RANGES
+from aftcli.settings import RANGES, SOFTMAX
 
 ROUNDING = 1e-4  # of the largest logit: a head that is rewritten must give the same ones
 
@@ -99,7 +99,11 @@ def give_zero_level(f: Classifier, t: Tensor, v: Tensor | None = None) -> None:
         f: the classifier; it is changed.
         t: the zero level, see `ZeroLevel`.
         v: see `ZeroLevel`; None moves no weights.
+
+    Raises:
+        AftError: see `check_softmax`.
     """
+    check_softmax(f)
     before = f.zero_level or f
     layer, head = before.layer, before.head
     channels, high, wide = f.activation_shape
@@ -334,6 +338,35 @@ def check_plain(f: Classifier) -> None:
             f"{f.checkpoint or f.name}: has a zero level, which training would lose; tune the "
             "network that it was made from"
         )
+
+
+def no_softmax(f: Classifier) -> str:
+    """Say why a network's maps have no zero level that its probabilities do not see; "" if so."""
+    if f.output == SOFTMAX:
+        return ""
+    return (
+        f"the network's output is {f.output}, and only softmax does not see a term that all "
+        "logits share"
+    )
+
+
+def check_softmax(f: Classifier) -> None:
+    """Check that a network's probabilities do not see a zero level.
+
+    Raises:
+        AftError: they do.
+    """
+    if why := no_softmax(f):
+        raise AftError(
+            f"{f.name} can have no zero level: {why}; take --objective tuner or cam, or cut the "
+            "map without training: aft explain --zero-level T"
+        )
+
+
+def check_learnable(f: Classifier) -> None:
+    """Check that a classifier can learn a zero level: it has none, and softmax does not see it."""
+    check_plain(f)
+    check_softmax(f)
 
 
 def check_signed(cam: str) -> None:

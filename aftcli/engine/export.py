@@ -146,7 +146,8 @@ def export_onnx(checkpoint: Path, path: Path) -> None:
         checkpoint: of `aft finetune`; a control's map is Grad-CAM.
         path: of the file. Its input is x, (N, 3, H, W), any N; its outputs are `logits`, (N, C),
             and `attribution`, I of the predicted class, (N, H, W), in [0, 1]. Its metadata has
-            the checkpoint's classes and preprocessing as JSON under `aft`.
+            the checkpoint's classes, preprocessing and output (what makes probabilities of the
+            logits) as JSON under `aft`.
     """
     check_onnx()
 
@@ -156,7 +157,7 @@ def export_onnx(checkpoint: Path, path: Path) -> None:
     if card is None:
         raise AftError(f"{checkpoint}: is no checkpoint of aft finetune")
     f = load_classifier(checkpoint=checkpoint)
-    method = f.cam or "gradcam"
+    method, said = f.cam or "gradcam", {"output": f.output}
     graph = traced(f, method)
     x = next(f.parameters()).new_zeros(TRACED, 3, *f.preprocessing.size)
     try:
@@ -164,6 +165,6 @@ def export_onnx(checkpoint: Path, path: Path) -> None:
     except Exception as error:
         raise _not_exportable(f, method, error) from error
     onnx.helper.set_model_props(
-        model, {"aft": json.dumps({key: card[key] for key in CARD} | {"cam": method})}
+        model, {"aft": json.dumps({key: card[key] for key in CARD} | {"cam": method} | said)}
     )
     path.write_bytes(model.SerializeToString())

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.cut import Parts, flow_of
-from aftcli.core.networks import copied, with_plain_weights
+from aftcli.cutting.cut import Parts, flow_of
+from aftcli.cutting.networks import copied, with_plain_weights
 
 Pass = Callable[[Tensor], Tensor]
 

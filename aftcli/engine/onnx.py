@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.cut import flow_of
+from aftcli.cutting.cut import flow_of
 from aftcli.errors import AftError, Unfit, first_line
 from aftcli.files import replacing, tensors_hash
 

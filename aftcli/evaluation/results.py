@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aftcli.core.classes import Classes
+from aftcli.core.classifier import Classifier
 from aftcli.data.blocks import Broken
 from aftcli.data.objects import Regions
 from aftcli.evaluation.measures import BASELINES, MEASURES, completed
@@ -223,15 +225,21 @@ class ResultFile:
         stem: of the file's name.
         identity: plain values; all that decides what the columns hold.
         extras: of measures that cost much (`extras_of` of measures); a file with more is reused.
+        names: of the classes, where only their user knows them; they change no value.
     """
 
     def __init__(
-        self, folder: Path, stem: str, identity: Mapping[str, Any], extras: frozenset[str]
+        self,
+        folder: Path,
+        stem: str,
+        identity: Mapping[str, Any],
+        extras: frozenset[str],
+        names: Sequence[str] = (),
     ) -> None:
         whole = {"format_version": FORMAT_VERSION, **identity}
         self.identity: dict[str, Any] = json.loads(json.dumps(whole, sort_keys=True))
         self.key = values_hash(whole)[:12]
-        self.folder, self.stem, self.extras = folder, stem, extras
+        self.folder, self.stem, self.extras, self.names = folder, stem, extras, names
         self.path = folder / f"{stem}-{self.key}.safetensors"
         self.parts = folder / f".{'-'.join([stem, self.key, *sorted(extras)])}.parts"
 
@@ -254,7 +262,7 @@ class ResultFile:
         elif BASELINES in new:
             # Only those judges can be asked about the new view that are at hand.
             new |= self.extras | _measures(there.extras)
-        return ResultFile(self.folder, self.stem, self.identity, new)
+        return ResultFile(self.folder, self.stem, self.identity, new, self.names)
 
     def has(self, span: range) -> bool:
         """Tell if a block of images is done."""
@@ -321,6 +329,7 @@ class ResultFile:
         extras: frozenset[str],
     ) -> None:
         head = {"identity": self.identity, "broken": broken, "extras": sorted(extras)}
+        head |= {"class_names": list(self.names)} if self.names else {}
         write_sealed(path, columns, HEAD, head)
 
     def _stored(self, path: Path) -> Result | None:
@@ -330,6 +339,18 @@ class ResultFile:
             return None
         broken = [Broken(*b) for b in head["broken"]]
         return Result(columns, broken, self.identity, frozenset(head["extras"]))
+
+
+def with_kept_names(f: Classifier, run: Path) -> Classifier:
+    """Name a network's classes as earlier results of its weights do, where nobody else has."""
+    if f.classes == Classes.numbered(len(f.classes)):
+        weights = f.weights_hash()
+        for path in sorted((run / "results").glob("*.safetensors")):
+            _, head = read_sealed(path, HEAD) or ({}, {})
+            names, identity = head.get("class_names", []), head.get("identity", {})
+            if identity.get("weights") == weights and len(names) == len(f.classes):
+                f.classes = Classes(tuple(map(str, names)))
+    return f
 
 
 def _measures(extras: frozenset[str]) -> frozenset[str]:

@@ -15,7 +15,7 @@ import torch
 
 from aftcli.attributions.controls import Controlled, equal_gamma, exchanged, nearest_shift
 from aftcli.core.methods import METHODS
-from aftcli.core.networks import outside_inference_mode
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import (
     GONE,
     Processes,
@@ -42,6 +42,7 @@ from aftcli.evaluation.metrics import NOISE
 from aftcli.evaluation.results import Images, Result, ResultFile, Unit, Wanted
 from aftcli.evaluation.study import Study, Variant
 from aftcli.files import file_stem, locked, make_folder, tensors_hash
+from aftcli.settings import SOFTMAX
 from aftcli.tft.generate import BATCH
 from aftcli.tft.threshold import MASKINGS
 
@@ -265,6 +266,7 @@ def _files(
                 "road": [*metrics.ROAD_SHARES, NOISE],
                 # Named where results without it were not made so.
                 **({"cells": True} if study.cells else {}),
+                **({"output": study.f.output} if study.f.output != SOFTMAX else {}),
                 **_library(plan),
             }
             if controlled is not None:
@@ -280,7 +282,8 @@ def _files(
                 extras |= plan.extras if searched else plan.extras - {BASELINES}
             if searched and plan.controls:
                 extras.add(CONTROLS)
-            found[Unit(cam, masking)] = ResultFile(folder, stem, identity, frozenset(extras))
+            file = ResultFile(folder, stem, identity, frozenset(extras), study.f.classes.own)
+            found[Unit(cam, masking)] = file
     return found
 
 

@@ -22,9 +22,10 @@ from aftcli.data.sets import (
     refuse_one_class,
 )
 from aftcli.errors import AftError
-from aftcli.models.checkpoint import card_classes, read_card
+from aftcli.evaluation.results import with_kept_names
+from aftcli.models.checkpoint import read_card
 from aftcli.models.load import load_classifier
-from aftcli.settings import Search
+from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.judges import Judge, load_judges
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.stores import Source, advice, check_made_for, open_stores, stored_contents
@@ -168,10 +169,10 @@ def _studies(run: Path, asked: Asked) -> list[Study]:
 
 def _study_of_a_network(run: Path, asked: Asked) -> Study:
     """Return a study of plain maps and TFT, which need no masks."""
-    f = asked.source.load()
+    f = with_kept_names(asked.source.load(), run)
     cams = tuple(cam for cam in METHODS if cam in asked.cams)
-    variants, search = tuple(_variants(f, cams, [], asked)), _search(run, [], [], asked)
-    return Study(f, _data_set(f, {}, asked), cams, variants, search, None, asked.cells)
+    of = _data_set(f, {}, asked), cams, tuple(_variants(f, cams, [], asked))
+    return Study(f, *of, _search(run, [], [], asked), None, asked.cells)
 
 
 def _tuned(run: Path, asked: Asked) -> list[_Made]:
@@ -202,29 +203,27 @@ def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked)
     _check_pairs(f, tuned)
     made = _made_of(run, stores, tuned, asked)
     cams = tuple(cam for cam in METHODS if cam in known)
-    data_set, variants = _data_set(f, made, asked), tuple(_variants(f, cams, tuned, asked))
-    search = _search(run, stores, tuned, asked)
-    return Study(f, data_set, cams, variants, search, _trained_on(made), asked.cells)
+    of = _data_set(f, made, asked), cams, tuple(_variants(f, cams, tuned, asked))
+    return Study(f, *of, _search(run, stores, tuned, asked), _trained_on(made), asked.cells)
 
 
 def _start(stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Classifier:
     """Load the classifier that masks were made with, or that was tuned."""
-    names = next((own for _, card in tuned if (own := card_classes(card).own)), ())
+    source = asked.source.named_by([s.settings for s in stores], [card for _, card in tuned])
     if stores:
-        source = asked.source.of_masks(stores[0].settings)
-        f = source._replace(known=source.known or names).load()
+        f = source.of_masks(stores[0].settings).load()
         for store in stores:
             check_made_for(store, f)
     else:
-        card = tuned[0].card
-        f = asked.source._replace(model=card["model"], layer=card["layer"], known=names).load()
+        f = source._replace(layer=None).of_masks(tuned[0].card).load()
     weights = f.weights_hash()
     for path, card in tuned:
-        if card["start"] != weights and not _is_start(path, f) and card["cam"]:
+        other = card["start"] != weights and not _is_start(path, f) and card["cam"]
+        if other or card.get("output", SOFTMAX) != f.output:
             raise AftError(
-                f"{path}: was tuned from other weights than those of the masks or of "
-                "--checkpoint; tune it again with aft finetune --overwrite, or pass the "
-                "--checkpoint that it was tuned from"
+                f"{path}: was tuned from other weights or another --output than those of the masks "
+                "or of --checkpoint; tune it again with aft finetune --overwrite, or pass the "
+                "--checkpoint and --output that it was tuned from"
             )
     return f
 
@@ -357,14 +356,14 @@ def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
 def _variants(
     f: Classifier, cams: tuple[str, ...], tuned: list[_Made], asked: Asked
 ) -> list[Variant]:
-    start = (read_card(Path(f.checkpoint)) if f.checkpoint else None) or {}
+    start, own = (read_card(Path(f.checkpoint)) if f.checkpoint else None) or {}, f.classes.own
     found = [Variant("original", f.weights_hash(), cams, lambda: f, None, _trained(start))]
     for path, card in tuned:
         cam = card["cam"]
         if cam is None and not _is_control(_Made(path, card), f):
             continue
         name, methods = ("aft", (cam,)) if cam else ("control", cams)
-        load = partial(load_classifier, checkpoint=path, device=asked.source.device)
+        load = partial(load_classifier, None, path, classes=own or None, device=asked.source.device)
         found.append(Variant(name, card["digest"], methods, load, path, _trained(card)))
     return found
 

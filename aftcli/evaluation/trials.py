@@ -25,7 +25,7 @@ from torchmetrics.functional.regression import spearman_corrcoef
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
-from aftcli.core.networks import copied
+from aftcli.cutting.networks import copied
 from aftcli.data.blocks import Processes, content_hash
 from aftcli.data.images import read_image, to_input
 from aftcli.engine.accelerate import Accelerate, as_it_is

@@ -21,6 +21,7 @@ from aftcli.core.methods import METHODS
 from aftcli.core.zero_level import PREFIX, give_zero_level
 from aftcli.errors import AftError, check_name, first_line
 from aftcli.files import tensors_hash, values_hash
+from aftcli.settings import OUTPUTS, SOFTMAX
 
 FORMAT_VERSION = 1
 
@@ -41,6 +42,8 @@ def checkpoint_of(
         "model": f.name,
         "layer": f.layer_name,
         "cam": f.cam,
+        "output": f.output,
+        **({"outputs": 1} if f.single else {}),
         "classes": {"names": f.classes.names, "wnids": f.classes.wnids},
         "preprocessing": f.preprocessing.as_dict(),
         "digest": tensors_hash(tensors),
@@ -99,6 +102,9 @@ def _check_form(path: Path, card: Any) -> None:  # noqa: ANN401 - what JSON give
             raise ValueError("names are no text")
         check_name("CAM method", card["cam"] or "gradcam", METHODS)
         check_name("tuner", card.get("tuner", "linear"), TUNERS)
+        check_name("output", card.get("output", SOFTMAX), OUTPUTS[1:])
+        if card.get("outputs", 1) != 1 or ("outputs" in card and len(names) != 2):
+            raise ValueError("one output is of two classes")
     except (AftError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise AftError(
             f"{path}: does not say what it is a checkpoint of ({first_line(error)}); write it "

@@ -16,7 +16,7 @@ from torch import nn
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import Classifier, cut_classifier
 from aftcli.core.methods import check_device
-from aftcli.core.networks import outside_inference_mode
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError, first_line
 from aftcli.models.checkpoint import card_classes, read_card, restore
 from aftcli.models.sources import DEFAULT_MODEL, LAYERS, Network, find_source, imagenet_classes
@@ -27,6 +27,7 @@ from aftcli.models.weights import (
     own_names,
     read_state_dict,
 )
+from aftcli.settings import AUTO, SOFTMAX
 
 OFFLINE = (
     f"works offline: --model {DEFAULT_MODEL} (weights installed with the package), or "
@@ -79,6 +80,7 @@ def load_classifier(
     classes: tuple[str, ...] | None = None,
     device: str | torch.device = "cpu",
     weights: bool = True,
+    output: str = AUTO,
     note: Callable[[str], None] = warnings.warn,
 ) -> Classifier:
     """Load a CNN and cut it at layer l into w0, w1, w2 (§4.2).
@@ -93,7 +95,10 @@ def load_classifier(
         classes: class names, literal; default the model's.
         device: where the classifier runs.
         weights: False for random weights, without a download.
-        note: is told what was taken off the names of a state dict's weights.
+        output: what makes probabilities of the outputs, see `cut_classifier`; auto is what a file
+            of `aft finetune` says.
+        note: is told what was taken off the names of a state dict's weights, and what was assumed
+            of the outputs.
 
     Returns:
         The classifier, in eval mode, its logits equal to the uncut model's bit for bit.
@@ -103,7 +108,7 @@ def load_classifier(
     """
     card = read_card(Path(checkpoint)) if checkpoint else None
     if checkpoint and card:
-        return _tuned(Path(checkpoint), card, name, layer, classes).to(device)
+        return _tuned(Path(checkpoint), card, name, layer, classes, output).to(device)
     name = DEFAULT_MODEL if name is None else name
     source = find_source(name)
     if checkpoint is None:
@@ -119,12 +124,24 @@ def load_classifier(
         load_weights(network.model, saved, Path(checkpoint))
         if prefixes:
             note(f"{checkpoint}: took {' and '.join(prefixes)} off the names of its weights")
-    classifier = _cut(name, network, layer, _given(classes) if classes else network.classes)
+    meant = _given(classes) if classes else network.classes
+    classifier = _cut(name, network, layer, meant, output, note)
     classifier.checkpoint = str(Path(checkpoint).resolve()) if checkpoint else ""
     return classifier.to(device)
 
 
-def _cut(name: str, network: Network, layer: str | None, classes: Classes | None) -> Classifier:
+def _silent(text: str) -> None:
+    """Say nothing, where nothing is guessed."""
+
+
+def _cut(
+    name: str,
+    network: Network,
+    layer: str | None,
+    classes: Classes | None,
+    output: str,
+    note: Callable[[str], None] = _silent,
+) -> Classifier:
     return cut_classifier(
         network.model,
         layer or LAYERS.get(name),
@@ -132,6 +149,8 @@ def _cut(name: str, network: Network, layer: str | None, classes: Classes | None
         preprocessing=network.preprocessing,
         classes=classes,
         own=True,
+        output=output,
+        note=note,
     )
 
 
@@ -141,26 +160,30 @@ def _tuned(
     name: str | None,
     layer: str | None,
     classes: tuple[str, ...] | None,
+    output: str,
 ) -> Classifier:
     """Load a classifier that `aft finetune` has written."""
     for what, asked, known in (
         ("--model", name, card["model"]),
         ("--layer", layer, card["layer"]),
+        ("--output", None if output == AUTO else output, card.get("output", SOFTMAX)),
     ):
         if asked is not None and asked != known:
             raise AftError(
                 f"{path}: was tuned for {what} {known}, asked for {asked}; leave {what} out"
             )
     own = card_classes(card)
-    if classes and len(classes) != len(own):
+    count = card.get("outputs", len(own))
+    if classes and len(classes) not in (len(own), count):
         raise AftError(f"{path}: has {len(own)} classes, --classes names {len(classes)}")
     source = find_source(card["model"])
-    needed = sum(value.numel() for value in _sketch(source, card["model"], len(own)).parameters())
+    needed = sum(value.numel() for value in _sketch(source, card["model"], count).parameters())
     if needed > path.stat().st_size:
         raise AftError(f"{path}: is no checkpoint of {card['model']}: it holds too few numbers")
-    network = source(card["model"], False, len(own))
+    network = source(card["model"], False, count)
     network = network._replace(preprocessing=Preprocessing.from_dict(card["preprocessing"]))
-    f = _cut(card["model"], network, card["layer"], _given(classes) if classes else own)
+    meant = _given(classes) if classes else own
+    f = _cut(card["model"], network, card["layer"], meant, card.get("output", SOFTMAX))
     restore(f, path, card)
     f.checkpoint = str(path.resolve())
     return f
@@ -170,7 +193,8 @@ def _tuned(
 def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Classifier:
     """Give a classifier an output for each of other classes; all other weights stay.
 
-    The new weights are small: all classes begin about equally likely (docs/decisions.md).
+    The new weights are small: all classes begin about equally likely (docs/decisions.md). Classes
+    of a network with one output exclude each other afterwards.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -179,7 +203,8 @@ def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Cla
         larger = source(f.name, False, len(classes) + 1).model.state_dict()
     by_class = {k for k, v in network.model.state_dict().items() if v.shape != larger[k].shape}
     network = network._replace(preprocessing=f.preprocessing)
-    new = _cut(f.name, network, f.layer_name, Classes(classes))
+    output = AUTO if f.single else f.output
+    new = _cut(f.name, network, f.layer_name, Classes(classes), output)
     before = f.zero_level or f  # a zero level belongs to the head that goes
     for own, other in ((new.stem, f.stem), (new.layer, before.layer), (new.head, before.head)):
         kept = {k: v for k, v in other.state_dict().items() if k not in by_class}

@@ -15,7 +15,7 @@ from aftcli.models.weights import INSTALLED, installed_weights, read_state_dict
 
 DEFAULT_MODEL = "efficientnet_lite0"
 
-# The layer l where the automatic choice (core.layers.default_layer) is not what the paper means.
+# The layer l where the automatic choice (cutting.layers.default_layer) is not what the paper means.
 LAYERS = {
     **dict.fromkeys(INSTALLED, "conv_head+bn2"),
     "resnet50": "layer4.2",

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError, first_line
+from aftcli.settings import NONE
 
 Target = Callable[[Any], Tensor]
 
@@ -29,14 +30,16 @@ Target = Callable[[Any], Tensor]
 class Scored(nn.Module):
     """A head followed by a target: one logit, the score."""
 
-    def __init__(self, head: nn.Module, target: Target, name: str) -> None:
+    def __init__(self, head: nn.Module, target: Target, name: str, single: bool) -> None:
         super().__init__()
-        self.inner, self.target, self.name = head, target, name
+        self.inner, self.target, self.name, self.single = head, target, name, single
         self.training = head.training
 
     def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
         """Compute scores, shape (N, 1), of A, shape (N, K, h, w)."""
         output, count = self.inner(activation, *rest), len(activation)
+        if self.single:  # the head has made columns of both classes of it
+            output = output[:, 1:]
         scores = self._scores(output)
         if scores.numel() == 1 < count:
             # A target written for one image, as other libraries' are.
@@ -109,8 +112,8 @@ def with_target(f: Classifier, target: Target, name: str = "") -> Targeted:
     name = name or ("target" if own == "<lambda>" else own)
     g: Any = copy.copy(f)
     g.__class__ = Targeted
-    g._modules = {**f._modules, "head": Scored(f.head, target, name)}
-    g.classes, g.engine = Classes((name,)), None
+    g._modules = {**f._modules, "head": Scored(f.head, target, name, f.single)}
+    g.classes, g.engine, g.output = Classes((name,)), None, NONE
     g.__dict__["linear_head"] = None  # what follows a linear layer is the user's
     return g  # type: ignore[no-any-return]
 

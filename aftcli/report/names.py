@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.models.sources import DEFAULT_MODEL
-from aftcli.settings import Search
+from aftcli.settings import AUTO, Search
 
 LONGEST = 40  # characters of settings in a name; systems allow 255 bytes of it in all
 
@@ -80,6 +80,7 @@ def of_network(
     classes: Path | None,
     layers: tuple[str, ...],
     precision: str,
+    output: str = AUTO,
     fuse: str = "max",
 ) -> list[Setting]:
     """List settings of the network and its layers, as the options give them."""
@@ -90,7 +91,8 @@ def of_network(
         found.append(Setting(UNSAFE.sub("_", name), name))
     found += [_file(path) for path in (checkpoint, classes) if path]
     found += [Setting(f"layer_{UNSAFE.sub('_', name)}", f"layer_{name}") for name in layers]
-    return found + _word(fuse, "max") + _word(precision, "no")
+    read_as = [] if output == AUTO else [Setting(f"output_{output}", f"output_{output}")]
+    return found + _word(fuse, "max") + read_as + _word(precision, "no")
 
 
 def of_map(

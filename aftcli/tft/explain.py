@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from aftcli.attributions.maps import COPIES, Layers, cuts, map_of_layers, takes_target
 from aftcli.core.classifier import Classifier
-from aftcli.core.methods import METHODS
-from aftcli.core.networks import (
+from aftcli.core.inputs import (
     check_classes,
     check_shape,
     class_indices,
     first_activation,
-    outside_inference_mode,
 )
+from aftcli.core.methods import METHODS
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.models.targets import Target, Targeted, with_target
 from aftcli.settings import Search
@@ -125,8 +126,8 @@ def explain(
         One explanation for each method and class, method by method.
 
     Raises:
-        AftError: x is no single image, a class is out of range, the network has one output
-            only, or see `scaled_map` and `fine_tune_threshold`.
+        AftError: x is no single image, a class is out of range, or see `scaled_map` and
+            `fine_tune_threshold`.
     """
     layers = cuts(f)
     if target is not None:
@@ -186,7 +187,8 @@ def explain_map(
 
 def _explained(f: Classifier, y: Tensor, targets: Sequence[int] | int, top_k: int) -> Tensor:
     """Return the classes asked for, by default those with the largest probabilities y, (C,)."""
-    given = [targets] if isinstance(targets, int) else list(targets)
+    alone = isinstance(targets, int) or getattr(targets, "ndim", 1) == 0
+    given = cast("list[int]", [targets] if alone else list(cast("Sequence[int]", targets)))
     if given:
         return class_indices(f, given, len(given), y.device)
     if not 0 < top_k <= len(y):

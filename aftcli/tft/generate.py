@@ -19,12 +19,12 @@ from torch import Tensor
 
 from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
-from aftcli.core.networks import outside_inference_mode
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import Loaded, Processes, batches, load_blocks, spans_of
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError
 from aftcli.files import file_stem, locked, make_folder
-from aftcli.settings import Search
+from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
 from aftcli.tft.masks import FORMAT_VERSION, MaskStore, changed_images, refuse_other_settings
 from aftcli.tft.search import TftResult, search_threshold
@@ -121,6 +121,7 @@ def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[s
         # Written only if not the default, so that older stores without them still match.
         **({"search": settings.search} if settings.search != "exact" else {}),
         **({"precision": f.precision} if f.precision != "no" else {}),
+        **({"output": f.output} if f.output != SOFTMAX else {}),
         **({"class_names": list(f.classes.own)} if f.classes.own else {}),
         "preprocessing": f.preprocessing.as_dict(),
         "data_set": str(data_set.root.resolve()),

@@ -17,7 +17,7 @@ from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import Broken
 from aftcli.errors import AftError
 from aftcli.files import durable, values_hash
-from aftcli.settings import Search
+from aftcli.settings import OUTPUTS, SOFTMAX, Search
 
 # The type of each column and its axes after the first, which is the image. Equal letters are
 # equal lengths.
@@ -137,6 +137,8 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
         raise ValueError("its class_names are no list")
     if not all(isinstance(name, str) for name in (*settings["classes"], *names)):
         raise ValueError("its classes are no names")
+    if settings.get("output", SOFTMAX) not in OUTPUTS[1:]:
+        raise ValueError("its output is none that a network has")
     try:
         Preprocessing.from_dict(settings["preprocessing"])
         Search(tuple(thresholds), *(settings[k] for k in ("masking", "fill", "threshold_mode")))

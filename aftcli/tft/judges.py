@@ -23,7 +23,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import read_card
 from aftcli.models.load import load_classifier
-from aftcli.settings import MIRROR, SELF, Search
+from aftcli.settings import MIRROR, SELF, SOFTMAX, Search
 from aftcli.tft.search import masked_probabilities
 
 JUDGED = "judge"  # begins a judge's name in columns and extras of results; no measure's does
@@ -66,10 +66,11 @@ class Judge:
         return _matching(f.classes, (self.classifier or f).classes)
 
     def key(self, f: Classifier) -> str:
-        """Name the judge's columns in results: by its weights, its input, its classes for f's."""
+        """Name the judge's columns in results: by weights, input, output and f's classes in its."""
         if self.classifier is None:
             return f"{JUDGED}{MIRROR}"  # its weights are f's, which name the whole file
         made = f"{self.weights} {self.classifier.preprocessing} {self.matching(f).tolist()}"
+        made += f" {self.classifier.output}" * (self.classifier.output != SOFTMAX)
         return JUDGED + hashlib.sha256(made.encode()).hexdigest()[:10]
 
     @cached_property

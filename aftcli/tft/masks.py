@@ -21,6 +21,7 @@ from aftcli.core.cam import stretch
 from aftcli.data.blocks import Broken, changed
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
+from aftcli.settings import SOFTMAX
 from aftcli.tft.hdf5 import (
     ROWS,
     Rows,
@@ -44,7 +45,7 @@ INFORMATION = frozenset(
 )
 
 # Settings that are written only where they are not the default.
-UNWRITTEN = {"search": "exact", "precision": "no"}
+UNWRITTEN = {"search": "exact", "precision": "no", "output": SOFTMAX}
 
 # Settings that class names change, and nothing else of a store.
 NAMING = frozenset({"classes", "images_hash", "labels"})

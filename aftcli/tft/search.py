@@ -10,7 +10,8 @@ from torch import Tensor
 
 from aftcli.core.cam import normalise, upsample
 from aftcli.core.classifier import Classifier
-from aftcli.core.networks import check_shape, class_indices, outside_inference_mode
+from aftcli.core.inputs import check_shape, class_indices
+from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft.threshold import (

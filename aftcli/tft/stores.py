@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.sets import DataSet, Sample, open_data_set, spread
 from aftcli.errors import AftError
+from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import load_classifier
+from aftcli.settings import AUTO, SOFTMAX
 from aftcli.tft.hdf5 import Rows
 from aftcli.tft.masks import MaskStore, differences
 
@@ -36,11 +38,14 @@ class Source(NamedTuple):
     earlier: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
     note: Callable[[str], None] = warnings.warn
+    output: str = AUTO
 
     def load(self) -> Classifier:
         """Load the classifier."""
-        name, checkpoint, layer, classes, device, _, known, note = self
-        f = load_classifier(name, checkpoint, layer, classes=classes, device=device, note=note)
+        name, checkpoint, layer, classes, device, _, known, note, output = self
+        f = load_classifier(
+            name, checkpoint, layer, classes=classes, device=device, output=output, note=note
+        )
         if classes is None and len(known) == len(f.classes):
             f.classes = Classes(known)
         return f
@@ -52,8 +57,31 @@ class Source(NamedTuple):
             model=self.model or made["model"],
             checkpoint=self.checkpoint or (Path(recorded) if recorded else None),
             layer=self.layer or made["layer"],
-            known=tuple(made.get("class_names", ())),
+            output=made.get("output", SOFTMAX) if self.output == AUTO else self.output,
+            known=tuple(made.get("class_names", ())) or self.known,
         )
+
+    def named_by(
+        self, stores: Sequence[Mapping[str, Any]], cards: Sequence[Mapping[str, Any]]
+    ) -> Source:
+        """Take the first class names that settings of stores or cards of checkpoints hold."""
+        found = [tuple(made.get("class_names", ())) for made in stores]
+        names = next(filter(None, [*found, *(card_classes(card).own for card in cards)]), ())
+        return self._replace(known=names)
+
+
+def with_names_of_run(f: Classifier, run: Path, note: Callable[[str], None]) -> Classifier:
+    """Name a network's classes as a run's masks and checkpoints do, where nobody else has."""
+    if f.classes != Classes.numbered(len(f.classes)):
+        return f
+    weights, paths = f.weights_hash(), sorted((run / "tuned").glob("[!.]*.safetensors"))
+    stores = [s.settings for s in open_stores(run, f.name, []) if s.settings["weights"] == weights]
+    cards = [c for c in map(read_card, paths) if c and c["start"] == weights]
+    names = Source().named_by(stores, cards).known
+    if len(names) == len(f.classes):
+        note(f"{run}: the classes are named as there: {', '.join(names)}")
+        f.classes = Classes(names)
+    return f
 
 
 def open_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskStore]:
@@ -104,13 +132,14 @@ def check_made_for(store: MaskStore, f: Classifier) -> None:
         "weights": f.weights_hash(),
         "activation_shape": list(f.activation_shape),
         "preprocessing": f.preprocessing.as_dict(),
+        "output": f.output,
     }
-    other = differences({key: made[key] for key in asked}, asked)
+    other = differences({key: made[key] for key in asked if key in made}, asked)
     if other:
         raise AftError(
             f"{store.path}: the masks were made for another classifier: {'; '.join(other)}; pass "
-            "the --model, --checkpoint and --layer that they were made with, or make them again "
-            "with aft gen-masks"
+            "the --model, --checkpoint, --layer and --output that they were made with, or make "
+            "them again with aft gen-masks"
         )
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from aftcli import Classifier, fine_tune_threshold
 from aftcli.core.cam import class_score, normalise, scaled_map, upsample
-from aftcli.core.classifier import probabilities
+from aftcli.core.outputs import probabilities
 from aftcli.evaluation import metrics
 from aftcli.tft.threshold import cut_off, mask_of, masked_image, threshold_map
 from benchmarks import pages

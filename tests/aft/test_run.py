@@ -33,6 +33,7 @@ from tests.helpers.trained import (
     epochs,
     make_colours,
     masks_of,
+    train_together,
     tune,
     tune_and_exit,
     tuned,
@@ -133,21 +134,25 @@ def test_twenty_kills_at_random_moments_change_nothing(
         assert not list((run / "cache").glob("*"))
 
 
-def launched(count, images, run, cache):
+def torchrun(count, *arguments):
     """Run `trained.main` under torchrun."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count)]
-    program = ["-m", "--", "tests.helpers.trained", str(images), str(run), cache]
+    program = ["-m", "--", "tests.helpers.trained", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *program], env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    return run / "tuned/small-gradcam.safetensors"
 
 
 @pytest.mark.parametrize(("count", "cache"), [(2, "memory"), (3, "disk"), (2, "off")])
 def test_several_processes_give_the_weights_of_one(
-    images, masks, uninterrupted, tmp_path, count, cache
+    images, masks, uninterrupted, processes, tmp_path, count, cache
 ):
-    path = launched(count, images, new_run(tmp_path / "run", masks), cache)
+    run = new_run(tmp_path / "run", masks)
+    if cache == "memory":
+        torchrun(count, images, run, cache)
+    else:
+        train_together(processes, count, images, run, cache)
+    path = run / "tuned/small-gradcam.safetensors"
     assert_same(path, uninterrupted, tolerance=1e-5)
     (_, one), (_, several) = content(uninterrupted), content(path)
     for a, b in zip(one["metrics"]["history"], several["metrics"]["history"], strict=True):

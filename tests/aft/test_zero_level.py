@@ -2,10 +2,7 @@
 
 import copy
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -40,11 +37,18 @@ from aftcli.settings import Search
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.threshold import FILLS, Tried, best_of
 from tests.aft.test_training import assert_equal, through_json
-from tests.conftest import ROOT
 from tests.helpers.compare import assert_near
 from tests.helpers.small import CLASSES, KINDS, POOL_LINEAR, small
 from tests.helpers.stored import generate, small_float
-from tests.helpers.trained import Direct, epochs, make_colours, masks_of, tune, tuned
+from tests.helpers.trained import (
+    Direct,
+    epochs,
+    make_colours,
+    masks_of,
+    train_together,
+    tune,
+    tuned,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -320,9 +324,10 @@ def asked_by_hand(training):
     """Average Increase and Drop of each t, image by image: of the map that the network shows."""
     f, cam, indices = training.f, training.cam, training.train
     v = training.v.detach() if training.settings.gauge == "v" else None
-    maxima = []
+    maxima, ys = [], {}
     for n in indices:
         x, c = training.examples.x[n : n + 1], training.examples.explained[n : n + 1]
+        ys[n] = float(f(x).softmax(1)[0, int(c)])
         signed = signed_map(f, f.activation(x), c, cam)
         if v is not None:
             signed = signed + moved_by(v, f.activation(x), cam)
@@ -334,10 +339,9 @@ def asked_by_hand(training):
         give_zero_level(g, torch.tensor(share * mean, dtype=torch.float64), v)
         increase = drop = 0.0
         for n in indices:
-            x, c = training.examples.x[n : n + 1], int(training.examples.explained[n])
+            x, c, y = training.examples.x[n : n + 1], int(training.examples.explained[n]), ys[n]
             shown = attribution_map(g, x, c, cam)[0] > 0
-            x_hat = torch.where(shown, x, torch.zeros_like(x))
-            y, y_hat = (float(f(image).softmax(1)[0, c]) for image in (x, x_hat))
+            y_hat = float(f(torch.where(shown, x, torch.zeros_like(x))).softmax(1)[0, c])
             increase += y_hat > y * (1 + 1e-4 * (1 - y) + 4 * 2.0**-23)
             drop += max(y - y_hat, 0) / y
         rows.append((share, increase / len(indices), drop / len(indices)))
@@ -345,14 +349,16 @@ def asked_by_hand(training):
 
 
 ASKING = [(k, m, g) for k, m in CASES if m != "xgradcam" for g in ("t", "v")]
+FEW = 11  # images, of which nine are in two blocks
 
 
 @pytest.mark.parametrize(("kind", "cam", "gauge"), ASKING)
-def test_each_t_is_measured_as_image_by_image(kind, cam, gauge):
-    training = training_of(kind, cam, count=23, gauge=gauge)
+def test_each_t_is_measured_as_image_by_image(kind, cam, gauge, monkeypatch):
+    monkeypatch.setattr("aftcli.aft.zero_level.BLOCK", 5)
+    training = training_of(kind, cam, count=FEW, gauge=gauge)
     (chosen,) = (e for e in training.run() if isinstance(e, Chosen))
     mean, expected = asked_by_hand(training)
-    assert chosen.images == len(training.train) == 19
+    assert chosen.images == len(training.train) == 9
     assert [tried.share for tried in chosen.tried] == list(SHARES)
     for found, (_, increase, drop) in zip(chosen.tried, expected, strict=True):
         assert found.increase == pytest.approx(increase, abs=1e-9)
@@ -364,7 +370,7 @@ def test_each_t_is_measured_as_image_by_image(kind, cam, gauge):
     assert float(training.t.detach()) * training.unit == pytest.approx(chosen.t, rel=1e-6)
     assert training.chosen == chosen.as_dict()
     # The plain map is that of t = 0, and of no v.
-    plain = training_of(kind, cam, count=23)
+    plain = training_of(kind, cam, count=FEW)
     list(plain.run())
     for what in ("increase", "drop"):
         at_zero = plain.chosen["tried"][0][what]
@@ -375,7 +381,7 @@ def test_the_compared_choices_are_not_all_alike():
     # The test above would show little if no t ever helped, or always the same did.
     best = set()
     for kind in KINDS:
-        training = training_of(kind, count=23)
+        training = training_of(kind, count=FEW)
         list(training.run())
         best.add(training.chosen["after"]["share"])
     assert len(best) > 2
@@ -471,17 +477,14 @@ def test_muted_pixels_show_the_fill(fill):
 
 
 @pytest.mark.parametrize(("count", "cache", "gauge"), [(2, "memory", "t"), (3, "off", "v")])
-def test_processes_share_the_passes_and_change_nothing(tmp_path, count, cache, gauge):
+def test_processes_share_the_passes_and_change_nothing(processes, tmp_path, count, cache, gauge):
     make_colours(tmp_path / "data", each=14)
+    masks_of(tmp_path / "data", tmp_path / "1")
+    shutil.copytree(tmp_path / "1", tmp_path / str(count))
     files = []
-    for processes in (1, count):
-        run = tmp_path / str(processes)
-        masks_of(tmp_path / "data", run)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        program = ["-m", "--", "tests.helpers.trained", str(tmp_path / "data"), str(run), cache]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*launch, *program, gauge], env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()[-3000:]
+    for several in (1, count):
+        run = tmp_path / str(several)
+        train_together(processes, several, tmp_path / "data", run, cache, gauge)
         files.append((run / "tuned/small-gradcam.safetensors").read_bytes())
     assert files[0] == files[1]
 

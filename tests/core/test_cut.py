@@ -10,7 +10,7 @@ from torchvision.models import get_model
 
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
-from aftcli.core.cut import cut
+from aftcli.cutting.cut import cut
 from aftcli.errors import AftError
 from aftcli.models.load import load_classifier
 from tests.helpers.compare import uncut

@@ -1,12 +1,11 @@
 """Inputs and classes that callers give: taken where their meaning is plain, refused otherwise."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from aftcli.aft.jobs import Job
-from aftcli.aft.loss import Recipe
-from aftcli.aft.run import fine_tune
+from aftcli.aft.loss import Batch, Outputs, Recipe, aft_loss
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
@@ -101,37 +100,51 @@ def one_output():
     with torch.no_grad():
         two.fc.weight.copy_(torch.cat([torch.zeros(1, 8), model.fc.weight]))
         two.fc.bias.copy_(torch.cat([torch.zeros(1), model.fc.bias]))
-    preprocessing = Preprocessing(size=SIZE)
-    return [cut_classifier(m, "conv2+bn2+relu2", preprocessing=preprocessing) for m in (model, two)]
+    own = {"preprocessing": Preprocessing(size=SIZE), "note": lambda text: None}
+    return [cut_classifier(m, "conv2+bn2+relu2", **own) for m in (model, two)]
 
 
-def tune_without_masks(f, x, run):
-    return list(fine_tune([Job(f, None)], run, Recipe()))
+def tune_without_masks(f, x):
+    out = Outputs(f(x))
+    return aft_loss(out, Batch((x,), torch.tensor([1])), Recipe(lam=None), f.output).total
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "factor"),
     [
-        lambda f, x, run: explain(f, x, ["gradcam"]),
-        lambda f, x, run: explain_map(f, x, given_maps()),
-        lambda f, x, run: fine_tune_threshold(f, x, given_maps(), 0),
-        lambda f, x, run: tune_batch(f, x, ["gradcam"], SETTINGS),
-        lambda f, x, run: attribution_map(f, x, 0, "rise"),
-        lambda f, x, run: attribution_map(f, x, 0, "lime"),
-        lambda f, x, run: attribution_map(f, x, 0, "omcam"),
-        tune_without_masks,
+        (lambda f, x: torch.tensor(explain(f, x, ["gradcam"], 1)[0].probability), 1),
+        (lambda f, x: explain_map(f, x, given_maps(), 1, 1, SETTINGS)[0].tft.rpi, 1),
+        (lambda f, x: fine_tune_threshold(f, x, given_maps(), 0).probabilities, 1),
+        (lambda f, x: tune_batch(f, x, ["eigencam"], SETTINGS)[0].tft.rpi, 1),
+        (lambda f, x: attribution_map(f, x, 1, "gradcam"), 1),
+        (lambda f, x: attribution_map(f, x, 0, "rise"), 1),
+        (lambda f, x: attribution_map(f, x, 1, "lime"), 1),
+        (lambda f, x: attribution_map(f, x, 1, "omcam"), 1),
+        # Two coins instead of one.
+        (tune_without_masks, 2),
     ],
 )
-def test_the_probability_of_the_only_output_is_refused(call, tmp_path):
-    f, _ = one_output()
-    with pytest.raises(AftError, match="the network has one output, so its class has probability"):
-        call(f, small("linear").x[:1], tmp_path)
-
-
-def test_a_row_of_zeros_gives_the_only_output_its_sigmoid():
-    """The advice of the message; the map, which no probability enters, stays as it was."""
+def test_the_only_output_has_its_sigmoid_for_probability(call, factor):
     f, two = one_output()
     x = small("linear").x[:1]
-    (found,) = explain(two, x, ["gradcam"], 1)
-    assert_near(found.probability, f(x).sigmoid().item(), 1e-6)
-    assert_near(found.attribution, attribution_map(f, x, 0, "gradcam")[0])
+    assert_near(call(f, x), factor * call(two, x), 1e-6)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_numbers_of_numpy_and_tensors_are_classes(call):
+    s = small("linear")
+    wanted = CALLS[call](s.f, s.x[:1], 3)
+    for given in (np.int64(3), np.array([3]), torch.tensor(3), [np.int32(3)], (3,)):
+        assert torch.equal(CALLS[call](s.f, s.x[:1], given), wanted)
+
+
+@pytest.mark.parametrize("call", ["attribution_map", "fine_tune_threshold"])
+def test_one_truth_among_numbers_is_no_class(call):
+    s = small("linear")
+    for truth in (True, np.bool_(True)):
+        with pytest.raises(AftError, match="class_index must be integers, got torch.bool"):
+            CALLS[call](s.f, s.x[:2], [truth, 2])
+    with pytest.raises(AftError, match="class_index must be integers"):
+        CALLS[call](s.f, s.x[:1], 2**70)
+    with pytest.raises(AftError, match=r"class_index must have shape \(2,\)"):
+        CALLS[call](s.f, s.x[:2], 3)

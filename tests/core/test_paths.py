@@ -9,9 +9,10 @@ from torch import nn
 
 from aftcli import Search, attribution_map, cut_classifier, explain, fine_tune_threshold
 from aftcli.core.cam import ablated_scores, grad_cam
-from aftcli.core.classes import Layout, Preprocessing, before_maps, from_maps, to_maps
-from aftcli.core.layers import default_layer
-from aftcli.core.networks import RunTo
+from aftcli.core.classes import Preprocessing
+from aftcli.cutting.layers import default_layer
+from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
+from aftcli.cutting.watched import RunTo
 from aftcli.errors import AftError
 
 SIZE = (24, 32)

@@ -55,6 +55,7 @@ def test_the_graph_says_what_it_is(exported):
     assert [o.name for o in session.get_outputs()] == ["logits", "attribution"]
     card = json.loads(session.get_modelmeta().custom_metadata_map["aft"])
     assert (card["model"], card["cam"]) == ("efficientnet_lite0", "gradcam")
+    assert card["output"] == "softmax"
     assert len(card["classes"]["names"]) == 1000 and card["preprocessing"]["size"] == [224, 224]
     onnx.checker.check_model(onnx.load(exported), full_check=True)
 

@@ -28,6 +28,8 @@ def aft(*arguments, stdout=None):
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),
+        # For the rest of the test's process, it would keep what other tests have made.
+        mock.patch.object(gc, "freeze"),
     ):
         try:
             cli.main()
@@ -35,7 +37,6 @@ def aft(*arguments, stdout=None):
             code = end.code
         finally:
             logging.disable(logging.NOTSET)
-            gc.unfreeze()
     return Result(code, "" if stdout else out.getvalue(), err.getvalue())
 
 

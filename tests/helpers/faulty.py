@@ -170,6 +170,12 @@ def run_aft(folder, arguments, act=None, at=None, before=None):
     cli.main()
 
 
+def main():
+    """Run `aft` with the small network, for torchrun: -m tests.helpers.faulty ARGUMENTS."""
+    _small_everything()
+    cli.main()
+
+
 class Ended(NamedTuple):
     """How a process ended: its exit code, what it said, its events, who outlived it."""
 
@@ -212,3 +218,7 @@ def orphans_of(group, patience):
         if not left or time.monotonic() >= until:
             return left
         time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,8 @@
 """Small trainings, for the tests of fine-tuning and the processes that they kill."""
 
 import os
+import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +102,6 @@ def tune_and_exit(root, run, cache="memory"):
 
 def main():
     """One of several processes of torchrun: -m tests.helpers.trained ROOT RUN CACHE [GAUGE]."""
-    import sys
-
     torch.set_num_threads(1)
     root, run, cache, *gauge = sys.argv[1:]
     settings = {"objective": ZERO_LEVEL, "gauge": gauge[0]} if gauge else None
@@ -111,6 +111,36 @@ def main():
     assert accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
     options = Options(cache, workers=0)
     tune(root, run, options=options, accelerator=accelerator, settings=settings)
+
+
+def main_as_one_of(index, count, port, arguments):
+    """Be one of several processes that torchrun has started, without its seconds of imports."""
+    os.environ.update(
+        RANK=str(index),
+        LOCAL_RANK=str(index),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    sys.argv[1:] = map(str, arguments)
+    main()
+
+
+def train_together(processes, count, *arguments):
+    """Run `main` in so many processes to the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = [
+        processes.Process(target=main_as_one_of, args=(i, count, port, arguments))
+        for i in range(count)
+    ]
+    for process in several:
+        process.start()
+    for process in several:
+        process.join()
+    assert [process.exitcode for process in several] == [0] * count
 
 
 if __name__ == "__main__":

@@ -193,7 +193,6 @@ def test_a_probability_as_a_target(method):
     assert_near(scaled(found.attribution[None]), expected.double(), 1e-4)
 
 
-@pending("binary")
 @pytest.mark.parametrize("c", [0, 1])
 def test_both_classes_of_one_logit(c):
     """pytorch-grad-cam: README, BinaryClassifierOutputTarget"""

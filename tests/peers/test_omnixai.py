@@ -131,7 +131,6 @@ def test_five_pictures_at_once(seen):
         assert_near(one[0], found[n], 1e-4)
 
 
-@pending("probabilities", AssertionError)
 def test_a_network_that_ends_in_softmax(photo):
     """OmniXAI: shap/shap_image_torch.py::test_explain, its CIFARNet"""
     model = Small(softmax=True).eval()

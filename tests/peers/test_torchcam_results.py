@@ -15,7 +15,6 @@ from aftcli.evaluation import metrics
 from tests.helpers.compare import assert_near
 from tests.helpers.small import small
 from tests.peers.networks import plain, tiny, tiny_cut
-from tests.peers.pending import pending
 from tests.reference import metrics as slow
 
 
@@ -261,7 +260,6 @@ def test_wrong_classes_of_a_batch(wrong):
         attribution_map(f, x, wrong, "gradcam")
 
 
-@pending("bool", pytest.fail.Exception)
 def test_true_is_no_class():
     """torchcam: test_metrics.py::test_metrics_reject_invalid_class_indices"""
     _, f, x = tiny_cut()

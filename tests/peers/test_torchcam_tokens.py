@@ -10,7 +10,6 @@ from aftcli import AftError, attribution_map, cut_classifier, explain
 from aftcli.evaluation import metrics
 from tests.helpers.compare import assert_near
 from tests.peers.networks import of_grad_cam, of_torchcam, plain, scaled
-from tests.peers.pending import pending
 from tests.reference import paper as reference
 
 NORM = "encoder.layers.encoder_layer_1.ln_1"
@@ -35,7 +34,6 @@ def pictures():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
 
 
-@pending("tokens")
 @pytest.mark.parametrize(
     ("method", "theirs"),
     [("layercam", "LayerCAM"), ("scorecam", "ScoreCAM"), ("gradcam", "GradCAM")],
@@ -55,7 +53,6 @@ def test_maps_of_tokens_equal_torchcams(method, theirs, pictures):
         assert_near(own, reference.upsample(other.numpy(), (32, 32)), 1e-5)
 
 
-@pending("tokens")
 def test_maps_of_tokens_equal_pytorch_grad_cams(pictures):
     """pytorch-grad-cam: README, its reshape_transform for ViTs"""
     model = transformer()
@@ -65,7 +62,6 @@ def test_maps_of_tokens_equal_pytorch_grad_cams(pictures):
     assert_near(found, expected.double(), 1e-4)
 
 
-@pending("tokens")
 def test_a_transformers_default_layer_is_its_last_norm(pictures):
     """torchcam: test_explain.py::test_explain_supports_torchvision_vit_with_legrad"""
     f = cut_classifier(transformer(), preprocessing=plain(32, 32))
@@ -75,7 +71,6 @@ def test_a_transformers_default_layer_is_its_last_norm(pictures):
     assert found.class_index == int(f(pictures[:1]).argmax())
 
 
-@pending("tokens")
 def test_a_frozen_transformer_stays_as_it_is(pictures):
     """torchcam: test_methods_transformer.py
 
@@ -90,7 +85,6 @@ def test_a_frozen_transformer_stays_as_it_is(pictures):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
-@pending("tokens")
 def test_a_transformer_in_training_keeps_its_flags(pictures):
     """torchcam: test_methods_transformer.py::test_legrad_restores_model_and_hooks
 
@@ -169,7 +163,6 @@ def by_loop(model, x, classes, prefix, high, wide):
     return scaled(found.relu())
 
 
-@pending("tokens")
 @pytest.mark.parametrize(("high", "wide", "prefix"), [(2, 2, 1), (2, 3, 2), (4, 2, 0)])
 def test_grids_and_prefixes_of_any_size(high, wide, prefix):
     """torchcam: test_methods_transformer.py::test_legrad_matches_manual_oracle, for Grad-CAM"""
@@ -215,7 +208,6 @@ class Dropping(Block):
         self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
 
 
-@pending("tokens")
 @pytest.mark.parametrize("kind", [Positional, Crossed, TokensFirst, Dropping])
 def test_attention_of_any_kind(kind):
     """torchcam: test_methods_transformer.py::test_legrad_supports_positional_attention_options
@@ -231,7 +223,6 @@ def test_attention_of_any_kind(kind):
     assert_near(attribution_map(f, x, 1, "gradcam"), expected)
 
 
-@pending("tokens")
 def test_transformers_in_inference_mode(pictures):
     """torchcam: test_methods_transformer.py
 
@@ -243,7 +234,6 @@ def test_transformers_in_inference_mode(pictures):
         assert torch.equal(attribution_map(f, pictures, [1, 7], "layercam"), expected)
 
 
-@pending("tokens")
 def test_measures_of_maps_of_tokens(pictures):
     """torchcam: test_methods_transformer.py::test_legrad_classification_metric_compatibility"""
     f = cut_classifier(transformer(), NORM, preprocessing=plain(32, 32))

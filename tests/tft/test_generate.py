@@ -18,6 +18,8 @@ from aftcli.engine.accelerate import accelerated
 from aftcli.settings import Search
 from aftcli.tft.generate import store_settings, tune_batch
 from aftcli.tft.hdf5 import Rows
+from tests.conftest import ROOT
+from tests.helpers.faulty import aft
 from tests.helpers.stored import (
     full_disk,
     generate,
@@ -276,30 +278,23 @@ def test_blocks_cover_all_images_once():
 
 
 @pytest.mark.slow
-def test_torchrun_with_two_processes_gives_the_store_of_one(tmp_path):
-    # More than one block of 32 images, so that the second process has work.
-    root = make_images(tmp_path / "fruit", each=11)
-    command = ["aftcli", "gen-masks", str(root), "--thresholds", "0.5", "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def test_torchrun_with_two_processes_gives_the_store_of_one(images, processes, tmp_path):
+    command = ["gen-masks", str(images), "--thresholds", "0.5", "--quiet"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     two = subprocess.run(
-        [*launch, "-m", "--", *command, "--run", str(tmp_path / "two")],
-        env=environment,
+        [*launch, "-m", "--", "tests.helpers.faulty", *command, "--run", str(tmp_path / "two")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
     )
     assert two.returncode == 0, two.stderr.decode()
-    one = subprocess.run(
-        [sys.executable, "-m", *command, "--run", str(tmp_path / "one")],
-        env=environment,
-        capture_output=True,
-    )
-    assert one.returncode == 0, one.stderr.decode()
+    one = aft(processes, tmp_path, *command, "--run", "one")
+    assert one.code == 0, one.err
     with (
-        MaskStore(tmp_path / "one/masks/efficientnet_lite0-gradcam.h5") as a,
-        MaskStore(tmp_path / "two/masks/efficientnet_lite0-gradcam.h5") as b,
+        MaskStore(tmp_path / "one/masks/small-gradcam.h5") as a,
+        MaskStore(tmp_path / "two/masks/small-gradcam.h5") as b,
     ):
-        assert a.settings == b.settings
-        for name, left, right in zip(Rows._fields, a.rows(0, 33), b.rows(0, 33), strict=True):
+        assert a.settings == b.settings and len(a) == len(b) == 15
+        for name, left, right in zip(Rows._fields, a.rows(0, 15), b.rows(0, 15), strict=True):
             assert np.array_equal(left, right), name
 
 

@@ -25,6 +25,7 @@ from aftcli.report.formats import FORMATS
 from aftcli.tft import search
 from aftcli.tft import threshold as tft
 from tests.helpers.command import Result, usage_error
+from tests.helpers.preloaded import keep_from_collector
 
 PHOTO = str(Path(__file__).parents[2] / "docs/images/chelsea.jpg")
 # What other commands are for: masks, training, tables, export.
@@ -152,6 +153,9 @@ def test_garbage_is_collected_again_afterwards():
     class Node:
         pass
 
+    # The tests keep their own imports from it as well.
+    gc.unfreeze()
+    assert not gc.get_freeze_count()
     try:
         with kept_from_collector():
             assert not gc.isenabled()
@@ -164,4 +168,4 @@ def test_garbage_is_collected_again_afterwards():
         gc.collect()
         assert gone() is None
     finally:
-        gc.unfreeze()
+        keep_from_collector()

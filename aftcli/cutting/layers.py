@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from aftcli.core.classes import Layout, same_output, to_maps
-from aftcli.core.cut import CutPoint, Parts, Untraceable, cut, cut_points, is_spatial, on_meta
-from aftcli.core.networks import Ran, RunFrom, RunTo, copied, first_tensor, run_watched
+from aftcli.cutting.cut import CutPoint, Parts, Untraceable, cut, cut_points, is_spatial, on_meta
+from aftcli.cutting.layouts import Layout, same_output, to_maps
+from aftcli.cutting.networks import copied
+from aftcli.cutting.watched import Ran, RunFrom, RunTo, first_tensor, run_watched
 from aftcli.errors import AftError, first_line
 
 ROUNDING = 1e-5  # of the largest logit
@@ -78,22 +79,6 @@ def _layout(
         if h > 1 and h * round(h * wide / high) == tokens - prefix:
             return Layout(kind, h, round(h * wide / high), prefix)
     return None
-
-
-def name_of(layer: object, model: nn.Module) -> str:
-    """Find the name of a module of a network.
-
-    Raises:
-        AftError: it is none.
-    """
-    found = next((name for name, module in model.named_modules() if module is layer), "")
-    if not found:
-        what = type(layer).__name__
-        raise AftError(
-            f"layer must be the name of a module of {type(model).__name__}, or one of its modules; "
-            f"this {what} is none"
-        )
-    return found
 
 
 def layout_at(model: nn.Module, layer: str, x: Tensor) -> tuple[Layout | None, int]:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 
-from aftcli.core.classes import Layout, before_maps, from_maps, to_maps
-from aftcli.core.networks import copied, run_watched, with_history
+from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
+from aftcli.cutting.networks import copied, with_history
+from aftcli.cutting.watched import run_watched
 from aftcli.errors import AftError, first_line, nearest
 
 

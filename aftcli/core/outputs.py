@@ -1,0 +1,243 @@
+"""The meaning of a network's outputs: their probabilities, and losses of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from aftcli.cutting.watched import RunFrom
+from aftcli.errors import AftError, check_name
+from aftcli.settings import AUTO, NONE, OUTPUTS, SIGMOID, SOFTMAX
+
+BOTH = "both_classes"  # the module's name in a head
+
+
+def probabilities(logits: Tensor, output: str = SOFTMAX) -> Tensor:
+    """Compute probabilities of classes, shape (N, C), from logits (§2.1).
+
+    Args:
+        logits: shape (N, C).
+        output: of OUTPUTS: their softmax, the sigmoid of each, or they are probabilities already.
+    """
+    if output == SIGMOID:
+        return logits.sigmoid()
+    return logits.clamp(0, 1) if output == NONE else logits.softmax(1)
+
+
+def log_probabilities(logits: Tensor, output: str = SOFTMAX) -> Tensor:
+    """Compute the logarithms of `probabilities`; of 0 that of the smallest number."""
+    if output == SIGMOID:
+        return F.logsigmoid(logits)
+    return _log(logits) if output == NONE else logits.log_softmax(1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, output: str = SOFTMAX) -> Tensor:
+    """Compute the cross-entropy of labels, shape (N,), mean over images.
+
+    Of classes that do not exclude each other it is the binary one of each class, summed.
+    """
+    if excludes(logits, output):
+        return F.nll_loss(log_probabilities(logits, output), labels)
+    target = F.one_hot(labels, logits.shape[1]).to(logits)
+    if output == SIGMOID:
+        each = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    else:
+        each = -torch.where(target > 0, _log(logits), _log(1 - logits))
+    return each.sum(1).mean()
+
+
+def divergence(logits: Tensor, teacher: Tensor, output: str = SOFTMAX) -> Tensor:
+    """Return KL(f_0(x) || f(x)), the distance of the teacher's probabilities, mean over images.
+
+    Of classes that do not exclude each other it is that of a coin for each class, summed.
+
+    Args:
+        logits: f(x), shape (N, C).
+        teacher: logits of f_0, the network before fine-tuning, shape (N, C).
+        output: see `probabilities`.
+    """
+    pairs = [(log_probabilities(logits, output), log_probabilities(teacher, output))]
+    if not excludes(teacher, output):
+        # 1 - sigmoid(y) is sigmoid(-y), exactly also where it is small.
+        other = [-y if output == SIGMOID else 1 - y for y in (logits, teacher)]
+        pairs.append((log_probabilities(other[0], output), log_probabilities(other[1], output)))
+    each = [F.kl_div(own, his, reduction="batchmean", log_target=True) for own, his in pairs]
+    return torch.stack(each).sum()
+
+
+def excludes(logits: Tensor, output: str) -> bool:
+    """Tell if the classes exclude each other: their probabilities sum to 1."""
+    return output == SOFTMAX or (output == NONE and sum_to_one(logits.detach()))
+
+
+def _log(p: Tensor) -> Tensor:
+    return p.clamp(min=torch.finfo(p.dtype).tiny).log()
+
+
+def in_range(outputs: Tensor) -> bool:
+    """Tell if all outputs lie in [0, 1]."""
+    return bool(((outputs >= 0) & (outputs <= 1)).all())
+
+
+def sum_to_one(p: Tensor) -> bool:
+    """Tell if probabilities of classes, shape (N, C), sum to 1, but for rounding."""
+    tolerance = torch.finfo(p.dtype).eps ** 0.5
+    total = (p.float() if p.itemsize < 4 else p).sum(1)
+    return bool(((total - 1).abs() <= tolerance).all())
+
+
+class BothClasses(nn.Module):
+    """The columns of both classes, shape (N, 2), of a binary classifier's only output.
+
+    Args:
+        of_probability: the output is p, and the columns are 1 - p and p; otherwise it is a logit
+            y, and they are -y and y: their sigmoid is the probability of each.
+    """
+
+    def __init__(self, of_probability: bool = False) -> None:
+        super().__init__()
+        self.of_probability = of_probability
+        self.training = False
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Compute the columns of y, shape (N,), (N, 1) or (N, 1, ..., 1)."""
+        y = y.reshape(-1, 1)
+        return torch.cat([1 - y if self.of_probability else -y, y], 1)
+
+    def extra_repr(self) -> str:
+        """Say which of the two it is: graphs are kept by what is printed."""
+        return "1 - p, p" if self.of_probability else "-y, y"
+
+
+def give_both_classes(head: nn.Module, of_probability: bool) -> None:
+    """Give a head with one output a column for each of both classes; its weights keep their names.
+
+    Args:
+        head: w2, as `aftcli.cutting.cut.cut` makes it; it is changed.
+        of_probability: see `BothClasses`.
+
+    Raises:
+        AftError: the head has no graph.
+    """
+    if isinstance(head, RunFrom):
+        head.then = (BothClasses(of_probability),)
+        return
+    if not isinstance(head, fx.GraphModule):
+        raise AftError(
+            "torch.fx can't open what follows this layer, so a network's only output can't become "
+            "columns of two classes; cut at a later --layer, or give the network two outputs"
+        )
+    head.add_module(BOTH, BothClasses(of_probability))
+    (end,) = (node for node in head.graph.nodes if node.op == "output")
+    with head.graph.inserting_before(end):
+        end.args = (head.graph.call_module(BOTH, (end.args[0],)),)
+    head.recompile()
+
+
+class Meant(NamedTuple):
+    """The meaning of a network's outputs.
+
+    Attributes:
+        output: of OUTPUTS without auto.
+        single: there is one output, of a binary classifier.
+        guess: what was assumed, or looks wrong, for the user to know; "" where nothing is.
+    """
+
+    output: str
+    single: bool = False
+    guess: str = ""
+
+
+SIGMOIDS = ("SigmoidBackward", "HardsigmoidBackward")
+
+# Operations of autograd that move values and compute none.
+MOVING = (
+    *("View", "Reshape", "Squeeze", "Unsqueeze", "Select", "Slice", "Clone", "Alias", "ToCopy"),
+    *("UnsafeView", "Permute", "Transpose", "T", "Expand", "AsStrided"),
+)
+
+SCALES = (0.1, 1.0, 10.0)  # of the random inputs that show if outputs are probabilities
+
+
+def output_of(run: Callable[[Tensor], Tensor], x: Tensor, first: Tensor, wanted: str) -> Meant:
+    """Find out what a network's outputs mean.
+
+    Outputs are probabilities already where they lie in [0, 1] for random inputs of several
+    scales, and either sum to 1 or come out of a sigmoid, as autograd tells. Logarithms of
+    probabilities need no name: their softmax is these probabilities.
+
+    Args:
+        run: from inputs, shape (N, 3, H, W), to outputs.
+        x: one random input.
+        first: its outputs.
+        wanted: of OUTPUTS.
+
+    Raises:
+        AftError: what is wanted does not fit, or one output comes out of a softmax.
+    """
+    check_name("output", wanted, OUTPUTS)
+    single = first.numel() == 1
+    if not (single or wanted == NONE or in_range(first)):
+        return Meant(SOFTMAX if wanted == AUTO else wanted)
+    if single and wanted == SOFTMAX:
+        raise AftError(
+            "the network has one output, and the softmax of one output is 1 for every image; pass "
+            "--output sigmoid, or none if it is a probability already"
+        )
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.cat([torch.randn(x.shape, generator=generator) * scale for scale in SCALES])
+    found = run(inputs.to(x))
+    if single and found.numel() != len(inputs):
+        raise AftError(
+            f"the network has one output for {len(inputs)} images, so it is none of a class; pass "
+            "a network whose outputs have shape (N, C), (N, 1) or (N,)"
+        )
+    found = torch.cat([first.reshape(1, -1), found.reshape(len(inputs), -1)])
+    if not in_range(found):
+        if wanted == NONE:
+            raise AftError(
+                f"--output none is of probabilities, but the outputs reach from {found.min():.3g} "
+                f"to {found.max():.3g}; pass --output softmax, or sigmoid for classes that do not "
+                "exclude each other"
+            )
+        already = False
+    else:
+        last = last_operation(run, x)
+        if single and wanted == AUTO and last.startswith("SoftmaxBackward"):
+            raise AftError(
+                "the network's only output comes out of a softmax, so it is 1 for every image; "
+                "leave the softmax out"
+            )
+        already = last.startswith(SIGMOIDS) or (not single and sum_to_one(found))
+    if wanted == AUTO and already:
+        return Meant(NONE, single, f"{ALREADY}, so the score y^c of maps is the probability itself")
+    if wanted == AUTO and single:
+        return Meant(SIGMOID, True, ONE_LOGIT)
+    again = f"{ALREADY}; --output {wanted} applies {wanted} to them; leave it out"
+    doubled = already and wanted in (SOFTMAX, SIGMOID)
+    return Meant(SOFTMAX if wanted == AUTO else wanted, single, again if doubled else "")
+
+
+ALREADY = "its outputs are probabilities already"
+
+ONE_LOGIT = (
+    "its only output is taken for the logit of class 1, whose sigmoid is the probability; pass "
+    "--output none if it is a probability already"
+)
+
+
+def last_operation(run: Callable[[Tensor], Tensor], x: Tensor) -> str:
+    """Name autograd's last operation that computes; "" where it can't be known."""
+    try:
+        with torch.enable_grad():
+            # A copy: the network may write into its input.
+            node: Any = run(x.detach().requires_grad_().clone()).grad_fn
+    except RuntimeError:
+        return ""
+    while node is not None and node.name().partition("Backward")[0] in MOVING:
+        node = node.next_functions[0][0]
+    return node.name() if node is not None else ""

@@ -1,0 +1,75 @@
+"""The places of channels and cells in a layer's output: maps, channels last, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """The places of channels and cells in a layer's output, where it is not (N, K, h, w).
+
+    Attributes:
+        kind: "last", (N, h, w, K); "tokens", (N, T, K); "sequence", (T, N, K).
+        height: h, cells.
+        width: w, cells.
+        prefix: tokens before those of the cells: of the class, registers.
+    """
+
+    kind: str
+    height: int
+    width: int
+    prefix: int = 0
+
+
+def to_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Tensor:
+    """Make A, shape (N, K, h, w), of a layer's output; arguments as of `Layout`."""
+    if kind == "last":
+        return out.permute(0, 3, 1, 2)
+    tokens = out.transpose(0, 1) if kind == "sequence" else out
+    maps: Tensor = tokens[:, prefix:].mT.unflatten(2, (height, width))
+    return maps
+
+
+def before_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Tensor:
+    """Take the tokens that belong to no cell, shape (N, prefix, K), of a layer's output."""
+    tokens = out.transpose(0, 1) if kind == "sequence" else out
+    return tokens[:, :prefix]
+
+
+def from_maps(
+    maps: Tensor, before: Sequence[Tensor], kind: str, height: int, width: int, prefix: int
+) -> Tensor:
+    """Make a layer's output of A and the tokens before its cells, as `Layout` says."""
+    if kind == "last":
+        return maps.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+    tokens = torch.cat([*before, maps.flatten(2).mT], 1)
+    return (tokens.transpose(0, 1) if kind == "sequence" else tokens).contiguous()
+
+
+def same_output(one: object, two: object, tolerance: float = 0.0) -> bool:
+    """Tell if two outputs of a network are equal: tensors, or collections of them.
+
+    Args:
+        one: an output.
+        two: the other.
+        tolerance: a share of the largest number of a tensor; by 0 they are equal bit for bit.
+    """
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        if one.shape != two.shape or not one.numel():
+            return one.shape == two.shape
+        if one.dtype == torch.bool:
+            return torch.equal(one, two)
+        return bool((one - two).abs().max() <= tolerance * two.abs().max())
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return one.keys() == two.keys() and all(
+            same_output(one[key], two[key], tolerance) for key in one
+        )
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(
+            same_output(a, b, tolerance) for a, b in zip(one, two, strict=True)
+        )
+    return type(one) is type(two) and bool(one == two)

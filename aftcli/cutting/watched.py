@@ -1,0 +1,167 @@
+"""Networks watched while they run, and run to or from a layer where their graph is unknown.
+
+The only place that hooks into a network; hooks are taken off when the pass ends.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, ValuesView
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
+
+
+class Ran(NamedTuple):
+    """A call of a module in a pass of a network.
+
+    Attributes:
+        name: the module's.
+        module: that ran.
+        output: what it returned; of a tuple or dict the first tensor.
+    """
+
+    name: str
+    module: nn.Module
+    output: Tensor
+
+
+def first_tensor(out: object) -> Tensor | None:
+    """Find the first tensor of what a module returned; None without."""
+    if isinstance(out, Tensor):
+        return out
+    parts = out.values() if isinstance(out, Mapping) else out
+    if isinstance(parts, list | tuple | ValuesView):
+        return next((t for part in parts if (t := first_tensor(part)) is not None), None)
+    return None
+
+
+def run_watched(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
+    """Run a network and return the calls of its modules, in the order in which they end.
+
+    Args:
+        model: the network; it has no hooks of ours afterwards.
+        x: its input.
+    """
+    calls: list[Ran] = []
+    handles = []
+    for name, module in model.named_modules():
+
+        def ended(module: nn.Module, _: object, out: object, name: str = name) -> None:
+            if name and (tensor := first_tensor(out)) is not None:
+                calls.append(Ran(name, module, tensor))
+
+        handles.append(module.register_forward_hook(ended))
+    try:
+        out = model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, out
+
+
+class _Done(Exception):  # noqa: N818 - it is no error
+    """The layer's output is there, the rest of the network need not run."""
+
+
+class _Interrupted(nn.Module):
+    """A network that torch.fx can't trace, run to or from the output of one of its modules.
+
+    Its modules are the network's own, under the same names.
+
+    Args:
+        network: the whole.
+        layer: the module's name.
+        call: the number of its calls in a pass.
+        layout: where its output has its cells; None for (N, K, h, w).
+    """
+
+    def __init__(self, network: nn.Module, layer: str, call: int, layout: Layout | None) -> None:
+        super().__init__()
+        self._modules, self._parameters = network._modules, network._parameters
+        self._buffers = network._buffers
+        self.__dict__["network"] = network  # not as a module: names would begin with it
+        self.layer, self.call, self.layout = layer, call, layout
+        self.training = network.training
+
+    def run(self, x: Tensor, change: Callable[[object], object]) -> object:
+        """Run the network with the layer's output changed."""
+        calls = 0
+
+        def ended(module: nn.Module, _: object, out: object) -> object:
+            nonlocal calls
+            calls += 1
+            return change(out) if calls == self.call else None
+
+        network = self.__dict__["network"]
+        handle = network.get_submodule(self.layer).register_forward_hook(ended)
+        try:
+            return network(x)
+        finally:
+            handle.remove()
+
+
+class RunTo(_Interrupted):
+    """The stem and the layer in one: from x to the layer's output, and x for the rest."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Run the network up to the layer.
+
+        Args:
+            x: inputs, shape (N, C, H, W).
+
+        Returns:
+            A, tokens of no cell where there are any, and x, from which `RunFrom` runs the rest.
+        """
+        found: list[Tensor] = []
+
+        def stop(out: object) -> object:
+            tensor = first_tensor(out)
+            assert tensor is not None
+            found.append(tensor)
+            raise _Done
+
+        with suppress(_Done):
+            self.run(x, stop)
+        if self.layout is None:
+            return found[0], x
+        own = (found[0], *self.layout)
+        return (to_maps(*own), *([before_maps(*own)] if self.layout.prefix else []), x)
+
+
+class RunFrom(_Interrupted):
+    """The head: the whole network with another output of the layer.
+
+    Attributes:
+        then: modules without weights that its output passes; a tuple, so that the network, whose
+            modules are these, does not get them.
+    """
+
+    then: tuple[nn.Module, ...] = ()
+
+    def forward(self, activation: Tensor, *rest: Tensor) -> object:
+        """Run the network with the layer's output replaced; arguments as `RunTo` returns them."""
+        *before, x = rest
+        # A copy: what follows may write into it.
+        own = from_maps(activation, before, *self.layout) if self.layout else activation.clone()
+        out = self.run(x, lambda out: _replaced(out, own))
+        for module in self.then:
+            out = module(out)
+        return out
+
+
+def _replaced(out: Any, tensor: Tensor) -> Any:  # noqa: ANN401 - whatever a module returns
+    """Put a tensor in the place of the first one of what a module returned."""
+    if isinstance(out, Tensor):
+        return tensor
+    if isinstance(out, Mapping):
+        key = next(k for k, v in out.items() if first_tensor(v) is not None)
+        changed = copy.copy(out)
+        changed[key] = _replaced(out[key], tensor)  # type: ignore[index]
+        return changed
+    i = next(i for i, v in enumerate(out) if first_tensor(v) is not None)
+    parts = [*out[:i], _replaced(out[i], tensor), *out[i + 1 :]]
+    return type(out)(*parts) if hasattr(out, "_fields") else type(out)(parts)
