@@ -4,8 +4,8 @@
     python -m benchmarks NAME [DATA] …   runs one; --help names its options
     python -m benchmarks pages           writes the pages of docs from JSON and templates
 
-Each module of speed, quality and trust that has a function `main` is a benchmark. None is imported
-to be listed.
+Each module of speed, quality, trust and coverage that has a function `main` is a benchmark. None is
+imported to be listed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FOLDERS = ("speed", "quality", "trust")
+FOLDERS = ("speed", "quality", "trust", "coverage")
 
 
 def benchmarks() -> dict[str, Path]:

@@ -23,6 +23,7 @@ PAGES = {
     "benchmarks": "speed/benchmarks",
     "reliability": "trust/reliability",
     "judges": "quality/judges",
+    "results/coverage": "coverage/coverage",
 }
 PART = re.compile(r"^\{\{(\w+)\}\}$", re.MULTILINE)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from aftcli.core.classes import Classes, Preprocessing
-from aftcli.core.outputs import BOTH, Meant, give_both_classes, output_of, probabilities
+from aftcli.core.outputs import BOTH, Meant, output_of, probabilities, with_both_classes
 from aftcli.cutting.cut import cut, cut_modules, flow_of
 from aftcli.cutting.layers import default_layer, divided
 from aftcli.cutting.networks import copied, name_of, outside_inference_mode, takes_videos, unwrapped
@@ -138,7 +138,7 @@ class Classifier(nn.Module):
     @property
     def single(self) -> bool:
         """True where the network has one output, of which the head makes columns of two classes."""
-        return any(name.endswith(BOTH) for name, _ in self.head.named_modules())
+        return hasattr(self.head, BOTH)
 
     def activation(self, x: Tensor) -> Tensor:
         """Compute activations A of layer l, shape (N, K, h, w), of x, shape (N, 3, H, W)."""
@@ -277,9 +277,8 @@ def cut_classifier(
     if meant.guess:
         note(f"{name}: {meant.guess}")
     if meant.single:
-        give_both_classes(parts.head, meant.output == NONE)
-        if classes and len(classes) == 1:
-            classes = Classes.of_one(classes.names[0])
+        parts = parts._replace(head=with_both_classes(parts.head, meant.output == NONE))
+        classes = Classes.of_one(*classes.names) if classes and len(classes) == 1 else classes
     count = 2 if meant.single else 0 if others else logits.shape[1]
     classes = classes or Classes.numbered(count)
     if len(classes) != count:
