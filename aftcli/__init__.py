@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from aftcli.aft.loss import Recipe as Recipe
     from aftcli.aft.run import fine_tune as fine_tune
     from aftcli.aft.training import Training as Training
-    from aftcli.core.cam import attribution_map as attribution_map
+    from aftcli.attributions.maps import attribution_map as attribution_map
     from aftcli.core.classes import Classes as Classes
     from aftcli.core.classes import Preprocessing as Preprocessing
     from aftcli.core.classifier import Classifier as Classifier
@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     from aftcli.evaluation.tables import table4 as table4
     from aftcli.models.checkpoint import read_card as read_card
     from aftcli.models.load import load_classifier as load_classifier
+    from aftcli.models.targets import box_target as box_target
+    from aftcli.models.targets import contrast_target as contrast_target
+    from aftcli.models.targets import output_target as output_target
+    from aftcli.models.targets import region_target as region_target
+    from aftcli.models.targets import similarity_target as similarity_target
+    from aftcli.models.targets import with_target as with_target
     from aftcli.settings import Search as Search
     from aftcli.tft.explain import Explanation as Explanation
     from aftcli.tft.explain import explain as explain
@@ -64,7 +70,9 @@ _HOMES = {
     "TftResult": "aftcli.tft.search",
     "Training": "aftcli.aft.training",
     "accelerated": "aftcli.engine.accelerate",
-    "attribution_map": "aftcli.core.cam",
+    "attribution_map": "aftcli.attributions.maps",
+    "box_target": "aftcli.models.targets",
+    "contrast_target": "aftcli.models.targets",
     "control_job": "aftcli.aft.jobs",
     "cut_classifier": "aftcli.core.classifier",
     "evaluate_study": "aftcli.evaluation.run",
@@ -76,11 +84,15 @@ _HOMES = {
     "load_classifier": "aftcli.models.load",
     "mask_job": "aftcli.aft.jobs",
     "open_data_set": "aftcli.data.sets",
+    "output_target": "aftcli.models.targets",
     "read_card": "aftcli.models.checkpoint",
     "read_image": "aftcli.data.images",
+    "region_target": "aftcli.models.targets",
+    "similarity_target": "aftcli.models.targets",
     "table3": "aftcli.evaluation.tables",
     "table4": "aftcli.evaluation.tables",
     "to_input": "aftcli.data.images",
+    "with_target": "aftcli.models.targets",
 }
 # Old names, of one version.
 _RENAMED = {"AftSettings": "Recipe", "TftSettings": "Search"}

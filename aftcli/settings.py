@@ -26,6 +26,9 @@ Masking = Literal["binary", "soft"]
 Fill = Literal["mean", "black", "blur"]
 Mode = Literal["value", "percentile"]
 SearchKind = Literal["exact", "fast"]
+# Of those in aftcli.attributions.maps.
+Smooth = Literal["none", "aug", "eigen"]
+Fuse = Literal["max", "product"]
 
 # What makes probabilities of a network's outputs: softmax, sigmoid, or nothing as they are some;
 # auto finds out (aftcli.core.classes.output_of).

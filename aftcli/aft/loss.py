@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from aftcli.core.cam import TUNERS, Tuner, normalise
+from aftcli.core.cam import normalise
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS, method
 from aftcli.core.outputs import cross_entropy as cross_entropy_of
@@ -22,6 +22,7 @@ from aftcli.core.outputs import divergence
 from aftcli.core.zero_level import check_signed
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, nearest
+from aftcli.models.checkpoint import TUNERS, Tuner
 from aftcli.settings import MANY, RANGES, SITUATIONS, SOFTMAX, ZERO_LEVEL_TAKES, Situation
 from aftcli.settings import ZERO_LEVEL as ZERO_LEVEL
 
@@ -30,7 +31,6 @@ Features = tuple[Tensor, ...]  # what w0 hands to w1: one tensor for most networ
 
 # Teachers of whole images' classes: their labels (eq. 8), or the network before fine-tuning.
 CLASSIFICATIONS = ("labels", "distillation")
-
 # Weights trained behind the frozen w0.
 TRAINED = ("w1+w2", "w1")
 

@@ -22,10 +22,10 @@ from aftcli.aft.loss import (
     check_settings,
 )
 from aftcli.aft.tail import Earlier, Tail
-from aftcli.core.cam import Tuner
 from aftcli.core.classifier import Classifier
 from aftcli.core.zero_level import check_plain
 from aftcli.errors import AftError
+from aftcli.models.checkpoint import Tuner
 
 
 class Examples(Protocol):

@@ -1,4 +1,4 @@
-"""Maps of activations beyond CAMs: Relevance-CAM, OM-CAM, fused Layer-CAM."""
+"""Maps of activations beyond their plain sum: Relevance-CAM, Finer-CAM, OM-CAM, fused Layer-CAM."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftcli.attributions.canonical import canonical
-from aftcli.attributions.decomposition import contrast
-from aftcli.attributions.rules import named, relevance
+from aftcli.attributions.decomposition import contrast, named, relevance
 from aftcli.core.cam import (
+    cells_of,
     class_score,
     layer_cam,
     normalise,
@@ -48,6 +48,33 @@ def signed_relevance(f: Classifier, activation: Tensor, class_index: Tensor) -> 
     """
     head = canonical(f, part="head")
     return relevance(f, head, class_index, activation, named(f, "z-plus"), contrast)
+
+
+NEAREST, CONTRAST = 3, 0.6  # of Finer-CAM: its authors' number of classes, and gamma
+
+
+def finer_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Finer-CAM: Grad-CAM of `finer_score`, y^c against the classes nearest to c."""
+    return weighted_sum(finer_cam_weights(f, activation, class_index, x), activation)
+
+
+def finer_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Finer-CAM's alpha, shape (N, K)."""
+    return score_gradient(f, activation, class_index, finer_score).mean(cells_of(activation))
+
+
+def finer_score(logits: Tensor, class_index: Tensor) -> Tensor:
+    """y^c - gamma mean_d y^d over the 3 classes d whose scores are nearest to y^c, shape (N,).
+
+    Zhang et al., CVPR 2025: gamma = .6. Of fewer classes all others are taken.
+    """
+    if logits.shape[1] == 1:
+        raise AftError("finercam compares a class with others; the network has one: use gradcam")
+    y = class_score(logits, class_index)
+    distance = (logits - y[:, None]).detach().abs()
+    distance = distance.scatter(1, class_index[:, None], torch.inf)
+    nearest = distance.topk(min(NEAREST, logits.shape[1] - 1), largest=False).indices
+    return y - CONTRAST * logits.gather(1, nearest).mean(1)
 
 
 ITERATIONS = 10

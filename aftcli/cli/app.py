@@ -124,11 +124,13 @@ IDLE: dict[str, tuple[Idle, ...]] = {
     "explain": (
         Idle(("--thresholds", "--threshold-mode", "--search"), _without("--tft")),
         Idle(("--masking", "--fill"), _without("--tft", "--threshold", "--mute")),
+        Idle(("--engine",), _with("--target-fn")),
         _cells(),
     ),
     "tft": (
         Idle(("--absolute",), _without("--map")),
-        Idle(("--layer", "--cam", "--cells"), _with("--map")),
+        Idle(("--layer", "--cam", "--cells", "--smooth"), _with("--map")),
+        Idle(("--engine",), _with("--target-fn")),
         _cells(),
     ),
     "gen-masks": (

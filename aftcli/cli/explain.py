@@ -13,6 +13,7 @@ import typer
 
 from aftcli.cli import setup
 from aftcli.cli.options import (
+    LayeredNetwork,
     LowerPrecision,
     Network,
     Printed,
@@ -107,7 +108,9 @@ class GivenMap(TargetMaps):
 class WantedThresholds(Thresholds):
     """The search of thresholds, where one is wanted."""
 
-    tft: Annotated[bool, option("--tft", "", "Find the threshold that explains best.")] = False
+    tft: Annotated[bool, option("--tft", "", "Cut where the class's probability rises most.")] = (
+        False
+    )
 
 
 @dataclass(frozen=True)
@@ -140,22 +143,19 @@ def explain(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or globs.")
     ],
-    network: Network,
+    network: LayeredNetwork,
     maps: CutMaps,
     thresholds: WantedThresholds,
     output: Files,
     run: ImageRun,
 ) -> None:
-    """Show where the model looked for its prediction, or for any class.
-
-    With --tft the map is cut where the class's probability rises most.
-    """
+    """Show where the model looked for its prediction, or for any class."""
     tft = thresholds.tft
     cut = muting(maps.threshold, maps.mute, tft)
     kinds, accelerate, found = _begin(images, network, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
-    f = setup.classifier(network, run.device, run.quiet)
-    methods, targets = setup.methods(f, maps.cam, "layercam"), setup.targets(f, maps)
+    f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
+    methods, targets = setup.methods(f, maps.cam, "layercam", others), setup.targets(f, maps)
     setup.advise(methods if tft else [], thresholds.mode, maps.cells, run.quiet)
 
     from aftcli.report import names
@@ -165,24 +165,32 @@ def explain(
     wanted = settings if tft or cut else None
     searched = names.of_search(settings, thresholds.thresholds) if tft else []
     of_map = [
-        *_of_network(network, run),
-        *names.of_map(cells=maps.cells, zero_level=maps.zero_level),
+        *_of_network(network, maps, run),
+        *names.of_map(
+            cells=maps.cells,
+            zero_level=maps.zero_level,
+            smooth=maps.smooth,
+            target=maps.target_fn,
+        ),
     ]
     called = names.suffixes(of_map, [*searched, *names.of_threshold(maps.threshold, maps.mute)])
-    each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted)
+    each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted, maps.smooth)
 
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         asked = (targets, maps.top_k, wanted, maps.cells, bool(cut), maps.zero_level)
-        explained = explanation.explain(fast, setup.input_of(f, subject), methods, *asked)
+        x, layers = setup.input_of(f, subject), (fast, *others)
+        explained = explanation.explain(
+            layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion
+        )
         return [write_outputs(f, subject, e, kinds, output.out, called) for e in explained]
 
-    ready = partial(accelerate, f, len(found.paths) * each)
+    ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
     _each_image(ready, found, explain_image, settings, output, run)
 
 
 def tft(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture.")],
-    network: Network,
+    network: LayeredNetwork,
     maps: GivenMap,
     thresholds: Thresholds,
     output: Files,
@@ -197,26 +205,29 @@ def tft(
     from aftcli.report.explain import write_outputs
     from aftcli.tft import explain as explanation
 
-    of_map = names.of_map(maps.map_, maps.absolute, maps.cells)
+    of_map = names.of_map(maps.map_, maps.absolute, maps.cells, 0.0, maps.smooth, maps.target_fn)
     searched = names.of_search(settings, thresholds.thresholds)
-    called = names.suffixes([*_of_network(network, run), *of_map], searched)
+    called = names.suffixes([*_of_network(network, maps, run), *of_map], searched)
     values = read_map(maps.map_) if maps.map_ else None
-    f = setup.classifier(network, run.device, run.quiet)
+    f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
     targets = setup.targets(f, maps)
-    methods = setup.methods(f, maps.cam, "gradcam") if values is None else ["map"]
+    methods = setup.methods(f, maps.cam, "gradcam", others) if values is None else ["map"]
     setup.advise(methods, thresholds.mode, maps.cells, run.quiet)
-    each = explanation.passes(f, methods, len(targets) or maps.top_k, settings)
+    each = explanation.passes(f, methods, len(targets) or maps.top_k, settings, maps.smooth)
 
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
         x, asked = setup.input_of(f, subject), (targets, maps.top_k, settings)
         if values is None:
-            explained = explanation.explain(fast, x, methods, *asked, maps.cells)
+            layers = (fast, *others)
+            explained = explanation.explain(
+                layers, x, methods, *asked, maps.cells, smooth=maps.smooth, fuse=maps.fusion
+            )
         else:
             attribution = _fitted(values, maps, f, x, subject, run.quiet)
             explained = explanation.explain_map(fast, x, attribution, *asked)
         return [write_outputs(f, subject, e, kinds, output.out, called) for e in explained]
 
-    ready = partial(accelerate, f, len(found.paths) * each)
+    ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
     _each_image(ready, found, explain_image, settings, output, run)
 
 
@@ -246,8 +257,10 @@ def _begin(
     """Check what can be checked without torch, and find the images; without one it ends here."""
     kinds = outputs(output.save, tft)
     named(maps.cam or [])
-    if maps.target and maps.top_k > 1:
-        raise AftError("--target and --top-k exclude each other: give one")
+    if (maps.target is not None) + (maps.top_k > 1) + (maps.target_fn is not None) > 1:
+        raise AftError("--target, --target-fn and --top-k exclude each other: give one")
+    if maps.target_fn and run.precision != "no":
+        raise AftError("--target-fn runs in full precision: leave --precision out")
     setup.check(network)
     accelerate = setup.engine(run.engine, run.precision, run.quiet)
 
@@ -259,17 +272,20 @@ def _begin(
     return kinds, accelerate, found
 
 
-def _of_network(network: Network, run: ImageRun) -> list[Setting]:
+def _as_it_is(f: Classifier, passes: int | None) -> Classifier:
+    """Keep a network whose head ends in the user's code on torch."""
+    from aftcli.report.terminal import PASSED
+
+    f.watch = PASSED.add
+    return f
+
+
+def _of_network(network: Network, maps: TargetMaps, run: ImageRun) -> list[Setting]:
     from aftcli.report.names import of_network
 
-    return of_network(
-        network.model,
-        network.checkpoint,
-        network.classes,
-        network.layer,
-        run.precision,
-        network.output,
-    )
+    layers = tuple(network.layers or ())
+    files = (network.model, network.checkpoint, network.classes)
+    return of_network(*files, layers, run.precision, network.output, maps.fusion)
 
 
 def _fitted(

@@ -14,7 +14,18 @@ from typer.models import OptionInfo
 
 from aftcli.core.methods import FAMILIES, METHODS, check_device, named
 from aftcli.errors import AftError
-from aftcli.settings import RANGES, Fill, Masking, Mode, Output, Search, SearchKind, read_thresholds
+from aftcli.settings import (
+    RANGES,
+    Fill,
+    Fuse,
+    Masking,
+    Mode,
+    Output,
+    Search,
+    SearchKind,
+    Smooth,
+    read_thresholds,
+)
 
 # As in aftcli.engine.accelerate.
 Engine = Literal["auto", "torch", "compile", "onnxruntime"]
@@ -86,10 +97,14 @@ def number(names: str, metavar: str, field: str, help: str, **more: Any) -> Any:
 
 
 def words(names: str, of: Any, help: str, default: bool = True, **more: Any) -> Any:  # noqa: ANN401
-    """Make an option that takes a word of a Literal type, whose first may be the default."""
+    """Make an option that takes a word of a Literal type, whose first may be the default.
+
+    Words that say enough need no help.
+    """
     first, *rest = get_args(of)
     listed = ", ".join([f"{first} (default)" if default else first, *rest])
-    return option(names, "WORD", f"{listed}: {help}", show_default=False, **more)
+    text = f"{listed}: {help}" if help else f"{listed}."
+    return option(names, "WORD", text, show_default=False, **more)
 
 
 def _check_methods(words: list[str] | None) -> None:
@@ -97,10 +112,19 @@ def _check_methods(words: list[str] | None) -> None:
     named(word for word in words or [] if word not in (*METHODS, *FAMILIES))
 
 
-def check_layers(names: str | list[str]) -> None:
-    """Refuse a layer without a name, which would be the default one."""
-    if "" in (names if isinstance(names, list) else [names]):
+def check_layers(names: list[str]) -> None:
+    """Refuse a layer without a name, which would be the default one, and a layer twice."""
+    if "" in names:
         raise AftError("a layer has a name; leave --layer out for the default one")
+    if len(set(names)) < len(names):
+        raise AftError(f"--layer names a layer twice: {', '.join(names)}")
+
+
+def check_layer(names: list[str]) -> None:
+    """Refuse several layers where one is cut."""
+    check_layers(names)
+    if len(names) > 1:
+        raise AftError("give --layer once; aft explain and aft tft fuse the maps of several")
 
 
 LowerPrecision = Annotated[Precision, words("--precision", Precision, "fast, less exact.")]
@@ -147,12 +171,32 @@ class Weights:
 class Network(Weights):
     """The network and its layer."""
 
-    layer: Annotated[
-        str | None,
+    layers: Annotated[
+        list[str] | None,
         option(
             "--layer",
             "NAME",
             "Name or names, a+b. Default: last convolution.",
+            callback=usage(check_layer),
+        ),
+    ] = None
+
+    @property
+    def layer(self) -> str | None:
+        """The first layer; None for the default one."""
+        return self.layers[0] if self.layers else None
+
+
+@dataclass(frozen=True)
+class LayeredNetwork(Network):
+    """The network and the layers whose maps are fused."""
+
+    layers: Annotated[
+        list[str] | None,
+        option(
+            "--layer",
+            "NAME",
+            "Or a+b; repeat to fuse. Default: last convolution.",
             callback=usage(check_layers),
         ),
     ] = None
@@ -193,7 +237,18 @@ class TargetMaps(Maps):
         list[str] | None,
         option("--target", "CLASS", "Name or index; repeatable. Default: predicted."),
     ] = None
+    target_fn: Annotated[
+        str | None,
+        option("--target-fn", "FN", "FILE.py:NAME: a score of the output; runs it."),
+    ] = None
     top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N most likely.")] = 1
+    smooth: Annotated[Smooth, words("--smooth", Smooth, "of the map.")] = "none"
+    fuse: Annotated[Fuse | None, words("--fuse", Fuse, "of several layers.")] = None
+
+    @property
+    def fusion(self) -> Fuse:
+        """What the maps of several layers are combined by."""
+        return self.fuse or "max"
 
 
 @dataclass(frozen=True)
@@ -208,9 +263,7 @@ class Thresholds:
     ] = "0:1:0.1"
     masking: Annotated[
         Masking,
-        words(
-            "--masking", Masking, "multiply by the mask (paper), or the muted map (authors' code)."
-        ),
+        words("--masking", Masking, "times mask or map."),
     ] = "binary"
     fill: Annotated[
         Fill,
@@ -296,7 +349,7 @@ class Run:
         words(
             "--engine",
             Engine,
-            "equal up to rounding.",
+            "",
             envvar="AFT_ENGINE",
             show_envvar=False,
         ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -98,15 +98,39 @@ def at_fixed(settings: Search, cut: tuple[float, str] | None) -> Search:
     return replace(settings, thresholds=cut[:1], mode=cut[1], search="exact") if cut else settings
 
 
-@kept_from_collector()
 def classifier(network: Network, device: str, quiet: bool) -> Classifier:
     """Load the classifier that was asked for, on its device."""
+    return classifiers(network, device, quiet)[0]
+
+
+@kept_from_collector()
+def classifiers(
+    network: Network,
+    device: str,
+    quiet: bool,
+    fuse: str | None = None,
+    target: str | None = None,
+) -> tuple[Classifier, ...]:
+    """Load the network once for each layer that was asked for, cut there, on its device.
+
+    With a target, FILE.py:NAME, that is its only class.
+
+    Raises:
+        AftError: maps are to be fused, and there are no two layers, or see `load_classifier`.
+    """
     from aftcli.models.load import find_device, load_classifier
 
+    layers: Sequence[str | None] = network.layers or (None,)
+    if fuse and len(layers) < 2:
+        raise AftError(f"--fuse {fuse} takes the maps of two layers or more: repeat --layer")
     where, note = find_device(device), noting(quiet)
-    files, own = (network.model, network.checkpoint, network.layer), names(network.classes)
+    from aftcli.models.targets import load_target, with_target
+
+    files, own = (network.model, network.checkpoint), names(network.classes)
     read = partial(load_classifier, output=network.output, output_key=network.output_key)
-    return read(*files, classes=own, device=where, note=note)
+    score = load_target(target) if target else None
+    found = (read(*files, layer, classes=own, device=where, note=note) for layer in layers)
+    return tuple(with_target(f, score) if score else f for f in found)
 
 
 def source(
@@ -153,12 +177,16 @@ def names(classes: Path | None) -> tuple[str, ...] | None:
     return read_classes(classes) if classes else None
 
 
-def methods(f: Classifier, asked: list[str] | None, default: str) -> list[str]:
-    """`--cam all` is all that fit the model; a method asked for by name must fit."""
+def methods(
+    f: Classifier, asked: list[str] | None, default: str, others: Sequence[Classifier] = ()
+) -> list[str]:
+    """`--cam all` is all that fit the model at each layer; a method asked for by name must fit."""
     from aftcli.tft.explain import fits
 
     methods = named(asked or [f.cam or default])
-    return [m for m in methods if fits(f, m)] if "all" in (asked or []) else methods
+    if "all" not in (asked or []):
+        return methods
+    return [m for m in methods if all(fits(each, m) for each in (f, *others))]
 
 
 def advise(methods: list[str], mode: str, cells: bool, quiet: bool) -> None:

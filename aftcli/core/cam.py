@@ -7,21 +7,23 @@ The score y^c is the pre-softmax one (docs/decisions.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from aftcli.core.classifier import Classifier
 from aftcli.core.head import LinearHead
-from aftcli.core.inputs import class_indices, first_activation
+from aftcli.core.methods import Method
 from aftcli.core.methods import method as find_method
 from aftcli.core.zero_level import above, without_constant
-from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time
+
+
+Score = Callable[[Tensor, Tensor], Tensor]  # of logits (N, C) and class_index (N,), shape (N,)
 
 
 def class_score(logits: Tensor, class_index: Tensor) -> Tensor:
@@ -29,15 +31,18 @@ def class_score(logits: Tensor, class_index: Tensor) -> Tensor:
     return logits.gather(1, class_index[:, None]).squeeze(1)
 
 
-def score_gradient(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
+def score_gradient(
+    f: Classifier, activation: Tensor, class_index: Tensor, score: Score = class_score
+) -> Tensor:
     """Compute dy^c / dA, shape (N, K, h, w): autograd through the head only.
 
-    Where A depends on weights that are being trained, so does the gradient.
+    Where A depends on weights that are being trained, so does the gradient. Another score may
+    take the place of y^c.
     """
     trained = torch.is_grad_enabled() and activation.requires_grad
     with torch.enable_grad():
         activation = activation if trained else activation.detach().requires_grad_()
-        y = class_score(f.head(activation), class_index)
+        y = score(f.head(activation), class_index)
         return torch.autograd.grad(y.sum(), activation, create_graph=trained)[0]
 
 
@@ -52,7 +57,12 @@ def wide(values: Tensor) -> Tensor:
 
 
 def _signed_sum(alpha: Tensor, activation: Tensor) -> Tensor:
-    return torch.einsum("nk,nkhw->nhw", alpha, activation)
+    return torch.einsum("nk,nk...->n...", alpha, activation)
+
+
+def cells_of(activation: Tensor) -> tuple[int, ...]:
+    """Return the axes of A's cells: h and w, of a video d, h and w."""
+    return tuple(range(2, activation.dim()))
 
 
 def weighted_sum(alpha: Tensor, activation: Tensor) -> Tensor:
@@ -66,13 +76,18 @@ def cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Te
 
 
 def _signed_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    return _signed_sum(cam_weights(f, activation, class_index, x), activation)
+
+
+def cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return CAM's alpha, shape (N, K)."""
     head = f.linear_head
     if head is None or not (head.is_last and head.is_mean):
         raise AftError(
             f"cam needs a head of global average pooling and one linear layer after "
             f"{f.layer_name}; {f.name} has another: use gradcam or layercam"
         )
-    return _signed_sum(head.weight[class_index], activation)
+    return head.weight[class_index]
 
 
 def grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -81,7 +96,12 @@ def grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) 
 
 
 def _signed_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    return _signed_sum(score_gradient(f, activation, class_index).mean((2, 3)), activation)
+    return _signed_sum(grad_cam_weights(f, activation, class_index, x), activation)
+
+
+def grad_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Grad-CAM's alpha, shape (N, K)."""
+    return score_gradient(f, activation, class_index).mean(cells_of(activation))
 
 
 def grad_cam_plus_plus(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -90,11 +110,15 @@ def grad_cam_plus_plus(f: Classifier, activation: Tensor, class_index: Tensor, x
     Eq. 19 of its paper for y = exp(score); written as s = 1 / (2 + (sum_ab A_ab^k) g), which is
     the same for g != 0 and does not underflow where gradients are small.
     """
+    return weighted_sum(plus_plus_weights(f, activation, class_index, x), activation)
+
+
+def plus_plus_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Grad-CAM++'s alpha, shape (N, K)."""
     g = score_gradient(f, activation, class_index)
-    denominator = 2 + activation.sum((2, 3), keepdim=True) * g
+    denominator = 2 + activation.sum(cells_of(activation), keepdim=True) * g
     s = _ratio(torch.ones_like(g), torch.where(g != 0, denominator, 0))
-    alpha = (s * g.relu()).sum((2, 3))
-    return weighted_sum(alpha, activation)
+    return (s * g.relu()).sum(cells_of(activation))
 
 
 def x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -103,14 +127,24 @@ def x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
 
 
 def _signed_x_grad_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    return _signed_sum(x_grad_cam_weights(f, activation, class_index, x), activation)
+
+
+def x_grad_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return XGrad-CAM's alpha, shape (N, K)."""
     g = score_gradient(f, activation, class_index)
-    return _signed_sum(_ratio((g * activation).sum((2, 3)), activation.sum((2, 3))), activation)
+    cells = cells_of(activation)
+    return _ratio((g * activation).sum(cells), activation.sum(cells))
 
 
 def layer_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """Layer-CAM: I_pre = ReLU(sum_k ReLU(dy^c/dA_ij^k) A_ij^k)."""
-    g = score_gradient(f, activation, class_index)
-    return (g.relu() * activation).sum(1).relu()
+    return (layer_cam_weights(f, activation, class_index, x) * activation).sum(1).relu()
+
+
+def layer_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Layer-CAM's alpha of each cell, shape (N, K, h, w)."""
+    return score_gradient(f, activation, class_index).relu()
 
 
 def hires_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -119,7 +153,12 @@ def hires_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
 
 
 def _signed_hires_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
-    return (score_gradient(f, activation, class_index) * activation).sum(1)
+    return (hires_cam_weights(f, activation, class_index, x) * activation).sum(1)
+
+
+def hires_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return HiResCAM's alpha of each cell, shape (N, K, h, w)."""
+    return score_gradient(f, activation, class_index)
 
 
 def eigen_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -127,11 +166,16 @@ def eigen_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
 
     A singular vector has no sign of its own; the one with a positive sum of the map is taken.
     """
-    cells = wide(without_constant(f, activation)).flatten(2).mT
-    u, s, _ = torch.linalg.svd(cells, full_matrices=False)
+    first = first_component(without_constant(f, activation))
+    axes = tuple(range(1, first.dim()))
+    return (first * torch.where(first.sum(axes, keepdim=True) < 0, -1, 1)).relu()
+
+
+def first_component(channels: Tensor) -> Tensor:
+    """Project cells, shape (N, K, h, w), on their first right singular vector, (N, h, w)."""
+    u, s, _ = torch.linalg.svd(wide(channels).flatten(2).mT, full_matrices=False)
     first: Tensor = u[:, :, 0] * s[:, None, 0]
-    first = first * torch.where(first.sum(1, keepdim=True) < 0, -1, 1)
-    return first.view(len(activation), *activation.shape[2:]).relu()
+    return first.view(len(channels), *channels.shape[2:])
 
 
 @torch.no_grad()
@@ -141,8 +185,15 @@ def score_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor)
     Each A^k is scaled to [0, 1] first. Constant channels all give the same empty mask, which is
     scored once.
     """
-    activation = without_constant(f, activation)
-    return weighted_sum(masked_scores(f, activation, class_index, x).softmax(1), activation)
+    alpha = score_cam_weights(f, activation, class_index, x)
+    return weighted_sum(alpha, without_constant(f, activation))
+
+
+def score_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Score-CAM's alpha, shape (N, K)."""
+    plain = without_constant(f, activation)
+    alpha: Tensor = masked_scores(f, plain, class_index, x).softmax(1)
+    return alpha
 
 
 def masked_scores(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -169,9 +220,14 @@ def ablation_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tens
 
 
 def _signed_ablation(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    return _signed_sum(ablation_weights(f, activation, class_index, x), activation)
+
+
+def ablation_weights(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+    """Return Ablation-CAM's alpha, shape (N, K)."""
     y = class_score(f.head(activation), class_index)[:, None]
     drop = y - ablated_scores(f, activation, class_index)
-    return _signed_sum(drop / torch.where(y != 0, y.abs(), 1), activation)
+    return drop / torch.where(y != 0, y.abs(), 1)
 
 
 def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:
@@ -235,7 +291,7 @@ def ablated_by_batches(f: Classifier, activation: Tensor, class_index: Tensor) -
     for n, (a, c) in enumerate(zip(activation, class_index.tolist(), strict=True)):
         of_image, y_k = f.image(n), y[n].repeat(len(a))
         for part in a.flatten(1).any(1).nonzero().squeeze(1).split(BATCH):
-            ablated = a.repeat(len(part), 1, 1, 1)
+            ablated = a.repeat(len(part), *[1] * a.dim())
             ablated[torch.arange(len(part)), part] = 0
             y_k[part] = of_image.head(ablated)[:, c]
         scores.append(y_k)
@@ -244,14 +300,15 @@ def ablated_by_batches(f: Classifier, activation: Tensor, class_index: Tensor) -
 
 def normalise(attribution: Tensor) -> Tensor:
     """Apply S: scale each map, shape (N, h, w), to [0, 1]; a constant one becomes zero (§3.1)."""
-    low = attribution.amin((1, 2), keepdim=True)
-    span = attribution.amax((1, 2), keepdim=True) - low
+    axes = tuple(range(1, attribution.dim()))
+    low = attribution.amin(axes, keepdim=True)
+    span = attribution.amax(axes, keepdim=True) - low
     return _ratio(attribution - low, span)
 
 
 def upsample(attribution: Tensor, x: Tensor) -> Tensor:
-    """Stretch maps, shape (N, h, w), bilinearly to the height and width of x."""
-    return stretch(attribution, x.shape[-2:])
+    """Stretch maps, shape (N, h, w), bilinearly to the size of x, of videos to its frames too."""
+    return stretch(attribution, x.shape[1 - attribution.dim() :])
 
 
 def stretch(attribution: Tensor, size: Sequence[int]) -> Tensor:
@@ -261,19 +318,20 @@ def stretch(attribution: Tensor, size: Sequence[int]) -> Tensor:
     F.interpolate rounds it, so that by rank a cut would go through the middle of a flat part.
 
     Args:
-        attribution: maps, shape (N, h, w).
-        size: (H, W).
+        attribution: maps, shape (N, h, w), or (N, d, h, w) of videos.
+        size: (H, W), or (D, H, W).
 
     Returns:
-        Maps of shape (N, H, W).
+        Maps of shape (N, H, W), or (N, D, H, W).
     """
-    for axis, side in ((1, size[0]), (2, size[1])):
+    last = attribution.dim() - 1
+    for axis, side in enumerate(size, 1):
         cells = attribution.shape[axis]
         if cells != side:
             centres = (torch.arange(side, dtype=torch.double) + 0.5) * (cells / side) - 0.5
             centres = centres.clamp(0, cells - 1).to(attribution.device)
             low = centres.floor().long()
-            weight = (centres - low).to(attribution).view(-1, *[1] * (2 - axis))
+            weight = (centres - low).to(attribution).view(-1, *[1] * (last - axis))
             before = attribution.index_select(axis, low)
             after = attribution.index_select(axis, (low + 1).clamp(max=cells - 1))
             attribution = torch.lerp(before, after, weight)
@@ -303,6 +361,7 @@ def scaled_map(
     method: str,
     cells: bool = False,
     zero_level: float = 0.0,
+    compute: Method | None = None,
 ) -> Tensor:
     """Compute S(I_pre), in [0, 1]: of a CAM, shape (N, h, w), of other methods (N, H, W) (§3.1).
 
@@ -314,9 +373,11 @@ def scaled_map(
         method: a key of METHODS.
         cells: average a map of pixels over the activation's cells, see `to_cells`.
         zero_level: subtract this share of the map's maximum from its cells first, in [0, 1).
+        compute: gives I_pre in place of the method's own function.
     """
+    compute = compute or find_method(method).load()
     with torch.no_grad():
-        attribution = find_method(method).load()(f, activation, class_index, x)
+        attribution = compute(f, activation, class_index, x)
     if not attribution.isfinite().all():
         raise AftError(
             f"{method} gives a map that is not finite: check the weights of {f.name} and the input"
@@ -337,65 +398,3 @@ def map_of(
 ) -> Tensor:
     """Compute I of inputs whose activation is known, shape (N, H, W), as `attribution_map`."""
     return upsample(scaled_map(f, activation, class_index, x, method, cells, zero_level), x)
-
-
-@outside_inference_mode
-def attribution_map(
-    f: Classifier,
-    x: Tensor,
-    class_index: Tensor | int,
-    method: str,
-    cells: bool = False,
-    zero_level: float = 0.0,
-) -> Tensor:
-    """Compute the attribution map I of a method, at the input's size (§2.4, §3.1).
-
-    Args:
-        f: the classifier.
-        x: inputs, shape (N, 3, H, W), normalised as the model wants.
-        class_index: the class explained for each input, shape (N,); a number for one input.
-        method: a key of METHODS: gradcam, ablationcam, layercam, lrp, rise, …
-        cells: average a map of pixels over the activation's cells, see `to_cells`.
-        zero_level: see `scaled_map`; for maps of cells.
-
-    Returns:
-        I, shape (N, H, W), in [0, 1]; an all-zero map stays zero.
-
-    Raises:
-        AftError: x is no batch of images, not each has one class of f's, or see `scaled_map`.
-    """
-    f, activation = first_activation(f, x)
-    classes = class_indices(f, class_index, len(x), x.device)
-    return map_of(f, activation, classes, x, method, cells, zero_level)
-
-
-# What is between the tuner's two convolutions.
-TUNERS: dict[str, type[nn.Module]] = {"linear": nn.Identity, "relu": nn.ReLU}
-
-
-class Tuner(nn.Module):
-    """Two 1x1 convolutions, K -> 3 -> 1, with weights w'; space keeps its size.
-
-    The paper names no activation function between them, so by default there is none: f_tuner(A)
-    is linear in A (docs/decisions.md).
-
-    Args:
-        channels: K of A.
-        hidden: channels between the two convolutions.
-        kind: a key of TUNERS: what is between them.
-        seed: of the initial weights; the global random state stays as it is.
-    """
-
-    def __init__(
-        self, channels: int, hidden: int = 3, kind: str = "linear", *, seed: int = 0
-    ) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.reduce = nn.Conv2d(channels, hidden, 1)
-            self.combine = nn.Conv2d(hidden, 1, 1)
-        self.between = TUNERS[kind]()
-
-    def forward(self, activation: Tensor) -> Tensor:
-        """Compute f_tuner(A), shape (N, h, w), of activations A, shape (N, K, h, w)."""
-        return self.combine(self.between(self.reduce(activation))).squeeze(1)  # type: ignore[no-any-return]

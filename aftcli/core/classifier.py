@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.head import LinearHead, linear_head
-from aftcli.core.inputs import find_preprocessing
-from aftcli.core.outputs import BOTH, output_of, probabilities, with_both_classes
+from aftcli.core.inputs import find_preprocessing, input_shape
+from aftcli.core.outputs import BOTH, Meant, output_of, probabilities, with_both_classes
 from aftcli.cutting.cut import flow_of
 from aftcli.cutting.layers import default_layer, divided
 from aftcli.cutting.networks import copied, name_of, outside_inference_mode, unwrapped
@@ -227,10 +227,11 @@ def cut_classifier(
     """Cut any image classifier of the user's and check that nothing has changed.
 
     Args:
-        model: a network from (N, C, H, W) to logits (N, C'), or to a structure that holds them; it
-            is copied, not changed. Of DataParallel and torch.compile the network inside is taken.
-            One output, (N, 1) or (N,), is a binary classifier's: the cut one has a column for
-            each of both classes.
+        model: a network from (N, C, H, W) to logits (N, C'), or to a structure that holds them,
+            or to any other output, of which only a target can be explained, or from videos
+            (N, C, D, H, W), at a layer that is named; it is copied, not changed. Of DataParallel
+            and torch.compile the network inside is taken. One output, (N, 1) or (N,), is a binary
+            classifier's: the cut one has a column for each of both classes.
         layer: where to cut, a module of the model or its name; default the last layer with cells
             that the logits depend on, see `cutting.layers.default_layer`.
         name: the model's name in results; default its class's name.
@@ -261,28 +262,26 @@ def cut_classifier(
         )
     layer = layer if layer is None or isinstance(layer, str) else name_of(layer, model)
     model = (model if own else copied(model)).eval().requires_grad_(False)
-    kind = type(model).__name__
     preprocessing = find_preprocessing(model, preprocessing, note)
-    tried = run(model, preprocessing.shape)
+    tried = run(model, input_shape(model, preprocessing))
     x, model = tried.x, with_logits(model, tried, output_key, note)
     layer = layer or default_layer(model, x, note)
     parts = divided(model, layer, x, note)
     with torch.no_grad():
         activation, *rest = parts.flow(x)
         logits = parts.head(activation, *rest)
-        meant = output_of(lambda x: parts.head(*parts.flow(x)), x, logits, output)
-    if logits.dim() != 2 and not meant.single:
-        raise AftError(
-            f"{kind} gives an output of shape {tuple(logits.shape)}, a classifier "
-            "gives logits (N, C)"
-        )
+        # Other outputs have no classes; they are explained by a target (aftcli/models/targets.py).
+        others = not isinstance(logits, Tensor) or (logits.dim() != 2 and logits.numel() != 1)
+        meant = Meant(NONE)
+        if not others:
+            meant = output_of(lambda x: parts.head(*parts.flow(x)), x, logits, output)
     name = name or type(model).__name__
     if meant.guess:
         note(f"{name}: {meant.guess}")
     if meant.single:
         parts = parts._replace(head=with_both_classes(parts.head, meant.output == NONE))
         classes = Classes.of_one(*classes.names) if classes and len(classes) == 1 else classes
-    count = 2 if meant.single else logits.shape[1]
+    count = 2 if meant.single else 0 if others else logits.shape[1]
     classes = classes or Classes.numbered(count)
     if len(classes) != count:
         raise AftError(
@@ -296,7 +295,7 @@ def cut_classifier(
         layer_name=layer,
         preprocessing=preprocessing,
         classes=classes,
-        activation_shape=(shape[0], shape[1], shape[2]),
+        activation_shape=tuple(shape),  # type: ignore[arg-type] # of videos (K, d, h, w)
         bypassed=bool(rest),
         output=meant.output,
         output_key=output_key or "",

@@ -100,7 +100,7 @@ def _is_channelwise(split: LinearHead, shape: tuple[int, int, int]) -> bool:
             return False
         blocks = features.view(channels, -1), zero.view(channels, -1)
         expected = torch.where(kept[:, None], *blocks).view(1, -1)
-        ablated = split.pool(activation * kept[:, None, None])
+        ablated = split.pool(activation * kept.view(-1, *[1] * (len(shape) - 1)))
         if not torch.allclose(ablated, expected, rtol=1e-4, atol=1e-5):
             return False
     return True
@@ -111,5 +111,5 @@ def _is_mean(split: LinearHead, shape: tuple[int, int, int]) -> bool:
     activation = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
     activation = activation.to(split.linear.weight)
     features = split.pool(activation)
-    mean = activation.mean((2, 3))
+    mean = activation.flatten(2).mean(2)
     return features.shape == mean.shape and torch.allclose(features, mean, rtol=1e-4, atol=1e-5)

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from aftcli.core.classes import Preprocessing, recorded_preprocessing
-from aftcli.cutting.networks import input_channels
+from aftcli.cutting.networks import input_channels, takes_videos
 from aftcli.cutting.outputs import run
 from aftcli.errors import AftError
 
 # Sides of square inputs, pixels, that are tried where a network of unknown input refuses 224.
 SIDES = (32, 64, 96, 128, 192, 240, 256, 288, 299, 320, 384, 448, 512)
+
+
+FRAMES = 8  # of the video that a cut is checked on
 
 
 @torch.no_grad()
@@ -45,7 +48,7 @@ def find_preprocessing(
     problem: AftError | None = None
     for each in tried:
         try:
-            run(model, each.shape)
+            run(model, input_shape(model, each))
         except AftError as error:
             problem = problem or error
             continue
@@ -54,6 +57,12 @@ def find_preprocessing(
         return each
     assert problem
     raise problem
+
+
+def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...]:
+    """Return the shape of an input of a network: (C, H, W), of videos (C, D, H, W)."""
+    channels, *size = preprocessing.shape
+    return (channels, *([FRAMES] if takes_videos(model) else []), *size)
 
 
 def _guess(model: nn.Module, guessed: Preprocessing, is_recorded: bool) -> str:
@@ -73,6 +82,7 @@ class Cut(Protocol):
     name: str
     classes: Any  # sized
     preprocessing: Any  # with a mean of each channel
+    activation_shape: Any
 
     def at(self, x: Tensor) -> tuple[Any, Tensor]:
         """Compute A, and hold what passes layer l by."""
@@ -83,7 +93,7 @@ class Cut(Protocol):
 
 def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, Tensor]:
     """Compute f.at(x) of inputs that a caller gave, without gradients: f for them, and A."""
-    check_shape(x, count)
+    check_shape(x, count, len(f.activation_shape) == 4)
     try:
         with torch.no_grad():
             return f.at(x)
@@ -103,18 +113,28 @@ def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, 
         ) from error
 
 
-def check_shape(x: Tensor, count: int | None = None) -> None:
-    """Check that x is a batch of images."""
+def check_shape(x: Tensor, count: int | None = None, videos: bool = False) -> None:
+    """Check that x is a batch of images, or of videos."""
+    shape = "(N, 3, D, H, W)" if videos else "(N, 3, H, W)"
     if not isinstance(x, Tensor):
         raise AftError(
-            f"x must be a tensor of shape (N, 3, H, W), got {type(x).__name__}; to_input makes one "
+            f"x must be a tensor of shape {shape}, got {type(x).__name__}; to_input makes one "
             "of an image"
         )
-    if x.dim() != 4:
-        single = "; for one image pass x[None]" if x.dim() == 3 else ""
-        raise AftError(f"x must have shape (N, 3, H, W), got {tuple(x.shape)}{single}")
+    if x.dim() != 4 + videos:
+        single = "; for one image pass x[None]" if x.dim() == 3 + videos else ""
+        raise AftError(f"x must have shape {shape}, got {tuple(x.shape)}{single}")
     if count is not None and len(x) != count:
         raise AftError(f"x must hold {count} image, got {len(x)}; pass one after the other")
+
+
+def check_classes(f: Cut) -> None:
+    """Check that a network's output is logits of classes."""
+    if not len(f.classes):
+        raise AftError(
+            f"the output of {f.name} is no logits of shape (N, C), so it has no classes; explain a "
+            "target, a function of the output (target=, --target-fn FILE.py:NAME)"
+        )
 
 
 def class_indices(
@@ -128,6 +148,7 @@ def class_indices(
         count: N.
         device: where the tensor is needed.
     """
+    check_classes(f)
     if isinstance(given, Sequence) and any(type(c).__name__.startswith("bool") for c in given):
         raise AftError("class_index must be integers, got torch.bool; use .long()")
     try:

@@ -192,6 +192,9 @@ METHODS: dict[str, Entry] = {
         "aftcli.core.cam:eigen_cam",
         trainable=False,
     ),
+    "finercam": Entry(
+        "Finer-CAM", "Zhang et al., CVPR 2025", "aftcli.attributions.activation:finer_cam"
+    ),
     "relevancecam": _activation(
         "Relevance-CAM", "Lee et al., CVPR 2021", "relevance_cam", "zennit"
     ),

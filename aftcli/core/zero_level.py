@@ -323,7 +323,8 @@ def above(attribution: Tensor, share: float, activation: Tensor, name: str) -> T
             f"{name}: a zero level is of maps of cells, this one is of pixels; average it over "
             "the layer's cells (--cells), or mute scores by --threshold"
         )
-    return (attribution - share * attribution.amax((1, 2), keepdim=True)).relu()
+    maximum = attribution.amax(tuple(range(1, attribution.dim())), keepdim=True)
+    return (attribution - share * maximum).relu()
 
 
 def check_plain(f: Classifier) -> None:

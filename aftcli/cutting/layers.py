@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aftcli.cutting.cut import CutPoint, Parts, Untraceable, cut, cut_points, is_spatial, on_meta
-from aftcli.cutting.layouts import Layout, to_maps
+from aftcli.cutting.layouts import Layout, same_output, to_maps
 from aftcli.cutting.networks import copied
 from aftcli.cutting.watched import Ran, RunFrom, RunTo, first_tensor, run_watched
 from aftcli.errors import AftError, first_line
@@ -63,7 +63,7 @@ def places(calls: Sequence[Ran], x: Tensor) -> list[Place]:
 def _layout(
     shape: Sequence[int], input_: Sequence[int], grids: Sequence[tuple[int, int]]
 ) -> Layout | None:
-    count, _, high, wide = input_
+    count, _, *_, high, wide = input_
     if len(shape) == 4 and shape[0] == count:
         for kind, (h, w) in (("first", shape[2:]), ("last", shape[1:3])):
             if h * w > 1 and abs(h * wide - w * high) < wide:
@@ -125,10 +125,6 @@ def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]
     """
     with torch.no_grad():
         expected = model(x)
-    if not isinstance(expected, Tensor):
-        raise AftError(
-            f"{type(model).__name__} gives a {type(expected).__name__}, not logits (N, C)"
-        )
     try:
         parts = cut(model, layer, x)
         with torch.no_grad():
@@ -154,24 +150,24 @@ def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]
 
 
 def _are_maps(activation: object, x: Tensor) -> bool:
-    if not isinstance(activation, Tensor) or activation.dim() != 4:
+    if not isinstance(activation, Tensor) or activation.dim() != x.dim():
         return False
+    if x.dim() == 5:
+        return True
     layout = _layout(activation.shape, x.shape, [])
     return layout is None or layout.kind == "first"
 
 
 @torch.no_grad()
-def _check(parts: Parts, layer: str, x: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Check that parts give a model's logits, but for a share of the largest, and leave A alone.
+def _check(parts: Parts, layer: str, x: Tensor, expected: object, tolerance: float) -> None:
+    """Check that parts give a model's output, but for a share of the largest, and leave A alone.
 
     Raises:
         Untraceable: they do not.
     """
     flow = parts.flow(x)
     before = [t.clone() for t in flow]
-    logits = parts.head(*flow)
-    largest = (logits - expected).abs().max() if logits.shape == expected.shape else torch.inf
-    if not largest <= tolerance * expected.abs().max():
+    if not same_output(parts.head(*flow), expected, tolerance):
         raise Untraceable(f"cutting at {layer!r} changes the logits; cut at another layer")
     if not all(map(torch.equal, before, flow)):
         raise Untraceable(f"what follows {layer!r} writes into its output; cut at another layer")
@@ -179,7 +175,7 @@ def _check(parts: Parts, layer: str, x: Tensor, expected: Tensor, tolerance: flo
 
 def _two(x: Tensor) -> Tensor:
     # Two images: the axis of images is then told from others.
-    return x[:1].repeat(2, 1, 1, 1)
+    return x[:1].repeat(2, *[1] * (x.dim() - 1))
 
 
 def _calls(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:

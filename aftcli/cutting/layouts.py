@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,3 +48,28 @@ def from_maps(
         return maps.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
     tokens = torch.cat([*before, maps.flatten(2).mT], 1)
     return (tokens.transpose(0, 1) if kind == "sequence" else tokens).contiguous()
+
+
+def same_output(one: object, two: object, tolerance: float = 0.0) -> bool:
+    """Tell if two outputs of a network are equal: tensors, or collections of them.
+
+    Args:
+        one: an output.
+        two: the other.
+        tolerance: a share of the largest number of a tensor; by 0 they are equal bit for bit.
+    """
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        if one.shape != two.shape or not one.numel():
+            return one.shape == two.shape
+        if one.dtype == torch.bool:
+            return torch.equal(one, two)
+        return bool((one - two).abs().max() <= tolerance * two.abs().max())
+    if isinstance(one, Mapping) and isinstance(two, Mapping):
+        return one.keys() == two.keys() and all(
+            same_output(one[key], two[key], tolerance) for key in one
+        )
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        return len(one) == len(two) and all(
+            same_output(a, b, tolerance) for a, b in zip(one, two, strict=True)
+        )
+    return type(one) is type(two) and bool(one == two)

@@ -79,7 +79,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def input_channels(model: nn.Module) -> int:
     """Return the channels of a network's input: those of its first convolution; otherwise 3."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
     return first.in_channels if first else 3
 
 
@@ -164,3 +164,10 @@ def with_plain_weights(module: nn.Module) -> nn.Module:
             remaking.remove(part)
             del part._forward_pre_hooks[key]
     return module
+
+
+def takes_videos(model: nn.Module) -> bool:
+    """Tell if a network's first convolution is over frames too."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    first = next((m for m in model.modules() if isinstance(m, kinds)), None)
+    return isinstance(first, nn.Conv3d)

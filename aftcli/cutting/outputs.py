@@ -159,6 +159,8 @@ def with_logits(
 ) -> nn.Module:
     """Return a network that returns its logits alone: itself, where it does so already.
 
+    One without logits is returned as it is: only a target of its output can be explained.
+
     Args:
         model: in eval mode.
         tried: what it returned of an input.
@@ -166,9 +168,14 @@ def with_logits(
         note: see `find_output`.
 
     Raises:
-        AftError: there are no such logits, or hooks of the network change what it returns.
+        AftError: there is no such entry, or hooks of the network change what it returns.
     """
-    output = find_output(tried.out, key, note)
+    try:
+        output = find_output(tried.out, key, note)
+    except AftError:
+        if key is not None:
+            raise
+        return model
     if not output.path:
         return model
     # Messages name its class.

@@ -22,7 +22,8 @@ from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.regression import spearman_corrcoef
 
-from aftcli.core.cam import attribution_map, scaled_map, upsample
+from aftcli.attributions.maps import attribution_map
+from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.networks import copied
 from aftcli.data.blocks import Processes, content_hash

@@ -1,4 +1,7 @@
-"""Weights from files: state dicts, checkpoints of `aft finetune`, installed ones; read safely."""
+"""Weights from files: state dicts, checkpoints of `aft finetune`, installed ones; read safely.
+
+The tuner is here too, whose weights a checkpoint holds beside the network's.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from aftcli.core.cam import TUNERS, Tuner
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
@@ -163,3 +166,35 @@ def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+# What is between the tuner's two convolutions.
+TUNERS: dict[str, type[nn.Module]] = {"linear": nn.Identity, "relu": nn.ReLU}
+
+
+class Tuner(nn.Module):
+    """Two 1x1 convolutions, K -> 3 -> 1, with weights w'; space keeps its size.
+
+    The paper names no activation function between them, so by default there is none: f_tuner(A)
+    is linear in A (docs/decisions.md).
+
+    Args:
+        channels: K of A.
+        hidden: channels between the two convolutions.
+        kind: a key of TUNERS: what is between them.
+        seed: of the initial weights; the global random state stays as it is.
+    """
+
+    def __init__(
+        self, channels: int, hidden: int = 3, kind: str = "linear", *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.reduce = nn.Conv2d(channels, hidden, 1)
+            self.combine = nn.Conv2d(hidden, 1, 1)
+        self.between = TUNERS[kind]()
+
+    def forward(self, activation: Tensor) -> Tensor:
+        """Compute f_tuner(A), shape (N, h, w), of activations A, shape (N, K, h, w)."""
+        return self.combine(self.between(self.reduce(activation))).squeeze(1)  # type: ignore[no-any-return]

@@ -22,6 +22,7 @@ from aftcli.core.methods import METHODS
 from aftcli.data.images import View
 from aftcli.errors import AftError
 from aftcli.files import replacing
+from aftcli.models.targets import Targeted
 from aftcli.report.names import PLAIN, Suffixes
 from aftcli.report.terminal import cell, say, stdout_console
 from aftcli.settings import Search
@@ -316,6 +317,12 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
         result["cells"] = True
     if e.zero_level:
         result["zero_level"] = e.zero_level
+    if isinstance(f, Targeted):
+        result["target"] = f.classes.name(0)
+    if e.smooth != "none":
+        result["smooth"] = e.smooth
+    if e.layers:
+        result |= {"layers": list(e.layers), "fuse": e.fuse}
     if e.tft:
         result["tft"] = {
             "thresholds": list(e.thresholds),

@@ -78,31 +78,42 @@ def of_network(
     model: str | None,
     checkpoint: Path | None,
     classes: Path | None,
-    layer: str | None,
+    layers: tuple[str, ...],
     precision: str,
     output: str = AUTO,
+    fuse: str = "max",
 ) -> list[Setting]:
-    """List settings of the network and its layer, as the options give them."""
+    """List settings of the network and its layers, as the options give them."""
     found = []
     if model not in (None, DEFAULT_MODEL):
         # As run folders name it: no other model is called so.
         name = model.replace(":", "_").replace("/", "_")
         found.append(Setting(UNSAFE.sub("_", name), name))
     found += [_file(path) for path in (checkpoint, classes) if path]
-    if layer:
-        found.append(Setting(f"layer_{UNSAFE.sub('_', layer)}", f"layer_{layer}"))
+    found += [Setting(f"layer_{UNSAFE.sub('_', name)}", f"layer_{name}") for name in layers]
     read_as = [] if output == AUTO else [Setting(f"output_{output}", f"output_{output}")]
-    return found + read_as + _word(precision, "no")
+    return found + _word(fuse, "max") + read_as + _word(precision, "no")
 
 
 def of_map(
-    file: Path | None = None, absolute: bool = False, cells: bool = False, zero_level: float = 0.0
+    file: Path | None = None,
+    absolute: bool = False,
+    cells: bool = False,
+    zero_level: float = 0.0,
+    smooth: str = "none",
+    target: str | None = None,
 ) -> list[Setting]:
-    """List settings of the map: another tool's file, its magnitudes, maps of cells, their zero."""
+    """List settings of the map: another tool's file, magnitudes, cells, zero, smoothing, target.
+
+    Smoothing says nothing of a file. A target is FILE.py:NAME.
+    """
     flags = {"absolute": absolute and file is not None, "cells": cells and file is None}
     named = [_file(file)] if file else []
     zero = [_number("zero", zero_level)] if zero_level else []
-    return named + [Setting(word, word) for word, is_on in flags.items() if is_on] + zero
+    smoothed = [] if file else _word(smooth, "none")
+    words = [Setting(word, word) for word, is_on in flags.items() if is_on]
+    path, _, _ = (target or "").rpartition(":")
+    return named + words + zero + smoothed + ([_file(Path(path))] if path else [])
 
 
 def of_threshold(threshold: float | None, mute: float | None) -> list[Setting]:

@@ -9,12 +9,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from aftcli.core.cam import map_of, wide
+from aftcli.attributions.maps import COPIES, Layers, cuts, map_of_layers, takes_target
+from aftcli.core.cam import wide
 from aftcli.core.classifier import Classifier
-from aftcli.core.inputs import check_shape, class_indices, first_activation
+from aftcli.core.inputs import (
+    check_classes,
+    check_shape,
+    class_indices,
+    first_activation,
+)
 from aftcli.core.methods import METHODS
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
+from aftcli.models.targets import Target, Targeted, with_target
 from aftcli.settings import Search
 from aftcli.tft.search import TftResult, search_threshold
 
@@ -26,13 +33,16 @@ class Explanation:
     Attributes:
         cam: the method, or "map" for a map from another tool.
         class_index: c.
-        probability: y^c, in [0, 1].
+        probability: y^c, in [0, 1]; of a target its score, any number.
         attribution: I, shape (H, W), in [0, 1].
         tft: the threshold fine-tuned for I, N = 1; None if not asked for.
         thresholds: those searched, T, or the fixed one.
         cells: a map of pixels was averaged over the activation's cells.
         fixed: I cut at a fixed threshold instead, as a search of this one only, N = 1.
         zero_level: the share of the map's maximum that was subtracted from its cells first.
+        smooth: how the map was smoothed; "none" if it was not.
+        layers: the layers whose maps were fused; none for the map of one layer.
+        fuse: what they were fused by, "max" or "product"; "" for the map of one layer.
     """
 
     cam: str
@@ -44,6 +54,9 @@ class Explanation:
     cells: bool = False
     fixed: TftResult | None = None
     zero_level: float = 0.0
+    smooth: str = "none"
+    layers: tuple[str, ...] = ()
+    fuse: str = ""
 
     @property
     def cut(self) -> TftResult | None:
@@ -53,22 +66,32 @@ class Explanation:
 
 def fits(f: Classifier, method: str) -> bool:
     """Check that a method can explain a classifier: CAM only fits some heads."""
+    if isinstance(f, Targeted):
+        return takes_target(method)
     return method != "cam" or (
         f.linear_head is not None and f.linear_head.is_last and f.linear_head.is_mean
     )
 
 
-def passes(f: Classifier, methods: Sequence[str], classes: int, settings: Search | None) -> int:
+def passes(
+    f: Classifier,
+    methods: Sequence[str],
+    classes: int,
+    settings: Search | None,
+    smooth: str = "none",
+) -> int:
     """Count the images that pass the network, at the most, to explain one."""
     searched = len(settings.thresholds) if settings else 0
     own = (METHODS[name].passes if name in METHODS else 0 for name in methods)
     perturbed = sum(f.activation_shape[0] if n is None else n for n in own)
+    if smooth == "aug":
+        perturbed = COPIES * (len(methods) + perturbed)
     return 1 + classes * (len(methods) * searched + perturbed)
 
 
 @outside_inference_mode
 def explain(
-    f: Classifier,
+    f: Layers,
     x: Tensor,
     methods: Sequence[str],
     targets: Sequence[int] | int = (),
@@ -77,11 +100,16 @@ def explain(
     cells: bool = False,
     fixed: bool = False,
     zero_level: float = 0.0,
+    *,
+    smooth: str = "none",
+    fuse: str = "max",
+    target: Target | None = None,
 ) -> list[Explanation]:
     """Explain one image by several methods and for several classes, with one stem pass.
 
     Args:
-        f: the classifier.
+        f: the classifier; several that are cut at different layers of one network give one map,
+            and the first is asked for probabilities.
         x: the input, shape (1, 3, H, W).
         methods: keys of METHODS.
         targets: classes to explain, or one; by default the predicted ones.
@@ -90,6 +118,10 @@ def explain(
         cells: average maps of pixels over the activation's cells.
         fixed: cut maps at the one threshold of the settings, as other tools do (Table 1).
         zero_level: subtract this share of the maximum from maps of cells first, in [0, 1).
+        smooth: see `attribution_map`.
+        fuse: see `attribution_map`.
+        target: a score of the network's output to explain in place of classes, see
+            aftcli/models/targets.py; a search of thresholds needs one in [0, 1].
 
     Returns:
         One explanation for each method and class, method by method.
@@ -98,19 +130,32 @@ def explain(
         AftError: x is no single image, a class is out of range, or see `scaled_map` and
             `fine_tune_threshold`.
     """
-    g, activation = first_activation(f, x, 1)
+    layers = cuts(f)
+    if target is not None:
+        if isinstance(targets, int) or targets or top_k != 1:
+            raise AftError("target takes the place of classes: leave targets and top_k out")
+        layers = tuple(with_target(each, target) for each in layers)
+    first = layers[0]
+    check_classes(first)
+    seen = [first_activation(each, x, 1) for each in layers]
+    (g, activation), *_ = seen
     with torch.no_grad():
-        y = f.probabilities(g.head(activation).float())[0]
-    classes = _explained(f, y, targets, top_k)
+        y = first.probabilities(g.head(activation).float())[0]
+    classes = _explained(first, y, targets, top_k)
     count = len(classes)
-    x_c, activation_c = x.expand(count, -1, -1, -1), activation.expand(count, -1, -1, -1)
-    maps = [map_of(g, activation_c, classes, x_c, method, cells, zero_level) for method in methods]
+    x_c = x.expand(count, *x.shape[1:])
+    seen_c = [(each, a.expand(count, *a.shape[1:])) for each, a in seen]
+    how = (cells, zero_level, smooth, fuse)
+    maps = [map_of_layers(seen_c, classes, x_c, method, *how) for method in methods]
     named = [method for method in methods for _ in classes]
     attribution = torch.cat(maps)
-    found = _search(f, x, attribution, named, classes.repeat(len(maps)), y, settings)
+    found = _search(first, x, attribution, named, classes.repeat(len(maps)), y, settings)
     if fixed:
         found = [replace(each, tft=None, fixed=each.tft) for each in found]
-    return [replace(each, cells=cells, zero_level=zero_level) for each in found]
+    if len(layers) > 1:
+        names = tuple(each.layer_name for each in layers)
+        found = [replace(each, layers=names, fuse=fuse) for each in found]
+    return [replace(each, cells=cells, zero_level=zero_level, smooth=smooth) for each in found]
 
 
 @outside_inference_mode

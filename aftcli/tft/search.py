@@ -291,6 +291,16 @@ def fine_tune_threshold(
     return search_threshold(classifier, x, attribution, class_index, settings, probability, owner)
 
 
+def _check_unit(f: Classifier, y: Tensor) -> None:
+    """Check that probabilities lie in [0, 1], as those of a target need not."""
+    wrong = y[(y < -1e-6) | (y > 1 + 1e-6)]
+    if len(wrong):
+        raise AftError(
+            f"a threshold is found by the relative rise of a probability, and {f.name} gives "
+            f"{float(wrong[0]):.4g}; let its target return a sigmoid or softmax, or search none"
+        )
+
+
 @outside_inference_mode
 def search_threshold(
     f: Classifier,
@@ -321,6 +331,8 @@ def search_threshold(
         return masked_probabilities(f, x, attribution, *known, search)
 
     y_hat = SEARCHES[search.search](score, probability, len(search.thresholds))
+    if len(search.thresholds) > 1:
+        _check_unit(f, torch.cat([probability[:, None], y_hat], 1))
     rpi = relative_probability_increase(y_hat, probability[:, None])
     best = first_maximum(rpi, probability)
     chosen = threshold_map(attribution, cut.gather(1, best[:, None]).squeeze(1))

@@ -29,7 +29,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from aftcli.core.cam import attribution_map, normalise, upsample
+from aftcli.attributions.maps import attribution_map
+from aftcli.core.cam import normalise, upsample
 from aftcli.core.methods import METHODS
 from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import open_data_set

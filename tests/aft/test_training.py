@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from aftcli import AftError
 from aftcli.aft.loss import Batch, Outputs, Recipe, aft_loss
 from aftcli.aft.training import Epoch, State, Training, choose_held_out, shuffled
-from aftcli.core.cam import Tuner
+from aftcli.models.checkpoint import Tuner
 from tests.helpers.compare import assert_near
 from tests.helpers.small import CLASSES, KINDS, small
 from tests.helpers.trained import Direct

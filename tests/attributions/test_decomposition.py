@@ -12,26 +12,21 @@ from tests.reference import decomposition as reference
 
 pytest.importorskip("zennit")
 
-from aftcli.attributions import (
-    decomposition,  # noqa: E402
-    rules,  # noqa: E402
-)
+from aftcli.attributions import decomposition  # noqa: E402
 from aftcli.attributions.activation import (
     relevance_cam,  # noqa: E402
     signed_relevance,  # noqa: E402
 )
 from aftcli.attributions.canonical import canonical  # noqa: E402
 from aftcli.attributions.decomposition import (
+    Rules,  # noqa: E402
     contrast,  # noqa: E402
+    named,  # noqa: E402
+    relevance,  # noqa: E402
     score_of_class,  # noqa: E402
     signed_clrp,  # noqa: E402
     signed_lrp,  # noqa: E402
     signed_rap,  # noqa: E402
-)
-from aftcli.attributions.rules import (
-    Rules,  # noqa: E402
-    named,  # noqa: E402
-    relevance,  # noqa: E402
 )
 from aftcli.core.classes import Preprocessing  # noqa: E402
 from aftcli.core.classifier import cut_classifier  # noqa: E402
@@ -294,7 +289,7 @@ def test_a_gate_takes_no_relevance():
 @pytest.mark.parametrize("method", [METHODS[name].load() for name in NAMES], ids=NAMES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_is_each_image_alone(method, kind, monkeypatch):
-    monkeypatch.setattr(rules, "BATCH", 2)
+    monkeypatch.setattr(decomposition, "BATCH", 2)
     s = small(kind)
     with torch.no_grad():
         activation = s.f.activation(s.x)

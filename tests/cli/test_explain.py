@@ -547,7 +547,7 @@ def test_debug_shows_the_traceback(f):
 
 def test_a_fault_of_ours_is_one_line(f, monkeypatch):
     draw("a.png")
-    monkeypatch.setattr(engine, "explain", lambda *_: [][0])
+    monkeypatch.setattr(engine, "explain", lambda *_, **__: [][0])
     result = aft("explain", "a.png")
     assert (result.code, result.out) == (1, "")
     assert result.err.startswith("aft: IndexError: list index out of range; this is a fault of aft")

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.cam import (
     ablated_before_mlp,
     ablated_by_batches,
     ablated_in_closed_form,
     ablated_scores,
-    attribution_map,
     normalise,
     scaled_map,
     score_gradient,

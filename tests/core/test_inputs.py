@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from aftcli.aft.loss import Batch, Outputs, Recipe, aft_loss
-from aftcli.core.cam import attribution_map
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.errors import AftError

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from aftcli.aft.jobs import mask_job
 from aftcli.aft.loss import in_situation
 from aftcli.aft.run import Options, Tuned, fine_tune
-from aftcli.core.cam import attribution_map
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from aftcli.aft.jobs import Job
-from aftcli.core.cam import ablated_by_batches, ablated_scores, attribution_map, grad_cam
+from aftcli.attributions.maps import attribution_map
+from aftcli.core.cam import ablated_by_batches, ablated_scores, grad_cam
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import CAMS, METHODS

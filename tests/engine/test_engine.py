@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from aftcli.aft.tail import earlier_layers
-from aftcli.core.cam import attribution_map
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.engine import accelerate as engine

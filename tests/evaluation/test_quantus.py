@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aftcli.attributions import quantus as ours
-from aftcli.core.cam import attribution_map
+from aftcli.attributions.maps import attribution_map
 from aftcli.data.blocks import Processes
 from aftcli.data.objects import Regions
 from aftcli.errors import AftError

@@ -91,7 +91,7 @@ class Slow:
         return self.probabilities(x)[self.c]
 
     def map(self, x, cam):
-        from aftcli.core.cam import attribution_map
+        from aftcli.attributions.maps import attribution_map
 
         return attribution_map(self.f, x[None], torch.tensor([self.c]), cam)[0]
 

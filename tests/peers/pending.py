@@ -8,14 +8,8 @@ import pytest
 from aftcli.errors import AftError
 
 PENDING = {
-    "target": "explain(..., target=callable): a scalar of the output in place of a class",
-    "structured": "outputs that are no logits (dicts, lists): explain(..., target=callable)",
-    "segmentation": "outputs (N, C, H, W): explain(..., target=callable)",
-    "detection": "boxes, labels and scores: explain(..., target=callable)",
-    "video": "Conv3d: maps (N, d, h, w) by attribution_map",
     "layers": "`--layer A --layer B` with `--model FILE.py:NAME`: maps of two layers, fused",
     "smooth": "`--smooth aug|eigen` with `--model FILE.py:NAME`",
-    "finer": "Finer-CAM as the method finercam: contrast to the nearest classes",
     "convolution": "cam where a 1x1 convolution is the linear layer (cutting/cut.py::linear_head)",
 }
 

@@ -173,7 +173,6 @@ def test_arcc_of_two_images_is_a_share(method):
     assert ((found > 0) == (road[1] > road[0])).all()
 
 
-@pending("target")
 def test_a_class_as_a_target():
     """pytorch-grad-cam: README, ClassifierOutputTarget"""
     _, f, x = tiny_cut()
@@ -181,7 +180,6 @@ def test_a_class_as_a_target():
     assert_near(found.attribution, attribution_map(f, x[:1], 2, "gradcam")[0])
 
 
-@pending("target")
 @pytest.mark.parametrize("method", ["gradcam", "layercam", "hirescam"])
 def test_a_probability_as_a_target(method):
     """pytorch-grad-cam: README, ClassifierOutputSoftmaxTarget"""
@@ -220,7 +218,6 @@ def segmenter():
     ).double()
 
 
-@pending("segmentation")
 def test_a_region_of_a_segmentation_as_a_target():
     """pytorch-grad-cam: README, SemanticSegmentationTarget"""
     model = segmenter().eval()
@@ -267,7 +264,6 @@ def cut_detector(dtype=torch.double):
     return model, cut_classifier(model, "features.1", preprocessing=plain(8, 8))
 
 
-@pending("detection")
 def test_the_score_of_a_box_as_a_target():
     """pytorch-grad-cam: test_fasterrcnn_target_device.py::test_target_inherits_output_device_cpu"""
     model, f = cut_detector()
@@ -278,7 +274,6 @@ def test_the_score_of_a_box_as_a_target():
     assert_near(found.attribution[None], scaled(expected.detach()))
 
 
-@pending("detection")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_score_of_a_box_keeps_the_type(dtype):
     """pytorch-grad-cam: test_fasterrcnn_target_device.py::test_target_preserves_boxes_dtype"""
@@ -287,7 +282,6 @@ def test_the_score_of_a_box_keeps_the_type(dtype):
     assert found.attribution.dtype == dtype
 
 
-@pending("detection")
 def test_no_box_gives_an_empty_map():
     """pytorch-grad-cam: test_fasterrcnn_target_device.py
 

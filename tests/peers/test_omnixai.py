@@ -26,7 +26,6 @@ from aftcli.report import explain as report
 from aftcli.settings import Search
 from tests.helpers.compare import assert_near
 from tests.peers.networks import of_torchcam, plain, raw
-from tests.peers.pending import pending
 
 PHOTO = Path(__file__).parents[2] / "docs/images/chelsea.jpg"
 HALF = Preprocessing(size=(32, 32), resize=32, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -148,7 +147,6 @@ def test_a_network_of_grey_pictures():
     assert found.shape == (5, 28, 28) and found.isfinite().all()
 
 
-@pending("target")
 def test_a_loss_as_a_target(seen):
     """OmniXAI: gradcam/vlm_gradcam_torch.py::test, its loss_function"""
     f, x = seen

@@ -300,7 +300,6 @@ def test_the_default_layer_has_torchcams_output(name):
         assert torch.equal(f.activation(x), seen[0])
 
 
-@pending("finer")
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_finer_cam_equals_torchcams(count):
     """torchcam: test_methods_gradient.py::test_finercam_matches_manual_contrastive_score
@@ -324,7 +323,6 @@ def test_finer_cam_equals_torchcams(count):
     assert_near(attribution_map(f, x, [0, 1], "finercam"), scaled(theirs), 1e-5)
 
 
-@pending("finer")
 def test_finer_cam_contrasts_before_its_relu():
     """torchcam: test_methods_gradient.py::test_finercam_aggregates_before_relu"""
     model, f, x = tiny_cut()
@@ -335,7 +333,6 @@ def test_finer_cam_contrasts_before_its_relu():
     assert not attribution_map(f, x, [0, 0], "finercam").any()
 
 
-@pending("finer")
 def test_finer_cam_keeps_type_and_network():
     """torchcam: test_methods_gradient.py::test_finercam_preserves_dtype_and_device
 
@@ -349,7 +346,6 @@ def test_finer_cam_keeps_type_and_network():
     assert f.weights_hash() == before and hooks(f) == hooks(model) == 0
 
 
-@pending("finer", pytest.fail.Exception)
 @pytest.mark.parametrize("wrong", [[0], [0, 3], [0.0, 1.0], True])
 def test_finer_cam_needs_classes(wrong):
     """torchcam: test_methods_gradient.py
@@ -362,7 +358,6 @@ def test_finer_cam_needs_classes(wrong):
         attribution_map(f, x, wrong, "finercam")
 
 
-@pending("finer")
 @pytest.mark.parametrize("layer", ["0", "2"])
 def test_finer_cam_of_layers_of_any_size(layer):
     """torchcam: test_methods_gradient.py::test_finercam_multiple_layers_and_compute_cams"""
@@ -377,7 +372,6 @@ def test_finer_cam_of_layers_of_any_size(layer):
     assert_near(found[0], cells, 1e-5)
 
 
-@pending("finer", pytest.fail.Exception, TypeError)
 def test_finer_cam_takes_no_target():
     """torchcam: test_methods_gradient.py::test_finercam_rejects_output_targets"""
     _, f, x = tiny_cut()

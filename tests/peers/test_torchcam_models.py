@@ -9,7 +9,6 @@ from aftcli.core.cam import normalise
 from aftcli.evaluation import metrics
 from tests.helpers.compare import assert_near
 from tests.peers.networks import of_torchcam, plain, scaled, tiny_cut
-from tests.peers.pending import pending
 
 
 def video(classes=3):
@@ -26,7 +25,6 @@ def video(classes=3):
     ).double()
 
 
-@pending("video", AftError, RuntimeError, TypeError, AssertionError, ValueError)
 @pytest.mark.parametrize(
     ("method", "theirs"),
     [
@@ -54,7 +52,6 @@ def test_maps_of_videos(method, theirs):
         assert_near(found, scaled(of_torchcam(theirs, model, "3", x, [0, 2])), 1e-6)
 
 
-@pending("video")
 def test_maps_of_videos_are_scaled_to_0_and_1():
     """torchcam: test_methods_core.py::test_cam_normalize, its maps of three dimensions"""
     values = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1)).double()
@@ -87,7 +84,6 @@ def named(name):
     return lambda output: output[name].squeeze()
 
 
-@pending("structured", AftError, AttributeError, TypeError)
 @pytest.mark.parametrize("method", ["gradcam", "scorecam"])
 def test_targets_of_named_outputs(method):
     """torchcam: test_methods_activation.py::test_score_cams_support_per_sample_output_targets"""
@@ -123,7 +119,6 @@ def test_the_first_tensor_of_a_tuple_is_the_logits():
     assert torch.equal(f(x), model(x)[0])
 
 
-@pending("target")
 @pytest.mark.parametrize(
     "target",
     [
@@ -146,7 +141,6 @@ def test_a_target_must_be_a_scalar_of_the_output(target):
         explain(f, x[:1], ["gradcam"], target=target)
 
 
-@pending("target")
 def test_a_target_and_a_class_exclude_each_other():
     """torchcam: test_methods_core.py::test_output_target_validation"""
     _, f, x = tiny_cut()
@@ -154,7 +148,6 @@ def test_a_target_and_a_class_exclude_each_other():
         explain(f, x[:1], ["gradcam"], targets=1, target=lambda y: y.flatten()[1])
 
 
-@pending("target")
 @pytest.mark.parametrize("method", ["gradcam", "gradcam++", "layercam", "scorecam", "ablationcam"])
 def test_a_target_in_place_of_a_class(method):
     """torchcam: test_methods_gradient.py::test_refinecam_supports_output_targets"""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from aftcli import attribution_map, cut_classifier
-from aftcli.attributions import decomposition, gradient, perturbation, rules
+from aftcli.attributions import decomposition, gradient, perturbation
 from aftcli.attributions.canonical import canonical
 from aftcli.attributions.decomposition import signed_lrp, signed_rap
 from aftcli.attributions.gradient import signed_integrated_gradients, signed_smooth_grad
@@ -129,7 +129,7 @@ def test_every_layer_has_a_rule():
     model = resnet(8, 8)
     f = cut_classifier(model, "5", preprocessing=plain(8, 8))
     network = canonical(f)
-    composite = rules.composite_of(f, network, rules.named(f, "composite"))
+    composite = decomposition.composite_of(f, network, decomposition.named(f, "composite"))
     kinds = {}
     for name, layer in network.named_children():
         kinds.setdefault(type(layer), []).append(composite.module_map({}, name, layer))

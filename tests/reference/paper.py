@@ -190,6 +190,21 @@ def eigencam(model, layer, x, c):
     return np.maximum(sign * projected, 0)
 
 
+def finercam(model, layer, x, c):
+    """Grad-CAM of y^c - .6 mean_d y^d over the 3 classes d of the scores nearest to y^c."""
+    with torch.no_grad():
+        y = model(x)[0].tolist()
+    others = sorted((abs(y[d] - y[c]), d) for d in range(len(y)) if d != c)[:3]
+    gradient = gradient_of(model, layer, x, c)
+    for _, d in others:
+        gradient = gradient - 0.6 / len(others) * gradient_of(model, layer, x, d)
+    alpha = []
+    for g in gradient.tolist():
+        values = [v for row in g for v in row]
+        alpha.append(sum(values) / len(values))
+    return weighted_sum(alpha, activation_of(model, layer, x))
+
+
 CAMS = {
     "cam": cam,
     "gradcam": gradcam,
@@ -200,6 +215,7 @@ CAMS = {
     "xgradcam": xgradcam,
     "hirescam": hirescam,
     "eigencam": eigencam,
+    "finercam": finercam,
 }
 
 

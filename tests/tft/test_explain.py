@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aftcli.core.cam import attribution_map
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.methods import CAMS
 from aftcli.settings import Search
 from aftcli.tft.explain import explain, explain_map

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aftcli.core.cam import attribution_map
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS

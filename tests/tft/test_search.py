@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from aftcli.core.cam import attribution_map
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Classes
 from aftcli.errors import AftError
 from aftcli.settings import MODES, THRESHOLDS, Search

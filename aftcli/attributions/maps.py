@@ -1,0 +1,237 @@
+"""Attribution maps I of one layer or several, as their method gives them or smoothed (§2.4, §3.1).
+
+Fused maps: torchcam's maximum of the layers' maps, and the product that Domeniconi et al., "How to
+evaluate and refine your CAM" (arXiv 2605.14641, RefineCAM), take. Smoothing is pytorch-grad-cam's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from aftcli.attributions import activation as beyond
+from aftcli.core import cam
+from aftcli.core.cam import cells_of, first_component, normalise, scaled_map, stretch, upsample
+from aftcli.core.classifier import Classifier
+from aftcli.core.inputs import class_indices, first_activation
+from aftcli.core.methods import METHODS, Method, method
+from aftcli.core.zero_level import without_constant
+from aftcli.cutting.networks import outside_inference_mode
+from aftcli.errors import AftError, check_name
+from aftcli.models.targets import Target, Targeted, with_target
+
+Layers = Classifier | Sequence[Classifier]  # one network, cut at a layer or at several
+
+Seen = tuple[Classifier, Tensor]  # a classifier for some images, and their A
+
+# alpha of each CAM that is a weighted sum of channels: shape (N, K), or (N, K, h, w) by cell.
+WEIGHTS: dict[str, Method] = {
+    "cam": cam.cam_weights,
+    "gradcam": cam.grad_cam_weights,
+    "gradcam++": cam.plus_plus_weights,
+    "scorecam": cam.score_cam_weights,
+    "ablationcam": cam.ablation_weights,
+    "layercam": cam.layer_cam_weights,
+    "xgradcam": cam.x_grad_cam_weights,
+    "hirescam": cam.hires_cam_weights,
+    "finercam": beyond.finer_cam_weights,
+}
+
+FACTORS = (0.9, 1.0, 1.1)  # of the input's copies
+
+
+def eigen_smoothed(
+    name: str, f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
+) -> Tensor:
+    """Project alpha_k A^k, centred by channel, on its first principal component; (N, h, w).
+
+    It takes the place of the sum over k. A component has no sign of its own: the one that agrees
+    with the sum is taken; pytorch-grad-cam takes either.
+    """
+    plain = without_constant(f, activation)
+    alpha = WEIGHTS[name](f, activation, class_index, x)[:, : plain.shape[1]]
+    cells = cells_of(plain)
+    weighted = alpha.view(*alpha.shape, *[1] * (plain.dim() - alpha.dim())) * plain
+    first = first_component(weighted - weighted.mean(cells, keepdim=True))
+    agreement = (first * weighted.sum(1)).sum([axis - 1 for axis in cells], keepdim=True)
+    return (first * torch.where(agreement < 0, -1, 1)).relu()
+
+
+def augmented(
+    name: str, f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
+) -> Tensor:
+    """Average the scaled maps of x and its mirror image, times .9, 1 and 1.1, shape as the map's.
+
+    Cost: six maps, with a pass of the stem for each.
+    """
+    maps = []
+    for mirrored in (False, True):
+        for factor in FACTORS:
+            z = factor * (x.flip(-1) if mirrored else x)
+            found = scaled_map(*f.at(z), class_index, z, name)
+            maps.append(found.flip(-1) if mirrored else found)
+    return torch.stack(maps).mean(0)
+
+
+# What takes the place of a method's function.
+SMOOTHINGS: dict[str, Callable[[str], Method] | None] = {
+    "none": None,
+    "aug": lambda name: partial(augmented, name),
+    "eigen": lambda name: partial(eigen_smoothed, name),
+}
+
+COPIES = 2 * len(FACTORS)  # of an image that `aug` maps
+
+
+def check_smooth(smooth: str, name: str) -> None:
+    """Check that a method's maps can be smoothed so.
+
+    Raises:
+        AftError: the way is unknown, or of channels that the method does not weigh.
+    """
+    check_name("smoothing", smooth, SMOOTHINGS)
+    if smooth == "eigen" and name not in WEIGHTS:
+        raise AftError(
+            f"{method(name).title} is no weighted sum of channels, so it has no principal "
+            f"component; --smooth eigen takes {', '.join(WEIGHTS)}, --smooth aug every method"
+        )
+
+
+def layer_map(
+    seen: Seen,
+    class_index: Tensor,
+    x: Tensor,
+    name: str,
+    cells: bool = False,
+    zero_level: float = 0.0,
+    smooth: str = "none",
+) -> Tensor:
+    """Compute the map of one layer: `scaled_map`, smoothed or not."""
+    check_smooth(smooth, name)
+    smoothed = SMOOTHINGS[smooth]
+    compute = smoothed(name) if smoothed else None
+    return scaled_map(*seen, class_index, x, name, cells, zero_level, compute)
+
+
+FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda maps: maps.amax(0),
+    "product": lambda maps: maps.prod(0),
+}
+
+
+def fused(maps: Sequence[Tensor], fuse: str = "max") -> Tensor:
+    """Stretch maps to the size of the largest, combine them cell by cell and scale to [0, 1].
+
+    Args:
+        maps: of the layers, each of shape (N, h, w), in [0, 1]; one alone stays as it is.
+        fuse: a key of FUSIONS.
+    """
+    check_name("fusion", fuse, FUSIONS)
+    if len(maps) == 1:
+        return maps[0]
+    size = [max(sides) for sides in zip(*(m.shape[1:] for m in maps), strict=True)]
+    return normalise(FUSIONS[fuse](torch.stack([stretch(m, size) for m in maps])))
+
+
+# Beside those of family decomposition: methods that read the head, or compare classes.
+OF_CLASSES = ("cam", "finercam", "relevancecam", "omcam", "guidedbackprop", "deeplift")
+
+
+def takes_target(name: str) -> bool:
+    """Tell if a method explains any score of the output, not only a class's."""
+    return name not in OF_CLASSES and method(name).family != "decomposition"
+
+
+def map_of_layers(
+    seen: Sequence[Seen],
+    class_index: Tensor,
+    x: Tensor,
+    name: str,
+    cells: bool = False,
+    zero_level: float = 0.0,
+    smooth: str = "none",
+    fuse: str = "max",
+) -> Tensor:
+    """Compute I of inputs whose activations are known, shape (N, H, W), as `attribution_map`."""
+    if isinstance(seen[0][0], Targeted) and not takes_target(name):
+        raise AftError(
+            f"{method(name).title} is of classes and takes no target; take one of "
+            f"{', '.join(other for other in METHODS if takes_target(other))}"
+        )
+    if x.dim() == 5 and method(name).family != "cam":
+        raise AftError(f"{method(name).title} is of images; videos are explained by CAMs")
+    if len(seen) > 1 and method(name).family not in ("cam", "activation"):
+        raise AftError(
+            f"{method(name).title} is of pixels, the same whatever the layer: nothing to fuse; "
+            "give one --layer, or a CAM"
+        )
+    maps = [layer_map(each, class_index, x, name, cells, zero_level, smooth) for each in seen]
+    return upsample(fused(maps, fuse), x)
+
+
+def cuts(f: Layers) -> tuple[Classifier, ...]:
+    """Return the classifiers of one network.
+
+    Raises:
+        AftError: there is none, they are cut at the same layer, or are of different networks.
+    """
+    layers = (f,) if isinstance(f, Classifier) else tuple(f)
+    names = [each.layer_name for each in layers]
+    if not layers or len(set(names)) < len(names):
+        raise AftError(f"maps of several layers need different layers, got {names or 'none'}")
+    first = layers[0]
+    for other in layers[1:]:
+        same = (other.name, other.classes, other.preprocessing, other.checkpoint)
+        if same != (first.name, first.classes, first.preprocessing, first.checkpoint):
+            raise AftError(
+                f"maps of several layers are of one network; {other.name} at {other.layer_name} "
+                f"and {first.name} at {first.layer_name} have other names, classes, weights or "
+                "preprocessing"
+            )
+    return layers
+
+
+@outside_inference_mode
+def attribution_map(
+    f: Layers,
+    x: Tensor,
+    class_index: Tensor | int | Target,
+    method: str,
+    cells: bool = False,
+    zero_level: float = 0.0,
+    *,
+    smooth: str = "none",
+    fuse: str = "max",
+) -> Tensor:
+    """Compute the attribution map I of a method, at the input's size (§2.4, §3.1).
+
+    Args:
+        f: the classifier; several that are cut at different layers of one network give one map.
+        x: inputs, shape (N, 3, H, W), normalised as the model wants; videos (N, 3, D, H, W) for
+            CAMs.
+        class_index: the class explained for each input, shape (N,); a number for one input; or a
+            target, a function of the output (aftcli/models/targets.py).
+        method: a key of METHODS: gradcam, ablationcam, layercam, lrp, rise, …
+        cells: average a map of pixels over the activation's cells, see `to_cells`.
+        zero_level: see `scaled_map`; for maps of cells.
+        smooth: "none", "aug", the mean over mirrored and scaled inputs, or "eigen", the first
+            principal component of the weighted channels in place of their sum.
+        fuse: "max" or "product": what several layers' maps are combined by, see `fused`.
+
+    Returns:
+        I, shape (N, H, W), of videos (N, D, H, W), in [0, 1]; an all-zero map stays zero.
+
+    Raises:
+        AftError: x is no batch of images, not each has one class of f's, the method can't be
+            smoothed or fused so, or see `scaled_map`.
+    """
+    layers = cuts(f)
+    if callable(class_index):
+        layers = tuple(with_target(each, class_index) for each in layers)
+        class_index = torch.zeros(len(x), dtype=torch.long)
+    seen = [first_activation(each, x) for each in layers]
+    classes = class_indices(layers[0], class_index, len(x), x.device)
+    return map_of_layers(seen, classes, x, method, cells, zero_level, smooth, fuse)
