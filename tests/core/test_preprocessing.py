@@ -110,6 +110,22 @@ def test_a_size_alone_says_nothing_of_the_channels():
         cut_classifier(grey, "2+3", preprocessing=own)
 
 
+def test_a_first_convolution_that_is_not_the_inputs_misleads_nobody():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Sequential(nn.Conv2d(8, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.first = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4, padding=2), nn.ReLU())
+
+        def forward(self, x):
+            return self.last(self.first(x))
+
+    given = Preprocessing(SIZE)
+    f = cut_classifier(Late(), "first", preprocessing=given, note=pytest.fail)
+    assert f.preprocessing == given
+    assert cut_classifier(Late(), "first", note=lambda _: None).preprocessing == Preprocessing()
+
+
 def test_a_grey_input_is_the_pictures_luma():
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     preprocessing = Preprocessing((40, 40), 40, mean=(0.25,), std=(0.5,))
