@@ -138,10 +138,15 @@ def values_hash(values: Mapping[str, Any]) -> str:
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """Compute the SHA-256 of tensors, their names, shapes and types."""
+    import torch
+
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        # As bytes: NumPy has no bfloat16.
+        digest.update(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 

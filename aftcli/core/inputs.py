@@ -38,13 +38,19 @@ def find_preprocessing(
     channels, usual = input_channels(model), Preprocessing()
     if given:
         of_colours = (given.mean, given.std) != (usual.mean, usual.std) and not given.is_even
-        return given if of_colours else given.with_channels(channels)
+        if of_colours or channels == len(given.mean):
+            return given
+        try:
+            run(model, given.shape)
+        except AftError:
+            return given.with_channels(channels)
+        return given  # the first convolution is not the input's
     recorded, config = recorded_preprocessing(model), getattr(model, "config", None)
     found, side = recorded or usual, getattr(config, "image_size", None)
     if recorded is None and isinstance(side, int | list | tuple):
         found = found.with_size((side, side) if isinstance(side, int) else (side[0], side[-1]))
     sized = found.with_channels(channels)
-    tried = [sized, *(sized.with_size((side, side)) for side in SIDES)]
+    tried = [sized, found, *(sized.with_size((side, side)) for side in SIDES)]
     problem: AftError | None = None
     for each in tried:
         try:

@@ -72,4 +72,6 @@ def same_output(one: object, two: object, tolerance: float = 0.0) -> bool:
         return len(one) == len(two) and all(
             same_output(a, b, tolerance) for a, b in zip(one, two, strict=True)
         )
+    if hasattr(one, "__dict__") and type(one) is type(two):
+        return same_output(vars(one), vars(two), tolerance)
     return type(one) is type(two) and bool(one == two)

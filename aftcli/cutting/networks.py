@@ -79,8 +79,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def input_channels(model: nn.Module) -> int:
     """Return the channels of a network's input: those of its first convolution; otherwise 3."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
-    return first.in_channels if first else 3
+    for module in model.modules():
+        # A scripted one knows its class by name alone.
+        kind = getattr(module, "original_name", "")
+        if isinstance(module, nn.Conv2d | nn.Conv3d) or kind in ("Conv2d", "Conv3d"):
+            return int(module.in_channels)  # type: ignore[arg-type]
+    return 3
 
 
 def name_of(layer: object, model: nn.Module) -> str:

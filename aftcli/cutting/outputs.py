@@ -85,7 +85,9 @@ def find_output(
             known = nearest(key, named) if any(named) else "none, it returns one tensor"
             raise AftError(f"unknown output {key!r} of the network; nearest: {known}")
         return Output(under[0])
-    fit = [path for path, tensor in tensors.items() if tensor.dim() == 2]
+    # A list of mappings has one for each image, as detectors give: none holds logits (N, C).
+    for_each = isinstance(out, list) and all(isinstance(part, Mapping) for part in out)
+    fit = [path for path, tensor in tensors.items() if tensor.dim() == 2 and not for_each]
     if not fit:
         shapes = ", ".join(f"{name} {tuple(tensors[path].shape)}" for name, path in named.items())
         raise AftError(
@@ -137,8 +139,13 @@ def logits_of(out: object, key: str | None = None) -> Tensor:
     return at_path(out, find_output(out, key).path)  # type: ignore[no-any-return]
 
 
-class _Logits(nn.Module):
-    """A network that returns a part of what another returns, of the same modules and names."""
+class Logits(nn.Module):
+    """A network, or a head, that returns a part of what another returns, of the same modules.
+
+    Attributes:
+        path: the place of the part.
+        whole: returns all of it.
+    """
 
     def __init__(self, network: nn.Module, path: tuple[str | int, ...]) -> None:
         super().__init__()
@@ -147,10 +154,23 @@ class _Logits(nn.Module):
         self.__dict__["network"] = network  # not as a module: names would begin with it
         self.path, self.training = path, network.training
 
+    @property
+    def whole(self) -> nn.Module:
+        """The network that returns all of it."""
+        return self.__dict__["network"]  # type: ignore[no-any-return]
+
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the logits of inputs x."""
+        """Compute the logits of inputs x, or of A."""
         # As torch.fx calls it: the network is no module of this one.
-        return at_path(self.__dict__["network"].forward(x), self.path)  # type: ignore[no-any-return]
+        return at_path(self.whole.forward(x), self.path)  # type: ignore[no-any-return]
+
+
+class LogitsOfSeveral(Logits):
+    """The same of a head that takes A and what passes the layer by."""
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        """Compute the logits of A and the rest."""
+        return at_path(self.whole.forward(x, *rest), self.path)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -179,7 +199,7 @@ def with_logits(
     if not output.path:
         return model
     # Messages name its class.
-    logits: nn.Module = type(type(model).__name__, (_Logits,), {})(model, output.path)
+    logits: nn.Module = type(type(model).__name__, (Logits,), {})(model, output.path)
     if not torch.equal(logits(tried.x), at_path(tried.out, output.path)):
         raise AftError(
             f"{type(model).__name__} returns other values each time, or hooks of its own change "

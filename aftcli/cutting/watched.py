@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, ValuesView
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor, jit, nn
 
 from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
 
@@ -56,7 +56,8 @@ def run_watched(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
             if name and (tensor := first_tensor(out)) is not None:
                 calls.append(Ran(name, module, tensor, tensor is out))
 
-        handles.append(module.register_forward_hook(ended))
+        if not isinstance(module, jit.ScriptModule):  # which takes no hooks
+            handles.append(module.register_forward_hook(ended))
     try:
         out = model(x)
     finally:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
+from aftcli.cutting.outputs import Logits
 from aftcli.errors import AftError, first_line
 from aftcli.settings import NONE
 
@@ -112,7 +113,9 @@ def with_target(f: Classifier, target: Target, name: str = "") -> Targeted:
     name = name or ("target" if own == "<lambda>" else own)
     g: Any = copy.copy(f)
     g.__class__ = Targeted
-    g._modules = {**f._modules, "head": Scored(f.head, target, name, f.single)}
+    # A target is of all that the network returns, but for what was named.
+    head = f.head.whole if isinstance(f.head, Logits) and not f.output_key else f.head
+    g._modules = {**f._modules, "head": Scored(head, target, name, f.single)}
     g.classes, g.engine, g.output = Classes((name,)), None, NONE
     g.__dict__["linear_head"] = None  # what follows a linear layer is the user's
     return g  # type: ignore[no-any-return]

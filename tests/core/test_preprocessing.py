@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from aftcli.core.cam import attribution_map
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing, preprocessing_of_timm
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
@@ -108,6 +108,22 @@ def test_a_size_alone_says_nothing_of_the_channels():
     own = Preprocessing(SIZE, mean=(0.5, 0.4, 0.3))
     with pytest.raises(AftError, match=r"can't run an input of shape \(1, 3, 32, 32\)"):
         cut_classifier(grey, "2+3", preprocessing=own)
+
+
+def test_a_first_convolution_that_is_not_the_inputs_misleads_nobody():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Sequential(nn.Conv2d(8, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            self.first = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4, padding=2), nn.ReLU())
+
+        def forward(self, x):
+            return self.last(self.first(x))
+
+    given = Preprocessing(SIZE)
+    f = cut_classifier(Late(), "first", preprocessing=given, note=pytest.fail)
+    assert f.preprocessing == given
+    assert cut_classifier(Late(), "first", note=lambda _: None).preprocessing == Preprocessing()
 
 
 def test_a_grey_input_is_the_pictures_luma():

@@ -2,16 +2,18 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
 from pathlib import Path
 
 import pytest
+import torch
 
 from aftcli import AftError, MaskStore
 from aftcli.errors import AftWarning
-from aftcli.files import locked
+from aftcli.files import locked, tensors_hash
 from tests.helpers import faulty
 from tests.helpers.command import aft
 from tests.helpers.stored import generate, make_images
@@ -176,3 +178,15 @@ def test_another_error_of_a_lock_is_said_as_it_is(target, monkeypatch):
     take_locks_away(monkeypatch, errno.EIO)
     assert f"can't be locked ({os.strerror(errno.EIO)})" in refused(target)
     assert held_files(target.parent) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_hash_is_that_of_names_shapes_types_and_bytes(dtype):
+    tensors = {"b": torch.tensor(3).to(dtype), "a": torch.arange(6).view(2, 3).mT.to(dtype)}
+    expected = hashlib.sha256()
+    for name in ("a", "b"):
+        value = tensors[name]
+        expected.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        storage = value.contiguous().untyped_storage()
+        expected.update(bytes(storage.tolist())[: value.numel() * value.element_size()])
+    assert tensors_hash(tensors) == expected.hexdigest()

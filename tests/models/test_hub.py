@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from aftcli.core.cam import attribution_map
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.inputs import find_preprocessing
 from aftcli.data.images import to_input

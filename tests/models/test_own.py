@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from aftcli.aft.jobs import control_job
+from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError
 from aftcli.files import write_tensors
@@ -74,6 +75,25 @@ def leaves():
 
 def torn():
     return make().to("meta")
+
+
+def half():
+    return make().bfloat16()
+
+
+def of_channels(count):
+    model = make()
+    model[0] = nn.Conv2d(count, WIDTH, 5, stride=4, padding=2)
+    model.preprocessing = {{"size": (32, 32), "mean": (0.4,) * count, "std": (0.2,) * count}}
+    return model
+
+
+def grey():
+    return of_channels(1)
+
+
+def four():
+    return of_channels(4)
 """
 
 
@@ -212,6 +232,29 @@ def test_a_new_head_needs_an_argument_num_classes(home):
         else:
             with pytest.raises(AftError, match="can't get 4 outputs: .* argument num_classes"):
                 control_job(f, data, None, None)
+
+
+@pytest.mark.parametrize("name", ["half", "grey"])
+def test_masks_of_half_and_grey_networks(home, name):
+    make_images(home.parent / "data", each=2)
+    options = ("--model", f"nets/net.py:{name}", "--run", "run", "--thresholds", "0.3", "--quiet")
+    done = aft("gen-masks", "data", *options, "--workers", "0", "--json")
+    assert done.code in (0, None), done.err
+    (made,) = json.loads(done.out)["stores"]
+    assert made["images"] == 6 and made["broken"] == []
+    store = MaskStore(Path(made["path"]))
+    f = load_classifier(f"nets/net.py:{name}")
+    x = to_input(read_image(home.parent / "data" / store[0].path), f.preprocessing)
+    with torch.no_grad():
+        p = f(x.to(next(f.parameters()))).float().softmax(1)
+    assert abs(store[0].probability - float(p.max())) < 1e-2
+
+
+def test_four_channels_are_refused_before_a_picture_is_read(home):
+    make_images(home.parent / "data", each=1)
+    for command in (("gen-masks", "data", "--run", "run"), ("explain", "data/apple/0.png")):
+        done = aft(*command, "--model", "nets/net.py:four")
+        assert done.code == 1 and "takes 4 channels, a picture has 1 or 3; make x" in done.err
 
 
 # Code runs only if the user names it

@@ -373,7 +373,6 @@ def test_maps_of_two_layers_fused_by_a_product(written):
     assert 0 < float(area) < 1
 
 
-@pending("layers")
 def test_a_product_needs_two_layers(written):
     """torchcam: test_methods_gradient.py::test_refinecam_rejects_invalid_configuration"""
     _, _, mapped = written
