@@ -325,8 +325,8 @@ def test_a_layer_before_the_last_convolution_is_said():
     f = cut_classifier(Gate(), preprocessing=PREPROCESSING, note=notes.append)
     assert f.layer_name == "conv"
     assert notes == [
-        "layer conv is explained, not the last convolution gate, whose cells move no class on "
-        "their own; --layer NAME chooses another"
+        "layer conv is explained, not the last convolution gate, most of whose cells do not move "
+        "the output; --layer NAME chooses another"
     ]
 
 
