@@ -191,7 +191,12 @@ def file_stem(model: str, what: str) -> str:
 
     >>> file_stem("timm:resnet18.a1_in1k", "gradcam")
     'timm_resnet18.a1_in1k-gradcam'
+    >>> file_stem("/home/me/nets/mine.py:small", "gradcam")
+    'mine.py_small-gradcam'
     """
+    kind, absolute, place = model.rpartition(":/")  # hf:/home/me/nets/vit
+    if absolute or model.startswith("/"):
+        model = f"{kind}{':' if absolute else ''}{Path(place).name}"
     return f"{model.replace(':', '_').replace('/', '_')}-{what}"
 
 

@@ -222,7 +222,7 @@ class Cache:
 
     def _add_columns(self, add: Callable[[Tensor], Tensor]) -> None:
         if not self.columns:  # fewer blocks than processes
-            x = torch.zeros(1, 3, *self.f.preprocessing.size)
+            x = torch.zeros(1, *self.f.preprocessing.shape)
             self._keep([], tuple(t[:0] for t in self._pass(x[:0], [])))
         for i, column in enumerate(self.columns):
             # What another process has computed is 0 here, so the sum is exact.
@@ -323,5 +323,5 @@ def choose_cache(
 
 
 def _bytes_per_image(f: Classifier, stem: nn.Module) -> int:
-    x = next(f.parameters()).new_zeros(1, 3, *f.preprocessing.size)
+    x = next(f.parameters()).new_zeros(1, *f.preprocessing.shape)
     return sum(t.numel() * t.element_size() for t in stem_output(stem, x))

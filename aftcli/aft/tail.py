@@ -130,6 +130,7 @@ def with_parts(
         activation_shape=shape,
         bypassed=f.bypassed,
         output=f.output,
+        output_key=f.output_key,
     )
 
 
@@ -168,7 +169,7 @@ def earlier_layers(f: Classifier, names: Sequence[str]) -> Earlier:
     taken = range(0, len(parts), 2)
     shapes = []
     with torch.no_grad():
-        x = stem(torch.zeros(1, 3, *f.preprocessing.size).to(next(f.parameters())))
+        x = stem(torch.zeros(1, *f.preprocessing.shape).to(next(f.parameters())))
         for i, part in enumerate(parts):
             x = part(x)
             if i in taken:

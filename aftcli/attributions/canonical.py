@@ -25,7 +25,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import fusion, skip_init
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.outputs import BOTH, BothClasses
+from aftcli.core.outputs import BOTH, BothClasses, path_to_linear, rows_of_both
 from aftcli.core.zero_level import without_constant
 from aftcli.cutting.cut import flow_of
 from aftcli.cutting.networks import computes_weights, copied, with_plain_weights
@@ -112,12 +112,12 @@ def _sample(f: Classifier, part: Part) -> tuple[Tensor, Tensor]:
         if part == "head":
             activation = without_constant(f, noise(*f.activation_shape))
             return activation, plain.head(activation)
-        size = f.preprocessing.size
+        depth, *size = f.preprocessing.shape
         try:
-            x = noise(3, *(min(side, max(64, side // 4)) for side in size))
+            x = noise(depth, *(min(side, max(64, side // 4)) for side in size))
             return x, plain.head(*flow_of(plain.layer(f.stem(x))))
         except RuntimeError:
-            x = noise(3, *size)
+            x = noise(depth, *size)
             return x, plain.head(*flow_of(plain.layer(f.stem(x))))
 
 
@@ -235,17 +235,8 @@ class _Builder:
     def _both(self) -> None:
         """Write the columns of both classes as rows of the last linear layer: -w and w."""
         for node in [n for n in self.graph.nodes if BOTH in str(n.target)]:
-            (y,), path = node.all_input_nodes, [node]
-            while not isinstance(layer := self.modules.get(str(y.target)), nn.Linear):
-                what = type(layer).__name__ if layer else getattr(y.target, "__name__", y.target)
-                if what not in SHAPING:
-                    raise ValueError("its only output is not that of a linear layer")
-                path.append(y)
-                (y,) = y.all_input_nodes
-            rows = skip_init(nn.Linear, layer.in_features, 2, bias=layer.bias is not None)
-            for name, w in layer.named_parameters():
-                setattr(rows, name, nn.Parameter(torch.cat([-w, w]), False))
-            self._replace(y, rows, y.args[0])
+            *path, y = path_to_linear(node, self.modules)
+            self._replace(y, rows_of_both(self.modules[str(y.target)]), y.args[0])
             for passed in path:
                 if not isinstance(self.modules.get(str(passed.target)), nn.Sigmoid):
                     self._skip(passed)
@@ -353,9 +344,6 @@ ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
 
 MEANS = (torch.mean, "mean")
-
-# Between the last linear layer and the columns of both classes.
-SHAPING = ("flatten", "Flatten", "squeeze", "reshape", "view", "getitem", "Sigmoid")
 
 # They change nothing in eval mode. torchvision's own stochastic depth is a leaf to torch.fx.
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)

@@ -230,7 +230,7 @@ def signed_gradient_shap(
 
 
 def baselines(f: Classifier, x: Tensor) -> Tensor:
-    """Return images without anything to see: mean colour, black and white, (3, 3, H, W)."""
+    """Return images without anything to see: mean colour, black and white, (3, C, H, W)."""
     mean, std = f.preprocessing.channels(x)
     colours = [torch.zeros_like(mean), -mean / std, (1 - mean) / std]
     return torch.stack([colour.expand(x.shape[1:]) for colour in colours])

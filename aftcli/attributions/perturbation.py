@@ -45,18 +45,18 @@ def signed_occlusion(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
     from captum.attr import Occlusion
 
     height, width = (max(1, round(side * WINDOW)) for side in x.shape[-2:])
-    strides = (3, max(1, round(height * STRIDE)), max(1, round(width * STRIDE)))
+    strides = (x.shape[1], max(1, round(height * STRIDE)), max(1, round(width * STRIDE)))
     maps = [
         Occlusion(f).attribute(
             x_n[None],
-            sliding_window_shapes=(3, height, width),
+            sliding_window_shapes=(x.shape[1], height, width),
             strides=strides,
             target=c,
             perturbations_per_eval=BATCH,
         )
         for x_n, c in zip(x, class_index.tolist(), strict=True)
     ]
-    # The window hides all three channels at once, which each get its whole drop; in float32.
+    # The window hides all channels at once, which each get its whole drop; in float32.
     return torch.cat(maps)[:, 0].to(x)
 
 

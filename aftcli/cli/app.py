@@ -137,7 +137,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
                 *("DATASET", "--split", "--model", "--checkpoint", "--classes", "--layer"),
                 *("--cam", "--limit", "--thresholds", "--masking", "--fill", "--threshold-mode"),
                 *("--search", "--run", "--overwrite", "--strict", "--device", "--engine"),
-                *("--precision", "--batch-size", "--workers", "--output"),
+                *("--precision", "--batch-size", "--workers", "--output", "--output-key"),
             ),
             _with("--show"),
         ),

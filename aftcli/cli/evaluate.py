@@ -127,7 +127,7 @@ class TableOutput(Printed):
         option(
             "--metrics",
             "LIST",
-            "Measures of Table 3, see below. Default: the paper's two.",
+            "Of Table 3, see below. Default: the paper's two.",
             callback=usage(measures),
         ),
     ] = None

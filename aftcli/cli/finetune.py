@@ -214,7 +214,7 @@ def finetune(
     events = fine_tune(jobs, run.run, settings, options, accelerator)
     tuned = watch(events, run.quiet or not first)
     if first:
-        exported = [export(t.path) for t in tuned] if output.export else []
+        exported = [export(t.path, network.model) for t in tuned] if output.export else []
         print_tuned(tuned, exported, output.json)
 
 

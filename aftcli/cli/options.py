@@ -117,8 +117,8 @@ class Weights:
         option(
             "--model",
             "NAME",
-            "efficientnet_lite0 (default), 1, 2: offline; a torchvision CNN or "
-            "timm:NAME. A run knows its own.",
+            "Default efficientnet_lite0; of torchvision; timm:NAME; hf:DIR; FILE.py:NAME runs "
+            "your code.",
         ),
     ] = None
     checkpoint: Annotated[
@@ -137,6 +137,10 @@ class Weights:
         Output,
         words("--output", Output, "last step."),
     ] = "auto"
+    output_key: Annotated[
+        str | None,
+        option("--output-key", "KEY", "Which output has the logits."),
+    ] = None
 
 
 @dataclass(frozen=True)

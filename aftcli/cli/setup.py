@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,7 +105,8 @@ def classifier(network: Network, device: str, quiet: bool) -> Classifier:
 
     where, note = find_device(device), noting(quiet)
     files, own = (network.model, network.checkpoint, network.layer), names(network.classes)
-    return load_classifier(*files, classes=own, device=where, output=network.output, note=note)
+    read = partial(load_classifier, output=network.output, output_key=network.output_key)
+    return read(*files, classes=own, device=where, note=note)
 
 
 def source(
@@ -119,7 +121,8 @@ def source(
 
     own = names(network.classes)
     files = (network.model, network.checkpoint, layer or None)
-    return Source(*files, own, device, earlier, note=note, output=network.output)
+    read = partial(Source, output=network.output, output_key=network.output_key)
+    return read(*files, own, device, earlier, note=note)
 
 
 def engine(name: str, precision: str, quiet: bool) -> Accelerate:
@@ -177,7 +180,7 @@ def targets(f: Classifier, maps: TargetMaps) -> list[int]:
 
 
 def input_of(f: Classifier, subject: Subject) -> Tensor:
-    """Make the model's input of a picture, shape (1, 3, H, W)."""
+    """Make the model's input of a picture, shape (1, C, H, W)."""
     from aftcli.data.images import to_input
 
-    return to_input(subject.picture, f.preprocessing).to(f.device)
+    return to_input(subject.picture, f.preprocessing).to(next(f.parameters()))

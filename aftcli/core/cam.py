@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aftcli.core.classifier import Classifier, LinearHead
+from aftcli.core.classifier import Classifier
+from aftcli.core.head import LinearHead
 from aftcli.core.inputs import class_indices, first_activation
 from aftcli.core.methods import method as find_method
 from aftcli.core.zero_level import above, without_constant

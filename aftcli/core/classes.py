@@ -1,4 +1,4 @@
-"""The meaning of what a network takes and gives: preprocessing and class names."""
+"""What a network's input and outputs mean: preprocessing and class names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,8 @@ from torch import Tensor
 from aftcli.errors import AftError, nearest
 
 LARGEST = 4096  # pixels of a side that a file may ask for
+
+DEEPEST = 1024  # channels that a file may ask for
 
 MOST_NAMED = 8  # classes in a message
 
@@ -28,7 +30,7 @@ class Preprocessing:
         resize: the shorter side before the centre crop, pixels; None squashes the whole image
             to `size`.
         interpolation: nearest, bilinear or bicubic (with antialiasing).
-        mean: of each channel, subtracted from values in [0, 1].
+        mean: of each channel, subtracted from values in [0, 1]; one value for grey inputs.
         std: of each channel, divided by.
     """
 
@@ -38,17 +40,45 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of an input."""
+        return (len(self.mean), *self.size)
+
     def channels(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and std, shape (3, 1, 1), of the type and device of another tensor."""
+        """Return mean and std, shape (C, 1, 1), of the type and device of another tensor."""
         mean, std = (like.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return mean, std
+
+    def with_channels(self, count: int) -> Preprocessing:
+        """Return the same for another number of channels.
+
+        Equal values of all channels stay. Otherwise it is a guess: grey takes the means of the
+        colours' values, more channels than three stay as they are.
+        """
+        if count == len(self.mean):
+            return self
+        if self.is_even or count == 1:
+            mean, std = (round(sum(v) / len(v), 6) for v in (self.mean, self.std))
+        else:
+            mean, std = 0.0, 1.0
+        return replace(self, mean=(mean,) * count, std=(std,) * count)
+
+    @property
+    def is_even(self) -> bool:
+        """True where all channels have the same mean and std."""
+        return len(set(self.mean)) == len(set(self.std)) == 1
+
+    def with_size(self, size: tuple[int, int]) -> Preprocessing:
+        """Return the same for another input size; the crop takes the usual share, 7/8."""
+        return replace(self, size=size, resize=self.resize and round(min(size) * 8 / 7))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as JSON gives them back."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
         """Build it from the values of `as_dict`.
 
         Raises:
@@ -66,12 +96,52 @@ class Preprocessing:
         sides = (*self.size, *(() if self.resize is None else (self.resize,)))
         if len(self.size) != 2 or not all(type(n) is int and 0 < n <= LARGEST for n in sides):
             raise ValueError(f"sizes {self.size} and {self.resize} must lie in 1..{LARGEST}")
-        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
+        if self.interpolation not in INTERPOLATIONS:
             raise ValueError(f"interpolation {self.interpolation!r}")
-        if not len(self.mean) == len(self.std) == 3:
-            raise ValueError("mean and std have three values")
+        if len(self.mean) != len(self.std) or not 0 < len(self.mean) <= DEEPEST:
+            raise ValueError(f"mean and std have one value a channel, of 1 to {DEEPEST} channels")
+        if math.prod(self.shape) > 3 * LARGEST**2:
+            raise ValueError(f"inputs of {self.shape} values are too large")
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean}, std {self.std}")
+
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+
+TIMM_CROP = 0.875  # timm's default share of the scaled picture
+
+
+def preprocessing_of_timm(config: Mapping[str, Any]) -> Preprocessing:
+    """Return the preprocessing of timm's `pretrained_cfg`; what it lacks is timm's default."""
+    usual, known = Preprocessing(), {k: v for k, v in config.items() if v}
+    _, height, width = known.get("input_size", (3, *usual.size))
+    whole = known.get("crop_mode") == "squash"
+    interpolation = known.get("interpolation", "bicubic")
+    return Preprocessing(
+        (height, width),
+        None if whole else int(min(height, width) / known.get("crop_pct", TIMM_CROP)),
+        interpolation if interpolation in INTERPOLATIONS else "bicubic",
+        tuple(known.get("mean", usual.mean)),
+        tuple(known.get("std", usual.std)),
+    )
+
+
+def recorded_preprocessing(model: object) -> Preprocessing | None:
+    """Read the preprocessing that a network's object records; None where it records none.
+
+    That is its attribute `preprocessing`, a Preprocessing or the values of `as_dict`, or timm's
+    `pretrained_cfg`.
+
+    Raises:
+        AftError: the values are none that an image can be prepared by.
+    """
+    own = getattr(model, "preprocessing", None)
+    if isinstance(own, Preprocessing):
+        return own
+    if isinstance(own, Mapping):
+        return Preprocessing.from_dict(own)
+    config = getattr(model, "pretrained_cfg", None)
+    return preprocessing_of_timm(config) if isinstance(config, Mapping) else None
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,4 @@
-"""The classifier f(x) = head(layer(stem(x))) with weights w0, w1, w2 (§4.2).
-
-Most heads end in channel-wise operations (pooling, activations, flattening), a linear layer, and
-perhaps more of an MLP. Split at that layer, the effect of one channel of A on its output is known
-without running the head again, which makes CAM and Ablation-CAM cheap.
-"""
+"""The classifier f(x) = head(layer(stem(x))) with weights w0, w1, w2 (§4.2)."""
 
 from __future__ import annotations
 
@@ -11,16 +6,19 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from aftcli.core.classes import Classes, Preprocessing
-from aftcli.core.outputs import BOTH, give_both_classes, output_of, probabilities
-from aftcli.cutting.cut import cut, cut_modules, flow_of
+from aftcli.core.head import LinearHead, linear_head
+from aftcli.core.inputs import find_preprocessing
+from aftcli.core.outputs import BOTH, output_of, probabilities, with_both_classes
+from aftcli.cutting.cut import flow_of
 from aftcli.cutting.layers import default_layer, divided
 from aftcli.cutting.networks import copied, name_of, outside_inference_mode, unwrapped
+from aftcli.cutting.outputs import run, with_logits
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 from aftcli.settings import AUTO, NONE, SOFTMAX
@@ -94,6 +92,7 @@ class Classifier(nn.Module):
             shape (N, ...), and logits = head(A, *rest); see `at`.
         output: what makes probabilities of the logits: softmax, sigmoid, or none where they are
             probabilities already.
+        output_key: the entry of the network's output that was asked for; "" for the usual one.
     """
 
     def __init__(
@@ -110,6 +109,7 @@ class Classifier(nn.Module):
         cam: str | None = None,
         bypassed: bool = False,
         output: str = SOFTMAX,
+        output_key: str = "",
     ) -> None:
         super().__init__()
         self.stem, self.layer, self.head = stem, layer, head
@@ -118,6 +118,7 @@ class Classifier(nn.Module):
         self.activation_shape = activation_shape
         self.cam, self.checkpoint, self.bypassed = cam, "", bypassed
         self.output = output
+        self.output_key = output_key
         self.engine: Engine | None = None
         self.zero_level: Before | None = None
         self.watch: Callable[[int], None] | None = None
@@ -136,7 +137,7 @@ class Classifier(nn.Module):
     @property
     def single(self) -> bool:
         """True where the network has one output, of which the head makes columns of two classes."""
-        return any(name.endswith(BOTH) for name, _ in self.head.named_modules())
+        return hasattr(self.head, BOTH)
 
     def activation(self, x: Tensor) -> Tensor:
         """Compute activations A of layer l, shape (N, K, h, w), of x, shape (N, 3, H, W)."""
@@ -218,6 +219,7 @@ def cut_classifier(
     name: str | None = None,
     preprocessing: Preprocessing | None = None,
     classes: Classes | None = None,
+    output_key: str | None = None,
     own: bool = False,
     output: str = AUTO,
     note: Callable[[str], None] = warnings.warn,
@@ -225,15 +227,19 @@ def cut_classifier(
     """Cut any image classifier of the user's and check that nothing has changed.
 
     Args:
-        model: a network from (N, 3, H, W) to logits (N, C); it is copied, not changed. Of
-            DataParallel and torch.compile the network inside is taken. One output, (N, 1) or
-            (N,), is a binary classifier's: the cut one has a column for each of both classes.
+        model: a network from (N, C, H, W) to logits (N, C'), or to a structure that holds them; it
+            is copied, not changed. Of DataParallel and torch.compile the network inside is taken.
+            One output, (N, 1) or (N,), is a binary classifier's: the cut one has a column for
+            each of both classes.
         layer: where to cut, a module of the model or its name; default the last layer with cells
             that the logits depend on, see `cutting.layers.default_layer`.
         name: the model's name in results; default its class's name.
-        preprocessing: what makes its input; default ImageNet's usual.
+        preprocessing: what makes its input; default what the model records, otherwise ImageNet's
+            usual, at a size that the model takes.
         classes: the names of the classes, of a binary classifier both or the positive one;
             default numbers.
+        output_key: the entry of what the model returns that has the logits (`find_output`);
+            default `logits`, otherwise the first tensor of shape (N, C').
         own: cut the model itself, without a copy; its activations may become out-of-place.
         output: what makes probabilities of the outputs: softmax, sigmoid (one output, or classes
             that do not exclude each other), none (they are probabilities already); auto takes
@@ -255,27 +261,27 @@ def cut_classifier(
         )
     layer = layer if layer is None or isinstance(layer, str) else name_of(layer, model)
     model = (model if own else copied(model)).eval().requires_grad_(False)
-    preprocessing = preprocessing or Preprocessing()
-    x = torch.randn(1, 3, *preprocessing.size, generator=torch.Generator().manual_seed(0))
-    x = x.to(next(model.parameters()))
+    kind = type(model).__name__
+    preprocessing = find_preprocessing(model, preprocessing, note)
+    tried = run(model, preprocessing.shape)
+    x, model = tried.x, with_logits(model, tried, output_key, note)
     layer = layer or default_layer(model, x, note)
     parts = divided(model, layer, x, note)
     with torch.no_grad():
         activation, *rest = parts.flow(x)
         logits = parts.head(activation, *rest)
-        if logits.dim() != 2 and logits.numel() != 1:
-            raise AftError(
-                f"{type(model).__name__} gives an output of shape {tuple(logits.shape)}, a "
-                "classifier gives logits (N, C)"
-            )
         meant = output_of(lambda x: parts.head(*parts.flow(x)), x, logits, output)
+    if logits.dim() != 2 and not meant.single:
+        raise AftError(
+            f"{kind} gives an output of shape {tuple(logits.shape)}, a classifier "
+            "gives logits (N, C)"
+        )
     name = name or type(model).__name__
     if meant.guess:
         note(f"{name}: {meant.guess}")
     if meant.single:
-        give_both_classes(parts.head, meant.output == NONE)
-        if classes and len(classes) == 1:
-            classes = Classes.of_one(classes.names[0])
+        parts = parts._replace(head=with_both_classes(parts.head, meant.output == NONE))
+        classes = Classes.of_one(*classes.names) if classes and len(classes) == 1 else classes
     count = 2 if meant.single else logits.shape[1]
     classes = classes or Classes.numbered(count)
     if len(classes) != count:
@@ -293,103 +299,5 @@ def cut_classifier(
         activation_shape=(shape[0], shape[1], shape[2]),
         bypassed=bool(rest),
         output=meant.output,
+        output_key=output_key or "",
     ).eval()
-
-
-class LinearHead(NamedTuple):
-    """head(A) = rest(linear(pool(A))), where pool mixes no channels.
-
-    Attributes:
-        pool: from A, shape (N, K, h, w), to features, shape (N, K * m), channel by channel.
-        linear: the first linear layer, K * m features in.
-        rest: from the linear layer's output to the logits.
-        is_last: the linear layer's outputs are the logits: rest is the identity, or makes the
-            columns of both classes of the only output.
-        is_mean: pool is global average pooling.
-    """
-
-    pool: nn.Module
-    linear: nn.Linear
-    rest: nn.Module
-    is_last: bool
-    is_mean: bool
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights of each class, shape (C, K * m), where the linear layer is last."""
-        own = self.linear.weight
-        return torch.cat([-own, own]) if _is_both(self.rest, self.linear) else own
-
-
-def linear_head(head: nn.Module, shape: tuple[int, int, int]) -> LinearHead | None:
-    """Split a head at its first linear layer; None if what is before it mixes channels."""
-    was_training = head.training
-    head.eval()
-    try:
-        name = _first_linear(head)
-        if name is None:
-            return None
-        pool, _, rest = cut(head, name)
-        linear: nn.Linear = head.get_submodule(name)  # type: ignore[assignment]
-        is_last = _is_identity(rest) or _is_both(rest, linear)
-        split = LinearHead(pool, linear, rest, is_last, False)
-        if not _is_channelwise(split, shape):
-            return None
-        return split._replace(is_mean=_is_mean(split, shape))
-    finally:
-        head.train(was_training)
-
-
-def _first_linear(head: nn.Module) -> str | None:
-    try:
-        return next((n for n, m in cut_modules(head) if isinstance(m, nn.Linear)), None)
-    except Exception:  # noqa: BLE001 - a head that fx can't open has no linear form
-        return None
-
-
-def _is_identity(rest: nn.Module) -> bool:
-    return isinstance(rest, fx.GraphModule) and all(
-        isinstance(rest.get_submodule(str(node.target)), nn.Identity | nn.Dropout)
-        if node.op == "call_module"
-        else node.op in ("placeholder", "output")
-        for node in rest.graph.nodes
-    )
-
-
-@torch.no_grad()
-def _is_both(rest: nn.Module, linear: nn.Linear) -> bool:
-    """Test if rest makes columns -y, y of the linear layer's only output."""
-    if linear.out_features != 1 or not hasattr(rest, BOTH):
-        return False
-    y = torch.linspace(-9, 9, 19)[:, None].to(linear.weight)
-    return torch.equal(rest(y), torch.cat([-y, y], 1))
-
-
-@torch.no_grad()
-def _is_channelwise(split: LinearHead, shape: tuple[int, int, int]) -> bool:
-    """Test on random activations that zeroing channels moves only those channels' features."""
-    weight = split.linear.weight
-    channels = shape[0]
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        activation = torch.randn(1, *shape, generator=generator).to(weight)
-        kept = (torch.rand(channels, generator=generator) < 0.5).to(weight.device)
-        zero = split.pool(torch.zeros_like(activation))
-        features = split.pool(activation)
-        if features.dim() != 2 or features.shape[1] % channels:
-            return False
-        blocks = features.view(channels, -1), zero.view(channels, -1)
-        expected = torch.where(kept[:, None], *blocks).view(1, -1)
-        ablated = split.pool(activation * kept[:, None, None])
-        if not torch.allclose(ablated, expected, rtol=1e-4, atol=1e-5):
-            return False
-    return True
-
-
-@torch.no_grad()
-def _is_mean(split: LinearHead, shape: tuple[int, int, int]) -> bool:
-    activation = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
-    activation = activation.to(split.linear.weight)
-    features = split.pool(activation)
-    mean = activation.mean((2, 3))
-    return features.shape == mean.shape and torch.allclose(features, mean, rtol=1e-4, atol=1e-5)

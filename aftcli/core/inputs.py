@@ -1,14 +1,70 @@
-"""Inputs x and classes c that callers give."""
+"""Inputs that a network takes; inputs x and classes c that callers give."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from aftcli.core.classes import Preprocessing, recorded_preprocessing
+from aftcli.cutting.networks import input_channels
+from aftcli.cutting.outputs import run
 from aftcli.errors import AftError
+
+# Sides of square inputs, pixels, that are tried where a network of unknown input refuses 224.
+SIDES = (32, 64, 96, 128, 192, 240, 256, 288, 299, 320, 384, 448, 512)
+
+
+@torch.no_grad()
+def find_preprocessing(
+    model: nn.Module, given: Preprocessing | None, note: Callable[[str], None]
+) -> Preprocessing:
+    """Find a preprocessing whose inputs a network takes: the one it records, or the usual one.
+
+    Args:
+        model: in eval mode.
+        given: the user's; only its mean and std change, where the network takes another number of
+            channels and they are the default ones or the same for all channels.
+        note: is told what was guessed.
+
+    Raises:
+        AftError: the network takes inputs of no size that is tried.
+    """
+    channels, usual = input_channels(model), Preprocessing()
+    if given:
+        of_colours = (given.mean, given.std) != (usual.mean, usual.std) and not given.is_even
+        return given if of_colours else given.with_channels(channels)
+    recorded, config = recorded_preprocessing(model), getattr(model, "config", None)
+    found, side = recorded or usual, getattr(config, "image_size", None)
+    if recorded is None and isinstance(side, int | list | tuple):
+        found = found.with_size((side, side) if isinstance(side, int) else (side[0], side[-1]))
+    sized = found.with_channels(channels)
+    tried = [sized, *(sized.with_size((side, side)) for side in SIDES)]
+    problem: AftError | None = None
+    for each in tried:
+        try:
+            run(model, each.shape)
+        except AftError as error:
+            problem = problem or error
+            continue
+        if each != recorded:
+            note(_guess(model, each, recorded is not None))
+        return each
+    assert problem
+    raise problem
+
+
+def _guess(model: nn.Module, guessed: Preprocessing, is_recorded: bool) -> str:
+    depth, height, width = guessed.shape
+    because = "takes other inputs than it records" if is_recorded else "records no preprocessing"
+    colours = "the usual mean and std" if depth in (1, 3) else "mean 0 and std 1"
+    return (
+        f"{type(model).__name__} {because}; guessed: {depth} x {height} x {width} values, "
+        f"{colours}; if that is wrong, give the network an attribute `preprocessing` "
+        "(docs/own-network.md)"
+    )
 
 
 class Cut(Protocol):
@@ -16,6 +72,7 @@ class Cut(Protocol):
 
     name: str
     classes: Any  # sized
+    preprocessing: Any  # with a mean of each channel
 
     def at(self, x: Tensor) -> tuple[Any, Tensor]:
         """Compute A, and hold what passes layer l by."""
@@ -33,7 +90,7 @@ def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, 
     except (RuntimeError, ValueError) as error:
         weight = next(f.parameters())
         pairs = [
-            (f"{x.shape[1]} channels", "3 channels"),
+            (f"{x.shape[1]} channels", f"{len(f.preprocessing.mean)} channels"),
             (str(x.dtype), str(weight.dtype)),
             (str(x.device), str(weight.device)),
         ]

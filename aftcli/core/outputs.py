@@ -1,15 +1,15 @@
-"""The meaning of a network's outputs: their probabilities, and losses of these."""
+"""The meaning of a network's outputs: what makes probabilities of them (docs/decisions.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils import skip_init
 
-from aftcli.cutting.watched import RunFrom
 from aftcli.errors import AftError, check_name
 from aftcli.settings import AUTO, NONE, OUTPUTS, SIGMOID, SOFTMAX
 
@@ -113,29 +113,71 @@ class BothClasses(nn.Module):
         return "1 - p, p" if self.of_probability else "-y, y"
 
 
-def give_both_classes(head: nn.Module, of_probability: bool) -> None:
+class _Behind(nn.Module):
+    """A head without a graph, and the columns behind it; its modules are the head's own."""
+
+    def __init__(self, head: nn.Module, both: BothClasses) -> None:
+        super().__init__()
+        self._modules, self._parameters = head._modules, head._parameters
+        self._buffers = head._buffers
+        # Not as modules: names would begin with them.
+        self.__dict__.update({"inner": head, BOTH: both})
+        self.training = head.training
+
+    def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
+        """Compute logits, shape (N, 2), of what the head takes."""
+        return self.__dict__[BOTH](self.__dict__["inner"](activation, *rest))  # type: ignore[no-any-return]
+
+
+def with_both_classes(head: nn.Module, of_probability: bool) -> nn.Module:
     """Give a head with one output a column for each of both classes; its weights keep their names.
 
     Args:
-        head: w2, as `aftcli.cutting.cut.cut` makes it; it is changed.
+        head: w2, of a network that was cut; one with a graph is changed.
         of_probability: see `BothClasses`.
-
-    Raises:
-        AftError: the head has no graph.
     """
-    if isinstance(head, RunFrom):
-        head.then = (BothClasses(of_probability),)
-        return
+    both = BothClasses(of_probability)
     if not isinstance(head, fx.GraphModule):
-        raise AftError(
-            "torch.fx can't open what follows this layer, so a network's only output can't become "
-            "columns of two classes; cut at a later --layer, or give the network two outputs"
-        )
-    head.add_module(BOTH, BothClasses(of_probability))
+        return _Behind(head, both)
+    head.add_module(BOTH, both)
     (end,) = (node for node in head.graph.nodes if node.op == "output")
     with head.graph.inserting_before(end):
         end.args = (head.graph.call_module(BOTH, (end.args[0],)),)
     head.recompile()
+    return head
+
+
+# Between the last linear layer and the columns of both classes.
+SHAPING = ("flatten", "Flatten", "squeeze", "reshape", "view", "getitem", "Sigmoid")
+
+
+def path_to_linear(node: fx.Node, modules: Mapping[str, Any]) -> list[fx.Node]:
+    """Return the nodes from the columns of both classes back to the last linear layer's.
+
+    Args:
+        node: of the columns.
+        modules: of the graph, by name.
+
+    Raises:
+        ValueError: there is more than a sigmoid and changes of shape between them.
+    """
+    path = [node]
+    while not path[1:] or not isinstance(modules.get(str(path[-1].target)), nn.Linear):
+        (y,) = path[-1].all_input_nodes
+        layer = modules.get(str(y.target))
+        what = type(layer).__name__ if layer else getattr(y.target, "__name__", y.target)
+        if what not in SHAPING and not isinstance(layer, nn.Linear):
+            raise ValueError("its only output is not that of a linear layer")
+        path.append(y)
+    return path
+
+
+def rows_of_both(linear: nn.Linear) -> nn.Linear:
+    """Make a linear layer with both classes' rows, -w and w, of one with one output."""
+    rows: nn.Linear = skip_init(nn.Linear, linear.in_features, 2, bias=linear.bias is not None)
+    for name, w in linear.named_parameters():
+        setattr(rows, name, nn.Parameter(torch.cat([-w, w]), False))
+    return rows
 
 
 class Meant(NamedTuple):

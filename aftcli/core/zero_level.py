@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aftcli.core.classifier import Classifier, linear_head
+from aftcli.core.classifier import Classifier
+from aftcli.core.head import linear_head
 from aftcli.core.methods import METHODS, method
 from aftcli.cutting.cut import flow_of
 from aftcli.cutting.watched import RunTo

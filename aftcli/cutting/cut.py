@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Argument
 
 from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
-from aftcli.cutting.networks import copied, with_history
+from aftcli.cutting.networks import copied, input_channels, with_history
 from aftcli.cutting.watched import run_watched
 from aftcli.errors import AftError, first_line, nearest
 
@@ -31,8 +31,15 @@ class Parts(NamedTuple):
     head: nn.Module
 
     def flow(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Run an input up to the layer: A, and what passes the layer by."""
-        return flow_of(self.layer(self.stem(x)))
+        """Run an input up to the layer: A, and what passes the layer by.
+
+        Raises:
+            Untraceable: something of it is no tensor, but a structure of some.
+        """
+        flow = flow_of(self.layer(self.stem(x)))
+        if not all(isinstance(each, Tensor) for each in flow):
+            raise Untraceable("what leaves the layer are no tensors, but structures of some")
+        return flow
 
 
 def flow_of(out: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - a tensor or several
@@ -244,11 +251,14 @@ def _cut_all_paths(
     after = _upstream([output], {last, *past, *sizes})
     head = {n for n in after if n in behind or n not in of_input}
     crossing = entering[0] if len(entering) == 1 else tuple(entering)
-    return Parts(
-        _part(model, graph, _upstream(entering, set()), [input_], crossing),
-        _part(model, graph, inside, entering, (last, *past) if past else last),
-        _part(model, graph, head - {output}, [last, *past], output.args[0], sizes),
-    )
+    try:
+        return Parts(
+            _part(model, graph, _upstream(entering, set()), [input_], crossing),
+            _part(model, graph, inside, entering, (last, *past) if past else last),
+            _part(model, graph, head - {output}, [last, *past], output.args[0], sizes),
+        )
+    except KeyError as error:  # a value of neither part
+        raise Untraceable(f"{first_line(error)} is needed on both sides of the layer") from error
 
 
 BATCH = object()  # stands for the number of images
@@ -364,8 +374,9 @@ def cut_points(model: nn.Module, size: tuple[int, int] = (224, 224)) -> list[Cut
     The modules inside a container come before it.
     """
     weight = next(model.parameters(), torch.empty(0))
-    x = torch.empty(1, 3, *size, dtype=weight.dtype, device="meta")
-    shapes = {ran.name: tuple(ran.output.shape) for ran in run_watched(on_meta(model), x)[0]}
+    x = torch.empty(1, input_channels(model), *size, dtype=weight.dtype, device="meta")
+    calls, _ = run_watched(on_meta(model), x)
+    shapes = {ran.name: tuple(ran.output.shape) for ran in calls if ran.alone}
     return [CutPoint(name, m, shapes.get(name, ())) for name, m in dict(_walk(model)).items()]
 
 

@@ -47,8 +47,15 @@ def _usual(value: object) -> object:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
+SHARDED = ("FullyShardedDataParallel", "FSDPModule")  # classes of FSDP, old and new
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Take off what runs a network elsewhere: DataParallel, torch.compile."""
+    """Take off what runs a network elsewhere: DataParallel, DistributedDataParallel, torch.compile.
+
+    Raises:
+        AftError: the network is scripted, or its weights lie on several processes (FSDP).
+    """
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -56,12 +63,24 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             break
+    if any(kind.__name__ in SHARDED for m in model.modules() for kind in type(m).__mro__):
+        raise AftError(
+            f"{type(model).__name__}: its weights lie on several processes (FSDP), so it can't be "
+            "cut; gather them (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "full_state_dict=True) and load them into the plain nn.Module"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise AftError(
             f"{type(model).__name__}: a scripted or traced network can't be cut; pass the "
             "nn.Module that it was made of, with the weights of its state_dict()"
         )
     return model
+
+
+def input_channels(model: nn.Module) -> int:
+    """Return the channels of a network's input: those of its first convolution; otherwise 3."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return first.in_channels if first else 3
 
 
 def name_of(layer: object, model: nn.Module) -> str:

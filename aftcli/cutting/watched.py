@@ -22,11 +22,13 @@ class Ran(NamedTuple):
         name: the module's.
         module: that ran.
         output: what it returned; of a tuple or dict the first tensor.
+        alone: it returned nothing else.
     """
 
     name: str
     module: nn.Module
     output: Tensor
+    alone: bool
 
 
 def first_tensor(out: object) -> Tensor | None:
@@ -52,7 +54,7 @@ def run_watched(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
 
         def ended(module: nn.Module, _: object, out: object, name: str = name) -> None:
             if name and (tensor := first_tensor(out)) is not None:
-                calls.append(Ran(name, module, tensor))
+                calls.append(Ran(name, module, tensor, tensor is out))
 
         handles.append(module.register_forward_hook(ended))
     try:
@@ -133,24 +135,14 @@ class RunTo(_Interrupted):
 
 
 class RunFrom(_Interrupted):
-    """The head: the whole network with another output of the layer.
-
-    Attributes:
-        then: modules without weights that its output passes; a tuple, so that the network, whose
-            modules are these, does not get them.
-    """
-
-    then: tuple[nn.Module, ...] = ()
+    """The head: the whole network with another output of the layer."""
 
     def forward(self, activation: Tensor, *rest: Tensor) -> object:
         """Run the network with the layer's output replaced; arguments as `RunTo` returns them."""
         *before, x = rest
         # A copy: what follows may write into it.
         own = from_maps(activation, before, *self.layout) if self.layout else activation.clone()
-        out = self.run(x, lambda out: _replaced(out, own))
-        for module in self.then:
-            out = module(out)
-        return out
+        return self.run(x, lambda out: _replaced(out, own))
 
 
 def _replaced(out: Any, tensor: Tensor) -> Any:  # noqa: ANN401 - whatever a module returns

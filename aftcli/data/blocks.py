@@ -6,6 +6,7 @@ import base64
 import hashlib
 import itertools
 import json
+import math
 import mmap
 import os
 import pickle
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 
 from aftcli.core.classes import Preprocessing
-from aftcli.data.images import read_image, to_input
+from aftcli.data.images import check_channels, read_image, to_input
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError
 from aftcli.files import durable
@@ -94,31 +95,31 @@ class _Decoder:
             except AftError as error:
                 reason = str(error).removeprefix(f"{self.data_set.root / name}: ")
                 broken.append(Broken(name, reason, content))
-        x = torch.cat([torch.empty(0, 3, *self.preprocessing.size), *inputs])
+        x = torch.cat([torch.empty(0, *self.preprocessing.shape), *inputs])
         columns = np.array(seen, np.int64).reshape(-1, 3)
         return Loaded(block, x.numpy(), indices, broken, columns[:, 0], columns[:, 1:])
 
     def bytes_of_block(self) -> int:
         """Return the size of the largest block as `_decode_into` writes it, with room to spare."""
-        height, width = self.preprocessing.size
-        return max(map(len, self.spans)) * (3 * height * width * 4 + SPARE)
+        return max(map(len, self.spans)) * (math.prod(self.preprocessing.shape) * 4 + SPARE)
 
 
-def batches(loaded: Loaded, size: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Move the inputs of a block to a device, batch by batch, one batch ahead.
+def batches(loaded: Loaded, size: int, like: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Move the inputs of a block to a network, batch by batch, one batch ahead.
 
     Args:
         loaded: the block.
         size: images in a batch.
-        device: where they go; to CUDA from pinned memory, without waiting for the copy.
+        like: one of its weights, for the device and the type; to CUDA they go from pinned memory,
+            without waiting for the copy.
 
     Yields:
         x, shape (n, 3, H, W); none of a block without a readable image.
     """
     x = torch.from_numpy(loaded.x)
-    pinned = device.type == "cuda"
+    pinned = like.device.type == "cuda"
     x = x.pin_memory() if pinned else x
-    moved = (part.to(device, non_blocking=pinned) for part in x.split(size) if len(part))
+    moved = (part.to(like, non_blocking=pinned) for part in x.split(size) if len(part))
     ahead = next(moved, None)
     while ahead is not None:
         following = next(moved, None)
@@ -146,8 +147,9 @@ def load_blocks(
         Each block of `todo`, in its order.
 
     Raises:
-        AftError: a worker died.
+        AftError: a worker died, or no picture has the channels that the model takes.
     """
+    check_channels(preprocessing)
     decode = _Decoder(data_set, spans, preprocessing)
     workers = min(workers, len(todo)) if hasattr(os, "fork") else 0
     if not workers:

@@ -337,20 +337,40 @@ def _centre(image: Image.Image) -> Image.Image:
     return image.crop((across, down, width - across, height - down)) if across + down else image
 
 
+def check_channels(preprocessing: Preprocessing) -> None:
+    """Check that inputs can be made of pictures, which are grey or coloured."""
+    depth = len(preprocessing.mean)
+    if depth not in (1, 3):
+        raise AftError(
+            f"the network takes {depth} channels, a picture has 1 or 3; make x yourself, shape "
+            f"{(1, *preprocessing.shape)}, and pass it to aftcli.explain or another function of "
+            "the Python API"
+        )
+
+
 def to_input(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """Turn a picture into x: scale, crop, normalise, as the model was trained.
 
     Args:
         image: RGB.
-        preprocessing: of the model.
+        preprocessing: of the model; one of a single channel turns the picture grey by ITU-R 601's
+            luma, as Pillow's "L".
 
     Returns:
-        x, shape (1, 3, H, W).
+        x, shape (1, C, H, W).
+
+    Raises:
+        AftError: no picture has the channels that the model takes.
     """
+    check_channels(preprocessing)
+    mode = "L" if len(preprocessing.mean) == 1 else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
     if preprocessing.resize is not None:
         image = _centre(image)
     view = view_of(image.size, preprocessing)
     image = image.resize(view.scaled, INTERPOLATIONS[preprocessing.interpolation]).crop(view.crop)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    values = torch.from_numpy(np.array(image)).view(*preprocessing.size, -1)
+    pixels = values.permute(2, 0, 1).float() / 255
     mean, std = preprocessing.channels(pixels)
     return ((pixels - mean) / std)[None]

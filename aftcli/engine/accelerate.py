@@ -124,7 +124,7 @@ def _random_inputs(f: Classifier) -> Tensor:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(CHECKED, 3, *f.preprocessing.size, generator=generator)
+    x = torch.randn(CHECKED, *f.preprocessing.shape, generator=generator)
     return x.to(next(f.parameters()))
 
 
@@ -169,7 +169,7 @@ def fast_stem(
     several = isinstance(expected, tuple)
     outputs = tuple(f"stem_{i}" for i in range(len(expected) if several else 1))
     try:
-        graph = Graph(stem, f.preprocessing.size, outputs, f"the frozen layers of {f.name}", note)
+        graph = Graph(stem, f.preprocessing.shape, outputs, f"the frozen layers of {f.name}", note)
         for given, wanted in zip(graph.run(x), expected if several else [expected], strict=True):
             _compare("features", given, wanted, TOLERANCES["no"])
     except Unfit as unfit:

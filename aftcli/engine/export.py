@@ -106,7 +106,7 @@ def traced(f: Classifier, method: str) -> nn.Module:
         attribution = explain(g, activation, logits.argmax(1), x)
         return logits, upsample(normalise(attribution), x)
 
-    x = next(f.parameters()).new_zeros(TRACED, 3, *f.preprocessing.size)
+    x = next(f.parameters()).new_zeros(TRACED, *f.preprocessing.shape)
     rules: dict[Any, Callable[..., Any]] = {**core_aten_decompositions(), **BACKWARD}
     try:
         graph = make_fx(both, rules, "symbolic", _allow_non_fake_inputs=True)(x)
@@ -139,7 +139,7 @@ def check_onnx() -> None:
         ) from error
 
 
-def export_onnx(checkpoint: Path, path: Path) -> None:
+def export_onnx(checkpoint: Path, path: Path, name: str | None = None) -> None:
     """Write a tuned classifier and its plain map as an ONNX file.
 
     Args:
@@ -148,6 +148,7 @@ def export_onnx(checkpoint: Path, path: Path) -> None:
             and `attribution`, I of the predicted class, (N, H, W), in [0, 1]. Its metadata has
             the checkpoint's classes, preprocessing and output (what makes probabilities of the
             logits) as JSON under `aft`.
+        name: the model's, needed where it is code of the user's own.
     """
     check_onnx()
 
@@ -156,10 +157,10 @@ def export_onnx(checkpoint: Path, path: Path) -> None:
     card = read_card(checkpoint)
     if card is None:
         raise AftError(f"{checkpoint}: is no checkpoint of aft finetune")
-    f = load_classifier(checkpoint=checkpoint)
+    f = load_classifier(name, checkpoint)
     method, said = f.cam or "gradcam", {"output": f.output}
     graph = traced(f, method)
-    x = next(f.parameters()).new_zeros(TRACED, 3, *f.preprocessing.size)
+    x = next(f.parameters()).new_zeros(TRACED, *f.preprocessing.shape)
     try:
         model = onnx_program(graph, x, ("logits", "attribution")).model_proto
     except Exception as error:

@@ -37,7 +37,7 @@ class OnnxRuntime:
 
     def __init__(self, f: Classifier, note: Callable[[str], None], precision: str) -> None:
         check_device(f)
-        self.graph = Graph(_Whole(f), f.preprocessing.size, ("activation", "logits"), f.name, note)
+        self.graph = Graph(_Whole(f), f.preprocessing.shape, ("activation", "logits"), f.name, note)
 
     def takes(self, x: Tensor) -> bool:
         """Take float32 inputs of the size that was exported, any number."""
@@ -77,8 +77,8 @@ class Graph:
     """A module with one input as an ONNX Runtime session.
 
     Args:
-        module: from x, shape (N, 3, H, W), to one tensor or a tuple of them.
-        size: H and W, pixels.
+        module: from x, shape (N, C, H, W), to one tensor or a tuple of them.
+        shape: C, H and W of x.
         outputs: their names.
         what: names the network to the user.
         note: is told that it is being exported.
@@ -90,7 +90,7 @@ class Graph:
     def __init__(
         self,
         module: nn.Module,
-        size: tuple[int, int],
+        shape: tuple[int, int, int],
         outputs: Sequence[str],
         what: str,
         note: Callable[[str], None],
@@ -103,7 +103,7 @@ class Graph:
             raise Unfit("its weights are not float32")
         if module.training:
             raise Unfit("it is in training mode")
-        self.shape, self.outputs = (3, *size), tuple(outputs)
+        self.shape, self.outputs = shape, tuple(outputs)
         path = cache_folder() / f"{_key(module, self.shape, outputs)}.onnx"
         session = _session(path)
         if session is None:

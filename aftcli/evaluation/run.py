@@ -359,10 +359,11 @@ def _blocks(
             judges[key] = replace(
                 judge, classifier=plan.accelerate(judge.classifier, by_judge * images)
             )
+    weight = next(f.parameters())
     for loaded in load_blocks(f.preprocessing, study.data_set, spans, todo, plan.workers):
         units, parts = lacking[loaded.block], []
         places = torch.tensor(loaded.indices).split(plan.batch)
-        for x, index in zip(batches(loaded, plan.batch, f.device), places, strict=False):
+        for x, index in zip(batches(loaded, plan.batch, weight), places, strict=False):
             parts.append(measure(f, _images(study, x, index, objects), units, wanted))
             yield Step(what, len(x), total)
         for unit in units:

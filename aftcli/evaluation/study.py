@@ -186,7 +186,7 @@ def _tuned(run: Path, asked: Asked) -> list[_Made]:
                 f"{path}: is damaged, or not of aft finetune; move it away or tune again"
             )
         is_asked = card["cam"] is None or not asked.cams or card["cam"] in asked.cams
-        if is_asked and asked.source.model in (None, card["model"]):
+        if is_asked and asked.source.takes(card["model"]):
             found.append(_Made(path, card))
     return found
 
@@ -215,7 +215,8 @@ def _start(stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Classif
         for store in stores:
             check_made_for(store, f)
     else:
-        f = source._replace(layer=None).of_masks(tuned[0].card).load()
+        path, card = tuned[0]
+        f = source._replace(layer=None).of_model(card["model"], path).of_masks(card).load()
     weights = f.weights_hash()
     for path, card in tuned:
         other = card["start"] != weights and not _is_start(path, f) and card["cam"]
@@ -363,7 +364,8 @@ def _variants(
         if cam is None and not _is_control(_Made(path, card), f):
             continue
         name, methods = ("aft", (cam,)) if cam else ("control", cams)
-        load = partial(load_classifier, None, path, classes=own or None, device=asked.source.device)
+        model, device = asked.source.model, asked.source.device
+        load = partial(load_classifier, model, path, classes=own or None, device=device)
         found.append(Variant(name, card["digest"], methods, load, path, _trained(card)))
     return found
 

@@ -64,7 +64,7 @@ def _some_inputs(study: Study, count: int) -> Tensor:
             inputs.append(to_input(read_image(few.path(i)), study.f.preprocessing))
     if not inputs:
         raise AftError(f"{few.root}: holds no image that could be read")
-    return torch.cat(inputs).to(study.f.device)
+    return torch.cat(inputs).to(next(study.f.parameters()))
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def checkpoint_of(
         "classes": {"names": f.classes.names, "wnids": f.classes.wnids},
         "preprocessing": f.preprocessing.as_dict(),
         "digest": tensors_hash(tensors),
+        **({"output_key": f.output_key} if f.output_key else {}),
     }
     whole = {**card, **own}
     # One flipped bit would be other settings.
@@ -95,6 +96,7 @@ def _check_form(path: Path, card: Any) -> None:  # noqa: ANN401 - what JSON give
         Preprocessing.from_dict(card["preprocessing"])
         names = [*card["classes"]["names"], *card["classes"]["wnids"]]
         plain = [card["model"], card["layer"], card["digest"], card["cam"] or "", *names]
+        plain.append(card.get("output_key", ""))
         if not card["classes"]["names"] or not all(isinstance(value, str) for value in plain):
             raise ValueError("names are no text")
         check_name("CAM method", card["cam"] or "gradcam", METHODS)

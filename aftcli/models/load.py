@@ -1,4 +1,4 @@
-"""Load a classifier by name: installed models, torchvision's and timm's CNNs."""
+"""Load a classifier by name and by file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ from aftcli.core.methods import check_device
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError, first_line
 from aftcli.models.checkpoint import card_classes, read_card, restore
-from aftcli.models.sources import DEFAULT_MODEL, LAYERS, Network, find_source, imagenet_classes
+from aftcli.models.own import CODE
+from aftcli.models.sources import (
+    DEFAULT_MODEL,
+    LAYERS,
+    Network,
+    Source,
+    find_source,
+    full_name,
+    imagenet_classes,
+    is_model,
+    refuse_unnamed,
+)
 from aftcli.models.weights import (
     check_weights,
     class_count,
@@ -43,18 +54,19 @@ def _given(names: tuple[str, ...]) -> Classes:
     return known if names == known.names else Classes(names)
 
 
-def _sketch(
-    source: Callable[[str, bool, int | None], Network], name: str, count: int | None
-) -> nn.Module:
+def _sketch(source: Source, name: str, count: int | None) -> nn.Module:
     """Build a model without its numbers, to see what a file asks for."""
+    if count is None and CODE.fullmatch(name):
+        # It may keep what it makes, and a network without numbers must not be kept.
+        return source(name, False, None).model
     try:
         with torch.device("meta"):
             return source(name, False, count).model
-    except (NotImplementedError, RuntimeError):  # it reads numbers while it is built
+    except (NotImplementedError, RuntimeError, AftError):  # it reads numbers while it is built
         return source(name, False, count).model
 
 
-def _published(name: str, source: Callable[[str, bool, int | None], Network]) -> Network:
+def _published(name: str, source: Source) -> Network:
     try:
         # torch.hub says on stdout what it downloads.
         with redirect_stdout(sys.stderr):
@@ -79,6 +91,7 @@ def load_classifier(
     *,
     classes: tuple[str, ...] | None = None,
     device: str | torch.device = "cpu",
+    output_key: str | None = None,
     weights: bool = True,
     output: str = AUTO,
     note: Callable[[str], None] = warnings.warn,
@@ -86,68 +99,69 @@ def load_classifier(
     """Load a CNN and cut it at layer l into w0, w1, w2 (§4.2).
 
     Args:
-        name: a key of INSTALLED, a classification CNN of torchvision's, or `timm:NAME`; default
-            the checkpoint's, otherwise `efficientnet_lite0`.
+        name: a key of INSTALLED, a classification CNN of torchvision's, `timm:NAME`, `hf:NAME` or
+            `hf:DIR` of transformers, or `FILE.py:NAME` or `package.module:NAME`, code of yours,
+            which is run; default the checkpoint's, otherwise `efficientnet_lite0`.
         checkpoint: a file of `aft finetune`, which knows its model, layer and classes, or a
             state dict for the model; default the model's published weights.
         layer: a module's name, or consecutive modules joined by `+`; default the last
             convolutional layer.
         classes: class names, literal; default the model's.
         device: where the classifier runs.
+        output_key: the entry of what the network returns that has the logits; see
+            `cut_classifier`.
         weights: False for random weights, without a download.
         output: what makes probabilities of the outputs, see `cut_classifier`; auto is what a file
             of `aft finetune` says.
-        note: is told what was taken off the names of a state dict's weights, and what was assumed
-            of the outputs.
+        note: is told what was taken off the names of a state dict's weights, and what is guessed.
 
     Returns:
         The classifier, in eval mode, its logits equal to the uncut model's bit for bit.
 
     Raises:
-        AftError: model, layer or checkpoint is unknown, damaged, does not fit or can't be had.
+        AftError: model, layer or checkpoint is unknown, damaged, does not fit or can't be had;
+            or a checkpoint is of somebody's own code, and `name` does not name it.
     """
     card = read_card(Path(checkpoint)) if checkpoint else None
     if checkpoint and card:
-        return _tuned(Path(checkpoint), card, name, layer, classes, output).to(device)
-    name = DEFAULT_MODEL if name is None else name
+        read = (output, output_key)
+        return _tuned(Path(checkpoint), card, name, layer, classes, *read, note).to(device)
+    name = full_name(DEFAULT_MODEL if name is None else name)
     source = find_source(name)
     if checkpoint is None:
         network = _published(name, source) if weights else source(name, False, None)
     else:
         sketch = _sketch(source, name, None)
-        saved, prefixes = own_names(
-            read_state_dict(Path(checkpoint)), sketch.state_dict(), Path(checkpoint)
+        saved = own_names(
+            read_state_dict(Path(checkpoint), note), sketch.state_dict(), Path(checkpoint), note
         )
         count = class_count(sketch, saved)
         check_weights(_sketch(source, name, count), saved, Path(checkpoint), name)
         network = source(name, False, count)
         load_weights(network.model, saved, Path(checkpoint))
-        if prefixes:
-            note(f"{checkpoint}: took {' and '.join(prefixes)} off the names of its weights")
-    meant = _given(classes) if classes else network.classes
-    classifier = _cut(name, network, layer, meant, output, note)
+    network = network._replace(classes=_given(classes) if classes else network.classes)
+    classifier = _cut(name, network, layer, output, output_key, note)
     classifier.checkpoint = str(Path(checkpoint).resolve()) if checkpoint else ""
     return classifier.to(device)
-
-
-def _silent(text: str) -> None:
-    """Say nothing, where nothing is guessed."""
 
 
 def _cut(
     name: str,
     network: Network,
     layer: str | None,
-    classes: Classes | None,
     output: str,
-    note: Callable[[str], None] = _silent,
+    output_key: str | None,
+    note: Callable[[str], None],
 ) -> Classifier:
+    for text in network.notes:
+        note(text)
     return cut_classifier(
         network.model,
         layer or LAYERS.get(name),
         name=name,
         preprocessing=network.preprocessing,
-        classes=classes,
+        classes=network.classes,
+        output_key=output_key,
         own=True,
         output=output,
         note=note,
@@ -161,29 +175,36 @@ def _tuned(
     layer: str | None,
     classes: tuple[str, ...] | None,
     output: str,
+    output_key: str | None,
+    note: Callable[[str], None],
 ) -> Classifier:
     """Load a classifier that `aft finetune` has written."""
-    for what, asked, known in (
-        ("--model", name, card["model"]),
-        ("--layer", layer, card["layer"]),
-        ("--output", None if output == AUTO else output, card.get("output", SOFTMAX)),
+    own_key, own_output = card.get("output_key"), card.get("output", SOFTMAX)
+    for what, asked, known, same in (
+        ("--model", name, card["model"], is_model(name, card["model"])),
+        ("--layer", layer, card["layer"], layer in (None, card["layer"])),
+        ("--output", output, own_output, output in (AUTO, own_output)),
+        ("--output-key", output_key, own_key, output_key in (None, own_key)),
     ):
-        if asked is not None and asked != known:
+        if not same:
             raise AftError(
                 f"{path}: was tuned for {what} {known}, asked for {asked}; leave {what} out"
             )
+    if name is None:
+        refuse_unnamed(card["model"], path)
+    name = card["model"] if name is None else full_name(name)
     own = card_classes(card)
     count = card.get("outputs", len(own))
     if classes and len(classes) not in (len(own), count):
         raise AftError(f"{path}: has {len(own)} classes, --classes names {len(classes)}")
-    source = find_source(card["model"])
-    needed = sum(value.numel() for value in _sketch(source, card["model"], count).parameters())
+    source = find_source(name)
+    needed = sum(value.numel() for value in _sketch(source, name, count).parameters())
     if needed > path.stat().st_size:
-        raise AftError(f"{path}: is no checkpoint of {card['model']}: it holds too few numbers")
-    network = source(card["model"], False, count)
-    network = network._replace(preprocessing=Preprocessing.from_dict(card["preprocessing"]))
+        raise AftError(f"{path}: is no checkpoint of {name}: it holds too few numbers")
+    preprocessing = Preprocessing.from_dict(card["preprocessing"])
     meant = _given(classes) if classes else own
-    f = _cut(card["model"], network, card["layer"], meant, card.get("output", SOFTMAX))
+    network = Network(source(name, False, count).model, preprocessing, meant)
+    f = _cut(name, network, card["layer"], own_output, own_key, note)
     restore(f, path, card)
     f.checkpoint = str(path.resolve())
     return f
@@ -202,9 +223,13 @@ def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Cla
         network = source(f.name, False, len(classes))
         larger = source(f.name, False, len(classes) + 1).model.state_dict()
     by_class = {k for k, v in network.model.state_dict().items() if v.shape != larger[k].shape}
-    network = network._replace(preprocessing=f.preprocessing)
+    if not by_class:
+        raise AftError(
+            f"{f.name}: can't get {len(classes)} outputs: give its function an argument num_classes"
+        )
+    network = Network(network.model, f.preprocessing, Classes(classes))
     output = AUTO if f.single else f.output
-    new = _cut(f.name, network, f.layer_name, Classes(classes), output)
+    new = _cut(f.name, network, f.layer_name, output, f.output_key or None, warnings.warn)
     before = f.zero_level or f  # a zero level belongs to the head that goes
     for own, other in ((new.stem, f.stem), (new.layer, before.layer), (new.head, before.head)):
         kept = {k: v for k, v in other.state_dict().items() if k not in by_class}

@@ -1,16 +1,21 @@
-"""Networks by name: installed models, torchvision's and timm's CNNs."""
+"""Networks by name: installed, torchvision's, timm's, transformers', and the user's own code."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.classes import Classes, Preprocessing, preprocessing_of_timm
+from aftcli.cutting.networks import input_channels
 from aftcli.errors import AftError, nearest
+from aftcli.models.hub import hub_classes, hub_model, hub_preprocessing, place_of
+from aftcli.models.own import CODE, full_code_name, own_model, same_code
 from aftcli.models.weights import INSTALLED, installed_weights, read_state_dict
 
 DEFAULT_MODEL = "efficientnet_lite0"
@@ -24,11 +29,15 @@ LAYERS = {
 
 
 class Network(NamedTuple):
-    """An uncut model and what is known about it."""
+    """An uncut model and what is known about it; None for what only the model itself may tell.
+
+    `notes` say what could not be kept of what its authors did.
+    """
 
     model: nn.Module
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     classes: Classes | None
+    notes: tuple[str, ...] = ()
 
 
 def imagenet_classes() -> Classes:
@@ -53,8 +62,15 @@ def _installed(name: str, weights: bool, num_classes: int | None) -> Network:
 
 
 def _torchvision(name: str, weights: bool, num_classes: int | None) -> Network:
-    from torchvision.models import get_model, get_model_weights
+    import torchvision.models
+    from torchvision.models import get_model, get_model_weights, list_models
 
+    known = list_models(module=torchvision.models)
+    if name not in known:
+        raise AftError(
+            f"unknown model {name!r}; nearest: {nearest(name, [*INSTALLED, *known])}; "
+            f"for a model of timm's write timm:NAME (nearest: {_timm_names(name)})"
+        )
     published = get_model_weights(name)
     # The paper's accuracies (ResNet-50 .737) are those of the first weights, not of the newest.
     chosen = getattr(published, "IMAGENET1K_V1", None) or next(iter(published), None)
@@ -81,25 +97,18 @@ def _torchvision(name: str, weights: bool, num_classes: int | None) -> Network:
 
 def _timm(name: str, weights: bool, num_classes: int | None) -> Network:
     import timm
-    from timm.data.config import resolve_model_data_config
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
+    bare = name.removeprefix("timm:")
+    if not timm.is_model(bare.split(".")[0]):
+        raise AftError(f"unknown model {name!r}; nearest: {_timm_names(bare)}")
     options: dict[str, Any] = {"num_classes": num_classes} if num_classes else {}
     if weights:
         timm.models.set_pretrained_check_hash(True)  # as torchvision does
         _go_offline_if_unreachable()
-    model = timm.create_model(name.removeprefix("timm:"), pretrained=weights, **options)
-    config = resolve_model_data_config(model)
-    _, height, width = config["input_size"]
-    whole = config["crop_mode"] == "squash"
-    known = ("nearest", "bilinear", "bicubic")
-    preprocessing = Preprocessing(
-        (height, width),
-        None if whole else int(min(height, width) / config["crop_pct"]),
-        config["interpolation"] if config["interpolation"] in known else "bicubic",
-        tuple(config["mean"]),
-        tuple(config["std"]),
-    )
+    model = timm.create_model(bare, pretrained=weights, **options)
+    config: Any = model.pretrained_cfg
+    preprocessing = preprocessing_of_timm(config)
     subset = None if num_classes else infer_imagenet_subset(model)
     if subset is None:
         return Network(model, preprocessing, None)
@@ -121,31 +130,80 @@ def _go_offline_if_unreachable() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def find_source(name: str) -> Callable[[str, bool, int | None], Network]:
-    """Find what builds a network of a name: (name, with weights, number of classes).
+def _hub(name: str, weights: bool, num_classes: int | None) -> Network:
+    if not Path(place_of(name)).is_dir():
+        _go_offline_if_unreachable()
+    model = hub_model(name, weights, num_classes)
+    preprocessing, notes = hub_preprocessing(name)
+    if preprocessing:
+        preprocessing = preprocessing.with_channels(input_channels(model))
+    classes = None if num_classes else hub_classes(model, imagenet_classes())
+    return Network(model, preprocessing, classes, notes)
+
+
+def _own(name: str, weights: bool, num_classes: int | None) -> Network:
+    return Network(own_model(name, num_classes), None, None)
+
+
+# Builds a network of a name: (name, with weights, number of classes; None for the model's own).
+Source = Callable[[str, bool, int | None], Network]
+
+SOURCES: dict[str, Source] = {"timm:": _timm, "hf:": _hub}  # by how a name begins
+
+
+def find_source(name: str) -> Source:
+    """Find what builds a network of a name; a name of code is run, see aftcli.models.own.
 
     Raises:
         AftError: no network has that name.
     """
-    if name in INSTALLED:
-        return _installed
-    if name.startswith("timm:"):
-        import timm
+    for prefix, source in SOURCES.items():
+        if name.startswith(prefix):
+            return source
+    if CODE.fullmatch(name):
+        return _own
+    if name.endswith(".py"):
+        raise AftError(f"{name}: say which function of it returns the network: {name}:NAME")
+    return _installed if name in INSTALLED else _torchvision
 
-        bare = name.removeprefix("timm:")
-        if not timm.is_model(bare.split(".")[0]):
-            raise AftError(f"unknown model {name!r}; nearest: {_timm_names(bare)}")
-        return _timm
-    import torchvision.models
-    from torchvision.models import list_models
 
-    known = list_models(module=torchvision.models)
-    if name not in known:
+def full_name(name: str) -> str:
+    """Return a model's name with the whole path of its file or folder, as runs and cards keep it.
+
+    >>> full_name("timm:resnet18"), full_name("/nets/mine.py:small")
+    ('timm:resnet18', '/nets/mine.py:small')
+    """
+    if name.startswith("hf:"):
+        return f"hf:{place_of(name)}"
+    return full_code_name(name) if CODE.fullmatch(name) else name
+
+
+def refuse_unnamed(name: str, of: str | Path) -> None:
+    """Refuse to run code, or to ask a hub, that only a file names.
+
+    Args:
+        name: a model's, as the file has it.
+        of: names the file.
+
+    Raises:
+        AftError: the name is one of code, or of transformers and no folder here.
+    """
+    again = f"add --model {shlex.quote(name)} (a judge: --judge MODEL=FILE)"
+    if CODE.fullmatch(name) and not name.startswith(tuple(SOURCES)):
         raise AftError(
-            f"unknown model {name!r}; nearest: {nearest(name, [*INSTALLED, *known])}; "
-            f"for a model of timm's write timm:NAME (nearest: {_timm_names(name)})"
+            f"{of}: the network is code, {name}, and code runs only if you name it yourself; if "
+            f"you trust it, {again}"
         )
-    return _torchvision
+    if name.startswith("hf:") and not Path(place_of(name)).is_dir():
+        raise AftError(
+            f"{of}: the network is {name}, no folder here, and the hub is asked only for what "
+            f"you name yourself; {again}"
+        )
+
+
+def is_model(asked: str | None, made: str) -> bool:
+    """Tell if a full name that a file has is what was asked for; None asks for any."""
+    return asked is None or same_code(full_name(asked), made)
 
 
 def _timm_names(name: str) -> str:

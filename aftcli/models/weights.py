@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import re
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -66,16 +68,58 @@ def installed_weights(name: str) -> Path:
     return Path(getattr(module, model.kind).get_model_file_path())
 
 
-# What training frameworks write before a network's own names, one or several.
-PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
+# Where files keep a state dict, the first that fits first.
+CONTAINERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights"),
+    *("ema", "state_dict_ema", "model_ema"),
+)
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+class _Unread:
+    """A stand-in for a value of a file that nobody looks at; it takes all and does nothing."""
+
+    def __new__(cls, *_: object) -> _Unread:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+# Plain values of training frameworks, by the names that files call them, and what is made of them:
+# nothing of theirs is imported or run.
+STAND_INS = {
+    "argparse.Namespace": _Unread,
+    "pathlib.PosixPath": _Unread,
+    "pathlib.WindowsPath": _Unread,
+    "pathlib._local.PosixPath": _Unread,
+    "pathlib._local.WindowsPath": _Unread,
+    "datetime.datetime": _Unread,
+    "datetime.timedelta": _Unread,
+    "numpy.dtype": _Unread,
+    "numpy.core.multiarray.scalar": _Unread,
+    "numpy._core.multiarray.scalar": _Unread,
+    "numpy.dtypes.Float32DType": _Unread,
+    "numpy.dtypes.Float64DType": _Unread,
+    "numpy.dtypes.Int64DType": _Unread,
+    "torch.torch_version.TorchVersion": _Unread,
+    "easydict.EasyDict": OrderedDict,
+    "lightning.fabric.utilities.data.AttributeDict": OrderedDict,
+    "lightning_fabric.utilities.data.AttributeDict": OrderedDict,
+    "pytorch_lightning.utilities.parsing.AttributeDict": OrderedDict,
+}
+
+
+def read_state_dict(path: Path, note: Callable[[str], None] = warnings.warn) -> dict[str, Tensor]:
     """Read a state dict; no code in the file is run.
 
     Args:
-        path: `.safetensors`, or a file of torch.save (read with weights_only=True); a wrapper
-            `{"state_dict": …}` is taken off.
+        path: `.safetensors`, or a file of torch.save (read with weights_only=True), Lightning's
+            `.ckpt` too; what is around the state dict, {"state_dict": ...} of CONTAINERS, is taken
+            off.
+        note: is told which one was taken where several fit.
     """
     check_checkpoint(path)
     try:
@@ -83,41 +127,111 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             saved: object = load_file(path)
         else:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([(v, k) for k, v in STAND_INS.items()]):
+                saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # Not the library's words: they tell how to run the file's code, or nothing at all.
         reason = getattr(error, "strerror", None) or "it is damaged, or holds more than tensors"
+        if named := re.search(r"GLOBAL ([\w.]{1,80})", str(error)):
+            reason = f"it holds more than tensors: {named[1]}"
         raise AftError(
             f"{path}: can't be read as a checkpoint ({reason}); give a .safetensors file, or a "
             ".pth or .pt file of torch.save(model.state_dict(), FILE)"
         ) from error
-    for wrapper in ("state_dict", "model", "model_state_dict"):
-        if isinstance(saved, Mapping) and isinstance(saved.get(wrapper), Mapping):
-            saved = saved[wrapper]
+    while isinstance(saved, Mapping):
+        fit = [k for k in CONTAINERS if isinstance(saved.get(k), Mapping) and saved[k]]
+        if not fit:
+            break
+        if len(fit) > 1:
+            note(f"{path}: took the weights under {fit[0]}, not those under {', '.join(fit[1:])}")
+        saved = saved[fit[0]]
     if not isinstance(saved, Mapping) or not saved:
         raise AftError(f"{path}: holds no state dict; save model.state_dict()")
     if not all(isinstance(v, Tensor) and _is_dense(v) for v in saved.values()):
         raise AftError(f"{path}: holds other things than dense tensors; save model.state_dict()")
-    return {str(key): value for key, value in saved.items()}
+    # torch.compile writes it before the names of a part too.
+    return {str(key).replace("._orig_mod.", "."): value for key, value in saved.items()}
 
 
 def own_names(
-    saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename a state dict to the model's own names; return the prefixes that were taken off too."""
-    origin: dict[str, str] = {}
-    for key in saved:
-        own = key
-        while own not in expected and own.startswith(PREFIXES):
-            own = own.partition(".")[2]
-        if own in origin:
+    saved: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    path: Path,
+    note: Callable[[str], None] = warnings.warn,
+) -> dict[str, Tensor]:
+    """Rename a state dict to the model's own names, whatever was written before these.
+
+    The beginning that leads to the most names is taken off, then the one that leads to the most of
+    those still missing, and so on. Other weights beside a whole network are left out: losses,
+    measures.
+
+    Args:
+        saved: by the file's names.
+        expected: a state dict of the model.
+        path: of the file.
+        note: is told what was taken off and left out.
+
+    Raises:
+        AftError: several beginnings lead to the same names.
+    """
+    ends = _ends(saved, expected)
+    found: dict[str, str] = {}
+    taken: list[str] = []
+    while True:
+        missing = expected.keys() - found
+        new = {prefix: names & missing for prefix, names in ends.items()}
+        best = max(new, key=lambda prefix: (len(new[prefix]), not prefix), default="")
+        if not new.get(best):
+            break
+        twin = next((p for p in new if best and p != best and new[p] == new[best]), None)
+        if twin is not None:
+            first = next(name for name in expected if name in new[best])
             raise AftError(
-                f"{path}: holds {own} twice, as {origin[own]} and as {key}; save the one network "
-                "that is meant"
+                f"{path}: holds {first} twice, as {best}{first} and as {twin}{first}; save the "
+                "one network that is meant"
             )
-        origin[own] = key
-    prefixes = dict.fromkeys(key.removesuffix(own) for own, key in origin.items())
-    return {own: saved[key] for own, key in origin.items()}, [p for p in prefixes if p]
+        found |= {name: f"{best}{name}" for name in new[best]}
+        taken.append(best)
+        # Further parts are no deeper ones of the same, and lie alone: no other network's.
+        ends = {
+            prefix: names
+            for prefix, names in ends.items()
+            if not prefix.startswith(best)
+            and names.isdisjoint(found)
+            and len(names) == sum(key.startswith(prefix) for key in saved)
+        }
+    if len(taken) > 1 and any(map(_is_needed, expected.keys() - found)):
+        taken = taken[:1]
+        found = {name: key for name, key in found.items() if key == f"{taken[0]}{name}"}
+    used, prefixes = set(found.values()), [prefix for prefix in taken if prefix]
+    others = [key for key in saved if key not in used]
+    if prefixes:
+        note(f"{path}: took {' and '.join(prefixes)} off the names of its weights")
+        beside = not any(key.startswith(tuple(prefixes)) for key in others)
+        if others and beside and not any(map(_is_needed, expected.keys() - found)):
+            note(f"{path}: left out {len(others)} weights beside the network ({others[0]}, ...)")
+            others = []
+    first_prefix = prefixes[0] if prefixes else ""
+    own = {name: saved[found[name]] for name in expected if name in found}
+    return own | {key.removeprefix(first_prefix): saved[key] for key in others}
+
+
+def _ends(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, set[str]]:
+    """Find what could be taken off: the model's names that follow, by each beginning."""
+    depths = {name.count(".") for name in expected}
+    ends: dict[str, set[str]] = {}
+    for key in saved:
+        parts = key.rsplit(".", max(depths, default=0) + 1)
+        for depth in depths:
+            name = ".".join(parts[-depth - 1 :])
+            if name in expected:
+                ends.setdefault(key.removesuffix(name), set()).add(name)
+    return ends
+
+
+def _is_needed(name: str) -> bool:
+    """Tell if a network can't do without a weight; see `check_weights`."""
+    return not name.endswith("num_batches_tracked") and not name.startswith(AUXILIARY)
 
 
 def _check_archive(path: Path) -> None:
@@ -163,11 +277,8 @@ def check_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path, nam
             )
             if keys
         ]
-        common = ".".join(os.path.commonprefix([key.split(".")[:-1] for key in saved]))
-        renamed = common and len(missing) == len(expected) - len(optional)
-        rename = f"all its names begin with '{common}.': take that off, or " if renamed else ""
         raise AftError(
-            f"{path}: is not a checkpoint of {name}: {', '.join(differences)}; {rename}pass the "
+            f"{path}: is not a checkpoint of {name}: {', '.join(differences)}; pass the "
             "--model that it was saved from"
         )
 

@@ -108,7 +108,7 @@ def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Ite
         across = 5 if tuned else 4
         figure = _new_figure(across, len(study.cams))
         grid = figure.subplots(len(study.cams), across, squeeze=False)
-        x = to_input(picture, study.f.preprocessing).to(study.f.device)
+        x = to_input(picture, study.f.preprocessing).to(next(study.f.parameters()))
         for row, cam in zip(grid, study.cams, strict=True):
             (found,) = explain(study.f, x, [cam], settings=search, cells=study.cells)
             own = None

@@ -254,12 +254,12 @@ def draw_losses(path: Path, card: dict[str, Any]) -> None:
     figure.savefig(path, format="png")
 
 
-def export(path: Path) -> Path:
-    """Write a checkpoint's network and plain map as one graph beside it."""
+def export(path: Path, model: str | None = None) -> Path:
+    """Write a checkpoint's network, of a model's name, and plain map as one graph beside it."""
     from aftcli.engine.export import export_onnx
 
     target = path.with_suffix(".onnx")
     say(f"exporting {target}", aside=True)
     with durable(target) as temporary:
-        export_onnx(path, temporary)
+        export_onnx(path, temporary, model)
     return target

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from aftcli.core.cam import map_of
+from aftcli.core.cam import map_of, wide
 from aftcli.core.classifier import Classifier
 from aftcli.core.inputs import check_shape, class_indices, first_activation
 from aftcli.core.methods import METHODS
@@ -171,7 +171,7 @@ def _search(
             method,
             int(c),
             float(y[c]),
-            attribution,
+            wide(attribution),
             result,
             settings.thresholds if settings else (),
         )

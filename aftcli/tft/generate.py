@@ -122,6 +122,7 @@ def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[s
         **({"search": settings.search} if settings.search != "exact" else {}),
         **({"precision": f.precision} if f.precision != "no" else {}),
         **({"output": f.output} if f.output != SOFTMAX else {}),
+        **({"output_key": f.output_key} if f.output_key else {}),
         **({"class_names": list(f.classes.own)} if f.classes.own else {}),
         "preprocessing": f.preprocessing.as_dict(),
         "data_set": str(data_set.root.resolve()),
@@ -287,7 +288,7 @@ def generate_masks(
                 raise AftError(f"{data_set.root / first.path}: {first.reason} (--strict)")
             lacking = missing[loaded.block]
             results: list[list[Tuned]] = []
-            for x in batches(loaded, batch, f.device):
+            for x in batches(loaded, batch, next(f.parameters())):
                 results.append(tune_batch(f, x, lacking, settings))
                 yield _progress(results[-1])
             for i, method in enumerate(lacking):

@@ -49,7 +49,8 @@ class Judge:
         Args:
             f: the classifier that x is an input of.
             x: inputs, whole or masked, shape (N, 3, H, W). They become colours by f's
-                normalisation, have the judge's size (bilinear, antialiased) and normalisation.
+                normalisation, have the judge's size (bilinear, antialiased), channels (grey is
+                luma) and normalisation.
         """
         g = self.classifier
         if g is None:
@@ -58,6 +59,7 @@ class Judge:
         colours = x * std + mean
         if colours.shape[2:] != g.preprocessing.size:
             colours = interpolate(colours, g.preprocessing.size, mode="bilinear", antialias=True)
+        colours = _recoloured(colours, len(g.preprocessing.mean))
         mean, std = g.preprocessing.channels(colours)
         return g.probabilities(g(((colours - mean) / std).to(next(g.parameters()))).float())
 
@@ -82,8 +84,14 @@ class Judge:
         """Check that the judge knows some of f's classes.
 
         Raises:
-            AftError: it knows none.
+            AftError: it knows none, or takes other channels.
         """
+        depths = [len(g.preprocessing.mean) for g in (self.classifier or f, f)]
+        if len(set(depths)) == 2 and set(depths) != {1, 3}:
+            raise AftError(
+                f"--judge {self.name}: takes {depths[0]} channels, {f.name} takes {depths[1]}; "
+                f"name a network of the same input, or take --judge {MIRROR}"
+            )
         if (self.matching(f) < 0).all():
             theirs = (self.classifier or f).classes
             if theirs == Classes.numbered(len(theirs)):
@@ -97,6 +105,18 @@ class Judge:
                 "name or wnid, so it can't judge; name a network with the same classes, or take "
                 f"--judge {MIRROR}"
             )
+
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as a grey input is made of a picture
+
+
+def _recoloured(colours: Tensor, depth: int) -> Tensor:
+    """Give colours, shape (N, C, H, W) of one or three channels, the number that is wanted."""
+    if colours.shape[1] == depth:
+        return colours
+    if depth == 3:
+        return colours.expand(-1, 3, -1, -1)
+    return (colours * colours.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
 
 
 @lru_cache(maxsize=64)

@@ -45,7 +45,7 @@ INFORMATION = frozenset(
 )
 
 # Settings that are written only where they are not the default.
-UNWRITTEN = {"search": "exact", "precision": "no", "output": SOFTMAX}
+UNWRITTEN = {"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""}
 
 # Settings that class names change, and nothing else of a store.
 NAMING = frozenset({"classes", "images_hash", "labels"})

@@ -18,6 +18,7 @@ from aftcli.data.sets import DataSet, Sample, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import load_classifier
+from aftcli.models.sources import is_model, refuse_unnamed
 from aftcli.settings import AUTO, SOFTMAX
 from aftcli.tft.hdf5 import Rows
 from aftcli.tft.masks import MaskStore, differences
@@ -37,28 +38,53 @@ class Source(NamedTuple):
     device: torch.device | str = "cpu"
     earlier: tuple[str, ...] = ()
     known: tuple[str, ...] = ()
+    output_key: str | None = None
     note: Callable[[str], None] = warnings.warn
     output: str = AUTO
 
     def load(self) -> Classifier:
         """Load the classifier."""
-        name, checkpoint, layer, classes, device, _, known, note, output = self
         f = load_classifier(
-            name, checkpoint, layer, classes=classes, device=device, output=output, note=note
+            self.model,
+            self.checkpoint,
+            self.layer,
+            classes=self.classes,
+            device=self.device,
+            output=self.output,
+            output_key=self.output_key,
+            note=self.note,
         )
-        if classes is None and len(known) == len(f.classes):
-            f.classes = Classes(known)
+        if self.classes is None and len(self.known) == len(f.classes):
+            f.classes = Classes(self.known)
         return f
 
+    def takes(self, name: str) -> bool:
+        """Tell if a model that a file names is one that is asked for."""
+        return is_model(self.model, name)
+
+    def of_model(self, name: str, of: str | Path) -> Source:
+        """Fill in the model that a file names, where none was asked for.
+
+        Raises:
+            AftError: that is somebody's own code, or on a hub.
+        """
+        if self.model is None:
+            refuse_unnamed(name, of)
+        return self._replace(model=self.model or name)
+
     def of_masks(self, made: dict[str, Any]) -> Source:
-        """Fill in the classifier that masks were made with where nothing else was asked for."""
+        """Fill in the classifier that masks were made with where nothing else was asked for.
+
+        Raises:
+            AftError: that is somebody's own code, or on a hub.
+        """
         recorded = made.get("checkpoint")  # "" for published weights
-        return self._replace(
-            model=self.model or made["model"],
+        return self.of_model(made["model"], "the masks")._replace(
             checkpoint=self.checkpoint or (Path(recorded) if recorded else None),
             layer=self.layer or made["layer"],
             output=made.get("output", SOFTMAX) if self.output == AUTO else self.output,
             known=tuple(made.get("class_names", ())) or self.known,
+            output_key=self.output_key or made.get("output_key"),
         )
 
     def named_by(
@@ -97,7 +123,7 @@ def open_stores(run: Path, model: str | None, cams: Sequence[str]) -> list[MaskS
     return [
         s
         for s in stores
-        if model in (None, s.settings["model"]) and (not cams or s.settings["cam"] in cams)
+        if is_model(model, s.settings["model"]) and (not cams or s.settings["cam"] in cams)
     ]
 
 
@@ -127,14 +153,16 @@ def check_made_for(store: MaskStore, f: Classifier) -> None:
     """Check that masks were made for a classifier."""
     made = store.settings
     asked = {
-        "model": f.name,
+        "model": made["model"] if is_model(f.name, made["model"]) else f.name,
         "layer": f.layer_name,
         "weights": f.weights_hash(),
         "activation_shape": list(f.activation_shape),
         "preprocessing": f.preprocessing.as_dict(),
         "output": f.output,
     }
-    other = differences({key: made[key] for key in asked if key in made}, asked)
+    asked["output_key"] = f.output_key
+    unwritten = {"output": SOFTMAX, "output_key": ""}
+    other = differences({key: made.get(key, unwritten.get(key)) for key in asked}, asked)
     if other:
         raise AftError(
             f"{store.path}: the masks were made for another classifier: {'; '.join(other)}; pass "

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from aftcli.aft.jobs import Job
-from aftcli.core.cam import ablated_by_batches, ablated_scores, attribution_map
+from aftcli.core.cam import ablated_by_batches, ablated_scores, attribution_map, grad_cam
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import CAMS, METHODS
@@ -285,3 +285,63 @@ def test_a_judge_has_the_probabilities_of_its_own_output():
         y = f(x)
         assert_near(judges[0].probabilities(f, x), 1 / (1 + (-y).exp()), 1e-6)
         assert_near(judges[1].probabilities(f, x), y.exp() / y.exp().sum(1, keepdim=True), 1e-6)
+
+
+class Branching(nn.Module):
+    """A network that torch.fx can't follow."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        y = self.inner(x)
+        return y if float(y.detach().sum()) < 1e9 else -y
+
+
+class Bypassed(nn.Module):
+    """A network with a path past its second layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 3, 2, 1).double()
+        self.second = nn.Conv2d(8, 8, 3, 1, 1).double()
+        self.fc = nn.Linear(8, 1).double()
+
+    def forward(self, x):
+        a = self.first(x).relu()
+        return self.fc((self.second(a).relu() + a).mean((2, 3))).squeeze(1)
+
+
+@pytest.mark.parametrize("end", ["one logit, squeezed", "one probability"])
+def test_one_output_of_a_network_that_fx_cannot_follow(end):
+    model, said = Branching(network(end)).eval(), []
+    own = {"preprocessing": Preprocessing(size=SIZE), "note": said.append}
+    f, x = cut_classifier(model, "inner.relu2", **own), inputs()
+    assert any("running it twice" in text for text in said) and f.single
+    with torch.no_grad():
+        assert_near(f.probabilities(f(x)), expected(end, model(x)), 1e-12)
+    assert set(model.state_dict()) <= set(f.weights())
+    plain = cut(network(end))
+    for c in (0, 1):
+        found = attribution_map(copy.deepcopy(f), x, [c] * 3, "gradcam")
+        assert_near(found, attribution_map(plain, x, [c] * 3, "gradcam"))
+
+
+def test_one_output_behind_a_path_past_the_layer():
+    model = Bypassed().eval()
+    own = {"preprocessing": Preprocessing(size=SIZE), "note": lambda text: None}
+    f, x = cut_classifier(model, "second", **own), inputs()
+    assert f.bypassed and f.single and set(f.weights()) == set(model.state_dict())
+    with torch.no_grad():
+        y = model(x)
+        assert torch.equal(f(x), torch.stack([-y, y], 1))
+        g, a = f.at(x)
+        assert_near(g.head(a), torch.stack([-y, y], 1), 1e-12)
+    weight = model.fc.weight[0]
+    for c, sign in ((0, -1), (1, 1)):
+        gradient = sign * weight[None, :, None, None] * (a > 0)
+        by_hand = (gradient.mean((2, 3), keepdim=True) * a).sum(1).relu()
+
+        assert_near(grad_cam(g, a, torch.full((3,), c), x), by_hand / a[0, 0].numel())

@@ -6,29 +6,12 @@ from benchmarks.coverage.users import NETWORKS, checked
 
 # What is not right yet: networks by name, and the reason.
 KNOWN = {
-    **dict.fromkeys(
-        [
-            "tuple_output",
-            "list_of_tasks",
-            "dict_output",
-            "ordered_dict_output",
-            "dataclass_output",
-            "model_output",
-            "namedtuple_output",
-            "logits_with_sides",
-        ],
-        "its output is no tensor of logits (N, C)",
-    ),
-    **dict.fromkeys(
-        ["grey", "four_channels", "thirteen_channels"], "three channels are taken for granted"
-    ),
-    "configured_size": "224 pixels are taken for granted",
+    "logits_with_sides": "its output is no tensor of logits (N, C)",
     "volumes": "A needs two dimensions",
     "star_args": "A of three dimensions is not told from a crash",
     "checkpointed": "watching it while it is differentiated breaks its checkpoints",
     "lazy": "its weights have no shapes yet, a traceback says",
     "attention_pooling": "it is cut at the scores of its pooling",
-    "two_inputs": "a traceback says that it needs another input",
 }
 
 

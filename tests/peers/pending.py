@@ -13,7 +13,6 @@ PENDING = {
     "segmentation": "outputs (N, C, H, W): explain(..., target=callable)",
     "detection": "boxes, labels and scores: explain(..., target=callable)",
     "video": "Conv3d: maps (N, d, h, w) by attribution_map",
-    "channels": "inputs of one channel: the first convolution tells how many",
     "layers": "`--layer A --layer B` with `--model FILE.py:NAME`: maps of two layers, fused",
     "smooth": "`--smooth aug|eigen` with `--model FILE.py:NAME`",
     "finer": "Finer-CAM as the method finercam: contrast to the nearest classes",

@@ -113,7 +113,6 @@ def test_a_loop_of_maps_leaves_nothing_behind_on_a_gpu():
     assert used[1] == used[-1]
 
 
-@pending("channels", AftError, RuntimeError)
 def test_inputs_of_one_channel():
     """pytorch-grad-cam: test_one_channel.py::test_memory_usage_in_loop"""
     model = tiny()

@@ -11,7 +11,6 @@ from torch import nn
 from torchvision.models import get_model
 
 from aftcli import (
-    AftError,
     Classes,
     Preprocessing,
     attribution_map,
@@ -140,7 +139,6 @@ def test_a_network_that_ends_in_softmax(photo):
     assert found.probability == pytest.approx(model(x).max().item(), rel=1e-5)
 
 
-@pending("channels", AftError, RuntimeError)
 def test_a_network_of_grey_pictures():
     """OmniXAI: shap/shap_image_torch.py, its MNISTNet"""
     model = Small(channels=1, side=4).eval()

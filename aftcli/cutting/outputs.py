@@ -1,0 +1,181 @@
+"""What a network returns: the logits in a tensor, a tuple, a dictionary or an object of some."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from aftcli.errors import AftError, first_line, nearest
+
+NESTED = 3  # structures in structures that are searched for logits
+
+
+class Tried(NamedTuple):
+    """An input x of a network, shape (1, C, H, W), and what the network returns of it."""
+
+    x: Tensor
+    out: Any
+
+
+@torch.no_grad()
+def run(model: nn.Module, shape: Sequence[int]) -> Tried:
+    """Run a network on a random input, of its type and on its device.
+
+    Args:
+        model: in eval mode.
+        shape: C, H and W of the input.
+
+    Raises:
+        AftError: it does not take such inputs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *shape, generator=generator)
+    x = x.to(next(model.parameters(), x))
+    try:
+        return Tried(x, model(x))
+    except Exception as error:
+        raise AftError(
+            f"{type(model).__name__} can't run an input of shape {tuple(x.shape)} "
+            f"({first_line(error)[:200]}); say what it takes: preprocessing=Preprocessing("
+            "size=(H, W), mean=(...), std=(...)), or an attribute `preprocessing` of it"
+        ) from error
+
+
+class Output(NamedTuple):
+    """The place of logits in what a network returns.
+
+    Attributes:
+        path: keys, indices and attributes that lead to them, one in another.
+    """
+
+    path: tuple[str | int, ...]
+
+    @property
+    def name(self) -> str:
+        """The path as `--output-key` takes it."""
+        return ".".join(map(str, self.path))
+
+
+def find_output(
+    out: object, key: str | None = None, note: Callable[[str], None] = warnings.warn
+) -> Output:
+    """Find the logits in what a network returns.
+
+    Args:
+        out: a tensor, or tuples, lists, mappings and objects of tensors.
+        key: the name of an entry, its number in a tuple, or several of them joined by dots;
+            default `logits`, otherwise the first tensor of shape (N, C).
+        note: is told what was taken where there are several.
+
+    Raises:
+        AftError: nothing is named so, or nothing has such a shape.
+    """
+    tensors = dict(_tensors(out))
+    if key is None and isinstance(out, Tensor):
+        return Output(())
+    named = {Output(path).name: path for path in tensors}
+    if key is not None:
+        under = [path for name, path in named.items() if f"{name}.".startswith(f"{key}.")]
+        if not under:
+            known = nearest(key, named) if any(named) else "none, it returns one tensor"
+            raise AftError(f"unknown output {key!r} of the network; nearest: {known}")
+        return Output(under[0])
+    fit = [path for path, tensor in tensors.items() if tensor.dim() == 2]
+    if not fit:
+        shapes = ", ".join(f"{name} {tuple(tensors[path].shape)}" for name, path in named.items())
+        raise AftError(
+            f"the network returns no logits of shape (N, C) (it returns {shapes or type(out)}); "
+            "name the output that has them: --output-key KEY, or output_key= in Python"
+        )
+    chosen = ("logits",) if ("logits",) in fit else fit[0]
+    if len(fit) > 1:
+        others = ", ".join(Output(path).name for path in fit if path != chosen)
+        note(
+            f"the network returns several tensors: {Output(chosen).name} is taken for the logits, "
+            f"not {others}; --output-key KEY takes another"
+        )
+    return Output(chosen)
+
+
+def _tensors(out: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the tensors in a structure, each with its path, in order."""
+    parts: Any = ()
+    if isinstance(out, Tensor):
+        yield path, out
+    elif isinstance(out, Mapping):
+        parts = out.items()
+    elif isinstance(out, tuple) and hasattr(out, "_fields"):
+        parts = zip(out._fields, out, strict=True)
+    elif isinstance(out, list | tuple):
+        parts = enumerate(out)
+    elif is_dataclass(out):
+        parts = [(each.name, getattr(out, each.name)) for each in fields(out)]
+    elif hasattr(out, "__dict__"):
+        parts = vars(out).items()
+    for key, part in parts:
+        if len(path) < NESTED:
+            yield from _tensors(part, (*path, key))
+
+
+def at_path(out: Any, path: Sequence[str | int]) -> Any:  # noqa: ANN401 - a structure of anything
+    """Follow a path into what a network returns, which torch.fx may trace."""
+    for i, key in enumerate(path):
+        if isinstance(out, fx.Proxy):
+            return out.tracer.create_proxy("call_function", at_path, (out, tuple(path[i:])), {})
+        inside = isinstance(out, Mapping) or (isinstance(out, list | tuple) and type(key) is int)
+        out = out[key] if inside else getattr(out, str(key))
+    return out
+
+
+def logits_of(out: object, key: str | None = None) -> Tensor:
+    """Take the logits, shape (N, C), out of what a network returns; see `find_output`."""
+    return at_path(out, find_output(out, key).path)  # type: ignore[no-any-return]
+
+
+class _Logits(nn.Module):
+    """A network that returns a part of what another returns, of the same modules and names."""
+
+    def __init__(self, network: nn.Module, path: tuple[str | int, ...]) -> None:
+        super().__init__()
+        self._modules, self._parameters = network._modules, network._parameters
+        self._buffers = network._buffers
+        self.__dict__["network"] = network  # not as a module: names would begin with it
+        self.path, self.training = path, network.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the logits of inputs x."""
+        # As torch.fx calls it: the network is no module of this one.
+        return at_path(self.__dict__["network"].forward(x), self.path)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def with_logits(
+    model: nn.Module, tried: Tried, key: str | None, note: Callable[[str], None]
+) -> nn.Module:
+    """Return a network that returns its logits alone: itself, where it does so already.
+
+    Args:
+        model: in eval mode.
+        tried: what it returned of an input.
+        key: see `find_output`.
+        note: see `find_output`.
+
+    Raises:
+        AftError: there are no such logits, or hooks of the network change what it returns.
+    """
+    output = find_output(tried.out, key, note)
+    if not output.path:
+        return model
+    # Messages name its class.
+    logits: nn.Module = type(type(model).__name__, (_Logits,), {})(model, output.path)
+    if not torch.equal(logits(tried.x), at_path(tried.out, output.path)):
+        raise AftError(
+            f"{type(model).__name__} returns other values each time, or hooks of its own change "
+            "them; remove the hooks, or let its forward do what they do"
+        )
+    return logits
