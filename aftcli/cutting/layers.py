@@ -105,7 +105,8 @@ def layout_at(model: nn.Module, layer: str, x: Tensor) -> tuple[Layout | None, i
             f"{', '.join(map(str, own[-1].output.shape[1:]))}), a CAM needs (N, K, h, w), or "
             f"tokens of cells; the last layers that have them: {', '.join([*known][-12:])}"
         )
-    return None if place.layout.kind == "first" else place.layout, len(own)
+    layout = place.layout._replace(contiguous=own[-1].output.is_contiguous())
+    return None if layout.kind == "first" else layout, len(own)
 
 
 def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]) -> Parts:

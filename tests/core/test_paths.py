@@ -276,6 +276,17 @@ def test_layouts_there_and_back(layout):
     assert back.stride() == out.stride() or layout.kind == "sequence"
 
 
+@pytest.mark.parametrize("kind", ["last", "tokens"])
+def test_numbers_that_lie_in_another_order_stay_so(kind):
+    # What follows would sum them in another order, and round otherwise.
+    layout = Layout(kind, 2, 3, contiguous=False)
+    shape, order = ((4, 2, 5, 3), (0, 1, 3, 2)) if kind == "last" else ((4, 5, 6), (0, 2, 1))
+    out = torch.randn(shape).permute(order)
+    back = from_maps(to_maps(out, *layout), [], *layout)
+    assert torch.equal(back, out)
+    assert back.stride() == out.stride()
+
+
 # Default layers
 
 
