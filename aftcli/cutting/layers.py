@@ -277,8 +277,9 @@ def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: 
                 "--layer NAME"
             )
         return layer
-    # Containers return what their last part does: the first that returned it is meant.
-    last = next(p for p in live if p.ran.output is live[-1].ran.output)
+    # Containers return what their last part does, or pass on what came in: the first counts.
+    first = {id(p.ran.output): p for p in reversed(live)}
+    last = [p for p in live if first[id(p.ran.output)] is p][-1]
     own = next((p for p in reversed(found) if layer and p.ran.name == layer.split("+")[-1]), None)
     if layer and own and (own.ran.output is last.ran.output or not _mixed(own, last)):
         return layer

@@ -310,6 +310,32 @@ def test_the_default_is_the_last_layer_whose_cells_move_the_logits(build, layer)
     assert not torch.equal(moved, logits)
 
 
+def test_a_module_that_passes_on_what_came_in_is_not_the_last():
+    class Both(nn.Module):
+        """Returns its first input as it is, and a convolution of its second."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(6, 6, 3, padding=1)
+
+        def forward(self, early, late):
+            return early, self.conv(late)
+
+    class Scales(Residual):
+        def __init__(self):
+            super().__init__()
+            self.both = Both()
+
+        def forward(self, x):
+            early = self.conv1(x)
+            early, late = self.both(early, self.conv2(early.relu()))
+            return self.fc(early.mean((2, 3)) + late.tanh().mean((2, 3)))
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, *SIZE)
+    assert default_layer(Scales().eval(), x, note=lambda _: None) == "both.conv"
+
+
 def test_zero_weights_do_not_hide_a_path():
     torch.manual_seed(0)
     model = Residual().eval()
