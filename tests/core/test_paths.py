@@ -257,6 +257,14 @@ def test_a_classifier_that_holds_values_still_runs_other_images(case):
         assert (h.image(n).head(several[n : n + 1]) - f(x)[n]).abs().max() < 1e-12
 
 
+def test_each_weight_belongs_to_one_part():
+    torch.manual_seed(0)
+    f = cut_classifier(vit(), "blocks.1.norm1", preprocessing=PREPROCESSING)
+    parts = [{id(p) for p in part.parameters()} for part in (f.stem, f.layer, f.head)]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    assert len(parts[1]) == 2
+
+
 @pytest.mark.parametrize(
     "layout",
     [
