@@ -242,7 +242,7 @@ def _cut_all_paths(
     known, sizes = _known(model, graph, input_, [n for n in passing if behind & set(n.users)], x)
     past = [n for n in graph.nodes if n in known]
     # What does not depend on the input, such as a table of positions, is made where it is needed.
-    inside = {n for n in _upstream([last, *past], set()) if n in from_first or n not in of_input}
+    inside = _upstream([last, *past], of_input - from_first)
     entering = [
         n
         for n in graph.nodes

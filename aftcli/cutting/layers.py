@@ -106,7 +106,8 @@ def layout_at(model: nn.Module, layer: str, x: Tensor) -> tuple[Layout | None, i
             f"{', '.join(map(str, own[-1].output.shape[1:]))}), a CAM needs (N, K, h, w), or "
             f"tokens of cells; the last layers that have them: {', '.join([*known][-12:])}"
         )
-    return None if place.layout.kind == "first" else place.layout, len(own)
+    layout = place.layout._replace(contiguous=own[-1].output.is_contiguous())
+    return None if layout.kind == "first" else layout, len(own)
 
 
 def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]) -> Parts:
@@ -277,8 +278,9 @@ def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: 
                 "--layer NAME"
             )
         return layer
-    # Containers return what their last part does: the first that returned it is meant.
-    last = next(p for p in live if p.ran.output is live[-1].ran.output)
+    # Containers return what their last part does, or pass on what came in: the first counts.
+    first = {id(p.ran.output): p for p in reversed(live)}
+    last = [p for p in live if first[id(p.ran.output)] is p][-1]
     own = next((p for p in reversed(found) if layer and p.ran.name == layer.split("+")[-1]), None)
     if layer and own and (own.ran.output is last.ran.output or not _mixed(own, last)):
         return layer

@@ -142,8 +142,8 @@ class RunFrom(_Interrupted):
         """Run the network with the layer's output replaced; takes what `RunTo` returns."""
         *before, x = rest
         # A copy: what follows may write into it.
-        own = from_maps(activation, before, *self.layout) if self.layout else activation.clone()
-        return self.run(x, lambda out: _replaced(out, own))
+        own = from_maps(activation, before, *self.layout) if self.layout else activation
+        return self.run(x, lambda out: _replaced(out, own.clone()))
 
 
 def _replaced(out: Any, tensor: Tensor) -> Any:  # noqa: ANN401 - whatever a module returns
