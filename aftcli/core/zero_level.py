@@ -332,7 +332,7 @@ def check_plain(f: Classifier) -> None:
     if isinstance(f.layer, RunTo):
         raise AftError(
             f"{f.name} can't be fine-tuned at {f.layer_name}: torch.fx can't follow the network "
-            "there; name another --layer"
+            "there; name a --layer where it can"
         )
     if f.zero_level is not None:
         raise AftError(

@@ -203,7 +203,7 @@ def box_target(box: Sequence[float], label: int | None = None) -> Target:
 
     Args:
         box: left, top, right, bottom, pixels of the input.
-        label: take only boxes with this label; default all.
+        label: the boxes' label; default any.
 
     The output must be that of torchvision's detectors: for each image `boxes`, shape (n, 4),
     `scores` and `labels`, shape (n,).
