@@ -18,7 +18,7 @@ from aftcli.core.outputs import BOTH, Meant, output_of, probabilities, with_both
 from aftcli.cutting.cut import flow_of
 from aftcli.cutting.layers import default_layer, divided
 from aftcli.cutting.networks import copied, name_of, outside_inference_mode, unwrapped
-from aftcli.cutting.outputs import Logits, LogitsOfSeveral, run, with_logits
+from aftcli.cutting.outputs import Logits, LogitsOfSeveral, at_path, run, with_logits
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 from aftcli.settings import AUTO, NONE, SOFTMAX
@@ -267,14 +267,12 @@ def cut_classifier(
     tried = run(model, input_shape(model, preprocessing))
     x, of_logits = tried.x, with_logits(model, tried, output_key, note)
     layer = layer or default_layer(of_logits, x, note)
-    parts = divided(model, layer, x, note)
-    with torch.no_grad():
-        activation, *rest = parts.flow(x)
+    parts, (activation, *rest), logits = divided(model, layer, x, tried.out, note)
     if isinstance(of_logits, Logits):
         taken = LogitsOfSeveral if rest else Logits
         parts = parts._replace(head=taken(parts.head, of_logits.path))
+        logits = at_path(logits, of_logits.path)
     with torch.no_grad():
-        logits = parts.head(activation, *rest)
         # Other outputs have no classes; they are explained by a target (aftcli/models/targets.py).
         others = not isinstance(logits, Tensor) or (logits.dim() != 2 and logits.numel() != 1)
         meant = Meant(NONE)

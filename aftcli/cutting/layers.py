@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -110,13 +110,31 @@ def layout_at(model: nn.Module, layer: str, x: Tensor) -> tuple[Layout | None, i
     return None if layout.kind == "first" else layout, len(own)
 
 
-def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]) -> Parts:
+class Divided(NamedTuple):
+    """The parts of a network, and what they gave of an input.
+
+    Attributes:
+        parts: w0, w1, w2.
+        flow: A, and what passes the layer by.
+        out: the network's output.
+    """
+
+    parts: Parts
+    flow: tuple[Tensor, ...]
+    out: Any
+
+
+@torch.no_grad()
+def divided(
+    model: nn.Module, layer: str, x: Tensor, expected: object, note: Callable[[str], None]
+) -> Divided:
     """Cut a model by its graph; without a graph run it up to the layer, and again from it.
 
     Args:
         model: the network, in eval mode.
         layer: as `cut` takes it.
         x: an input, shape (1, C, H, W).
+        expected: what the model returns of it.
         note: is told if the network runs as it is.
 
     Returns:
@@ -125,15 +143,13 @@ def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]
     Raises:
         AftError: the layer is unknown, or has no cells, or the parts do not equal the model.
     """
-    with torch.no_grad():
-        expected = model(x)
     try:
         parts = cut(model, layer, x)
-        with torch.no_grad():
-            activation = parts.flow(x)[0]
-        if not _are_maps(activation, x):
+        flow = parts.flow(x)
+        if not _are_maps(flow[0], x):
             parts = cut(model, layer, x, layout_at(model, layer, x)[0])
-        _check(parts, layer, x, expected, 0.0)
+            flow = parts.flow(x)
+        return _checked(parts, flow, layer, expected, 0.0)
     except Untraceable as error:
         reason, _, _ = first_line(error).partition("; ")
         layout, calls = layout_at(model, layer, x)
@@ -141,14 +157,14 @@ def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]
         parts = Parts(nn.Identity(), RunTo(*own), RunFrom(*own))
         try:
             # With hooks torch does not use its fused kernels.
-            _check(parts, layer, x, expected, ROUNDING)
+            found = _checked(parts, parts.flow(x), layer, expected, ROUNDING)
         except Untraceable as failed:
             raise AftError(failed.args[0]) from failed
         note(
             f"{type(model).__name__} is cut at {layer} by running it twice, which is slower: "
             f"{textwrap.shorten(reason, 160, placeholder='...')}"
         )
-    return parts
+    return found
 
 
 def _are_maps(activation: object, x: Tensor) -> bool:
@@ -160,19 +176,21 @@ def _are_maps(activation: object, x: Tensor) -> bool:
     return layout is None or layout.kind == "first"
 
 
-@torch.no_grad()
-def _check(parts: Parts, layer: str, x: Tensor, expected: object, tolerance: float) -> None:
+def _checked(
+    parts: Parts, flow: tuple[Tensor, ...], layer: str, expected: object, tolerance: float
+) -> Divided:
     """Check that parts give a model's output, up to a share of the largest, and keep A as it is.
 
     Raises:
         Untraceable: they do not.
     """
-    flow = parts.flow(x)
     before = [t.clone() for t in flow]
-    if not same_output(parts.head(*flow), expected, tolerance):
+    out = parts.head(*flow)
+    if not same_output(out, expected, tolerance):
         raise Untraceable(f"cutting at {layer!r} changes the logits; cut at another layer")
     if not all(map(torch.equal, before, flow)):
         raise Untraceable(f"what follows {layer!r} writes into its output; cut at another layer")
+    return Divided(parts, flow, out)
 
 
 def _two(x: Tensor) -> Tensor:
