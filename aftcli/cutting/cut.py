@@ -7,7 +7,6 @@ model, under the same names.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ from torch.fx.node import Argument
 
 from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
 from aftcli.cutting.networks import copied, input_channels, with_history
+from aftcli.cutting.tracing import trace
 from aftcli.cutting.watched import run_watched
 from aftcli.errors import AftError, first_line, nearest
 
@@ -39,6 +39,10 @@ class Parts(NamedTuple):
         flow = flow_of(self.layer(self.stem(x)))
         if not all(isinstance(each, Tensor) for each in flow):
             raise Untraceable("what leaves the layer are no tensors, but structures of some")
+        if isinstance(self.head, fx.GraphModule):
+            taken = sum(node.op == "placeholder" for node in self.head.graph.nodes)
+            if taken != len(flow):
+                raise Untraceable("the layer returns several tensors")
         return flow
 
 
@@ -57,24 +61,6 @@ class CutPoint(NamedTuple):
     name: str
     module: nn.Module
     shape: tuple[int, ...]
-
-
-class _Tracer(fx.Tracer):
-    """A tracer of the named modules only; all others are leaves."""
-
-    def __init__(self, opened: set[str]) -> None:
-        super().__init__()
-        self.opened = opened
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.opened
-
-
-def _trace(model: nn.Module, opened: set[str]) -> fx.Graph:
-    # Optional arguments of forward take their defaults: as proxies they would break `if flag:`.
-    _, *optional = inspect.signature(model.forward).parameters.values()
-    defaults = {p.name: p.default for p in optional if p.default is not p.empty}
-    return _Tracer(opened).trace(model, concrete_args=defaults)
 
 
 def _ancestors(name: str) -> set[str]:
@@ -184,7 +170,7 @@ def cut(
                 f"layers that can be cut: {_some_cut_points(model)}"
             )
     try:
-        graph = _trace(model, set().union(*map(_ancestors, names)))
+        graph = trace(model, set().union(*map(_ancestors, names)), x)
     except AftError:
         raise
     except Exception as error:
@@ -242,7 +228,8 @@ def _cut_all_paths(
     known, sizes = _known(model, graph, input_, [n for n in passing if behind & set(n.users)], x)
     past = [n for n in graph.nodes if n in known]
     # What does not depend on the input, such as a table of positions, is made where it is needed.
-    inside = {n for n in _upstream([last, *past], set()) if n in from_first or n not in of_input}
+    # What only the stem needs of it is the stem's alone, so that the layer can be trained.
+    inside = _upstream([last, *past], of_input - from_first)
     entering = [
         n
         for n in graph.nodes
@@ -278,7 +265,8 @@ def _known(
     tensors, sizes = set(), {}
     for node, a, b in zip(nodes, two, three, strict=True):
         if isinstance(a, Tensor):
-            if (len(a), len(b)) != (2, 3) or a.shape[1:] != b.shape[1:]:
+            rows = a.shape[:1] + b.shape[:1]
+            if rows != (2, 3) or a.shape[1:] != b.shape[1:]:
                 raise Untraceable(f"{node} passes the layer by without a row for each image")
             tensors.add(node)
         else:
@@ -351,7 +339,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    graph = _trace(model, set())
+    graph = trace(model, set())
     for node in graph.nodes:
         if node.op != "call_module" or not _is_only_path(graph, node):
             continue

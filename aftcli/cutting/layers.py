@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -257,6 +258,7 @@ def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: 
         p
         for p in places(calls, x)
         if p.ran.output.requires_grad
+        and p.maps.shape[1] > 1
         and not _classifies(p, classes)
         and not isinstance(p.ran.module, PROJECTIONS)
         and any(True for _ in p.ran.module.parameters())
@@ -267,7 +269,8 @@ def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: 
     if logits is not None and logits.requires_grad and outputs:
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
         score = (logits * weights.to(logits)).sum()
-        gradients = torch.autograd.grad(score, outputs, allow_unused=True, retain_graph=True)
+        with suppress(RuntimeError):  # as a network raises it that computes activations again
+            gradients = torch.autograd.grad(score, outputs, allow_unused=True, retain_graph=True)
     live = [p for p, g in zip(found, gradients, strict=False) if g is not None and _moves(p, g)]
     if not live:
         if layer is None:
@@ -350,7 +353,10 @@ def last_convolution(
         points = cut_points(model, size)
     except Exception:  # noqa: BLE001 - torch.fx can't follow it, or it needs its numbers
         return None
-    spatial = [p for p in points if is_spatial(p.shape) and _has_convolution(p.module)]
+    # One channel is a weight of each cell, as attention has it, and no activation.
+    spatial = [
+        p for p in points if is_spatial(p.shape) and p.shape[1] > 1 and _has_convolution(p.module)
+    ]
     inner = [
         p for p in spatial if not any(q.name.startswith(f"{p.name}.") for q in spatial if q != p)
     ]

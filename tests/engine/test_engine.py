@@ -489,7 +489,7 @@ def test_explain_says_the_same_on_each_engine(name, plain):
 
 @pytest.mark.slow
 def test_a_note_goes_to_stderr_unless_it_is_quiet(tmp_path, empty_cache, monkeypatch):
-    monkeypatch.setattr("aftcli.core.models.load_classifier", load_small)
+    monkeypatch.setattr("aftcli.models.load.load_classifier", load_small)
     arguments = ("explain", PHOTOS[0], "--engine", "onnxruntime", "--json", "--out", tmp_path / "o")
     first = aft(*arguments)
     assert "aft: exporting small for ONNX Runtime" in first.err
@@ -505,3 +505,23 @@ def test_an_unknown_engine_is_refused(command, tmp_path):
     done = aft(command, *target, "--engine", "tensorrt")
     known = "'auto', 'torch', 'compile', 'onnxruntime'"
     assert f"'tensorrt' is not one of {known}" in usage_error(done)
+
+
+def test_tensors_of_five_axes_are_no_obstacle():
+    class Shifted(nn.Module):
+        """A table of five axes, as the masks of Swin are."""
+
+        def __init__(self):
+            super().__init__()
+            self.network = small_model("linear", 0).float()
+            self.register_buffer("table", torch.rand(1, 2, 1, 3, 1))
+
+        def forward(self, x):
+            return self.network(x) + self.table.sum()
+
+    model = Shifted().eval()
+    f = cut_classifier(model, "network.conv2", preprocessing=Preprocessing(size=SIZE))
+    fast = accelerated(f, "torch", note=pytest.fail)
+    x = torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        assert_near(fast(x), model(x), 1e-5)
