@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.head import LinearHead, gradient_of
+from aftcli.core.head import LinearHead, attention_in_steps, gradient_of
 from aftcli.core.methods import Method
 from aftcli.core.methods import method as find_method
 from aftcli.core.zero_level import above, without_constant
@@ -38,7 +38,7 @@ def score_gradient(
     Where A depends on trained weights, so does the gradient. `score` may take the place of y^c.
     """
     trained = torch.is_grad_enabled() and activation.requires_grad
-    with torch.enable_grad():
+    with torch.enable_grad(), attention_in_steps(trained):
         activation = activation if trained else activation.detach().requires_grad_()
         y = score(f.head(activation), class_index)
         return gradient_of(f.layer_name, y, activation, trained)

@@ -7,15 +7,22 @@ without running the head again, which makes CAM and Ablation-CAM cheap.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
 from aftcli.core.outputs import BOTH
 from aftcli.cutting.cut import cut, cut_modules
 from aftcli.errors import AftError
+
+
+def attention_in_steps(trained: bool) -> AbstractContextManager[None]:
+    """Run attention step by step where its gradient is trained: torch's kernels have no second."""
+    return sdpa_kernel(SDPBackend.MATH) if trained else nullcontext()
 
 
 def gradient_of(layer: str, y: Tensor, activation: Tensor, create_graph: bool) -> Tensor:

@@ -184,9 +184,15 @@ def cut(
     first = next((n for n in reversed(before) if n.target == names[0]), None)
     alone = last is not None and _is_only_path(graph, last)
     if last is None or first is None or (x is None and not alone):
+        missing = next((name for name in names if all(n.target != name for n in calls)), None)
+        why = (
+            f"{missing} is called nowhere in the network's forward"
+            if missing
+            else "its output is not the only path from the input to the logits"
+        )
         raise AftError(
-            f"layer {layer!r} can't be cut: its output is not the only path from the input to "
-            f"the logits; layers that can: {_some_cut_points(model, near=names[-1])}"
+            f"layer {layer!r} can't be cut: {why}; layers that can: "
+            f"{_some_cut_points(model, near=names[-1])}"
         )
     parts = (
         _cut_one_path(model, graph, first, last)

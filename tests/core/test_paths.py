@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from aftcli import Search, attribution_map, cut_classifier, explain, fine_tune_threshold
-from aftcli.core.cam import ablated_scores, grad_cam
+from aftcli.core.cam import ablated_scores, grad_cam, score_gradient
 from aftcli.core.classes import Preprocessing
 from aftcli.cutting.layers import default_layer
 from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
@@ -436,3 +436,28 @@ def test_a_layer_run_as_it_is_can_be_named_only_if_it_has_cells():
     torch.manual_seed(0)
     with pytest.raises(AftError, match=r"'fc' can't be used: its output has shape \(N, 5\)"):
         cut_classifier(ValueDependent(), "fc", preprocessing=PREPROCESSING, note=lambda _: None)
+
+
+def test_a_layer_that_does_not_run_is_named():
+    model = Residual()
+    model.spare = nn.Conv2d(3, 3, 1)
+    with pytest.raises(AftError, match="'spare' can't be cut: spare is called nowhere"):
+        cut_classifier(model, "spare", preprocessing=PREPROCESSING)
+
+
+def test_the_gradient_behind_attention_can_be_trained():
+    torch.manual_seed(0)
+    model = vit().double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn(p.shape))
+    f = cut_classifier(model, preprocessing=PREPROCESSING, note=lambda _: None)
+    with torch.no_grad():
+        g, a = f.at(torch.randn(1, 3, *SIZE, dtype=torch.double))
+    c, u, v, step = torch.tensor([1]), torch.randn_like(a), torch.randn_like(a), 1e-5
+    own = a.clone().requires_grad_()
+    (u * score_gradient(g, own, c)).sum().backward()
+    ahead, back = (score_gradient(g, a + s * v, c) for s in (step, -step))
+    expected = (u * (ahead - back)).sum() / (2 * step)
+    assert expected.abs() > 1e-3
+    assert torch.allclose((own.grad * v).sum(), expected, rtol=1e-4)
