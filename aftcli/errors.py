@@ -50,5 +50,22 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def root_of(error: Exception) -> Exception:
+    """Return the first of the errors that an error was raised from: torch's exporter hides it.
+
+    >>> try:
+    ...     try:
+    ...         raise KeyError("first")
+    ...     except KeyError as first:
+    ...         raise ValueError("last") from first
+    ... except ValueError as last:
+    ...     print(repr(root_of(last)))
+    KeyError('first')
+    """
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
 class Unfit(Exception):
     """Engine that can't run a classifier; the message says why."""

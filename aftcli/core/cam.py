@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.head import LinearHead
+from aftcli.core.head import LinearHead, attention_in_steps, gradient_of
 from aftcli.core.methods import Method
 from aftcli.core.methods import method as find_method
 from aftcli.core.zero_level import above, without_constant
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time
-
 
 Score = Callable[[Tensor, Tensor], Tensor]  # of logits (N, C) and class_index (N,), shape (N,)
 
@@ -36,14 +35,13 @@ def score_gradient(
 ) -> Tensor:
     """Compute dy^c / dA, shape (N, K, h, w): autograd through the head only.
 
-    Where A depends on weights that are being trained, so does the gradient. Another score may
-    take the place of y^c.
+    Where A depends on trained weights, so does the gradient. `score` may take the place of y^c.
     """
     trained = torch.is_grad_enabled() and activation.requires_grad
-    with torch.enable_grad():
+    with torch.enable_grad(), attention_in_steps(trained):
         activation = activation if trained else activation.detach().requires_grad_()
         y = score(f.head(activation), class_index)
-        return torch.autograd.grad(y.sum(), activation, create_graph=trained)[0]
+        return gradient_of(f.layer_name, y, activation, trained)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

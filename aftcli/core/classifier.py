@@ -18,7 +18,14 @@ from aftcli.core.outputs import BOTH, Meant, output_of, probabilities, with_both
 from aftcli.cutting.cut import flow_of
 from aftcli.cutting.layers import default_layer, divided
 from aftcli.cutting.networks import copied, name_of, outside_inference_mode, unwrapped
-from aftcli.cutting.outputs import Logits, LogitsOfSeveral, at_path, run, with_logits
+from aftcli.cutting.outputs import (
+    Logits,
+    LogitsOfSeveral,
+    at_path,
+    check_logits,
+    run,
+    with_logits,
+)
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 from aftcli.settings import AUTO, NONE, SOFTMAX
@@ -266,6 +273,7 @@ def cut_classifier(
     preprocessing = find_preprocessing(model, preprocessing, note)
     tried = run(model, input_shape(model, preprocessing))
     x, of_logits = tried.x, with_logits(model, tried, output_key, note)
+    check_logits(of_logits, tried, note)
     layer = layer or default_layer(of_logits, x, note)
     parts, (activation, *rest), logits = divided(model, layer, x, tried.out, note)
     if isinstance(of_logits, Logits):

@@ -7,13 +7,43 @@ without running the head again, which makes CAM and Ablation-CAM cheap.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointError
 
 from aftcli.core.outputs import BOTH
 from aftcli.cutting.cut import cut, cut_modules
+from aftcli.errors import AftError
+
+
+def attention_in_steps(trained: bool) -> AbstractContextManager[None]:
+    """Run attention step by step where its gradient is trained: torch's kernels have no second."""
+    return sdpa_kernel(SDPBackend.MATH) if trained else nullcontext()
+
+
+def gradient_of(layer: str, y: Tensor, activation: Tensor, create_graph: bool) -> Tensor:
+    """Compute the gradient of scores y, shape (N,), by A; a layer's name is for messages.
+
+    Raises:
+        AftError: the scores have no gradient, or the network breaks it.
+    """
+    if not y.requires_grad:
+        raise AftError(
+            f"the score does not depend on layer {layer}, or the network computes it without "
+            "gradients; name another --layer, or a method without gradients, such as scorecam"
+        )
+    try:
+        return torch.autograd.grad(y.sum(), activation, create_graph=create_graph)[0]
+    except CheckpointError as error:
+        raise AftError(
+            "the network computes its activations again for gradients (torch.utils.checkpoint), "
+            f"which layer {layer} can't follow; switch that off, as "
+            "gradient_checkpointing_disable() of transformers does"
+        ) from error
 
 
 class LinearHead(NamedTuple):

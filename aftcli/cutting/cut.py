@@ -7,7 +7,6 @@ model, under the same names.
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,6 +18,7 @@ from torch.fx.node import Argument
 
 from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
 from aftcli.cutting.networks import copied, input_channels, with_history
+from aftcli.cutting.tracing import trace
 from aftcli.cutting.watched import run_watched
 from aftcli.errors import AftError, first_line, nearest
 
@@ -39,6 +39,10 @@ class Parts(NamedTuple):
         flow = flow_of(self.layer(self.stem(x)))
         if not all(isinstance(each, Tensor) for each in flow):
             raise Untraceable("what leaves the layer are no tensors, but structures of some")
+        if isinstance(self.head, fx.GraphModule):
+            taken = sum(node.op == "placeholder" for node in self.head.graph.nodes)
+            if taken != len(flow):
+                raise Untraceable("the layer returns several tensors")
         return flow
 
 
@@ -57,24 +61,6 @@ class CutPoint(NamedTuple):
     name: str
     module: nn.Module
     shape: tuple[int, ...]
-
-
-class _Tracer(fx.Tracer):
-    """A tracer of the named modules only; all others are leaves."""
-
-    def __init__(self, opened: set[str]) -> None:
-        super().__init__()
-        self.opened = opened
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.opened
-
-
-def _trace(model: nn.Module, opened: set[str]) -> fx.Graph:
-    # Optional arguments of forward take their defaults: as proxies they would break `if flag:`.
-    _, *optional = inspect.signature(model.forward).parameters.values()
-    defaults = {p.name: p.default for p in optional if p.default is not p.empty}
-    return _Tracer(opened).trace(model, concrete_args=defaults)
 
 
 def _ancestors(name: str) -> set[str]:
@@ -184,7 +170,7 @@ def cut(
                 f"layers that can be cut: {_some_cut_points(model)}"
             )
     try:
-        graph = _trace(model, set().union(*map(_ancestors, names)))
+        graph = trace(model, set().union(*map(_ancestors, names)), x)
     except AftError:
         raise
     except Exception as error:
@@ -198,9 +184,15 @@ def cut(
     first = next((n for n in reversed(before) if n.target == names[0]), None)
     alone = last is not None and _is_only_path(graph, last)
     if last is None or first is None or (x is None and not alone):
+        missing = next((name for name in names if all(n.target != name for n in calls)), None)
+        why = (
+            f"{missing} is called nowhere in the network's forward"
+            if missing
+            else "its output is not the only path from the input to the logits"
+        )
         raise AftError(
-            f"layer {layer!r} can't be cut: its output is not the only path from the input to "
-            f"the logits; layers that can: {_some_cut_points(model, near=names[-1])}"
+            f"layer {layer!r} can't be cut: {why}; layers that can: "
+            f"{_some_cut_points(model, near=names[-1])}"
         )
     parts = (
         _cut_one_path(model, graph, first, last)
@@ -242,6 +234,7 @@ def _cut_all_paths(
     known, sizes = _known(model, graph, input_, [n for n in passing if behind & set(n.users)], x)
     past = [n for n in graph.nodes if n in known]
     # What does not depend on the input, such as a table of positions, is made where it is needed.
+    # What only the stem needs of it is the stem's alone, so that the layer can be trained.
     inside = _upstream([last, *past], of_input - from_first)
     entering = [
         n
@@ -278,7 +271,8 @@ def _known(
     tensors, sizes = set(), {}
     for node, a, b in zip(nodes, two, three, strict=True):
         if isinstance(a, Tensor):
-            if (len(a), len(b)) != (2, 3) or a.shape[1:] != b.shape[1:]:
+            rows = a.shape[:1] + b.shape[:1]
+            if rows != (2, 3) or a.shape[1:] != b.shape[1:]:
                 raise Untraceable(f"{node} passes the layer by without a row for each image")
             tensors.add(node)
         else:
@@ -351,7 +345,7 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    graph = _trace(model, set())
+    graph = trace(model, set())
     for node in graph.nodes:
         if node.op != "call_module" or not _is_only_path(graph, node):
             continue

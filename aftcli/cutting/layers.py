@@ -2,112 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from aftcli.cutting.cut import CutPoint, Parts, Untraceable, cut, cut_points, is_spatial, on_meta
-from aftcli.cutting.layouts import Layout, same_output, to_maps
+from aftcli.cutting.cut import CutPoint, Parts, Untraceable, cut, cut_points, is_spatial
+from aftcli.cutting.layouts import same_output
 from aftcli.cutting.networks import copied
+from aftcli.cutting.places import Place, calls_of, find_layout, layout_at, places, two_images
 from aftcli.cutting.watched import Ran, RunFrom, RunTo, first_tensor, run_watched
 from aftcli.errors import AftError, first_line
 
 ROUNDING = 1e-5  # of the largest logit
 
-MOST_TOKENS = 8  # beside those of the cells: class, distillation, registers
-
 PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Embedding)  # of tokens, inside an attention or an MLP
-
-
-class Place(NamedTuple):
-    """A call of a module whose output has cells.
-
-    Attributes:
-        ran: the call.
-        layout: where the channels and the cells are; kind "first" is (N, K, h, w).
-    """
-
-    ran: Ran
-    layout: Layout
-
-    @property
-    def maps(self) -> Tensor:
-        """The output as (N, K, h, w)."""
-        first = self.layout.kind == "first"
-        return self.ran.output if first else to_maps(self.ran.output, *self.layout)
-
-
-def places(calls: Sequence[Ran], x: Tensor) -> list[Place]:
-    """Find the calls whose outputs have cells, more than one.
-
-    The axes of the cells are those whose sides have the input's ratio. A row of tokens is laid out
-    on the grid of the last map before it, or on one with the input's ratio.
-
-    Args:
-        calls: the calls of a pass.
-        x: the pass's input, shape (N, C, H, W).
-    """
-    found, grids = [], [(0, 0)]
-    for ran in calls:
-        layout = _layout(ran.output.shape, x.shape, grids)
-        if layout:
-            found.append(Place(ran, layout))
-            if layout.kind in ("first", "last"):
-                grids.append((layout.height, layout.width))
-    return found
-
-
-def _layout(
-    shape: Sequence[int], input_: Sequence[int], grids: Sequence[tuple[int, int]]
-) -> Layout | None:
-    count, _, *_, high, wide = input_
-    if len(shape) == 4 and shape[0] == count:
-        for kind, (h, w) in (("first", shape[2:]), ("last", shape[1:3])):
-            if h * w > 1 and abs(h * wide - w * high) < wide:
-                return Layout(kind, h, w)
-    if len(shape) != 3 or count not in shape[:2]:
-        return None
-    kind, tokens = ("tokens", shape[1]) if shape[0] == count else ("sequence", shape[0])
-    for h, w in reversed(grids):
-        if h * w > 1 and 0 <= tokens - h * w <= MOST_TOKENS:
-            return Layout(kind, h, w, tokens - h * w)
-    for prefix in range(MOST_TOKENS + 1):
-        h = round(math.sqrt(max(tokens - prefix, 0) * high / wide))
-        if h > 1 and h * round(h * wide / high) == tokens - prefix:
-            return Layout(kind, h, round(h * wide / high), prefix)
-    return None
-
-
-def layout_at(model: nn.Module, layer: str, x: Tensor) -> tuple[Layout | None, int]:
-    """Return the layout of a layer's output, and the number of times the layer runs in a pass.
-
-    Args:
-        model: the network.
-        layer: the module's name.
-        x: an input, shape (1, C, H, W).
-
-    Raises:
-        AftError: the layer does not run, or its output has no cells.
-    """
-    calls, _ = _calls(model, x)
-    layer = layer.split("+")[-1]
-    own = [ran for ran in calls if ran.name == layer]
-    if not own:
-        raise AftError(f"layer {layer!r} does not run in a pass of {type(model).__name__}")
-    place = next((p for p in places(calls, _two(x)) if p.ran is own[-1]), None)
-    if place is None:
-        known = dict.fromkeys(p.ran.name for p in places(calls, _two(x)))
-        raise AftError(
-            f"layer {layer!r} can't be used: its output has shape (N, "
-            f"{', '.join(map(str, own[-1].output.shape[1:]))}), a CAM needs (N, K, h, w), or "
-            f"tokens of cells; the last layers that have them: {', '.join([*known][-12:])}"
-        )
-    layout = place.layout._replace(contiguous=own[-1].output.is_contiguous())
-    return None if layout.kind == "first" else layout, len(own)
 
 
 class Divided(NamedTuple):
@@ -172,7 +84,7 @@ def _are_maps(activation: object, x: Tensor) -> bool:
         return False
     if x.dim() == 5:
         return True
-    layout = _layout(activation.shape, x.shape, [])
+    layout = find_layout(activation.shape, x.shape, [])
     return layout is None or layout.kind == "first"
 
 
@@ -193,19 +105,6 @@ def _checked(
     return Divided(parts, flow, out)
 
 
-def _two(x: Tensor) -> Tensor:
-    # Two images, to tell the axis of images from the others.
-    return x[:1].repeat(2, *[1] * (x.dim() - 1))
-
-
-def _calls(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
-    with torch.no_grad():
-        try:
-            return run_watched(on_meta(model), _two(x).to("meta"))
-        except Exception:  # noqa: BLE001 - it needs its numbers
-            return run_watched(model, _two(x))
-
-
 def default_layer(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> str:
     """Choose the layer to cut at: the last one with cells that the logits depend on.
 
@@ -224,7 +123,7 @@ def default_layer(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> s
     Raises:
         AftError: no layer has cells that move the logits.
     """
-    calls, out = _calls(model, x)
+    calls, out = calls_of(model, x)
     logits = first_tensor(out)
     count = logits.shape[1] if logits is not None and logits.dim() == 2 else None
     layer = last_convolution(model, (x.shape[2], x.shape[3]), count)
@@ -255,7 +154,7 @@ def _with_cells_behind(
         and not f"{last}.".startswith(f"{ran.name}.")
         and any(True for _ in ran.module.parameters())
     ]
-    return [p.ran for p in places(behind, _two(x)) if not _classifies(p, classes)]
+    return [p.ran for p in places(behind, two_images(x)) if not _classifies(p, classes)]
 
 
 def _convolutions(calls: Sequence[Ran]) -> list[Ran]:
@@ -270,13 +169,14 @@ def _classifies(place: Place, classes: int | None) -> bool:
 def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: int | None) -> str:
     """Find the last module whose cells move the logits; keep `layer` if it is as good."""
     network = _stirred(model)
-    x = _two(x).detach().requires_grad_()
+    x = two_images(x).detach().requires_grad_()
     with torch.enable_grad():
         calls, out = run_watched(network, x)
     found = [
         p
         for p in places(calls, x)
         if p.ran.output.requires_grad
+        and p.maps.shape[1] > 1
         and not _classifies(p, classes)
         and not isinstance(p.ran.module, PROJECTIONS)
         and any(True for _ in p.ran.module.parameters())
@@ -287,7 +187,8 @@ def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: 
     if logits is not None and logits.requires_grad and outputs:
         weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
         score = (logits * weights.to(logits)).sum()
-        gradients = torch.autograd.grad(score, outputs, allow_unused=True, retain_graph=True)
+        with suppress(RuntimeError):  # as a network raises it that computes activations again
+            gradients = torch.autograd.grad(score, outputs, allow_unused=True, retain_graph=True)
     live = [p for p, g in zip(found, gradients, strict=False) if g is not None and _moves(p, g)]
     if not live:
         if layer is None:
@@ -371,7 +272,10 @@ def last_convolution(
         points = cut_points(model, size)
     except Exception:  # noqa: BLE001 - torch.fx can't follow it, or it needs its numbers
         return None
-    spatial = [p for p in points if is_spatial(p.shape) and _has_convolution(p.module)]
+    # One channel is a weight of each cell, as attention has it, and no activation.
+    spatial = [
+        p for p in points if is_spatial(p.shape) and p.shape[1] > 1 and _has_convolution(p.module)
+    ]
     inner = [
         p for p in spatial if not any(q.name.startswith(f"{p.name}.") for q in spatial if q != p)
     ]

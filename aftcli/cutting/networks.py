@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -73,6 +74,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
         raise AftError(
             f"{type(model).__name__}: a scripted or traced network can't be cut; pass the "
             "nn.Module that it was made of, with the weights of its state_dict()"
+        )
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise AftError(
+            f"{type(model).__name__}: has lazy layers, whose weights get their shapes from a first "
+            "input; run it once on an input before it is explained (a function named by --model: "
+            "before it returns)"
         )
     return model
 

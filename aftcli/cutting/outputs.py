@@ -12,6 +12,8 @@ from torch import Tensor, fx, nn
 
 from aftcli.errors import AftError, first_line, nearest
 
+PUBLISHED = ("torchvision.", "timm.", "transformers.")  # their networks treat images alone
+
 NESTED = 3  # structures in structures that are searched for logits
 
 
@@ -44,6 +46,67 @@ def run(model: nn.Module, shape: Sequence[int]) -> Tried:
             f"({first_line(error)[:200]}); say what it takes: preprocessing=Preprocessing("
             "size=(H, W), mean=(...), std=(...)), or an attribute `preprocessing` of it"
         ) from error
+
+
+@torch.no_grad()
+def check_logits(model: nn.Module, tried: Tried, note: Callable[[str], None]) -> None:
+    """Check that logits are finite numbers in floating point, a row for each image.
+
+    Args:
+        model: returns logits, or what only a target explains, which is not checked.
+        tried: what it, or the network that it is of, returned of an input.
+        note: is told where the rows depend on each other.
+
+    Raises:
+        AftError: they are not.
+    """
+    name, x = type(model).__name__, tried.x
+    logits = at_path(tried.out, model.path) if isinstance(model, Logits) else tried.out
+    if not isinstance(logits, Tensor) or (logits.dim() != 2 and logits.numel() != 1):
+        if logits is None or isinstance(logits, str | int | float):
+            raise AftError(f"{name} returns {logits!r}; its forward must return logits, (N, C)")
+        return
+    if not logits.is_floating_point():
+        raise AftError(
+            f"{name} returns {str(logits.dtype).removeprefix('torch.')} numbers, and maps need "
+            "logits in floating point; let its forward return them"
+        )
+    if not logits.isfinite().all():
+        raise AftError(
+            f"{name} returns {'NaN' if logits.isnan().any() else 'infinity'} for a random input; "
+            "look for a diverged training in its weights, and for divisions by 0 in its forward"
+        )
+    whole = model.whole if isinstance(model, Logits) else model
+    if type(whole).__module__.startswith(PUBLISHED):
+        return
+    try:
+        both = model(torch.cat([x, 2 * x.flip(-1)]))
+    except Exception as error:
+        raise AftError(
+            f"{name} runs one image, but not two at once ({first_line(error)[:200]}); let its "
+            "forward take any number of images"
+        ) from error
+    if both.numel() != 2 * logits.numel():
+        if logits.numel() == 1:  # see core.outputs.output_of
+            return
+        raise AftError(
+            f"{name} returns outputs of shape {tuple(both.shape)} for 2 images; let its forward "
+            "return a row for each"
+        )
+    off = (both.reshape(2, -1)[0] - logits.reshape(-1)).abs().max()
+    if off > torch.finfo(logits.dtype).eps ** 0.5 * logits.abs().max():
+        again = at_path(whole(x), model.path) if isinstance(model, Logits) else model(x)
+        if not torch.equal(again, logits):
+            raise AftError(
+                f"{name} returns other values each time for the same input: it draws random "
+                "numbers (dropout in training mode?), or keeps what it has seen; switch that off "
+                "in its forward"
+            )
+        note(
+            f"what {name} returns for an image depends on the other images of the batch, as by a "
+            "batch norm in training mode: maps of several images, and thresholds, for which masked "
+            "copies of an image are run together, are not those of one image alone"
+        )
 
 
 class Output(NamedTuple):
@@ -200,7 +263,8 @@ def with_logits(
         return model
     # Messages name its class.
     logits: nn.Module = type(type(model).__name__, (Logits,), {})(model, output.path)
-    if not torch.equal(logits(tried.x), at_path(tried.out, output.path)):
+    own = at_path(tried.out, output.path)
+    if not torch.equal(logits(tried.x), own) and own.isfinite().all():
         raise AftError(
             f"{type(model).__name__} returns other values each time, or hooks of its own change "
             "them; remove the hooks, or let its forward do what they do"

@@ -19,7 +19,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.methods import method as find_method
 from aftcli.engine.onnx import onnx_program
-from aftcli.errors import AftError, first_line
+from aftcli.errors import AftError, first_line, root_of
 from aftcli.models.checkpoint import read_card
 from aftcli.models.load import load_classifier
 
@@ -120,7 +120,7 @@ def traced(f: Classifier, method: str) -> nn.Module:
 
 
 def _not_exportable(f: Classifier, method: str, error: Exception) -> AftError:
-    reason = first_line(error)[:120]
+    reason = first_line(root_of(error))[:120]
     others = ", ".join(m for m in ("gradcam", "gradcam++", "layercam") if m in METHODS)
     return AftError(
         f"{method} of {f.name} can't be written as one ONNX graph ({reason}); {others} can for "

@@ -62,7 +62,7 @@ class FoldedTorch:
 
     def _run(self, part: Pass, x: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.lower, enabled=self.lower is not None):
-            out = part(x.contiguous(memory_format=torch.channels_last))
+            out = part(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
         # Maps, softmax and comparisons are in the weights' own precision.
         return out.to(self.dtype)
 
@@ -81,7 +81,10 @@ class CompiledTorch(FoldedTorch):
 
 
 def _laid_out(part: nn.Module) -> nn.Module:
-    return part.to(memory_format=torch.channels_last)
+    for tensor in (*part.parameters(), *part.buffers()):
+        if tensor.dim() == 4:  # not of any other, as Module.to would
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return part
 
 
 class _Tracer(fx.Tracer):

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.cut import flow_of
-from aftcli.errors import AftError, Unfit, first_line
+from aftcli.errors import AftError, Unfit, first_line, root_of
 from aftcli.files import replacing, tensors_hash
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _export_to(
     try:
         program = onnx_program(module, x, outputs)
     except Exception as error:
-        raise Unfit(f"it can't be exported: {first_line(error)[:120]}") from error
+        raise Unfit(f"it can't be exported: {first_line(root_of(error))[:120]}") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:

@@ -162,7 +162,8 @@ def find_source(name: str) -> Source:
             return source
     if CODE.fullmatch(name):
         return _own
-    if name.endswith(".py"):
+    if name.rstrip(":").endswith(".py"):
+        name = name.rstrip(":")
         raise AftError(f"{name}: say which function of it returns the network: {name}:NAME")
     return _installed if name in INSTALLED else _torchvision
 

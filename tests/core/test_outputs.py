@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from aftcli.aft.jobs import Job
@@ -346,3 +347,46 @@ def test_one_output_behind_a_path_past_the_layer():
         by_hand = (gradient.mean((2, 3), keepdim=True) * a).sum(1).relu()
 
         assert_near(grad_cam(g, a, torch.full((3,), c), x), by_hand / a[0, 0].numel())
+
+
+class Unfit(nn.Module):
+    """A network whose output is changed, of inputs x and logits y, to one that is no good."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.network, self.change = small_model("linear", 0), change
+
+    def forward(self, x):
+        return self.change(x, self.network(x))
+
+
+UNFIT = {
+    "returns NaN": lambda x, y: y * math.nan,
+    "returns infinity": lambda x, y: y / 0,
+    "int64 numbers": lambda x, y: (100 * y).long(),
+    "complex64 numbers": lambda x, y: y.to(torch.complex64),
+    "returns None": lambda x, y: None,
+    "returns 'cat'": lambda x, y: "cat",
+    "a row for each": lambda x, y: y.mean(0, keepdim=True),
+    "not two at once": lambda x, y: y.view(1, 5),
+    "other values each time": lambda x, y: F.dropout(y, training=True),
+}
+
+
+@pytest.mark.parametrize("why", UNFIT)
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_output_that_is_no_good_is_refused_with_the_reason(why, inside):
+    def change(x, y):
+        y = UNFIT[why](x, y)
+        return {"logits": y} if inside and isinstance(y, torch.Tensor) else y
+
+    preprocessing = Preprocessing(size=SIZE)
+    with pytest.raises(AftError, match=why):
+        cut_classifier(Unfit(change), preprocessing=preprocessing, note=lambda _: None)
+
+
+def test_images_that_depend_on_each_other_are_said():
+    notes = []
+    mixing = Unfit(lambda x, y: y - y.mean() + len(x))
+    cut_classifier(mixing, preprocessing=Preprocessing(size=SIZE), note=notes.append)
+    assert "depends on the other images of the batch" in notes[0]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from aftcli import Search, attribution_map, cut_classifier, explain, fine_tune_threshold
-from aftcli.core.cam import ablated_scores, grad_cam
+from aftcli.core.cam import ablated_scores, grad_cam, score_gradient
 from aftcli.core.classes import Preprocessing
 from aftcli.cutting.layers import default_layer
 from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
@@ -36,13 +36,13 @@ class Residual(nn.Module):
         return self.fc(z.reshape(n, 6, h // 4 * (w // 4)).mean(2)) * x.mean((1, 2, 3))[:, None]
 
 
-class ShapeDependent(Residual):
+class ValueDependent(Residual):
     """The same, in a form that torch.fx can't trace."""
 
     def forward(self, *inputs):
-        if inputs[0].shape[-1] > 8:
+        if inputs[0].abs().max() < 99:
             return super().forward(*inputs)
-        raise ValueError("too small")
+        raise ValueError("too bright")
 
 
 class Tokens(nn.Module):
@@ -97,7 +97,7 @@ def vit():
 # Network, layer, the place of its cells, and whether its graph is known.
 CASES = {
     "residual": (Residual, "conv2", None, True),
-    "untraceable": (ShapeDependent, "conv2", None, False),
+    "untraceable": (ValueDependent, "conv2", None, False),
     "tokens": (Tokens, "blocks.1.norm1", Layout("tokens", 6, 8, 1), False),
     "sequence": (lambda: Tokens(False), "blocks.1.norm1", Layout("sequence", 6, 8, 1), False),
     "channels last": (ChannelsLast, "norm", Layout("last", 6, 8), True),
@@ -298,6 +298,108 @@ def test_numbers_that_lie_in_another_order_stay_so(kind):
 # Default layers
 
 
+def test_the_stem_shares_no_weights_where_the_graph_is_known(case):
+    f = case[3]
+    if not isinstance(f.layer, RunTo):
+        own = {id(p) for p in f.stem.parameters()}
+        assert own and not any(id(p) in own for p in [*f.layer.parameters(), *f.head.parameters()])
+
+
+def test_a_number_of_all_images_that_passes_by_is_run_as_it_is():
+    class Scaled(Residual):
+        def forward(self, x):
+            return super().forward(x) * x.mean().sign()
+
+    torch.manual_seed(0)
+    model, notes = Scaled().eval(), []
+    f = cut_classifier(model, "conv2", preprocessing=PREPROCESSING, note=notes.append)
+    x = torch.randn(1, 3, *SIZE)
+    assert torch.equal(f(x), model(x)) and "without a row for each image" in notes[0]
+
+
+class Asking(Residual):
+    """Asks for sizes and types before it runs, and takes whatever it is given."""
+
+    def forward(self, *inputs, **others):
+        x = inputs[0]
+        if x.shape[-1] < 8 or x.dtype != self.fc.weight.dtype or x.dim() != 4:
+            raise ValueError("not such an input")
+        return super().forward(x)
+
+
+class AskingForImages(Residual):
+    def forward(self, x):
+        return super().forward(x) if len(x) > 1 or x.shape[0] < 2 else None
+
+
+class AskingForValues(Residual):
+    def forward(self, x):
+        return super().forward(x) if x.mean() < 9 else None
+
+
+@pytest.mark.parametrize(
+    ("kind", "traced"), [(Asking, True), (AskingForImages, False), (AskingForValues, False)]
+)
+def test_a_question_about_sizes_and_types_is_no_obstacle(kind, traced):
+    torch.manual_seed(0)
+    model = kind().eval()
+    f, plain = (
+        cut_classifier(m, "conv2", preprocessing=PREPROCESSING, note=lambda _: None)
+        for m in (model, _with_weights(Residual(), model))
+    )
+    assert isinstance(f.layer, RunTo) != traced
+    x = torch.randn(3, 3, *SIZE)
+    assert torch.allclose(f(x), model(x), atol=1e-6)
+    maps = [attribution_map(g, x, [0, 1, 2], "gradcam") for g in (f, plain)]
+    assert maps[0].any() and torch.allclose(*maps, atol=1e-5)
+
+
+def _with_weights(model, other):
+    model.load_state_dict(other.state_dict())
+    return model.eval()
+
+
+def test_a_layer_that_returns_several_tensors_is_run_as_it_is():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, stride=4)
+
+        def forward(self, x):
+            y = self.conv(x).relu()
+            return y, y.amax((2, 3))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both, self.fc = Both(), nn.Linear(6, CLASSES)
+
+        def forward(self, x):
+            y, top = self.both(x)
+            return self.fc(y.mean((2, 3)) + top)
+
+    torch.manual_seed(0)
+    model, notes = Net().eval(), []
+    f = cut_classifier(model, "both", preprocessing=PREPROCESSING, note=notes.append)
+    assert "the layer returns several tensors" in notes[0]
+    x = torch.randn(2, 3, *SIZE)
+    logits, (a, _) = by_hooks(model, "both", x)
+    assert torch.allclose(f(x), logits, atol=1e-6) and torch.equal(f.activation(x), a)
+
+
+@pytest.mark.parametrize("method", ["gradcam", "layercam"])
+def test_a_score_that_does_not_depend_on_the_layer_is_refused(method):
+    class Elsewhere(Residual):
+        """Its other output runs the same modules again."""
+
+        def forward(self, x):
+            return {"logits": super().forward(x), "mirrored": super().forward(x.flip(3))}
+
+    f = cut_classifier(Elsewhere(), "conv2", preprocessing=PREPROCESSING, note=lambda _: None)
+    with pytest.raises(AftError, match=r"does not depend on layer conv2.*--layer"):
+        attribution_map(f, torch.randn(1, 3, *SIZE), 1, method)
+
+
 @pytest.mark.parametrize(
     ("build", "layer"),
     [
@@ -378,4 +480,29 @@ def test_a_layer_before_the_last_convolution_is_said():
 def test_a_layer_run_as_it_is_can_be_named_only_if_it_has_cells():
     torch.manual_seed(0)
     with pytest.raises(AftError, match=r"'fc' can't be used: its output has shape \(N, 5\)"):
-        cut_classifier(ShapeDependent(), "fc", preprocessing=PREPROCESSING, note=lambda _: None)
+        cut_classifier(ValueDependent(), "fc", preprocessing=PREPROCESSING, note=lambda _: None)
+
+
+def test_a_layer_that_does_not_run_is_named():
+    model = Residual()
+    model.spare = nn.Conv2d(3, 3, 1)
+    with pytest.raises(AftError, match="'spare' can't be cut: spare is called nowhere"):
+        cut_classifier(model, "spare", preprocessing=PREPROCESSING)
+
+
+def test_the_gradient_behind_attention_can_be_trained():
+    torch.manual_seed(0)
+    model = vit().double().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.4 * torch.randn(p.shape))
+    f = cut_classifier(model, preprocessing=PREPROCESSING, note=lambda _: None)
+    with torch.no_grad():
+        g, a = f.at(torch.randn(1, 3, *SIZE, dtype=torch.double))
+    c, u, v, step = torch.tensor([1]), torch.randn_like(a), torch.randn_like(a), 1e-5
+    own = a.clone().requires_grad_()
+    (u * score_gradient(g, own, c)).sum().backward()
+    ahead, back = (score_gradient(g, a + s * v, c) for s in (step, -step))
+    expected = (u * (ahead - back)).sum() / (2 * step)
+    assert expected.abs() > 1e-3
+    assert torch.allclose((own.grad * v).sum(), expected, rtol=1e-4)

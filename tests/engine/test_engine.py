@@ -505,3 +505,23 @@ def test_an_unknown_engine_is_refused(command, tmp_path):
     done = aft(command, *target, "--engine", "tensorrt")
     known = "'auto', 'torch', 'compile', 'onnxruntime'"
     assert f"'tensorrt' is not one of {known}" in usage_error(done)
+
+
+def test_tensors_of_five_axes_are_no_obstacle():
+    class Shifted(nn.Module):
+        """A table of five axes, as the masks of Swin are."""
+
+        def __init__(self):
+            super().__init__()
+            self.network = small_model("linear", 0).float()
+            self.register_buffer("table", torch.rand(1, 2, 1, 3, 1))
+
+        def forward(self, x):
+            return self.network(x) + self.table.sum()
+
+    model = Shifted().eval()
+    f = cut_classifier(model, "network.conv2", preprocessing=Preprocessing(size=SIZE))
+    fast = accelerated(f, "torch", note=pytest.fail)
+    x = torch.randn(2, 3, *SIZE)
+    with torch.no_grad():
+        assert_near(fast(x), model(x), 1e-5)

@@ -167,6 +167,7 @@ def test_changed_code_is_run_again_and_the_same_code_once(home):
     ("name", "message"),
     [
         ("nets/no.py:make", "no.py: there is no such file; --model takes FILE.py:NAME"),
+        ("nets/net.py:", "net.py: say which function of it returns the network: .*net.py:NAME"),
         ("nets/net.py", "net.py: say which function of it returns the network: .*net.py:NAME"),
         ("nets/net.py:mke", "has no 'mke'; nearest: make"),
         ("nets/net.py:Home.no", "has no 'Home.no'; nearest: model"),
