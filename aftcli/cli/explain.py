@@ -160,7 +160,7 @@ def explain(
 
     from aftcli.pictures.colours import Look
     from aftcli.report import names
-    from aftcli.report.explain import write_outputs
+    from aftcli.report.explain import written
     from aftcli.tft import explain as explanation
 
     wanted = settings if tft or cut else None
@@ -185,7 +185,7 @@ def explain(
         explained = explanation.explain(
             layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion
         )
-        return [write_outputs(f, subject, e, kinds, output.out, called, look) for e in explained]
+        return written(f, subject, explained, kinds, output.out, called, look)
 
     ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
     _each_image(ready, found, explain_image, settings, output, run)
@@ -206,7 +206,7 @@ def tft(
     from aftcli.data.maps import read_map
     from aftcli.pictures.colours import Look
     from aftcli.report import names
-    from aftcli.report.explain import write_outputs
+    from aftcli.report.explain import written
     from aftcli.tft import explain as explanation
 
     of_map = names.of_map(maps.map_, maps.absolute, maps.cells, 0.0, maps.smooth, maps.target_fn)
@@ -232,7 +232,7 @@ def tft(
         else:
             attribution = _fitted(values, maps, f, x, subject, run.quiet)
             explained = explanation.explain_map(fast, x, attribution, *asked)
-        return [write_outputs(f, subject, e, kinds, output.out, called, look) for e in explained]
+        return written(f, subject, explained, kinds, output.out, called, look)
 
     ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
     _each_image(ready, found, explain_image, settings, output, run)

@@ -23,8 +23,9 @@ from aftcli.files import replacing
 from aftcli.models.targets import Targeted
 from aftcli.pictures.colours import LOOK, Look
 from aftcli.pictures.figure import Shown, best, caption, figure
+from aftcli.pictures.grid import grid
 from aftcli.pictures.overlay import Subject, captioned
-from aftcli.report.names import PLAIN, Suffixes
+from aftcli.report.names import PLAIN, Setting, Suffixes, suffixes
 from aftcli.report.terminal import cell, say, stdout_console
 from aftcli.settings import Search
 from aftcli.tft.explain import Explanation
@@ -80,9 +81,7 @@ def write_outputs(
     slug = _slug(name)
     if [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1:
         slug += f"_{explanation.class_index}"
-    is_score = isinstance(f, Targeted)
-    likeliest = [] if is_score else [(f.classes.name(i), y) for i, y in explanation.likeliest]
-    shown = Shown(subject, explanation, name, likeliest, is_score, look)
+    shown = _shown(f, subject, explanation, look)
     files = {}
     for kind in kinds:
         ending, write = OUTPUTS[kind]
@@ -95,6 +94,52 @@ def write_outputs(
             raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
         files[kind] = path
     return Report(subject.path, explanation, files)
+
+
+def written(
+    f: Classifier,
+    subject: Subject,
+    explanations: Iterable[Explanation],
+    kinds: Sequence[str],
+    out: Path,
+    settings: Suffixes = PLAIN,
+    look: Look = LOOK,
+) -> list[Report]:
+    """Write what shows explanations of one picture, and a grid of several if pictures are wanted.
+
+    The last report names the grid among its files.
+
+    Args:
+        f: the classifier.
+        subject: the picture.
+        explanations: of it, of different methods or classes.
+        kinds: keys of OUTPUTS.
+        out: the folder.
+        settings: what the names say of them.
+        look: colours of the map.
+    """
+    reports = [write_outputs(f, subject, e, kinds, out, settings, look) for e in explanations]
+    if len(reports) < 2 or not {"overlay", "figure"} & set(kinds):
+        return reports
+    pairs = [(each.explanation.cam, each.explanation.class_index) for each in reports]
+    classes = len({index for _, index in pairs})
+    of = Setting(f"{classes}x{len(pairs) // classes}", repr(pairs))
+    path = out / f"{subject.stem}{suffixes([of]).cut}{settings.cut}-grid.png"
+    shown = [_shown(f, subject, each.explanation, look) for each in reports]
+    try:
+        with replacing(path) as temporary:
+            grid(shown).savefig(temporary, format="png", pil_kwargs={"compress_level": 3})
+    except OSError as error:
+        raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
+    reports[-1].outputs["grid"] = path
+    return reports
+
+
+def _shown(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
+    is_score = isinstance(f, Targeted)
+    likeliest = [] if is_score else [(f.classes.name(i), y) for i, y in explanation.likeliest]
+    name = class_name(f, explanation)
+    return Shown(subject, explanation, name, likeliest, is_score, look)
 
 
 def _slug(name: str) -> str:

@@ -1,5 +1,6 @@
 """Pictures of explanations: which pixels are dimmed and outlined, colours, captions, the curve."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from aftcli.data.images import View
 from aftcli.pictures import overlay as overlaying
 from aftcli.pictures.colours import Look, bar
 from aftcli.pictures.figure import Shown, caption, figure, number
+from aftcli.pictures.grid import grid
 from aftcli.pictures.overlay import Subject, captioned, shaded, wrapped
 from aftcli.settings import COLORMAPS
 from aftcli.tft.explain import Explanation
@@ -222,3 +224,45 @@ def test_colormap_and_alpha_reach_the_overlay():
     [half] = objects(*options)
     assert half["outputs"]["map"] == found["outputs"]["map"]
     assert half["outputs"]["overlay"] == "aft-out/a-pear-layercam-overlay.png"
+
+
+def test_a_grid_has_a_row_a_class_and_a_column_a_method():
+    subject = subject_of(448, 448, grey=100)
+    shown = []
+    for cam in ("gradcam", "layercam", "scorecam"):
+        for index, name in ((1, "pear"), (0, "apple")):
+            e = replace(searched(shape=(32, 32)), cam=cam, class_index=index, probability=0.3)
+            shown.append(Shown(subject, e, name))
+    drawn = grid(shown)
+    drawn.canvas.draw()
+    boxes = [text.get_window_extent() for text in drawn.texts]
+    for i, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.y0 >= 0
+        assert box.x1 <= drawn.bbox.x1 and box.y1 <= drawn.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+    # By place: from the top, then from the left.
+    order = sorted(range(len(boxes)), key=lambda i: (-round(boxes[i].y1 / 10), boxes[i].x0))
+    lines = [texts(drawn)[i] for i in order]
+    titles = ["Grad-CAM", "Layer-CAM", "Score-CAM"]
+    cut = ["tau* = 0.25"] * 3 + ["50.0% kept, alone 0.602"] * 3
+    assert lines == [*titles, *["pear 0.300"] * 3, *cut, *titles, *["apple 0.300"] * 3, *cut]
+    # Rows of pictures alternate: plain, cut, plain, cut; only cut ones have dimmed pixels.
+    rendered = np.asarray(drawn.canvas.buffer_rgba()).astype(int)[..., :3]
+    dim = (abs(rendered - 45) <= 1).all(2).mean(1)
+    rows = np.flatnonzero(np.diff((dim > 0.3).astype(int), prepend=0, append=0))
+    assert len(rows) == 4 and rows[1] - rows[0] > 200 and rows[3] - rows[2] > 200
+
+
+def test_one_call_for_several_methods_and_classes_writes_a_grid_too():
+    options = ("explain", "a.png", "--cam", "gradcam", "--cam", "layercam", "--top-k", "3")
+    *others, last = objects(*options)
+    assert not any("grid" in found["outputs"] for found in others)
+    path = last["outputs"]["grid"]
+    assert path.startswith("aft-out/a-3x2-") and path.endswith("-grid.png")
+    with Image.open(path) as image:
+        assert image.size == (12 + 2 * 236, 12 + 3 * (224 + 2 * 20 + 12))
+    # Other classes have a grid of their own; one picture, or none, has none.
+    fewer = objects(*options[:-1], "2")[-1]["outputs"]["grid"]
+    assert fewer != path and Path(path).is_file()
+    assert "grid" not in objects("explain", "a.png")[0]["outputs"]
+    assert all("grid" not in found["outputs"] for found in objects(*options, "--save", "map"))
