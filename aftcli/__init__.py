@@ -1,4 +1,4 @@
-"""Attribution maps of CNNs, with fine-tuned thresholds; the public Python API.
+"""Attribution maps of image classifiers, with fine-tuned thresholds; the public Python API.
 
 Names are imported when first used, so that `import aftcli` does not import torch. What is not
 listed here is private and may change in any version.

@@ -64,7 +64,7 @@ def finer_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x:
 
 
 def finer_score(logits: Tensor, class_index: Tensor) -> Tensor:
-    """y^c - gamma mean_d y^d over the 3 classes d whose scores are nearest to y^c, shape (N,).
+    """Compute y^c - gamma mean_d y^d, shape (N,), d the 3 classes with scores nearest to y^c.
 
     Zhang et al., CVPR 2025: gamma = .6. Of fewer classes all others are taken.
     """

@@ -48,8 +48,8 @@ def eigen_smoothed(
 ) -> Tensor:
     """Project alpha_k A^k, centred by channel, on its first principal component; (N, h, w).
 
-    It takes the place of the sum over k. A component has no sign of its own: the one that agrees
-    with the sum is taken; pytorch-grad-cam takes either.
+    It takes the place of the sum over k. A component has no sign: it gets the sign that agrees with
+    the sum. pytorch-grad-cam takes either sign.
     """
     plain = without_constant(f, activation)
     alpha = WEIGHTS[name](f, activation, class_index, x)[:, : plain.shape[1]]
@@ -63,9 +63,9 @@ def eigen_smoothed(
 def augmented(
     name: str, f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
 ) -> Tensor:
-    """Average the scaled maps of x and its mirror image, times .9, 1 and 1.1, shape as the map's.
+    """Average the scaled maps of x and its mirror image, each times .9, 1 and 1.1.
 
-    Cost: six maps, with a pass of the stem for each.
+    The shape is the map's. This costs six maps, with a pass of the stem for each.
     """
     maps = []
     for mirrored in (False, True):
@@ -76,7 +76,7 @@ def augmented(
     return torch.stack(maps).mean(0)
 
 
-# What takes the place of a method's function.
+# Each gives a function that takes the place of a method's.
 SMOOTHINGS: dict[str, Callable[[str], Method] | None] = {
     "none": None,
     "aug": lambda name: partial(augmented, name),
@@ -87,10 +87,10 @@ COPIES = 2 * len(FACTORS)  # of an image that `aug` maps
 
 
 def check_smooth(smooth: str, name: str) -> None:
-    """Check that a method's maps can be smoothed so.
+    """Check that a method's maps can be smoothed in this way.
 
     Raises:
-        AftError: the way is unknown, or of channels that the method does not weigh.
+        AftError: the way is unknown, or needs weighted channels, which the method has not.
     """
     check_name("smoothing", smooth, SMOOTHINGS)
     if smooth == "eigen" and name not in WEIGHTS:
@@ -126,7 +126,7 @@ def fused(maps: Sequence[Tensor], fuse: str = "max") -> Tensor:
     """Stretch maps to the size of the largest, combine them cell by cell and scale to [0, 1].
 
     Args:
-        maps: of the layers, each of shape (N, h, w), in [0, 1]; one alone stays as it is.
+        maps: one of each layer, shape (N, h, w), in [0, 1]; a single one stays as it is.
         fuse: a key of FUSIONS.
     """
     check_name("fusion", fuse, FUSIONS)
@@ -155,17 +155,17 @@ def map_of_layers(
     smooth: str = "none",
     fuse: str = "max",
 ) -> Tensor:
-    """Compute I of inputs whose activations are known, shape (N, H, W), as `attribution_map`."""
+    """Compute I, shape (N, H, W), as `attribution_map` does, from known activations."""
     if isinstance(seen[0][0], Targeted) and not takes_target(name):
         raise AftError(
-            f"{method(name).title} is of classes and takes no target; take one of "
+            f"{method(name).title} explains classes only, not a target; take one of "
             f"{', '.join(other for other in METHODS if takes_target(other))}"
         )
     if x.dim() == 5 and method(name).family != "cam":
-        raise AftError(f"{method(name).title} is of images; videos are explained by CAMs")
+        raise AftError(f"{method(name).title} explains images only; take a CAM for videos")
     if len(seen) > 1 and method(name).family not in ("cam", "activation"):
         raise AftError(
-            f"{method(name).title} is of pixels, the same whatever the layer: nothing to fuse; "
+            f"{method(name).title} gives the same map for every layer, so nothing can be fused; "
             "give one --layer, or a CAM"
         )
     maps = [layer_map(each, class_index, x, name, cells, zero_level, smooth) for each in seen]
@@ -173,10 +173,11 @@ def map_of_layers(
 
 
 def cuts(f: Layers) -> tuple[Classifier, ...]:
-    """Return the classifiers of one network.
+    """Check that classifiers are of one network, and return them.
 
     Raises:
-        AftError: there is none, they are cut at the same layer, or are of different networks.
+        AftError: there is none, or they are cut at the same layer, or they are of different
+            networks.
     """
     layers = (f,) if isinstance(f, Classifier) else tuple(f)
     names = [each.layer_name for each in layers]
@@ -187,7 +188,7 @@ def cuts(f: Layers) -> tuple[Classifier, ...]:
         same = (other.name, other.classes, other.preprocessing, other.checkpoint)
         if same != (first.name, first.classes, first.preprocessing, first.checkpoint):
             raise AftError(
-                f"maps of several layers are of one network; {other.name} at {other.layer_name} "
+                f"only maps of one network can be fused; {other.name} at {other.layer_name} "
                 f"and {first.name} at {first.layer_name} have other names, classes, weights or "
                 "preprocessing"
             )
@@ -212,21 +213,21 @@ def attribution_map(
         f: the classifier; several that are cut at different layers of one network give one map.
         x: inputs, shape (N, 3, H, W), normalised as the model wants; videos (N, 3, D, H, W) for
             CAMs.
-        class_index: the class explained for each input, shape (N,); a number for one input; or a
-            target, a function of the output (aftcli/models/targets.py).
+        class_index: the class to explain for each input, shape (N,); for one input a number too; or
+            a target, a function of the output (aftcli/models/targets.py).
         method: a key of METHODS: gradcam, ablationcam, layercam, lrp, rise, …
         cells: average a map of pixels over the activation's cells, see `to_cells`.
         zero_level: see `scaled_map`; for maps of cells.
-        smooth: "none", "aug", the mean over mirrored and scaled inputs, or "eigen", the first
+        smooth: "none"; "aug", the mean over mirrored and scaled inputs; or "eigen", the first
             principal component of the weighted channels in place of their sum.
-        fuse: "max" or "product": what several layers' maps are combined by, see `fused`.
+        fuse: "max" or "product", which combines several layers' maps, see `fused`.
 
     Returns:
         I, shape (N, H, W), of videos (N, D, H, W), in [0, 1]; an all-zero map stays zero.
 
     Raises:
-        AftError: x is no batch of images, not each has one class of f's, the method can't be
-            smoothed or fused so, or see `scaled_map`.
+        AftError: x is no batch of images, an image has not one class of f's, the method can't be
+            smoothed or fused in this way, or see `scaled_map`.
     """
     layers = cuts(f)
     if callable(class_index):

@@ -266,7 +266,7 @@ class Command(TyperCommand):
 
 app = typer.Typer(
     name="aft",
-    help="See what a convolutional image classifier looked at: CAMs with fine-tuned thresholds.",
+    help="See what an image classifier looked at: CAMs with fine-tuned thresholds.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -285,7 +285,7 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """See what a convolutional image classifier looked at: CAMs with fine-tuned thresholds."""
+    """See what an image classifier looked at: CAMs with fine-tuned thresholds."""
 
 
 DEFAULT = f"{METHODS_HELP} Default: a checkpoint's, or"

@@ -163,7 +163,7 @@ class Weights:
     ] = "auto"
     output_key: Annotated[
         str | None,
-        option("--output-key", "KEY", "Which output has the logits."),
+        option("--output-key", "KEY", "Name of the output that has the logits."),
     ] = None
 
 
@@ -176,7 +176,7 @@ class Network(Weights):
         option(
             "--layer",
             "NAME",
-            "Name or names, a+b. Default: last convolution.",
+            "Name or names, a+b. Default: automatic.",
             callback=usage(check_layer),
         ),
     ] = None
@@ -196,7 +196,7 @@ class LayeredNetwork(Network):
         option(
             "--layer",
             "NAME",
-            "Or a+b; repeat to fuse. Default: last convolution.",
+            "Name or a+b; repeat to fuse. Default: automatic.",
             callback=usage(check_layers),
         ),
     ] = None
@@ -240,7 +240,7 @@ class TargetMaps(Maps):
     ] = None
     target_fn: Annotated[
         str | None,
-        option("--target-fn", "FN", "FILE.py:NAME: a score of the output; runs it."),
+        option("--target-fn", "FN", "Run FILE.py:NAME, your score of the output."),
     ] = None
     top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N most likely.")] = 1
     smooth: Annotated[Smooth, words("--smooth", Smooth, "of the map.")] = "none"
@@ -248,7 +248,7 @@ class TargetMaps(Maps):
 
     @property
     def fusion(self) -> Fuse:
-        """What the maps of several layers are combined by."""
+        """Way to combine the maps of several layers."""
         return self.fuse or "max"
 
 

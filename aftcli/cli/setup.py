@@ -113,10 +113,10 @@ def classifiers(
 ) -> tuple[Classifier, ...]:
     """Load the network once for each layer that was asked for, cut there, on its device.
 
-    With a target, FILE.py:NAME, that is its only class.
+    A target, FILE.py:NAME, becomes its only class.
 
     Raises:
-        AftError: maps are to be fused, and there are no two layers, or see `load_classifier`.
+        AftError: maps are to be fused, and only one layer is named, or see `load_classifier`.
     """
     from aftcli.models.load import find_device, load_classifier
 
@@ -202,6 +202,9 @@ def advise(methods: list[str], mode: str, cells: bool, quiet: bool) -> None:
 
 def targets(f: Classifier, maps: TargetMaps) -> list[int]:
     """Find the classes to explain; empty for the predicted ones."""
+    from aftcli.core.inputs import check_classes
+
+    check_classes(f)
     if maps.top_k > len(f.classes):
         raise AftError(f"--top-k {maps.top_k}: {f.name} has {len(f.classes)} classes")
     return list(dict.fromkeys(f.classes.index(name) for name in maps.target or []))

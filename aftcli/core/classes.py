@@ -53,8 +53,8 @@ class Preprocessing:
     def with_channels(self, count: int) -> Preprocessing:
         """Return the same for another number of channels.
 
-        Equal values of all channels stay. Otherwise it is a guess: grey takes the means of the
-        colours' values, more channels than three stay as they are.
+        Equal values of all channels stay. Otherwise it is a guess: one channel takes the means of
+        the colours' values; more than one are not normalised: mean 0, std 1.
         """
         if count == len(self.mean):
             return self
@@ -82,7 +82,7 @@ class Preprocessing:
         """Build it from the values of `as_dict`.
 
         Raises:
-            AftError: the values, of a file, are none that an image can be prepared by.
+            AftError: no image can be prepared by these values.
         """
         lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
         try:
@@ -127,13 +127,13 @@ def preprocessing_of_timm(config: Mapping[str, Any]) -> Preprocessing:
 
 
 def recorded_preprocessing(model: object) -> Preprocessing | None:
-    """Read the preprocessing that a network's object records; None where it records none.
+    """Read the preprocessing that a network's object records; None if it records none.
 
     That is its attribute `preprocessing`, a Preprocessing or the values of `as_dict`, or timm's
     `pretrained_cfg`.
 
     Raises:
-        AftError: the values are none that an image can be prepared by.
+        AftError: no image can be prepared by these values.
     """
     own = getattr(model, "preprocessing", None)
     if isinstance(own, Preprocessing):
@@ -159,12 +159,12 @@ class Classes:
 
     @classmethod
     def numbered(cls, count: int) -> Classes:
-        """Make classes that nobody has named."""
+        """Return classes that nobody has named: `class 0`, `class 1`, ..."""
         return cls(tuple(f"class {i}" for i in range(count)))
 
     @classmethod
     def of_one(cls, name: str) -> Classes:
-        """Make both classes of a binary classifier of the name of the positive one."""
+        """Return both classes of a binary classifier, given the name of the positive one."""
         return cls((f"not {name}", name))
 
     def __len__(self) -> int:
@@ -172,7 +172,7 @@ class Classes:
 
     @property
     def own(self) -> tuple[str, ...]:
-        """The names, where only their user knows them: neither ImageNet's nor mere numbers."""
+        """Names that are the user's own: neither ImageNet's nor mere numbers; otherwise none."""
         return () if self.wnids or self == Classes.numbered(len(self)) else self.names
 
     def name(self, index: int) -> str:

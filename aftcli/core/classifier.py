@@ -18,7 +18,7 @@ from aftcli.core.outputs import BOTH, Meant, output_of, probabilities, with_both
 from aftcli.cutting.cut import flow_of
 from aftcli.cutting.layers import default_layer, divided
 from aftcli.cutting.networks import copied, name_of, outside_inference_mode, unwrapped
-from aftcli.cutting.outputs import Logits, LogitsOfSeveral, run, with_logits
+from aftcli.cutting.outputs import Logits, LogitsOfSeveral, at_path, run, with_logits
 from aftcli.errors import AftError
 from aftcli.files import tensors_hash
 from aftcli.settings import AUTO, NONE, SOFTMAX
@@ -31,7 +31,7 @@ class Engine(Protocol):
     precision: str  # a key of aftcli.engine.accelerate.TOLERANCES
 
     def takes(self, x: Tensor) -> bool:
-        """Tell if it can run inputs of this shape and type."""
+        """Tell if the engine can run inputs of this shape and dtype."""
 
     def activation(self, x: Tensor) -> Tensor:
         """Compute A of inputs x, as `Classifier.activation`."""
@@ -41,17 +41,17 @@ class Engine(Protocol):
 
 
 class Before(Protocol):
-    """The layer and the head that a classifier had before a zero level, and its tensors."""
+    """The layer and head that a classifier had before its zero level, and the level's tensors."""
 
     layer: nn.Module
     head: nn.Module
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what moved the maps, by names in a checkpoint."""
+        """Return the tensors that moved the maps, by their names in a checkpoint."""
 
 
 class Held(nn.Module):
-    """A head as a function of A alone: what passes layer l by is held.
+    """A head as a function of A alone: what bypasses layer l is held fixed.
 
     Args:
         head: w2, a function of A and the rest.
@@ -65,7 +65,7 @@ class Held(nn.Module):
         self.training = head.training
 
     def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
-        """Compute logits, shape (N, C), of A, shape (N, K, h, w); values given go first."""
+        """Compute logits, shape (N, C), of A, shape (N, K, h, w); `rest` replaces what is held."""
         count = len(activation)
         held = (r.expand(count, *r.shape[1:]) if len(r) == 1 else r for r in self.rest)
         return self.inner(activation, *(rest or held))  # type: ignore[no-any-return]
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
         head: w2, from A to the logits.
         name: the model's name, as `--model` takes it.
         layer_name: the layer's name, as `--layer` takes it.
-        preprocessing: what makes x of an image.
+        preprocessing: the steps from an image to x.
         classes: the names of the classes.
         activation_shape: (K, h, w) of A at the preprocessing's input size.
         cam: the CAM method that it was fine-tuned for (§4.2); None without.
@@ -88,9 +88,9 @@ class Classifier(nn.Module):
         engine: what runs passes without gradients; None runs all as they are written.
         zero_level: what `layer` and `head` were before a zero level was given; None without.
         watch: is told of each pass how many images it has; None for nobody.
-        bypassed: layer's output is not all that head takes: the layer returns (A, *rest), all of
-            shape (N, ...), and logits = head(A, *rest); see `at`.
-        output: what makes probabilities of the logits: softmax, sigmoid, or none where they are
+        bypassed: the head takes more than A: the layer returns (A, *rest), each of shape (N, ...),
+            and logits = head(A, *rest); see `at`.
+        output: how logits become probabilities: softmax, sigmoid, or none if they are
             probabilities already.
         output_key: the entry of the network's output that was asked for; "" for the usual one.
     """
@@ -144,24 +144,24 @@ class Classifier(nn.Module):
         return self.at(x)[1]
 
     def at(self, x: Tensor) -> tuple[Classifier, Tensor]:
-        """Hold what passes layer l by at its values of x, so that `head` is a function of A alone.
+        """Hold what bypasses layer l at its values for x, so that `head` is a function of A alone.
 
         Args:
             x: inputs, shape (N, 3, H, W).
 
         Returns:
-            The classifier for these images, f itself where nothing passes by, and A.
+            The classifier for these images (f itself if nothing bypasses the layer), and A.
         """
         engine = None if self.bypassed else self._engine_for(x)
         return (self, engine.activation(x)) if engine else self.after(self.stem(x))
 
     def after(self, z: Any) -> tuple[Classifier, Tensor]:  # noqa: ANN401 - a tensor or several
-        """Hold what passes layer l by, as `at`, of the stem's output z."""
+        """Hold what bypasses layer l, as `at` does, given the stem's output z."""
         activation, *rest = flow_of(self.layer(z))
         return self.holding(rest), activation
 
     def holding(self, rest: Sequence[Tensor]) -> Classifier:
-        """Hold these values of what passes layer l by, each (N, ...) or (1, ...); f for none."""
+        """Hold these values of what bypasses layer l, each (N, ...) or (1, ...); f if empty."""
         if not rest:
             return self
         held = copy.copy(self)
@@ -224,35 +224,36 @@ def cut_classifier(
     output: str = AUTO,
     note: Callable[[str], None] = warnings.warn,
 ) -> Classifier:
-    """Cut any image classifier of the user's and check that nothing has changed.
+    """Cut a user's image classifier, and check that its output stays the same.
 
     Args:
-        model: a network from (N, C, H, W) to logits (N, C'), or to a structure that holds them,
-            or to any other output, of which only a target can be explained, or from videos
-            (N, C, D, H, W), at a layer that is named; it is copied, not changed. Of DataParallel
-            and torch.compile the network inside is taken. One output, (N, 1) or (N,), is a binary
-            classifier's: the cut one has a column for each of both classes.
-        layer: where to cut, a module of the model or its name; default the last layer with cells
-            that the logits depend on, see `cutting.layers.default_layer`.
+        model: a network that takes images (N, C, H, W), or videos (N, C, D, H, W) if `layer` is
+            given. It returns logits (N, C'), or a structure that holds them; of any other output
+            only a target can be explained. One output, (N, 1) or (N,), makes it a binary
+            classifier, which gets a column for each class. The model is copied, not changed, and
+            taken out of DataParallel and torch.compile.
+        layer: the module to cut at, or its name; default the last layer with cells that the logits
+            depend on, see `cutting.layers.default_layer`.
         name: the model's name in results; default its class's name.
-        preprocessing: what makes its input; default what the model records, otherwise ImageNet's
-            usual, at a size that the model takes.
-        classes: the names of the classes, of a binary classifier both or the positive one;
+        preprocessing: the steps from an image to x; default what the model records, otherwise
+            ImageNet's usual, at a size that the model takes.
+        classes: the names of the classes; for a binary classifier both, or the positive one;
             default numbers.
         output_key: the entry of what the model returns that has the logits (`find_output`);
             default `logits`, otherwise the first tensor of shape (N, C').
-        own: cut the model itself, without a copy; its activations may become out-of-place.
-        output: what makes probabilities of the outputs: softmax, sigmoid (one output, or classes
-            that do not exclude each other), none (they are probabilities already); auto takes
-            none where that shows, sigmoid for one output, otherwise softmax.
+        own: cut the model itself, without a copy; in-place activations become out-of-place.
+        output: how outputs become probabilities: softmax, sigmoid (one output, or classes that do
+            not exclude each other), none (they are probabilities already). auto takes none if
+            it finds probabilities, sigmoid for one output, otherwise softmax.
         note: is told what was guessed, and what makes the network slower.
 
     Returns:
-        A classifier in eval mode whose logits equal the model's bit for bit.
+        A classifier in eval mode. Its logits equal the model's bit for bit; up to rounding where
+        the network runs as it is.
 
     Raises:
         AftError: the layer is unknown or can't be cut, the parts do not equal the model, the
-            model can't be copied, or its outputs are not what `output` says.
+            model can't be copied, or its outputs do not fit `output`.
     """
     model = unwrapped(model)
     if own and any(tensor.is_inference() for tensor in model.state_dict().values()):
@@ -266,14 +267,12 @@ def cut_classifier(
     tried = run(model, input_shape(model, preprocessing))
     x, of_logits = tried.x, with_logits(model, tried, output_key, note)
     layer = layer or default_layer(of_logits, x, note)
-    parts = divided(model, layer, x, note)
-    with torch.no_grad():
-        activation, *rest = parts.flow(x)
+    parts, (activation, *rest), logits = divided(model, layer, x, tried.out, note)
     if isinstance(of_logits, Logits):
         taken = LogitsOfSeveral if rest else Logits
         parts = parts._replace(head=taken(parts.head, of_logits.path))
+        logits = at_path(logits, of_logits.path)
     with torch.no_grad():
-        logits = parts.head(activation, *rest)
         # Other outputs have no classes; they are explained by a target (aftcli/models/targets.py).
         others = not isinstance(logits, Tensor) or (logits.dim() != 2 and logits.numel() != 1)
         meant = Meant(NONE)

@@ -23,8 +23,8 @@ class LinearHead(NamedTuple):
         pool: from A, shape (N, K, h, w), to features, shape (N, K * m), channel by channel.
         linear: the first linear layer, K * m features in.
         rest: from the linear layer's output to the logits.
-        is_last: the linear layer's outputs are the logits: rest is the identity, or makes the
-            columns of both classes of the only output.
+        is_last: the linear layer's outputs are the logits: rest is the identity, or turns the only
+            output into the columns of both classes.
         is_mean: pool is global average pooling.
     """
 
@@ -36,13 +36,13 @@ class LinearHead(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        """The weights of each class, shape (C, K * m), where the linear layer is last."""
+        """The weights of each class, shape (C, K * m), if the linear layer is last."""
         own = self.linear.weight
         return torch.cat([-own, own]) if _is_both(self.rest, self.linear) else own
 
 
 def linear_head(head: nn.Module, shape: tuple[int, int, int]) -> LinearHead | None:
-    """Split a head at its first linear layer; None if what is before it mixes channels."""
+    """Split a head at its first linear layer; return None if what is before it mixes channels."""
     was_training = head.training
     head.eval()
     try:
@@ -78,7 +78,7 @@ def _is_identity(rest: nn.Module) -> bool:
 
 @torch.no_grad()
 def _is_both(rest: nn.Module, linear: nn.Linear) -> bool:
-    """Test if rest makes columns -y, y of the linear layer's only output."""
+    """Tell if rest turns the linear layer's only output y into columns -y and y."""
     if linear.out_features != 1 or not hasattr(rest, BOTH):
         return False
     y = torch.linspace(-9, 9, 19)[:, None].to(linear.weight)

@@ -1,4 +1,4 @@
-"""Inputs that a network takes; inputs x and classes c that callers give."""
+"""Inputs that a network takes, and checks of the inputs x and classes c that callers give."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ FRAMES = 8  # of the video that a cut is checked on
 def find_preprocessing(
     model: nn.Module, given: Preprocessing | None, note: Callable[[str], None]
 ) -> Preprocessing:
-    """Find a preprocessing whose inputs a network takes: the one it records, or the usual one.
+    """Find a preprocessing that fits a network: the one that it records, otherwise the usual one.
 
     Args:
         model: in eval mode.
-        given: the user's; only its mean and std change, where the network takes another number of
-            channels and they are the default ones or the same for all channels.
+        given: the user's; kept, except that mean and std are fitted to another number of channels
+            if they are the default ones or the same for all channels.
         note: is told what was guessed.
 
     Raises:
-        AftError: the network takes inputs of no size that is tried.
+        AftError: the network fails on every size that is tried.
     """
     channels, usual = input_channels(model), Preprocessing()
     if given:
@@ -83,7 +83,7 @@ def _guess(model: nn.Module, guessed: Preprocessing, is_recorded: bool) -> str:
 
 
 class Cut(Protocol):
-    """A network cut at layer l, as `Classifier` is, which stands above."""
+    """A network cut at layer l: what this module needs of `Classifier`, which imports it."""
 
     name: str
     classes: Any  # sized
@@ -91,14 +91,14 @@ class Cut(Protocol):
     activation_shape: Any
 
     def at(self, x: Tensor) -> tuple[Any, Tensor]:
-        """Compute A, and hold what passes layer l by."""
+        """Compute A, and hold what bypasses layer l."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the weights."""
 
 
 def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, Tensor]:
-    """Compute f.at(x) of inputs that a caller gave, without gradients: f for them, and A."""
+    """Check inputs that a caller gave, and return f.at(x), without gradients: f for them, and A."""
     check_shape(x, count, len(f.activation_shape) == 4)
     try:
         with torch.no_grad():
@@ -135,24 +135,24 @@ def check_shape(x: Tensor, count: int | None = None, videos: bool = False) -> No
 
 
 def check_classes(f: Cut) -> None:
-    """Check that a network's output is logits of classes."""
+    """Check that a network returns logits of classes."""
     if not len(f.classes):
         raise AftError(
-            f"the output of {f.name} is no logits of shape (N, C), so it has no classes; explain a "
-            "target, a function of the output (target=, --target-fn FILE.py:NAME)"
+            f"{f.name} returns no logits of shape (N, C), so it has no classes; explain a target, "
+            "a function of its output (target=, --target-fn FILE.py:NAME)"
         )
 
 
 def class_indices(
     f: Cut, given: Tensor | Sequence[int] | int, count: int, device: torch.device
 ) -> Tensor:
-    """Turn classes that a caller gave into a tensor, int64, shape (N,).
+    """Check classes that a caller gave, and return a tensor, int64, shape (N,).
 
     Args:
         f: the classifier.
-        given: c of each image; a plain number where there is one image.
+        given: c of each image; for one image a plain number too.
         count: N.
-        device: where the tensor is needed.
+        device: the device of the tensor.
     """
     check_classes(f)
     if isinstance(given, Sequence) and any(type(c).__name__.startswith("bool") for c in given):

@@ -1,4 +1,4 @@
-"""The meaning of a network's outputs: what makes probabilities of them (docs/decisions.md)."""
+"""The meaning of a network's outputs, and their probabilities (docs/decisions.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def probabilities(logits: Tensor, output: str = SOFTMAX) -> Tensor:
 
     Args:
         logits: shape (N, C).
-        output: of OUTPUTS: their softmax, the sigmoid of each, or they are probabilities already.
+        output: softmax, sigmoid of each, or none if the logits are probabilities already.
     """
     if output == SIGMOID:
         return logits.sigmoid()
@@ -29,7 +29,7 @@ def probabilities(logits: Tensor, output: str = SOFTMAX) -> Tensor:
 
 
 def log_probabilities(logits: Tensor, output: str = SOFTMAX) -> Tensor:
-    """Compute the logarithms of `probabilities`; of 0 that of the smallest number."""
+    """Compute the logarithms of `probabilities`; 0 counts as the smallest positive number."""
     if output == SIGMOID:
         return F.logsigmoid(logits)
     return _log(logits) if output == NONE else logits.log_softmax(1)
@@ -38,7 +38,7 @@ def log_probabilities(logits: Tensor, output: str = SOFTMAX) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor, output: str = SOFTMAX) -> Tensor:
     """Compute the cross-entropy of labels, shape (N,), mean over images.
 
-    Of classes that do not exclude each other it is the binary one of each class, summed.
+    If classes do not exclude each other, it is the sum of each class's binary cross-entropy.
     """
     if excludes(logits, output):
         return F.nll_loss(log_probabilities(logits, output), labels)
@@ -53,7 +53,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, output: str = SOFTMAX) -> Tens
 def divergence(logits: Tensor, teacher: Tensor, output: str = SOFTMAX) -> Tensor:
     """Return KL(f_0(x) || f(x)), the distance of the teacher's probabilities, mean over images.
 
-    Of classes that do not exclude each other it is that of a coin for each class, summed.
+    If classes do not exclude each other, it is the sum of each class's binary divergence.
 
     Args:
         logits: f(x), shape (N, C).
@@ -84,7 +84,7 @@ def in_range(outputs: Tensor) -> bool:
 
 
 def sum_to_one(p: Tensor) -> bool:
-    """Tell if probabilities of classes, shape (N, C), sum to 1, but for rounding."""
+    """Tell if probabilities of classes, shape (N, C), sum to 1, up to rounding."""
     tolerance = torch.finfo(p.dtype).eps ** 0.5
     total = (p.float() if p.itemsize < 4 else p).sum(1)
     return bool(((total - 1).abs() <= tolerance).all())
@@ -94,8 +94,8 @@ class BothClasses(nn.Module):
     """The columns of both classes, shape (N, 2), of a binary classifier's only output.
 
     Args:
-        of_probability: the output is p, and the columns are 1 - p and p; otherwise it is a logit
-            y, and they are -y and y: their sigmoid is the probability of each.
+        of_probability: the output is a probability p, and the columns are 1 - p and p. Otherwise
+            it is a logit y, and the columns are -y and y; each one's sigmoid is its probability.
     """
 
     def __init__(self, of_probability: bool = False) -> None:
@@ -109,12 +109,12 @@ class BothClasses(nn.Module):
         return torch.cat([1 - y if self.of_probability else -y, y], 1)
 
     def extra_repr(self) -> str:
-        """Say which of the two it is: graphs are kept by what is printed."""
+        """Return text that tells both kinds apart: graphs are cached by what they print."""
         return "1 - p, p" if self.of_probability else "-y, y"
 
 
 class _Behind(nn.Module):
-    """A head without a graph, and the columns behind it; its modules are the head's own."""
+    """A head without a graph, followed by the columns; its modules are the head's own."""
 
     def __init__(self, head: nn.Module, both: BothClasses) -> None:
         super().__init__()
@@ -125,15 +125,15 @@ class _Behind(nn.Module):
         self.training = head.training
 
     def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
-        """Compute logits, shape (N, 2), of what the head takes."""
+        """Compute logits, shape (N, 2), from the head's arguments."""
         return self.__dict__[BOTH](self.__dict__["inner"](activation, *rest))  # type: ignore[no-any-return]
 
 
 def with_both_classes(head: nn.Module, of_probability: bool) -> nn.Module:
-    """Give a head with one output a column for each of both classes; its weights keep their names.
+    """Give a head with one output a column for each class; its weights keep their names.
 
     Args:
-        head: w2, of a network that was cut; one with a graph is changed.
+        head: w2; changed in place if it has a graph.
         of_probability: see `BothClasses`.
     """
     both = BothClasses(of_probability)
@@ -155,11 +155,11 @@ def path_to_linear(node: fx.Node, modules: Mapping[str, Any]) -> list[fx.Node]:
     """Return the nodes from the columns of both classes back to the last linear layer's.
 
     Args:
-        node: of the columns.
-        modules: of the graph, by name.
+        node: the node of the columns.
+        modules: the graph's modules, by name.
 
     Raises:
-        ValueError: there is more than a sigmoid and changes of shape between them.
+        ValueError: something other than a sigmoid or a change of shape lies between them.
     """
     path = [node]
     while not path[1:] or not isinstance(modules.get(str(path[-1].target)), nn.Linear):
@@ -173,7 +173,7 @@ def path_to_linear(node: fx.Node, modules: Mapping[str, Any]) -> list[fx.Node]:
 
 
 def rows_of_both(linear: nn.Linear) -> nn.Linear:
-    """Make a linear layer with both classes' rows, -w and w, of one with one output."""
+    """Turn a linear layer with one output into one with both classes' rows, -w and w."""
     rows: nn.Linear = skip_init(nn.Linear, linear.in_features, 2, bias=linear.bias is not None)
     for name, w in linear.named_parameters():
         setattr(rows, name, nn.Parameter(torch.cat([-w, w]), False))
@@ -184,9 +184,9 @@ class Meant(NamedTuple):
     """The meaning of a network's outputs.
 
     Attributes:
-        output: of OUTPUTS without auto.
-        single: there is one output, of a binary classifier.
-        guess: what was assumed, or looks wrong, for the user to know; "" where nothing is.
+        output: a word of OUTPUTS, never auto.
+        single: the network has one output: it is a binary classifier.
+        guess: a note for the user: what was assumed, or looks wrong; "" without one.
     """
 
     output: str
@@ -208,18 +208,18 @@ SCALES = (0.1, 1.0, 10.0)  # of the random inputs that show if outputs are proba
 def output_of(run: Callable[[Tensor], Tensor], x: Tensor, first: Tensor, wanted: str) -> Meant:
     """Find out what a network's outputs mean.
 
-    Outputs are probabilities already where they lie in [0, 1] for random inputs of several
-    scales, and either sum to 1 or come out of a sigmoid, as autograd tells. Logarithms of
-    probabilities need no name: their softmax is these probabilities.
+    Outputs are probabilities already if they lie in [0, 1] for random inputs of several scales, and
+    sum to 1 or come out of a sigmoid, as autograd tells. Log-probabilities need no case of their
+    own: their softmax is the probabilities.
 
     Args:
-        run: from inputs, shape (N, 3, H, W), to outputs.
-        x: one random input.
+        run: the network, from inputs, shape (N, C, H, W), to outputs.
+        x: one random input, shape (1, C, H, W).
         first: its outputs.
-        wanted: of OUTPUTS.
+        wanted: a word of OUTPUTS.
 
     Raises:
-        AftError: what is wanted does not fit, or one output comes out of a softmax.
+        AftError: `wanted` does not fit the outputs, or the only output comes out of a softmax.
     """
     check_name("output", wanted, OUTPUTS)
     single = first.numel() == 1
@@ -235,14 +235,14 @@ def output_of(run: Callable[[Tensor], Tensor], x: Tensor, first: Tensor, wanted:
     found = run(inputs.to(x))
     if single and found.numel() != len(inputs):
         raise AftError(
-            f"the network has one output for {len(inputs)} images, so it is none of a class; pass "
-            "a network whose outputs have shape (N, C), (N, 1) or (N,)"
+            f"the network returns one number for {len(inputs)} images, not one for each; pass a "
+            "network whose outputs have shape (N, C), (N, 1) or (N,)"
         )
     found = torch.cat([first.reshape(1, -1), found.reshape(len(inputs), -1)])
     if not in_range(found):
         if wanted == NONE:
             raise AftError(
-                f"--output none is of probabilities, but the outputs reach from {found.min():.3g} "
+                f"--output none needs probabilities, but the outputs range from {found.min():.3g} "
                 f"to {found.max():.3g}; pass --output softmax, or sigmoid for classes that do not "
                 "exclude each other"
             )
@@ -256,7 +256,7 @@ def output_of(run: Callable[[Tensor], Tensor], x: Tensor, first: Tensor, wanted:
             )
         already = last.startswith(SIGMOIDS) or (not single and sum_to_one(found))
     if wanted == AUTO and already:
-        return Meant(NONE, single, f"{ALREADY}, so the score y^c of maps is the probability itself")
+        return Meant(NONE, single, f"{ALREADY}, so maps explain the probability itself")
     if wanted == AUTO and single:
         return Meant(SIGMOID, True, ONE_LOGIT)
     again = f"{ALREADY}; --output {wanted} applies {wanted} to them; leave it out"
@@ -273,7 +273,7 @@ ONE_LOGIT = (
 
 
 def last_operation(run: Callable[[Tensor], Tensor], x: Tensor) -> str:
-    """Name autograd's last operation that computes; "" where it can't be known."""
+    """Return the name of autograd's last operation that computes; "" if it can't be known."""
     try:
         with torch.enable_grad():
             # A copy: the network may write into its input.

@@ -328,11 +328,11 @@ def above(attribution: Tensor, share: float, activation: Tensor, name: str) -> T
 
 
 def check_plain(f: Classifier) -> None:
-    """Check that a classifier that is to be trained has no zero level, and a layer of its own."""
+    """Check that a classifier can be trained: it is cut by its graph, and has no zero level."""
     if isinstance(f.layer, RunTo):
         raise AftError(
-            f"{f.name} is cut at {f.layer_name} by running it as it is, so its layers can't be "
-            "trained apart; name another --layer, one that torch.fx can reach"
+            f"{f.name} can't be fine-tuned at {f.layer_name}: torch.fx can't follow the network "
+            "there; name a --layer where it can"
         )
     if f.zero_level is not None:
         raise AftError(

@@ -31,10 +31,10 @@ class Parts(NamedTuple):
     head: nn.Module
 
     def flow(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Run an input up to the layer: A, and what passes the layer by.
+        """Run an input up to the layer, and return A and what passes the layer by.
 
         Raises:
-            Untraceable: something of it is no tensor, but a structure of some.
+            Untraceable: one of these values is not a tensor.
         """
         flow = flow_of(self.layer(self.stem(x)))
         if not all(isinstance(each, Tensor) for each in flow):
@@ -43,12 +43,12 @@ class Parts(NamedTuple):
 
 
 def flow_of(out: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - a tensor or several
-    """Return what a layer gives to the head: A, and what passes the layer by."""
+    """Return what a layer passes to the head: A, and what bypasses the layer."""
     return out if isinstance(out, tuple) else (out,)
 
 
 class Untraceable(AftError):
-    """torch.fx can't follow a network: it must be run as it is."""
+    """A network that torch.fx can't follow, so that it must run as it is."""
 
 
 class CutPoint(NamedTuple):
@@ -83,7 +83,7 @@ def _ancestors(name: str) -> set[str]:
 
 
 def _upstream(nodes: list[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    """Find all that the nodes depend on, themselves included, without looking behind `stop`."""
+    """Find all that the nodes depend on, themselves included; stop at the nodes of `stop`."""
     seen: set[fx.Node] = set()
     todo = [node for node in nodes if node not in stop]
     while todo:
@@ -122,8 +122,8 @@ def _part(
 ) -> fx.GraphModule:
     """Make a module of the part of a graph that computes `outputs` from `inputs`.
 
-    Several inputs are one tuple, but for a head, which has `sizes`: values of nodes, where BATCH
-    stands for the number of images.
+    Several inputs are one tuple. Only a head, which has `sizes`, takes them one by one: `sizes` are
+    values of nodes, where BATCH stands for the number of images.
     """
     part = fx.Graph()
     values: dict[fx.Node, Any] = {}
@@ -162,14 +162,14 @@ def cut(
             modules that do not contain the layer.
         layer: the name of a module, `layer3.5`, or of consecutive modules that together are
             w1, joined by `+`: `conv_head+bn2`. The last one's output is A.
-        x: an input; with one, other paths than through the layer are allowed. What passes it by
-            is an output of the layer and an input of the head.
-        layout: where A has its channels and cells; default (N, K, h, w). Tokens of no cell pass
-            the layer by.
+        x: an input; with it, other paths than through the layer are allowed. Their values are
+            further outputs of the layer and further inputs of the head.
+        layout: where A has its channels and cells; default (N, K, h, w). Tokens that belong to no
+            cell bypass the layer.
 
     Returns:
         Parts with head(layer(stem(x))) == model(x), bit for bit, or head(*layer(stem(x))) where
-        something passes the layer by.
+        something bypasses the layer.
 
     Raises:
         Untraceable: torch.fx can't follow the modules around the layer.
@@ -233,7 +233,7 @@ def _cut_one_path(model: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.No
 def _cut_all_paths(
     model: nn.Module, graph: fx.Graph, first: fx.Node, last: fx.Node, x: Tensor
 ) -> Parts:
-    """Cut a graph where values pass the layer by; they are those with a row for each image."""
+    """Cut a graph where values bypass the layer: those that have a row for each image."""
     (output,) = (n for n in graph.nodes if n.op == "output")
     input_ = next(n for n in graph.nodes if n.op == "placeholder")
     of_input, from_first = _downstream(graph, input_), _downstream(graph, first)
@@ -242,7 +242,7 @@ def _cut_all_paths(
     known, sizes = _known(model, graph, input_, [n for n in passing if behind & set(n.users)], x)
     past = [n for n in graph.nodes if n in known]
     # What does not depend on the input, such as a table of positions, is made where it is needed.
-    inside = {n for n in _upstream([last, *past], set()) if n in from_first or n not in of_input}
+    inside = _upstream([last, *past], of_input - from_first)
     entering = [
         n
         for n in graph.nodes
@@ -293,7 +293,7 @@ def _sized(size: Any, batch: fx.Node) -> Any:  # noqa: ANN401 - numbers, nested
 
 
 def _size(two: Any, three: Any) -> Any:  # noqa: ANN401 - numbers, nested
-    """Return a size of two images with BATCH in the place of their number."""
+    """Return a size, known for two and three images, with BATCH in place of their number."""
     if isinstance(two, tuple) and len(two) == len(three):
         return tuple(_size(a, b) for a, b in zip(two, three, strict=True))
     if isinstance(two, int | float | str | None) and two == three:
@@ -304,7 +304,7 @@ def _size(two: Any, three: Any) -> Any:  # noqa: ANN401 - numbers, nested
 
 
 def _with_layout(parts: Parts, layout: Layout) -> Parts:
-    """Make maps of the layer's output, and the layer's output of maps before the head."""
+    """Turn the layer's output into maps, and maps back into that output before the head."""
     layer, head = parts.layer, parts.head
     assert isinstance(layer, fx.GraphModule)
     assert isinstance(head, fx.GraphModule)
@@ -339,7 +339,7 @@ def _downstream(graph: fx.Graph, node: fx.Node) -> set[fx.Node]:
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """Copy a model without its numbers: shapes for free."""
+    """Copy a model without its numbers, to get shapes at no cost."""
     memo: dict[int, Tensor] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,10 +1,11 @@
-"""The layer at which a network is cut where nobody names one, and where its cells are."""
+"""The default layer at which a network is cut, and the layout of its cells."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,12 @@ class Place(NamedTuple):
 def places(calls: Sequence[Ran], x: Tensor) -> list[Place]:
     """Find the calls whose outputs have cells, more than one.
 
-    Which axes are the cells' is read off their sides, whose ratio is the input's. A row of tokens
-    is laid out on the grid of the last map before it, or on one with the input's ratio.
+    The axes of the cells are those whose sides have the input's ratio. A row of tokens is laid out
+    on the grid of the last map before it, or on one with the input's ratio.
 
     Args:
-        calls: of a pass.
-        x: its input, shape (N, C, H, W).
+        calls: the calls of a pass.
+        x: the pass's input, shape (N, C, H, W).
     """
     found, grids = [], [(0, 0)]
     for ran in calls:
@@ -82,7 +83,7 @@ def _layout(
 
 
 def layout_at(model: nn.Module, layer: str, x: Tensor) -> tuple[Layout | None, int]:
-    """Find where a layer's output has its cells, and how often the layer runs in a pass.
+    """Return the layout of a layer's output, and the number of times the layer runs in a pass.
 
     Args:
         model: the network.
@@ -105,17 +106,36 @@ def layout_at(model: nn.Module, layer: str, x: Tensor) -> tuple[Layout | None, i
             f"{', '.join(map(str, own[-1].output.shape[1:]))}), a CAM needs (N, K, h, w), or "
             f"tokens of cells; the last layers that have them: {', '.join([*known][-12:])}"
         )
-    return None if place.layout.kind == "first" else place.layout, len(own)
+    layout = place.layout._replace(contiguous=own[-1].output.is_contiguous())
+    return None if layout.kind == "first" else layout, len(own)
 
 
-def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]) -> Parts:
-    """Cut a model by its graph, or run it up to the layer and from it, where the graph is unknown.
+class Divided(NamedTuple):
+    """The parts of a network, and what they gave of an input.
+
+    Attributes:
+        parts: w0, w1, w2.
+        flow: A, and what passes the layer by.
+        out: the network's output.
+    """
+
+    parts: Parts
+    flow: tuple[Tensor, ...]
+    out: Any
+
+
+@torch.no_grad()
+def divided(
+    model: nn.Module, layer: str, x: Tensor, expected: object, note: Callable[[str], None]
+) -> Divided:
+    """Cut a model by its graph; without a graph run it up to the layer, and again from it.
 
     Args:
         model: the network, in eval mode.
         layer: as `cut` takes it.
         x: an input, shape (1, C, H, W).
-        note: is told that the network runs as it is.
+        expected: what the model returns of it.
+        note: is told if the network runs as it is.
 
     Returns:
         Parts whose logits equal the model's bit for bit; up to rounding where it runs as it is.
@@ -123,30 +143,28 @@ def divided(model: nn.Module, layer: str, x: Tensor, note: Callable[[str], None]
     Raises:
         AftError: the layer is unknown, or has no cells, or the parts do not equal the model.
     """
-    with torch.no_grad():
-        expected = model(x)
     try:
         parts = cut(model, layer, x)
-        with torch.no_grad():
-            activation = parts.flow(x)[0]
-        if not _are_maps(activation, x):
+        flow = parts.flow(x)
+        if not _are_maps(flow[0], x):
             parts = cut(model, layer, x, layout_at(model, layer, x)[0])
-        _check(parts, layer, x, expected, 0.0)
+            flow = parts.flow(x)
+        return _checked(parts, flow, layer, expected, 0.0)
     except Untraceable as error:
-        reason = first_line(error)
+        reason, _, _ = first_line(error).partition("; ")
         layout, calls = layout_at(model, layer, x)
         own = (model, layer.split("+")[-1], calls, layout)
         parts = Parts(nn.Identity(), RunTo(*own), RunFrom(*own))
         try:
-            # Where it is watched, torch leaves its fused kernels out.
-            _check(parts, layer, x, expected, ROUNDING)
+            # With hooks torch does not use its fused kernels.
+            found = _checked(parts, parts.flow(x), layer, expected, ROUNDING)
         except Untraceable as failed:
             raise AftError(failed.args[0]) from failed
         note(
             f"{type(model).__name__} is cut at {layer} by running it twice, which is slower: "
-            f"{reason}"
+            f"{textwrap.shorten(reason, 160, placeholder='...')}"
         )
-    return parts
+    return found
 
 
 def _are_maps(activation: object, x: Tensor) -> bool:
@@ -158,23 +176,25 @@ def _are_maps(activation: object, x: Tensor) -> bool:
     return layout is None or layout.kind == "first"
 
 
-@torch.no_grad()
-def _check(parts: Parts, layer: str, x: Tensor, expected: object, tolerance: float) -> None:
-    """Check that parts give a model's output, but for a share of the largest, and leave A alone.
+def _checked(
+    parts: Parts, flow: tuple[Tensor, ...], layer: str, expected: object, tolerance: float
+) -> Divided:
+    """Check that parts give a model's output, up to a share of the largest, and keep A as it is.
 
     Raises:
         Untraceable: they do not.
     """
-    flow = parts.flow(x)
     before = [t.clone() for t in flow]
-    if not same_output(parts.head(*flow), expected, tolerance):
+    out = parts.head(*flow)
+    if not same_output(out, expected, tolerance):
         raise Untraceable(f"cutting at {layer!r} changes the logits; cut at another layer")
     if not all(map(torch.equal, before, flow)):
         raise Untraceable(f"what follows {layer!r} writes into its output; cut at another layer")
+    return Divided(parts, flow, out)
 
 
 def _two(x: Tensor) -> Tensor:
-    # Two images: the axis of images is then told from others.
+    # Two images, to tell the axis of images from the others.
     return x[:1].repeat(2, *[1] * (x.dim() - 1))
 
 
@@ -189,14 +209,14 @@ def _calls(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
 def default_layer(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> str:
     """Choose the layer to cut at: the last one with cells that the logits depend on.
 
-    That is the last convolutional layer, with its norm and activation, unless cells are mixed
-    behind it, as attention does; then it is the last module whose every cell moves the logits:
-    of a vision transformer with a class token the last block's first norm.
+    That is the last convolutional layer, with its norm and activation, unless later modules mix its
+    cells, as attention does. Then it is the last module most of whose cells move the logits. For a
+    vision transformer with a class token, that is the first norm of the last block.
 
     Args:
         model: the network, in eval mode.
         x: an input, shape (1, C, H, W).
-        note: is told where the layer is not the last convolution.
+        note: is told if a convolution with cells runs after the layer.
 
     Returns:
         Its name, as `cut` takes it.
@@ -216,8 +236,8 @@ def default_layer(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> s
     left = _convolutions(_with_cells_behind(layer, calls, x, count))
     if left:
         note(
-            f"layer {layer} is explained, not the last convolution {left[-1].name}, whose cells "
-            "move no class on their own; --layer NAME chooses another"
+            f"layer {layer} is explained, not the last convolution {left[-1].name}, most of whose "
+            "cells do not move the output; --layer NAME chooses another"
         )
     return layer
 
@@ -225,7 +245,7 @@ def default_layer(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> s
 def _with_cells_behind(
     layer: str | None, calls: Sequence[Ran], x: Tensor, classes: int | None
 ) -> list[Ran]:
-    """Find modules with weights and cells that run after a layer, neither in it nor around it."""
+    """Find modules with weights and cells that run after a layer, neither inside nor around it."""
     *_, last = names = (layer or "").split("+")
     end = max((i for i, ran in enumerate(calls) if ran.name == last), default=-1)
     behind = [
@@ -243,12 +263,12 @@ def _convolutions(calls: Sequence[Ran]) -> list[Ran]:
 
 
 def _classifies(place: Place, classes: int | None) -> bool:
-    """Tell if a convolution gives a map for each class: it is the classifier, as in SqueezeNet."""
+    """Tell if a convolution is the classifier, with a map for each class, as in SqueezeNet."""
     return isinstance(place.ran.module, nn.Conv2d) and place.maps.shape[1] == classes
 
 
 def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: int | None) -> str:
-    """Find the last module whose cells move the logits, or stay with a layer that is as good."""
+    """Find the last module whose cells move the logits; keep `layer` if it is as good."""
     network = _stirred(model)
     x = _two(x).detach().requires_grad_()
     with torch.enable_grad():
@@ -276,8 +296,9 @@ def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: 
                 "--layer NAME"
             )
         return layer
-    # Containers return what their last part does: the first that returned it is meant.
-    last = next(p for p in live if p.ran.output is live[-1].ran.output)
+    # Containers return what their last part does, or pass on what came in: the first counts.
+    first = {id(p.ran.output): p for p in reversed(live)}
+    last = [p for p in live if first[id(p.ran.output)] is p][-1]
     own = next((p for p in reversed(found) if layer and p.ran.name == layer.split("+")[-1]), None)
     if layer and own and (own.ran.output is last.ran.output or not _mixed(own, last)):
         return layer
@@ -285,7 +306,7 @@ def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: 
 
 
 def _stirred(model: nn.Module) -> nn.Module:
-    """Copy a network with small numbers in place of weights that are all 0: those hide paths."""
+    """Copy a network with small numbers for weights that are all 0, since these hide paths."""
     network = copied(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -296,16 +317,16 @@ def _stirred(model: nn.Module) -> nn.Module:
 
 
 def _moves(place: Place, gradient: Tensor) -> bool:
-    """Tell if most cells move the logits: where only a class token is read, none does."""
+    """Tell if most cells move the logits; none does if only a class token is read."""
     maps = Place(place.ran._replace(output=gradient), place.layout).maps
     return bool((maps != 0).any(1).float().mean() > 0.5)
 
 
 def _mixed(own: Place, last: Place) -> bool:
-    """Tell if a cell of the last output depends on other cells of the layer's than its own."""
+    """Tell if a cell of the last output depends on more cells of the layer than its own."""
     h, w = last.layout.height, last.layout.width
     cell = last.maps[:, :, h // 2, w // 2]
-    # Not their sum, which a norm keeps at 0.
+    # Not the plain sum, which a norm keeps at 0.
     weights = torch.randn(cell.shape, generator=torch.Generator().manual_seed(0)).to(cell)
     score = (cell * weights).sum()
     (gradient,) = torch.autograd.grad(score, [own.ran.output], allow_unused=True, retain_graph=True)
@@ -335,8 +356,8 @@ def last_convolution(
 ) -> str | None:
     """Find the last convolutional layer with spatial extent, its norm and activation included.
 
-    One that gives a map for each class is the classifier, as in SqueezeNet: the one before is
-    taken.
+    A layer that gives a map for each class is the classifier, as in SqueezeNet: the one before it
+    is taken.
 
     Args:
         model: the network.
@@ -344,7 +365,7 @@ def last_convolution(
         classes: the number of logits; None where it is unknown.
 
     Returns:
-        Its name as `cut` takes it; None without one on the only path to the logits.
+        Its name as `cut` takes it; None if the only path to the logits has no such layer.
     """
     try:
         points = cut_points(model, size)
@@ -372,7 +393,7 @@ def last_convolution(
 
 
 def _outermost_pointwise(points: list[CutPoint]) -> list[CutPoint]:
-    """Leave out what is inside a norm or activation: timm's BatchNormAct2d has children."""
+    """Leave out modules inside a norm or activation: timm's BatchNormAct2d has children."""
     outer = tuple(f"{p.name}." for p in points if _is_pointwise(p.module))
     return [p for p in points if not p.name.startswith(outer or ("\0",))]
 

@@ -17,16 +17,21 @@ class Layout(NamedTuple):
         height: h, cells.
         width: w, cells.
         prefix: tokens before those of the cells: of the class, registers.
+        contiguous: the output is contiguous. Later modules may rely on it, and sums over another
+            memory order round differently.
     """
 
     kind: str
     height: int
     width: int
     prefix: int = 0
+    contiguous: bool = True
 
 
-def to_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Tensor:
-    """Make A, shape (N, K, h, w), of a layer's output; arguments as of `Layout`."""
+def to_maps(
+    out: Tensor, kind: str, height: int, width: int, prefix: int, contiguous: bool
+) -> Tensor:
+    """Turn a layer's output into A, shape (N, K, h, w); arguments as in `Layout`."""
     if kind == "last":
         return out.permute(0, 3, 1, 2)
     tokens = out.transpose(0, 1) if kind == "sequence" else out
@@ -34,20 +39,31 @@ def to_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Ten
     return maps
 
 
-def before_maps(out: Tensor, kind: str, height: int, width: int, prefix: int) -> Tensor:
-    """Take the tokens that belong to no cell, shape (N, prefix, K), of a layer's output."""
+def before_maps(
+    out: Tensor, kind: str, height: int, width: int, prefix: int, contiguous: bool
+) -> Tensor:
+    """Return the tokens of a layer's output that belong to no cell, shape (N, prefix, K)."""
     tokens = out.transpose(0, 1) if kind == "sequence" else out
     return tokens[:, :prefix]
 
 
 def from_maps(
-    maps: Tensor, before: Sequence[Tensor], kind: str, height: int, width: int, prefix: int
+    maps: Tensor,
+    before: Sequence[Tensor],
+    kind: str,
+    height: int,
+    width: int,
+    prefix: int,
+    contiguous: bool,
 ) -> Tensor:
-    """Make a layer's output of A and the tokens before its cells, as `Layout` says."""
+    """Turn A and the tokens before its cells into a layer's output, as `Layout` says."""
     if kind == "last":
-        return maps.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-    tokens = torch.cat([*before, maps.flatten(2).mT], 1)
-    return (tokens.transpose(0, 1) if kind == "sequence" else tokens).contiguous()
+        out = maps.permute(0, 2, 3, 1)
+    else:
+        tokens = maps.flatten(2).mT
+        tokens = torch.cat([*before, tokens], 1) if before else tokens
+        out = tokens.transpose(0, 1) if kind == "sequence" else tokens
+    return out.contiguous() if contiguous else out
 
 
 def same_output(one: object, two: object, tolerance: float = 0.0) -> bool:
@@ -56,7 +72,7 @@ def same_output(one: object, two: object, tolerance: float = 0.0) -> bool:
     Args:
         one: an output.
         two: the other.
-        tolerance: a share of the largest number of a tensor; by 0 they are equal bit for bit.
+        tolerance: a share of a tensor's largest number; 0 asks for equality bit for bit.
     """
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         if one.shape != two.shape or not one.numel():

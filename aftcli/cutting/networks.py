@@ -1,4 +1,4 @@
-"""Users' networks, wrapped, hard to copy, with computed weights."""
+"""Users' networks: unwrapped, copied, and with plain values for computed weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Copied = TypeVar("Copied")
 
 
 def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function or generator outside torch.inference_mode(), which knows no gradients.
+    """Run a function or generator outside torch.inference_mode(), where there are no gradients.
 
     Tensors that were made in that mode are copied: autograd does not take them.
     """
@@ -51,7 +51,7 @@ SHARDED = ("FullyShardedDataParallel", "FSDPModule")  # classes of FSDP, old and
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Take off what runs a network elsewhere: DataParallel, DistributedDataParallel, torch.compile.
+    """Take a network out of DataParallel, DistributedDataParallel and torch.compile.
 
     Raises:
         AftError: the network is scripted, or its weights lie on several processes (FSDP).
@@ -78,7 +78,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def input_channels(model: nn.Module) -> int:
-    """Return the channels of a network's input: those of its first convolution; otherwise 3."""
+    """Return the number of channels of a network's input: its first convolution's, otherwise 3."""
     for module in model.modules():
         # A scripted one knows its class by name alone.
         kind = getattr(module, "original_name", "")
@@ -91,23 +91,23 @@ def name_of(layer: object, model: nn.Module) -> str:
     """Find the name of a module of a network.
 
     Raises:
-        AftError: it is none.
+        AftError: it is not a module of the network.
     """
     found = next((name for name, module in model.named_modules() if module is layer), "")
     if not found:
         what = type(layer).__name__
         raise AftError(
             f"layer must be the name of a module of {type(model).__name__}, or one of its modules; "
-            f"this {what} is none"
+            f"this {what} is neither"
         )
     return found
 
 
 def copied(what: Copied, memo: dict[int, Any] | None = None) -> Copied:
-    """Copy modules with the tensors that deepcopy refuses: those that autograd computed.
+    """Copy modules, also with tensors that autograd computed, which deepcopy refuses.
 
-    Weight norm, spectral norm and pruning keep their weights so, networks their activations. The
-    copies are values without a history.
+    Weight norm, spectral norm and pruning keep such weights, some networks such activations. The
+    copies of these tensors are values without a history.
     """
     computed = {id(tensor): tensor.detach().clone() for tensor in with_history(what)}
     try:
@@ -151,7 +151,7 @@ def _remaking(module: nn.Module) -> list[tuple[int, Any]]:
 
 
 def with_plain_weights(module: nn.Module) -> nn.Module:
-    """Put values in place of weights that are made of others, as rules of layers read them.
+    """Replace computed weights by their values, since rules of layers read plain weights.
 
     Args:
         module: changed in place; its tensors must be its own.
@@ -171,7 +171,7 @@ def with_plain_weights(module: nn.Module) -> nn.Module:
 
 
 def takes_videos(model: nn.Module) -> bool:
-    """Tell if a network's first convolution is over frames too."""
+    """Tell if a network takes videos: its first convolution runs over frames too."""
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     first = next((m for m in model.modules() if isinstance(m, kinds)), None)
     return isinstance(first, nn.Conv3d)

@@ -1,4 +1,4 @@
-"""What a network returns: the logits in a tensor, a tuple, a dictionary or an object of some."""
+"""The logits in what a network returns: a tensor, or a tuple, dictionary or object of tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NESTED = 3  # structures in structures that are searched for logits
 
 
 class Tried(NamedTuple):
-    """An input x of a network, shape (1, C, H, W), and what the network returns of it."""
+    """An input x of a network, shape (1, C, H, W), and what the network returns for it."""
 
     x: Tensor
     out: Any
@@ -24,7 +24,7 @@ class Tried(NamedTuple):
 
 @torch.no_grad()
 def run(model: nn.Module, shape: Sequence[int]) -> Tried:
-    """Run a network on a random input, of its type and on its device.
+    """Run a network on a random input of its dtype, on its device.
 
     Args:
         model: in eval mode.
@@ -50,7 +50,7 @@ class Output(NamedTuple):
     """The place of logits in what a network returns.
 
     Attributes:
-        path: keys, indices and attributes that lead to them, one in another.
+        path: keys, indices and attributes that lead to the logits, outermost first.
     """
 
     path: tuple[str | int, ...]
@@ -70,10 +70,10 @@ def find_output(
         out: a tensor, or tuples, lists, mappings and objects of tensors.
         key: the name of an entry, its number in a tuple, or several of them joined by dots;
             default `logits`, otherwise the first tensor of shape (N, C).
-        note: is told what was taken where there are several.
+        note: is told which one was taken, if there are several.
 
     Raises:
-        AftError: nothing is named so, or nothing has such a shape.
+        AftError: nothing has that name, or that shape.
     """
     tensors = dict(_tensors(out))
     if key is None and isinstance(out, Tensor):
@@ -135,16 +135,16 @@ def at_path(out: Any, path: Sequence[str | int]) -> Any:  # noqa: ANN401 - a str
 
 
 def logits_of(out: object, key: str | None = None) -> Tensor:
-    """Take the logits, shape (N, C), out of what a network returns; see `find_output`."""
+    """Return the logits, shape (N, C), in what a network returns; see `find_output`."""
     return at_path(out, find_output(out, key).path)  # type: ignore[no-any-return]
 
 
 class Logits(nn.Module):
-    """A network, or a head, that returns a part of what another returns, of the same modules.
+    """A network, or a head, that returns only the logits of another one, with the same modules.
 
     Attributes:
-        path: the place of the part.
-        whole: returns all of it.
+        path: the place of the logits.
+        whole: the other network, which returns everything.
     """
 
     def __init__(self, network: nn.Module, path: tuple[str | int, ...]) -> None:
@@ -156,7 +156,7 @@ class Logits(nn.Module):
 
     @property
     def whole(self) -> nn.Module:
-        """The network that returns all of it."""
+        """The network that returns everything."""
         return self.__dict__["network"]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class Logits(nn.Module):
 
 
 class LogitsOfSeveral(Logits):
-    """The same of a head that takes A and what passes the layer by."""
+    """The same for a head that takes A and what bypasses the layer."""
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
         """Compute the logits of A and the rest."""
@@ -177,13 +177,13 @@ class LogitsOfSeveral(Logits):
 def with_logits(
     model: nn.Module, tried: Tried, key: str | None, note: Callable[[str], None]
 ) -> nn.Module:
-    """Return a network that returns its logits alone: itself, where it does so already.
+    """Return a network that returns only its logits; the model itself if it does so already.
 
-    One without logits is returned as it is: only a target of its output can be explained.
+    A model without logits is returned as it is: only a target of its output can be explained.
 
     Args:
         model: in eval mode.
-        tried: what it returned of an input.
+        tried: what it returned for an input.
         key: see `find_output`.
         note: see `find_output`.
 

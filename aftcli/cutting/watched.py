@@ -1,6 +1,6 @@
-"""Networks watched while they run, and run to or from a layer where their graph is unknown.
+"""Networks that are watched while they run, and that run to or from a layer without a graph.
 
-The only place that hooks into a network; hooks are taken off when the pass ends.
+Only here does a network get hooks; they are removed when the pass ends.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Ran(NamedTuple):
     """A call of a module in a pass of a network.
 
     Attributes:
-        name: the module's.
-        module: that ran.
-        output: what it returned; of a tuple or dict the first tensor.
+        name: the module's name.
+        module: the module that ran.
+        output: what it returned; the first tensor of a tuple or dict.
         alone: it returned nothing else.
     """
 
@@ -32,7 +32,7 @@ class Ran(NamedTuple):
 
 
 def first_tensor(out: object) -> Tensor | None:
-    """Find the first tensor of what a module returned; None without."""
+    """Find the first tensor in what a module returned; None without one."""
     if isinstance(out, Tensor):
         return out
     parts = out.values() if isinstance(out, Mapping) else out
@@ -45,7 +45,7 @@ def run_watched(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
     """Run a network and return the calls of its modules, in the order in which they end.
 
     Args:
-        model: the network; it has no hooks of ours afterwards.
+        model: the network; our hooks are removed afterwards.
         x: its input.
     """
     calls: list[Ran] = []
@@ -67,7 +67,7 @@ def run_watched(model: nn.Module, x: Tensor) -> tuple[list[Ran], object]:
 
 
 class _Done(Exception):  # noqa: N818 - it is no error
-    """The layer's output is there, the rest of the network need not run."""
+    """A signal that the layer's output is known, so that the rest need not run."""
 
 
 class _Interrupted(nn.Module):
@@ -76,10 +76,10 @@ class _Interrupted(nn.Module):
     Its modules are the network's own, under the same names.
 
     Args:
-        network: the whole.
+        network: the whole network.
         layer: the module's name.
-        call: the number of its calls in a pass.
-        layout: where its output has its cells; None for (N, K, h, w).
+        call: the call whose output is A: the module's last one in a pass, counted from 1.
+        layout: the layout of that output; None for (N, K, h, w).
     """
 
     def __init__(self, network: nn.Module, layer: str, call: int, layout: Layout | None) -> None:
@@ -117,7 +117,7 @@ class RunTo(_Interrupted):
             x: inputs, shape (N, C, H, W).
 
         Returns:
-            A, tokens of no cell where there are any, and x, from which `RunFrom` runs the rest.
+            A, tokens that belong to no cell if there are any, and x, from which `RunFrom` runs.
         """
         found: list[Tensor] = []
 
@@ -139,11 +139,11 @@ class RunFrom(_Interrupted):
     """The head: the whole network with another output of the layer."""
 
     def forward(self, activation: Tensor, *rest: Tensor) -> object:
-        """Run the network with the layer's output replaced; arguments as `RunTo` returns them."""
+        """Run the network with the layer's output replaced; takes what `RunTo` returns."""
         *before, x = rest
         # A copy: what follows may write into it.
-        own = from_maps(activation, before, *self.layout) if self.layout else activation.clone()
-        return self.run(x, lambda out: _replaced(out, own))
+        own = from_maps(activation, before, *self.layout) if self.layout else activation
+        return self.run(x, lambda out: _replaced(out, own.clone()))
 
 
 def _replaced(out: Any, tensor: Tensor) -> Any:  # noqa: ANN401 - whatever a module returns

@@ -59,7 +59,7 @@ def read_card(path: Path) -> dict[str, Any] | None:
     """Read what a file of `aft finetune` says of itself, without its tensors.
 
     Args:
-        path: of any checkpoint.
+        path: any checkpoint.
 
     Returns:
         The card; None for another kind of file, or one whose header can't be read.
@@ -124,7 +124,7 @@ def card_classes(card: Mapping[str, Any]) -> Classes:
 
 
 def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
-    """Put a checkpoint's weights into a classifier of the same architecture.
+    """Load a checkpoint's weights into a classifier of the same architecture.
 
     Returns:
         The tuner; None where the file is a control's.
@@ -181,8 +181,8 @@ class Tuner(nn.Module):
     Args:
         channels: K of A.
         hidden: channels between the two convolutions.
-        kind: a key of TUNERS: what is between them.
-        seed: of the initial weights; the global random state stays as it is.
+        kind: a key of TUNERS, the operation between them.
+        seed: seed of the initial weights; the global random state stays as it is.
     """
 
     def __init__(

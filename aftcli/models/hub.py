@@ -33,7 +33,7 @@ UNNAMED = re.compile(r"LABEL_\d+")  # transformers' names of classes that nobody
 
 
 def place_of(name: str) -> str:
-    """Return where transformers looks: a folder's whole path, otherwise the name on the hub.
+    """Return the place where transformers looks: a folder's whole path, or a name on the hub.
 
     >>> place_of("hf:google/vit-base-patch16-224")
     'google/vit-base-patch16-224'
@@ -47,11 +47,11 @@ def hub_model(name: str, weights: bool, num_classes: int | None) -> nn.Module:
 
     Args:
         name: `hf:NAME` or `hf:DIR`.
-        weights: False for random ones, by the configuration alone.
-        num_classes: default the configuration's.
+        weights: False for random weights, built from the configuration alone.
+        num_classes: number of classes; default the configuration's.
 
     Raises:
-        AftError: transformers is missing, or has no such image classifier in safe files.
+        AftError: transformers is missing, or the model is no image classifier in .safetensors.
     """
     try:
         from transformers import AutoConfig, AutoModelForImageClassification
@@ -81,7 +81,7 @@ def hub_model(name: str, weights: bool, num_classes: int | None) -> nn.Module:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from showing bars, and advice to those who train."""
+    """Silence the progress bars and the training advice of transformers."""
     from transformers import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -96,7 +96,7 @@ def _quiet() -> Iterator[None]:
 
 
 def hub_preprocessing(name: str) -> tuple[Preprocessing | None, tuple[str, ...]]:
-    """Read the preprocessing of a model's processor, and what of it can't be kept, in words.
+    """Read the preprocessing of a model's processor, and say what can't be followed.
 
     The preprocessing is None where the model has no processor.
     """
@@ -114,11 +114,11 @@ def hub_preprocessing(name: str) -> tuple[Preprocessing | None, tuple[str, ...]]
 
 
 def read_processor(name: str, config: Mapping[str, Any]) -> tuple[Preprocessing, tuple[str, ...]]:
-    """Turn a processor's values into a Preprocessing, and say what it does besides.
+    """Turn a processor's values into a Preprocessing, and say what can't be followed.
 
     Args:
-        name: of the model, for the words.
-        config: all values of an image processor, its class's defaults included.
+        name: the model's name, for the message.
+        config: all values of an image processor, with its class's defaults.
     """
     said = [f"it {what}" for key, what in INEXPRESSIBLE.items() if config.get(key)]
     size, resize, problem = _sizes(config)
@@ -138,7 +138,7 @@ def read_processor(name: str, config: Mapping[str, Any]) -> tuple[Preprocessing,
         std = std * np.array(config["image_std"])
     normalisation = (tuple((values / rate).round(9).tolist()) for values in (mean, std))
     text = (
-        f"{name}: its processor can't be followed in all: {'; '.join(said)}; maps and "
+        f"{name}: aft can't follow all of its processor: {'; '.join(said)}; maps and "
         "probabilities may differ from those of transformers"
     )
     preprocessing = Preprocessing(size, resize, RESAMPLINGS.get(number, "bicubic"), *normalisation)
@@ -146,7 +146,7 @@ def read_processor(name: str, config: Mapping[str, Any]) -> tuple[Preprocessing,
 
 
 def _sizes(config: Mapping[str, Any]) -> tuple[tuple[int, int], int | None, str]:
-    """Return the input's size, the shorter side before the crop, and what differs, in words."""
+    """Return the input's size, the shorter side before the crop, and the difference in words."""
     scaled, crop = _size(config.get("size")), _size(config.get("crop_size"))
     cropped = crop if config.get("do_center_crop") else None
     shortest = (config.get("size") or {}).get("shortest_edge") if config.get("do_resize") else None
@@ -180,11 +180,11 @@ def _size(value: Any) -> tuple[int, int] | None:  # noqa: ANN401 - what JSON giv
 
 
 def hub_classes(model: nn.Module, imagenet: Classes) -> Classes | None:
-    """Return the class names of a model's configuration; None where nobody gave any.
+    """Return the class names of a model's configuration; None if it has none.
 
     Args:
-        model: of transformers.
-        imagenet: ImageNet's classes, taken where the names are theirs, in their order.
+        model: a model of transformers.
+        imagenet: ImageNet's classes, returned if the names are theirs, in the same order.
     """
     names = tuple(str(name) for _, name in sorted(model.config.id2label.items()))  # type: ignore[union-attr, operator]
     if all(map(UNNAMED.fullmatch, names)):

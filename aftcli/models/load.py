@@ -1,4 +1,4 @@
-"""Load a classifier by name and by file."""
+"""Classifiers loaded by name and from files."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ NEW_HEAD_SCALE = 0.01  # of the model's own initial weights; not 0, for a ReLU m
 
 
 def _given(names: tuple[str, ...]) -> Classes:
-    """Make classes of names that a user gave, literal unless they are ImageNet's list."""
+    """Turn a user's names into classes, literal unless they are ImageNet's list."""
     known = imagenet_classes()
     return known if names == known.names else Classes(names)
 
 
 def _sketch(source: Source, name: str, count: int | None) -> nn.Module:
-    """Build a model without its numbers, to see what a file asks for."""
+    """Build a model without its numbers, to see what a file must hold."""
     if count is None and CODE.fullmatch(name):
         # It may keep what it makes, and a network without numbers must not be kept.
         return source(name, False, None).model
@@ -96,31 +96,32 @@ def load_classifier(
     output: str = AUTO,
     note: Callable[[str], None] = warnings.warn,
 ) -> Classifier:
-    """Load a CNN and cut it at layer l into w0, w1, w2 (§4.2).
+    """Load an image classifier and cut it at layer l into w0, w1, w2 (§4.2).
 
     Args:
-        name: a key of INSTALLED, a classification CNN of torchvision's, `timm:NAME`, `hf:NAME` or
-            `hf:DIR` of transformers, or `FILE.py:NAME` or `package.module:NAME`, code of yours,
-            which is run; default the checkpoint's, otherwise `efficientnet_lite0`.
+        name: a key of INSTALLED, a classifier of torchvision's, `timm:NAME`, `hf:NAME` or `hf:DIR`
+            of transformers, or your own code, which is run: `FILE.py:NAME` or
+            `package.module:NAME`. Default the checkpoint's, otherwise `efficientnet_lite0`.
         checkpoint: a file of `aft finetune`, which knows its model, layer and classes, or a
             state dict for the model; default the model's published weights.
-        layer: a module's name, or consecutive modules joined by `+`; default the last
-            convolutional layer.
+        layer: a module's name, or consecutive modules joined by `+`; default see
+            `cutting.layers.default_layer`.
         classes: class names, literal; default the model's.
         device: where the classifier runs.
         output_key: the entry of what the network returns that has the logits; see
             `cut_classifier`.
         weights: False for random weights, without a download.
-        output: what makes probabilities of the outputs, see `cut_classifier`; auto is what a file
-            of `aft finetune` says.
-        note: is told what was taken off the names of a state dict's weights, and what is guessed.
+        output: how outputs become probabilities, see `cut_classifier`; auto takes what a file of
+            `aft finetune` says.
+        note: is told which prefixes of a state dict's names were removed, and what was guessed.
 
     Returns:
-        The classifier, in eval mode, its logits equal to the uncut model's bit for bit.
+        The classifier, in eval mode. Its logits equal the uncut model's bit for bit; up to rounding
+        where the network runs as it is.
 
     Raises:
         AftError: model, layer or checkpoint is unknown, damaged, does not fit or can't be had;
-            or a checkpoint is of somebody's own code, and `name` does not name it.
+            or a checkpoint needs somebody's own code, or a hub, that `name` does not name.
     """
     card = read_card(Path(checkpoint)) if checkpoint else None
     if checkpoint and card:
@@ -212,10 +213,10 @@ def _tuned(
 
 @outside_inference_mode
 def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Classifier:
-    """Give a classifier an output for each of other classes; all other weights stay.
+    """Give a classifier outputs for other classes; all other weights stay.
 
-    The new weights are small: all classes begin about equally likely (docs/decisions.md). Classes
-    of a network with one output exclude each other afterwards.
+    The new weights are small, so that all classes begin about equally likely (docs/decisions.md).
+    The new classes of a network that had one output exclude each other.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """Networks of a user's own code: `FILE.py:NAME` or `package.module:NAME`.
 
-This runs the code, as Python runs a script. So only the user's own words may name it: what a file
-says of itself (a card, a mask store) is refused by `sources.refuse_unnamed` before it comes here.
+This runs the code, as Python runs a script. So only the user may name it. A name that only a file
+(a card, a mask store) has is refused by `sources.refuse_unnamed` before it comes here.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ CODE = re.compile(rf"(.+\.py|{IDENTIFIER}):({IDENTIFIER})")
 
 
 def full_code_name(name: str) -> str:
-    """Return a name of code with the file's whole path, as a run and its cards keep it."""
+    """Return the name of code with the file's whole path, as runs and cards keep it."""
     home, _, attribute = name.rpartition(":")
     return f"{Path(home).resolve()}:{attribute}" if home.endswith(".py") else name
 
 
 def same_code(one: str, other: str) -> bool:
-    """Tell if two full names are of the same code; a file may have been moved."""
+    """Tell if two full names are of the same code, whose file may have been moved."""
     files = [Path(home).name for home, _ in (_split(one), _split(other)) if home.endswith(".py")]
     return one == other or (
         len(files) == 2 and len(set(files)) == 1 and _split(one)[1] == _split(other)[1]
@@ -47,12 +47,12 @@ def same_code(one: str, other: str) -> bool:
 
 
 def own_model(name: str, num_classes: int | None) -> nn.Module:
-    """Build a network by the user's code, which runs; see the module.
+    """Build a network by the user's code, which is run.
 
     Args:
-        name: `FILE.py:NAME` or `package.module:NAME`: a function without arguments, or with
-            defaults, that returns an nn.Module, a class, or an nn.Module itself.
-        num_classes: given to a function that has such an argument.
+        name: `FILE.py:NAME` or `package.module:NAME`. NAME is a function or class that needs no
+            arguments and makes an nn.Module, or an nn.Module itself.
+        num_classes: passed to a function that has an argument of this name.
 
     Raises:
         AftError: the file, the module or the name is missing, the code raises, needs arguments,
@@ -140,9 +140,9 @@ def _called(name: str, found: object, num_classes: int | None) -> nn.Module:
 
 
 def _guarded(name: str, run: Callable[[], Made]) -> Made:
-    """Run the user's code; what it raises is an AftError of one line.
+    """Run the user's code, and turn what it raises into an AftError of one line.
 
-    Its random numbers are the same each time, so that all processes of a run have one network.
+    Its random numbers are the same each time, so that all processes of a run have equal networks.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -159,7 +159,7 @@ def _guarded(name: str, run: Callable[[], Made]) -> Made:
 
 @contextmanager
 def _importable(home: str) -> Iterator[None]:
-    """Let code import what lies beside it, as a script may, or below the current folder."""
+    """Let code import modules beside its file; code of a package, those in the current folder."""
     own = str(Path(home).resolve().parent) if home.endswith(".py") else os.getcwd()
     added = own not in sys.path
     if added:

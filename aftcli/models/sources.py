@@ -29,9 +29,9 @@ LAYERS = {
 
 
 class Network(NamedTuple):
-    """An uncut model and what is known about it; None for what only the model itself may tell.
+    """An uncut model and what is known about it; None for what is read off the model itself.
 
-    `notes` say what could not be kept of what its authors did.
+    `notes` say which steps of its authors can't be followed.
     """
 
     model: nn.Module
@@ -43,7 +43,7 @@ class Network(NamedTuple):
 def imagenet_classes() -> Classes:
     """Return the 1000 classes of ILSVRC 2012, names with synonyms, and wnids.
 
-    They are timm's; a copy, for an import of timm takes half a second.
+    They are timm's, copied because importing timm takes half a second.
     """
     table = resources.files("aftcli.models").joinpath("imagenet-1k.tsv").read_text("utf-8")
     wnids, names = zip(*(line.split("\t") for line in table.splitlines()), strict=True)
@@ -51,7 +51,7 @@ def imagenet_classes() -> Classes:
 
 
 def _installed(name: str, weights: bool, num_classes: int | None) -> Network:
-    """Build a model of timm's with its ImageNet weights from an installed package."""
+    """Build a model of timm's with the ImageNet weights of an installed package."""
     network = _timm(INSTALLED[name].timm_name, False, num_classes)
     if weights:
         saved = read_state_dict(installed_weights(name))
@@ -118,7 +118,7 @@ def _timm(name: str, weights: bool, num_classes: int | None) -> Network:
 
 
 def _go_offline_if_unreachable() -> None:
-    """Look in the hub's cache only, where there is no network: the hub retries for a minute."""
+    """Use only the hub's cache if the hub can't be reached: it would retry for a minute."""
     import socket
     from urllib.parse import urlparse
 
@@ -152,7 +152,7 @@ SOURCES: dict[str, Source] = {"timm:": _timm, "hf:": _hub}  # by how a name begi
 
 
 def find_source(name: str) -> Source:
-    """Find what builds a network of a name; a name of code is run, see aftcli.models.own.
+    """Find the function that builds a network of a name; code is run, see aftcli.models.own.
 
     Raises:
         AftError: no network has that name.
@@ -179,14 +179,14 @@ def full_name(name: str) -> str:
 
 
 def refuse_unnamed(name: str, of: str | Path) -> None:
-    """Refuse to run code, or to ask a hub, that only a file names.
+    """Refuse to run code, or to ask a hub, if only a file names it.
 
     Args:
-        name: a model's, as the file has it.
-        of: names the file.
+        name: the model's name in the file.
+        of: the file, for the message.
 
     Raises:
-        AftError: the name is one of code, or of transformers and no folder here.
+        AftError: the name is one of code, or `hf:` without a folder here.
     """
     again = f"add --model {shlex.quote(name)} (a judge: --judge MODEL=FILE)"
     if CODE.fullmatch(name) and not name.startswith(tuple(SOURCES)):
@@ -196,13 +196,13 @@ def refuse_unnamed(name: str, of: str | Path) -> None:
         )
     if name.startswith("hf:") and not Path(place_of(name)).is_dir():
         raise AftError(
-            f"{of}: the network is {name}, no folder here, and the hub is asked only for what "
+            f"{of}: the network is {name}, which is no folder here; the hub is asked only for what "
             f"you name yourself; {again}"
         )
 
 
 def is_model(asked: str | None, made: str) -> bool:
-    """Tell if a full name that a file has is what was asked for; None asks for any."""
+    """Tell if the full name in a file is what was asked for; None asks for any."""
     return asked is None or same_code(full_name(asked), made)
 
 

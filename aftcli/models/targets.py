@@ -1,9 +1,8 @@
 """Targets beyond a class: scores of a network's output, whatever it is.
 
-A target takes the output of N images, as the network gives it, and returns a score of each, shape
-(N,); one that returns a single score is asked image by image. A network with a target is a
-classifier of one class whose logit is that score, so every method that asks for no probabilities
-takes it.
+A target takes the network's output for N images and returns one score for each, shape (N,). If it
+returns a single score, it is called image by image. A network with a target is a classifier of one
+class, whose logit is that score. So every method that needs no classes can explain it.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class Scored(nn.Module):
 
 
 def image_of(output: Any, n: int, count: int) -> Any:  # noqa: ANN401 - whatever a network returns
-    """Take the n-th of `count` images' outputs: rows of tensors, an entry of a list of images."""
+    """Return the output of the n-th of `count` images: rows of tensors, an entry of a list."""
     if isinstance(output, Tensor):
         return output[n : n + 1]
     if isinstance(output, Mapping):
@@ -95,7 +94,7 @@ class Targeted(Classifier):
     """A network whose one class is a target; made by `with_target`."""
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return the score itself, shape (N, 1): nothing makes a probability of it."""
+        """Return the score itself, shape (N, 1), which need not be a probability."""
         return logits
 
 
@@ -105,7 +104,7 @@ def with_target(f: Classifier, target: Target, name: str = "") -> Targeted:
     Args:
         f: the classifier, or a network cut with any output; its modules are shared.
         target: see the module.
-        name: names the class; default the function's.
+        name: the class's name; default the function's.
     """
     if not callable(target):
         raise AftError(f"a target is a function of the output, got {type(target).__name__}")
@@ -122,7 +121,7 @@ def with_target(f: Classifier, target: Target, name: str = "") -> Targeted:
 
 
 def load_target(text: str) -> Target:
-    """Load a target from the user's own code, which is run: FILE.py:NAME.
+    """Load a target from the user's own code, FILE.py:NAME, which is run.
 
     Raises:
         AftError: there is no such file or function, or the code fails.
@@ -130,7 +129,7 @@ def load_target(text: str) -> Target:
     file, _, name = text.rpartition(":")
     path = Path(file)
     if not file.endswith(".py") or not name:
-        raise AftError(f"{text!r} names no function of a file; write FILE.py:NAME")
+        raise AftError(f"{text!r} names no function in a file; write FILE.py:NAME")
     if not path.is_file():
         raise AftError(f"{path}: there is no such file; --target-fn takes FILE.py:NAME")
     spec = spec_from_file_location(f"aft_target_{path.stem}", path)
@@ -152,7 +151,7 @@ def load_target(text: str) -> Target:
 
 
 def contrast_target(class_index: int, other: int) -> Target:
-    """Return the target of a class against another one: y^A - y^B of logits, shape (N, C)."""
+    """Return a target: y^A - y^B, one class against another, of logits, shape (N, C)."""
 
     def score(output: Tensor) -> Tensor:
         return output[:, class_index] - output[:, other]
@@ -161,7 +160,7 @@ def contrast_target(class_index: int, other: int) -> Target:
 
 
 def output_target(index: int = 0) -> Target:
-    """Return the target of a regression: one number of outputs, shape (N,) or (N, M)."""
+    """Return a target for a regression: one number of outputs, shape (N,) or (N, M)."""
 
     def score(output: Tensor) -> Tensor:
         return output if output.dim() == 1 else output[:, index]
@@ -170,7 +169,7 @@ def output_target(index: int = 0) -> Target:
 
 
 def similarity_target(embedding: Tensor) -> Target:
-    """Return the cosine of embeddings, shape (N, D), to a given one, shape (D,), as CLIP's."""
+    """Return a target: the cosine between embeddings, shape (N, D), and a given one, shape (D,)."""
 
     def score(output: Tensor) -> Tensor:
         return F.cosine_similarity(output, embedding.to(output)[None], dim=1)
@@ -179,10 +178,10 @@ def similarity_target(embedding: Tensor) -> Target:
 
 
 def region_target(class_index: int, region: Tensor) -> Target:
-    """Return the mean logit of a class in a region of a segmentation.
+    """Return a target: the mean logit of a class over a region of a segmentation.
 
     Args:
-        class_index: c of the output, shape (N, C, H, W), or of its entry `out`, torchvision's.
+        class_index: c of the output, shape (N, C, H, W), or of its entry `out` (torchvision).
         region: shape (H, W), bool.
     """
 
@@ -190,8 +189,9 @@ def region_target(class_index: int, region: Tensor) -> Target:
         logits = output["out"] if isinstance(output, Mapping) else output
         if logits.dim() != 4 or logits.shape[2:] != region.shape or not region.any():
             raise AftError(
-                f"a region of shape {tuple(region.shape)} with {int(region.sum())} pixels is none "
-                f"of an output of shape {tuple(logits.shape)}; both need the same (H, W)"
+                f"a region of shape {tuple(region.shape)} with {int(region.sum())} pixels does not "
+                f"fit an output of shape {tuple(logits.shape)}; give one of the same (H, W) with a "
+                "pixel in it"
             )
         return logits[:, class_index, region.to(logits.device)].mean(1)
 
@@ -199,14 +199,14 @@ def region_target(class_index: int, region: Tensor) -> Target:
 
 
 def box_target(box: Sequence[float], label: int | None = None) -> Target:
-    """Return the score of the detected box that overlaps a given one most; 0 without a box.
+    """Return a target: the score of the detected box that overlaps `box` most; 0 if none does.
 
     Args:
         box: left, top, right, bottom, pixels of the input.
-        label: only of boxes with this label; default all.
+        label: the boxes' label; default any.
 
-    The output is torchvision's detectors': for each image `boxes`, shape (n, 4), `scores` and
-    `labels`, shape (n,).
+    The output must be that of torchvision's detectors: for each image `boxes`, shape (n, 4),
+    `scores` and `labels`, shape (n,).
     """
 
     def of_image(found: Mapping[str, Tensor]) -> Tensor:

@@ -24,9 +24,9 @@ class Installed(NamedTuple):
 
     Attributes:
         timm_name: the architecture; its state dict has the order of the package's.
-        package: that holds the weights.
+        package: the package that holds the weights.
         kind: the class of the package's module that knows their file.
-        extra: of this package, that installs it; "" where it always is.
+        extra: aft's extra that installs the package; "" if it is always installed.
     """
 
     timm_name: str
@@ -68,7 +68,7 @@ def installed_weights(name: str) -> Path:
     return Path(getattr(module, model.kind).get_model_file_path())
 
 
-# Where files keep a state dict, the first that fits first.
+# Keys under which files keep a state dict; the first that fits is taken.
 CONTAINERS = (
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights"),
     *("ema", "state_dict_ema", "model_ema"),
@@ -76,7 +76,7 @@ CONTAINERS = (
 
 
 class _Unread:
-    """A stand-in for a value of a file that nobody looks at; it takes all and does nothing."""
+    """A stand-in for a value of a file that is ignored; it takes any arguments and does nothing."""
 
     def __new__(cls, *_: object) -> _Unread:
         return super().__new__(cls)
@@ -88,8 +88,8 @@ class _Unread:
         pass
 
 
-# Plain values of training frameworks, by the names that files call them, and what is made of them:
-# nothing of theirs is imported or run.
+# Plain values of training frameworks, by their names in files, and what replaces them: none of the
+# frameworks' code is imported or run.
 STAND_INS = {
     "argparse.Namespace": _Unread,
     "pathlib.PosixPath": _Unread,
@@ -117,9 +117,8 @@ def read_state_dict(path: Path, note: Callable[[str], None] = warnings.warn) -> 
 
     Args:
         path: `.safetensors`, or a file of torch.save (read with weights_only=True), Lightning's
-            `.ckpt` too; what is around the state dict, {"state_dict": ...} of CONTAINERS, is taken
-            off.
-        note: is told which one was taken where several fit.
+            `.ckpt` too. The state dict may lie under a key of CONTAINERS.
+        note: is told which key was taken, if several fit.
     """
     check_checkpoint(path)
     try:
@@ -159,20 +158,20 @@ def own_names(
     path: Path,
     note: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Tensor]:
-    """Rename a state dict to the model's own names, whatever was written before these.
+    """Rename a state dict to the model's own names: remove the prefixes before them.
 
-    The beginning that leads to the most names is taken off, then the one that leads to the most of
-    those still missing, and so on. Other weights beside a whole network are left out: losses,
+    The prefix under which most of the model's names lie is removed, then the one under which most
+    of the missing names lie, and so on. Other weights beside a whole network are left out: losses,
     measures.
 
     Args:
-        saved: by the file's names.
+        saved: the tensors, by the file's names.
         expected: a state dict of the model.
-        path: of the file.
-        note: is told what was taken off and left out.
+        path: the file's path.
+        note: is told what was removed and left out.
 
     Raises:
-        AftError: several beginnings lead to the same names.
+        AftError: the same names lie under several prefixes.
     """
     ends = _ends(saved, expected)
     found: dict[str, str] = {}
@@ -217,7 +216,7 @@ def own_names(
 
 
 def _ends(saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, set[str]]:
-    """Find what could be taken off: the model's names that follow, by each beginning."""
+    """Find the prefixes that could be removed, and the model's names that lie under each."""
     depths = {name.count(".") for name in expected}
     ends: dict[str, set[str]] = {}
     for key in saved:
@@ -245,13 +244,13 @@ def _check_archive(path: Path) -> None:
 
 
 def _is_dense(value: Tensor) -> bool:
-    """Tell if a tensor's numbers are all there, one by one: others may claim any size."""
+    """Tell if a tensor holds each of its numbers; others may claim any size."""
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
     return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def class_count(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
-    """Read the checkpoint's number of classes, where it is not the model's, off its last entry."""
+    """Read the checkpoint's number of classes off its last entry, if it is not the model's."""
     *_, (last, value) = model.state_dict().items()
     if last in saved and saved[last].dim() and saved[last].shape[1:] == value.shape[1:]:
         return len(saved[last]) if len(saved[last]) != len(value) else None
@@ -259,7 +258,7 @@ def class_count(model: nn.Module, saved: Mapping[str, Tensor]) -> int | None:
 
 
 def check_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path, name: str) -> None:
-    """Check that a state dict is one of the model: its names and shapes."""
+    """Check that a state dict has the model's names and shapes."""
     expected = model.state_dict()
     # Counters of old checkpoints and heads for training; they play no part in the output.
     unsaved = tuple(head for head in AUXILIARY if not any(k.startswith(head) for k in saved))
@@ -284,7 +283,7 @@ def check_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path, nam
 
 
 def load_weights(model: nn.Module, saved: Mapping[str, Tensor], path: Path) -> None:
-    """Put a checked state dict into the model; refuse numbers that are not finite."""
+    """Load a checked state dict into the model; refuse numbers that are not finite."""
     model.load_state_dict(dict(saved), strict=False)
     for key, value in model.state_dict().items():
         if not value.isfinite().all():

@@ -111,7 +111,7 @@ def explain(
 
     Args:
         f: the classifier; several that are cut at different layers of one network give one map,
-            and the first is asked for probabilities.
+            and the first gives the probabilities.
         x: the input, shape (1, 3, H, W).
         methods: keys of METHODS.
         targets: classes to explain, or one; by default the predicted ones.
@@ -122,8 +122,8 @@ def explain(
         zero_level: subtract this share of the maximum from maps of cells first, in [0, 1).
         smooth: see `attribution_map`.
         fuse: see `attribution_map`.
-        target: a score of the network's output to explain in place of classes, see
-            aftcli/models/targets.py; a search of thresholds needs one in [0, 1].
+        target: a score of the network's output, explained in place of classes, see
+            aftcli/models/targets.py; a threshold search needs scores in [0, 1].
 
     Returns:
         One explanation for each method and class, method by method.
@@ -135,7 +135,7 @@ def explain(
     layers = cuts(f)
     if target is not None:
         if isinstance(targets, int) or targets or top_k != 1:
-            raise AftError("target takes the place of classes: leave targets and top_k out")
+            raise AftError("a target takes the place of classes: leave targets and top_k out")
         layers = tuple(with_target(each, target) for each in layers)
     first = layers[0]
     check_classes(first)

@@ -292,11 +292,11 @@ def fine_tune_threshold(
 
 
 def _check_unit(f: Classifier, y: Tensor) -> None:
-    """Check that probabilities lie in [0, 1], as those of a target need not."""
+    """Check that probabilities lie in [0, 1]; a target's scores may not."""
     wrong = y[(y < -1e-6) | (y > 1 + 1e-6)]
     if len(wrong):
         raise AftError(
-            f"a threshold is found by the relative rise of a probability, and {f.name} gives "
+            f"a threshold search needs scores in [0, 1], and {f.name} gives "
             f"{float(wrong[0]):.4g}; let its target return a sigmoid or softmax, or search none"
         )
 

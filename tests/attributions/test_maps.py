@@ -272,11 +272,11 @@ def test_layers_of_one_network_only():
     with pytest.raises(AftError, match="different layers, got none"):
         explain((), s.x[:1], ["gradcam"])
     other = cut_classifier(s.model, LAYERS[1], classes=Classes(tuple("abcde")))
-    with pytest.raises(AftError, match="are of one network"):
+    with pytest.raises(AftError, match="only maps of one network"):
         attribution_map((one, other), s.x, s.class_index, "gradcam")
     with pytest.raises(AftError, match="fusion 'mean'"):
         attribution_map((one, two), s.x, s.class_index, "gradcam", fuse="mean")
-    with pytest.raises(AftError, match="RISE is of pixels.*nothing to fuse"):
+    with pytest.raises(AftError, match="RISE gives the same map.*nothing can be fused"):
         attribution_map((one, two), s.x, s.class_index, "rise")
 
 
@@ -471,7 +471,7 @@ def test_videos_are_fused_smoothed_and_explained():
         explain(f, x[:1], ["layercam"], 1, settings=Search())
     with pytest.raises(AftError, match="x must have shape .N, 3, D, H, W., got .2, 3, 8, 10"):
         attribution_map(f, x[:, :, 0], [0, 1], "gradcam")
-    with pytest.raises(AftError, match="RISE is of images; videos are explained by CAMs"):
+    with pytest.raises(AftError, match="RISE explains images only; take a CAM for videos"):
         attribution_map(f, x, [0, 1], "rise")
     with pytest.raises(AftError, match="pass --layer NAME"):
         cut_classifier(model, preprocessing=f.preprocessing)

@@ -283,7 +283,7 @@ def test_a_probability_is_searched_as_a_classs_is(fuse):
 def test_a_score_beyond_probabilities_is_searched_for_no_threshold():
     s = small("mlp", 5)
     x, target = s.x[:1], lambda output: 3 + output[:, C]
-    with pytest.raises(AftError, match="relative rise of a probability, and Sequential gives"):
+    with pytest.raises(AftError, match=r"needs scores in \[0, 1\], and Sequential gives"):
         explain(s.f, x, ["gradcam"], target=target, settings=Search())
     one = Search(thresholds=(0.4,))
     [cut] = explain(s.f, x, ["gradcam"], target=target, settings=one, fixed=True)
@@ -316,7 +316,7 @@ def test_targets_that_are_none():
 @pytest.mark.parametrize("method", [name for name in METHODS if not takes_target(name)])
 def test_methods_of_classes_take_no_target(method):
     s = small("linear", 0)
-    with pytest.raises(AftError, match="is of classes and takes no target; take one of gradcam"):
+    with pytest.raises(AftError, match="explains classes only, not a target; take one of gradcam"):
         attribution_map(s.f, s.x, logit, method)
     assert not fits(with_target(s.f, logit), method) and fits(s.f, method)
 
@@ -387,7 +387,7 @@ def test_targets_have_files_of_their_own(f):
 def test_functions_that_can_not_be_loaded_are_named(f, tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
     for text, message in (
-        ("mine", "'mine' names no function of a file; write FILE.py:NAME"),
+        ("mine", "'mine' names no function in a file; write FILE.py:NAME"),
         ("gone.py:warm", "gone.py: there is no such file"),
         ("mine.py:cold", "mine.py: has no function 'cold'; there are warm, raw"),
         ("mine.py:WORD", "mine.py: has no function 'WORD'"),
@@ -402,4 +402,13 @@ def test_functions_that_can_not_be_loaded_are_named(f, tmp_path):
     note = "aft: --engine has no effect with --target-fn\n"
     assert aft(*options, "--engine", "torch", "--save", "none").err == note
     wrong = aft("explain", "a.png", "--tft", "--target-fn", "mine.py:raw")
-    assert wrong.code == 1 and "relative rise of a probability, and small gives" in wrong.err
+    assert wrong.code == 1 and "needs scores in [0, 1], and small gives" in wrong.err
+
+
+@pytest.mark.parametrize("command", ["explain", "tft"])
+def test_a_network_without_classes_needs_a_target(f, ending, monkeypatch, command):
+    _, without = ending("out")
+    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: without)
+    wrong = aft(command, "a.png")
+    assert wrong.code == 1 and "returns no logits of shape (N, C)" in wrong.err
+    assert "explain a target" in wrong.err and "--target-fn FILE.py:NAME" in wrong.err

@@ -177,8 +177,8 @@ def test_names_of_both_classes():
     ("end", "output", "message"),
     [
         ("one logit", "softmax", "the softmax of one output is 1 for every image"),
-        ("logits", "none", "--output none is of probabilities, but the outputs reach from -"),
-        ("one logit", "none", "--output none is of probabilities, but the outputs reach from -"),
+        ("logits", "none", "--output none needs probabilities, but the outputs range from -"),
+        ("one logit", "none", "--output none needs probabilities, but the outputs range from -"),
         ("logits", "sigmoids", "unknown output 'sigmoids'; nearest: sigmoid"),
     ],
 )
@@ -196,7 +196,7 @@ def test_a_softmax_or_a_mean_over_one_output_is_refused():
     with pytest.raises(AftError, match="comes out of a softmax, so it is 1 for every image"):
         cut(model)
     model.end = Written(lambda y: y.mean())
-    with pytest.raises(AftError, match="one output for 3 images, so it is none of a class"):
+    with pytest.raises(AftError, match="one number for 3 images, not one for each"):
         cut(model)
 
 

@@ -257,6 +257,14 @@ def test_a_classifier_that_holds_values_still_runs_other_images(case):
         assert (h.image(n).head(several[n : n + 1]) - f(x)[n]).abs().max() < 1e-12
 
 
+def test_each_weight_belongs_to_one_part():
+    torch.manual_seed(0)
+    f = cut_classifier(vit(), "blocks.1.norm1", preprocessing=PREPROCESSING)
+    parts = [{id(p) for p in part.parameters()} for part in (f.stem, f.layer, f.head)]
+    assert sum(map(len, parts)) == len(set().union(*parts))
+    assert len(parts[1]) == 2
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -274,6 +282,17 @@ def test_layouts_there_and_back(layout):
     back = from_maps(to_maps(out, *layout), before, *layout)
     assert torch.equal(back, out)
     assert back.stride() == out.stride() or layout.kind == "sequence"
+
+
+@pytest.mark.parametrize("kind", ["last", "tokens"])
+def test_numbers_that_lie_in_another_order_stay_so(kind):
+    # What follows would sum them in another order, and round otherwise.
+    layout = Layout(kind, 2, 3, contiguous=False)
+    shape, order = ((4, 2, 5, 3), (0, 1, 3, 2)) if kind == "last" else ((4, 5, 6), (0, 2, 1))
+    out = torch.randn(shape).permute(order)
+    back = from_maps(to_maps(out, *layout), [], *layout)
+    assert torch.equal(back, out)
+    assert back.stride() == out.stride()
 
 
 # Default layers
@@ -297,6 +316,32 @@ def test_the_default_is_the_last_layer_whose_cells_move_the_logits(build, layer)
     logits, out = by_hooks(model, layer, x)
     moved, _ = by_hooks(model, layer, x, lambda out: out + torch.randn_like(out))
     assert not torch.equal(moved, logits)
+
+
+def test_a_module_that_passes_on_what_came_in_is_not_the_last():
+    class Both(nn.Module):
+        """Returns its first input as it is, and a convolution of its second."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(6, 6, 3, padding=1)
+
+        def forward(self, early, late):
+            return early, self.conv(late)
+
+    class Scales(Residual):
+        def __init__(self):
+            super().__init__()
+            self.both = Both()
+
+        def forward(self, x):
+            early = self.conv1(x)
+            early, late = self.both(early, self.conv2(early.relu()))
+            return self.fc(early.mean((2, 3)) + late.tanh().mean((2, 3)))
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, *SIZE)
+    assert default_layer(Scales().eval(), x, note=lambda _: None) == "both.conv"
 
 
 def test_zero_weights_do_not_hide_a_path():
@@ -325,8 +370,8 @@ def test_a_layer_before_the_last_convolution_is_said():
     f = cut_classifier(Gate(), preprocessing=PREPROCESSING, note=notes.append)
     assert f.layer_name == "conv"
     assert notes == [
-        "layer conv is explained, not the last convolution gate, whose cells move no class on "
-        "their own; --layer NAME chooses another"
+        "layer conv is explained, not the last convolution gate, most of whose cells do not move "
+        "the output; --layer NAME chooses another"
     ]
 
 

@@ -489,7 +489,7 @@ def test_explain_says_the_same_on_each_engine(name, plain):
 
 @pytest.mark.slow
 def test_a_note_goes_to_stderr_unless_it_is_quiet(tmp_path, empty_cache, monkeypatch):
-    monkeypatch.setattr("aftcli.core.models.load_classifier", load_small)
+    monkeypatch.setattr("aftcli.models.load.load_classifier", load_small)
     arguments = ("explain", PHOTOS[0], "--engine", "onnxruntime", "--json", "--out", tmp_path / "o")
     first = aft(*arguments)
     assert "aft: exporting small for ONNX Runtime" in first.err

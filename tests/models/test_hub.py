@@ -251,7 +251,7 @@ def test_a_picture_becomes_what_the_processor_makes_of_it(kind, given):
 )
 def test_what_a_preprocessing_can_not_hold_is_said(given, said):
     _, (note,) = read_processor("hf:x", PROCESSOR | given)
-    assert note.startswith("hf:x: its processor can't be followed in all: ") and said in note
+    assert note.startswith("hf:x: aft can't follow all of its processor: ") and said in note
 
 
 # Class names

@@ -1,9 +1,9 @@
 """Bad input: one line that says what and what to do, exit code 1, nothing half-written."""
 
-import argparse
 import os
 import pickle
 import re
+from fractions import Fraction
 from pathlib import Path
 from urllib.error import URLError
 
@@ -174,7 +174,7 @@ OPTIONS = {
     "--target -1": "class -1 is out of range",
     "--target": "unknown class ''",
     "--top-k 4": "--top-k 4: small has 3 classes",
-    "--top-k 2 --target plum": "--target and --top-k exclude each other",
+    "--top-k 2 --target plum": "--target, --target-fn and --top-k exclude each other",
     "--threshold 0.5 --tft": "--threshold, --mute and --tft exclude each other",
     "--threshold 0.5 --mute 50": "--threshold, --mute and --tft exclude each other",
     "--device cuda:99": "device 'cuda:99' can't be used here",
@@ -326,7 +326,7 @@ def test_weights_that_can_not_be_had(monkeypatch):
 
 LAYERS = {
     "conv_hea": "unknown layer 'conv_hea'; nearest: conv_head",
-    "classifier": "layer 'classifier' can't be used: its output has shape (1, 1000)",
+    "classifier": "layer 'classifier' can't be used: its output has shape (N, 1000)",
     "conv_head+": "unknown layer ''",
 }
 
@@ -393,6 +393,8 @@ def halved_safetensors(weights):
 
 
 UNREADABLE = "can't be read as a checkpoint (it is damaged, or holds more than tensors); give a"
+MORE = "can't be read as a checkpoint (it holds more than tensors: {}); give a"
+CODE = MORE.format(f"{os.mkdir.__module__}.mkdir")
 NO_STATE = "holds no state dict; save model.state_dict()"
 CHECKPOINTS = {
     "gone.pth": (lambda _: None, "gone.pth: there is no such checkpoint file"),
@@ -404,12 +406,18 @@ CHECKPOINTS = {
     "text.safetensors": (lambda _: make("text.safetensors", b"text" * 9), UNREADABLE),
     "cut.pth": (halved("cut.pth"), UNREADABLE),
     "cut.safetensors": (halved_safetensors, UNREADABLE),
-    "evil.pth": (lambda _: torch.save(Evil(), "evil.pth"), UNREADABLE),
+    "evil.pth": (lambda _: torch.save(Evil(), "evil.pth"), CODE),
     "pickle.pth": (lambda _: dump("pickle.pth", Evil()), UNREADABLE),
     "pickle.safetensors": (lambda _: dump("pickle.safetensors", Evil()), UNREADABLE),
-    "inside.pth": (wrapped("inside.pth", Evil()), UNREADABLE),
-    "arguments.pth": (wrapped("arguments.pth", argparse.Namespace(lr=1)), UNREADABLE),
-    "model.pth": (lambda _: torch.save(torch.nn.Linear(2, 2), "model.pth"), UNREADABLE),
+    "inside.pth": (wrapped("inside.pth", Evil()), CODE),
+    "arguments.pth": (
+        wrapped("arguments.pth", Fraction(1, 2)),
+        MORE.format("fractions.Fraction"),
+    ),
+    "model.pth": (
+        lambda _: torch.save(torch.nn.Linear(2, 2), "model.pth"),
+        MORE.format("torch.nn.modules.linear.Linear"),
+    ),
     "list.pth": (lambda _: torch.save([torch.ones(2)], "list.pth"), NO_STATE),
     "none.pth": (lambda _: torch.save({}, "none.pth"), NO_STATE),
     "numbers.pth": (

@@ -175,7 +175,7 @@ def test_one_logit_goes_from_masks_to_tables(two_colours):
         assert record.class_index == (p > 0.5)
         assert record.probability == pytest.approx(max(p, 1 - p), abs=1e-5)
 
-    assert "--output none is of probabilities" in refused("finetune", "--output", "none", *QUICK)
+    assert "--output none needs probabilities" in refused("finetune", "--output", "none", *QUICK)
     learned = done("finetune", "--epochs", "1", *QUICK)
     assert "the network's output is sigmoid, and only softmax does not see" in learned.err
     assert "can have no zero level" in refused(

@@ -83,7 +83,7 @@ def test_explanations_import_nothing_of_other_commands(tmp_path, command):
 WRONG = {
     "explain gone.jpg": "gone.jpg: there is no such file or folder",
     "explain gone.jpg --json": "gone.jpg: there is no such file or folder",
-    "explain {photo} --target cat --top-k 2": "--target and --top-k exclude each other",
+    "explain {photo} --target cat --top-k 2": "--target-fn and --top-k exclude each other",
     "explain {photo} --checkpoint gone.pth": "gone.pth: there is no such checkpoint file",
     "explain {photo} --classes gone.txt": "gone.txt: can't be read as class names",
     "tft gone.jpg": "gone.jpg: there is no such file or folder",

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 def small(monkeypatch):
     """Load the small network, whatever checkpoint is named."""
     monkeypatch.setattr(Source, "load", lambda self: small_float())
-    monkeypatch.setattr(evaluate_jobs, "load_classifier", lambda **own: small_float())
+    monkeypatch.setattr(evaluate_jobs, "load_classifier", lambda *_, **own: small_float())
 
 
 @pytest.fixture
