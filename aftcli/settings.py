@@ -30,6 +30,9 @@ SearchKind = Literal["exact", "fast"]
 Smooth = Literal["none", "aug", "eigen"]
 Fuse = Literal["max", "product"]
 
+# Of matplotlib's: the first three are perceptual, equal steps of a score look equal.
+Colormap = Literal["viridis", "inferno", "magma", "turbo", "jet"]
+
 # What makes probabilities of a network's outputs: softmax, sigmoid, or nothing as they are some;
 # auto finds out (aftcli.core.classes.output_of).
 Output = Literal["auto", "softmax", "sigmoid", "none"]
@@ -41,6 +44,7 @@ FILLS: tuple[str, ...] = get_args(Fill)
 MODES: tuple[str, ...] = get_args(Mode)
 SEARCHES: tuple[str, ...] = get_args(SearchKind)
 OUTPUTS: tuple[str, ...] = get_args(Output)
+COLORMAPS: tuple[str, ...] = get_args(Colormap)
 
 
 class Range(NamedTuple):
@@ -87,6 +91,7 @@ RANGES = {
     "threshold": Range("the threshold", 0, 1),
     "mute": Range("the share", 0, 100, unit=" percent"),
     "zero_level": Range("the zero level", 0, 1, below=True),
+    "alpha": Range("the opacity", 0, 1),
     "top_k": Range("the number of classes", 1),
     "limit": Range("the number of images", 1),
     "workers": Range("the number of workers", 0),

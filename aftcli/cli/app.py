@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 
 import aftcli
 from aftcli.cli.evaluate import METRICS_HELP, evaluate, tables
-from aftcli.cli.explain import explain, tft
+from aftcli.cli.explain import explain, tft, undrawn
 from aftcli.cli.finetune import finetune
 from aftcli.cli.masks import gen_masks
 from aftcli.cli.options import METHODS_HELP, Run, grouped
@@ -119,19 +119,23 @@ def _without_probabilities(given: Values) -> bool:
     return not any(MEASURES[name].of_probabilities for name in measures(given["--metrics"]))
 
 
+OF_IMAGES = (
+    Idle(("--engine",), _with("--target-fn")),
+    Idle(("--colormap", "--alpha"), When("without pictures in --save", undrawn)),
+    _cells(),
+)
+
 # By command. What is refused together with another option is not here.
 IDLE: dict[str, tuple[Idle, ...]] = {
     "explain": (
         Idle(("--thresholds", "--threshold-mode", "--search"), _without("--tft")),
         Idle(("--masking", "--fill"), _without("--tft", "--threshold", "--mute")),
-        Idle(("--engine",), _with("--target-fn")),
-        _cells(),
+        *OF_IMAGES,
     ),
     "tft": (
         Idle(("--absolute",), _without("--map")),
         Idle(("--layer", "--cam", "--cells", "--smooth"), _with("--map")),
-        Idle(("--engine",), _with("--target-fn")),
-        _cells(),
+        *OF_IMAGES,
     ),
     "gen-masks": (
         Idle(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 import typer
 
 from aftcli.cli import setup
 from aftcli.cli.options import (
     LayeredNetwork,
-    LowerPrecision,
-    Network,
     Printed,
     Run,
     TargetMaps,
@@ -23,18 +21,21 @@ from aftcli.cli.options import (
     number,
     option,
     usage,
+    words,
 )
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
 from aftcli.report.terminal import complain, say_traceback
+from aftcli.settings import Colormap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from aftcli.core.classifier import Classifier
     from aftcli.engine.accelerate import Accelerate
-    from aftcli.report.explain import Report, Subject
+    from aftcli.pictures.overlay import Subject
+    from aftcli.report.explain import Report
     from aftcli.report.names import Setting
     from aftcli.settings import Search
 
@@ -64,16 +65,15 @@ def outputs(text: str | None, tft: bool = False) -> tuple[str, ...]:
     return kinds
 
 
+def undrawn(given: Mapping[str, Any]) -> bool:
+    """Check that the options' values, by their spelling, ask for no picture of a map."""
+    return not {"overlay", "figure"} & set(outputs(given["--save"]))
+
+
 @dataclass(frozen=True)
 class CutMaps(TargetMaps):
-    """The maps, and where they are cut without a search."""
+    """The maps, and where they are zero."""
 
-    threshold: Annotated[
-        float | None, number("--threshold", "T", "threshold", "Mute scores below T, in [0, 1].")
-    ] = None
-    mute: Annotated[
-        float | None, number("--mute", "P", "mute", "Mute the lowest P percent of the map.")
-    ] = None
     zero_level: Annotated[
         float,
         number(
@@ -106,37 +106,37 @@ class GivenMap(TargetMaps):
 
 @dataclass(frozen=True)
 class WantedThresholds(Thresholds):
-    """The search of thresholds, where one is wanted."""
+    """The search of thresholds, where one is wanted, or a fixed one."""
 
     tft: Annotated[bool, option("--tft", "", "Cut where the class's probability rises most.")] = (
         False
     )
+    threshold: Annotated[
+        float | None, number("--threshold", "T", "threshold", "Mute scores below T, in [0, 1].")
+    ] = None
+    mute: Annotated[
+        float | None, number("--mute", "P", "mute", "Mute the lowest P percent of the map.")
+    ] = None
 
 
 @dataclass(frozen=True)
 class Files(Printed):
     """Options of what is printed and written."""
 
-    out: Annotated[Path, option("--out", "DIR", "Where files go; made if missing.")] = Path(
-        "aft-out"
-    )
+    PANEL: ClassVar[str] = Run.PANEL
+
+    out: Annotated[Path, option("--out", "DIR", "Where files go.")] = Path("aft-out")
     save: Annotated[
         str | None,
         option(
             "--save",
             "LIST",
-            "overlay, figure (Figure 3), map (.npy), mask (.png), or none. Default: overlay, with "
-            "a search figure too.",
+            "Of overlay, figure, map, mask; or none alone.",
             callback=usage(outputs),
         ),
     ] = None
-
-
-@dataclass(frozen=True)
-class ImageRun(Run):
-    """Options of how a command of single images runs."""
-
-    precision: LowerPrecision = "no"
+    colormap: Annotated[Colormap, words("--colormap", Colormap, "")] = "viridis"
+    alpha: Annotated[float, number("--alpha", "A", "alpha", "Opacity of the map.")] = 0.5
 
 
 def explain(
@@ -147,25 +147,26 @@ def explain(
     maps: CutMaps,
     thresholds: WantedThresholds,
     output: Files,
-    run: ImageRun,
+    run: Run,
 ) -> None:
     """Show where the model looked for its prediction, or for any class."""
     tft = thresholds.tft
-    cut = muting(maps.threshold, maps.mute, tft)
+    cut = muting(thresholds.threshold, thresholds.mute, tft)
     kinds, accelerate, found = _begin(images, network, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
     f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
     methods, targets = setup.methods(f, maps.cam, "layercam", others), setup.targets(f, maps)
     setup.advise(methods if tft else [], thresholds.mode, maps.cells, run.quiet)
 
+    from aftcli.pictures.colours import Look
     from aftcli.report import names
-    from aftcli.report.explain import write_outputs
+    from aftcli.report.explain import written
     from aftcli.tft import explain as explanation
 
     wanted = settings if tft or cut else None
     searched = names.of_search(settings, thresholds.thresholds) if tft else []
     of_map = [
-        *_of_network(network, maps, run),
+        *_of_network(network, maps),
         *names.of_map(
             cells=maps.cells,
             zero_level=maps.zero_level,
@@ -173,7 +174,9 @@ def explain(
             target=maps.target_fn,
         ),
     ]
-    called = names.suffixes(of_map, [*searched, *names.of_threshold(maps.threshold, maps.mute)])
+    fixed = names.of_threshold(thresholds.threshold, thresholds.mute)
+    look = Look(output.colormap, output.alpha)
+    called = names.suffixes(of_map, [*searched, *fixed, *names.of_look(look)])
     each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted, maps.smooth)
 
     def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
@@ -182,7 +185,7 @@ def explain(
         explained = explanation.explain(
             layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion
         )
-        return [write_outputs(f, subject, e, kinds, output.out, called) for e in explained]
+        return written(f, subject, explained, kinds, output.out, called, look)
 
     ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
     _each_image(ready, found, explain_image, settings, output, run)
@@ -194,20 +197,24 @@ def tft(
     maps: GivenMap,
     thresholds: Thresholds,
     output: Files,
-    run: ImageRun,
+    run: Run,
 ) -> None:
     """Fine-tune the threshold of an attribution map, our own or any other tool's."""
     kinds, accelerate, found = _begin([image], network, maps, output, run, True)
     settings = thresholds.settings()
 
     from aftcli.data.maps import read_map
+    from aftcli.pictures.colours import Look
     from aftcli.report import names
-    from aftcli.report.explain import write_outputs
+    from aftcli.report.explain import written
     from aftcli.tft import explain as explanation
 
     of_map = names.of_map(maps.map_, maps.absolute, maps.cells, 0.0, maps.smooth, maps.target_fn)
     searched = names.of_search(settings, thresholds.thresholds)
-    called = names.suffixes([*_of_network(network, maps, run), *of_map], searched)
+    look = Look(output.colormap, output.alpha)
+    called = names.suffixes(
+        [*_of_network(network, maps), *of_map], [*searched, *names.of_look(look)]
+    )
     values = read_map(maps.map_) if maps.map_ else None
     f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
     targets = setup.targets(f, maps)
@@ -225,7 +232,7 @@ def tft(
         else:
             attribution = _fitted(values, maps, f, x, subject, run.quiet)
             explained = explanation.explain_map(fast, x, attribution, *asked)
-        return [write_outputs(f, subject, e, kinds, output.out, called) for e in explained]
+        return written(f, subject, explained, kinds, output.out, called, look)
 
     ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
     _each_image(ready, found, explain_image, settings, output, run)
@@ -252,17 +259,17 @@ def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[floa
 
 
 def _begin(
-    images: list[str], network: Network, maps: TargetMaps, output: Files, run: ImageRun, tft: bool
+    images: list[str], network: LayeredNetwork, maps: TargetMaps, output: Files, run: Run, tft: bool
 ) -> tuple[tuple[str, ...], Accelerate, Found]:
     """Check what can be checked without torch, and find the images; without one it ends here."""
     kinds = outputs(output.save, tft)
     named(maps.cam or [])
     if (maps.target is not None) + (maps.top_k > 1) + (maps.target_fn is not None) > 1:
         raise AftError("--target, --target-fn and --top-k exclude each other: give one")
-    if maps.target_fn and run.precision != "no":
+    if maps.target_fn and network.precision != "no":
         raise AftError("--target-fn runs in full precision: leave --precision out")
     setup.check(network)
-    accelerate = setup.engine(run.engine, run.precision, run.quiet)
+    accelerate = setup.engine(run.engine, network.precision, run.quiet)
 
     from aftcli.data.text import find_images
 
@@ -280,12 +287,12 @@ def _as_it_is(f: Classifier, passes: int | None) -> Classifier:
     return f
 
 
-def _of_network(network: Network, maps: TargetMaps, run: ImageRun) -> list[Setting]:
+def _of_network(network: LayeredNetwork, maps: TargetMaps) -> list[Setting]:
     from aftcli.report.names import of_network
 
     layers = tuple(network.layers or ())
     files = (network.model, network.checkpoint, network.classes)
-    return of_network(*files, layers, run.precision, network.output, maps.fusion)
+    return of_network(*files, layers, network.precision, network.output, maps.fusion)
 
 
 def _fitted(
@@ -312,12 +319,12 @@ def _each_image(
     explain_image: Explain,
     settings: Search,
     output: Files,
-    run: ImageRun,
+    run: Run,
 ) -> None:
     """Explain every image that can be read; say of each other one what is wrong with it."""
     from aftcli.data.images import read_image, view_of
+    from aftcli.pictures.overlay import Subject
     from aftcli.report import explain as report
-    from aftcli.report.explain import Subject
     from aftcli.report.names import stems
     from aftcli.report.terminal import progress
 

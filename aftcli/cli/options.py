@@ -189,7 +189,7 @@ class Network(Weights):
 
 @dataclass(frozen=True)
 class LayeredNetwork(Network):
-    """The network and the layers whose maps are fused."""
+    """The network as it explains images: the layers whose maps are fused, its precision."""
 
     layers: Annotated[
         list[str] | None,
@@ -200,6 +200,7 @@ class LayeredNetwork(Network):
             callback=usage(check_layers),
         ),
     ] = None
+    precision: Annotated[Precision, words("--precision", Precision, "fast, less exact.")] = "no"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
     from aftcli.data.blocks import Processes
     from aftcli.engine.accelerate import Accelerate
-    from aftcli.report.explain import Subject
+    from aftcli.pictures.overlay import Subject
     from aftcli.settings import Search
     from aftcli.tft.stores import Source
 

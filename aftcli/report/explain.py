@@ -9,7 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,114 +18,17 @@ from rich.table import Table
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.methods import METHODS
-from aftcli.data.images import View
 from aftcli.errors import AftError
 from aftcli.files import replacing
 from aftcli.models.targets import Targeted
-from aftcli.report.names import PLAIN, Suffixes
+from aftcli.pictures.colours import LOOK, Look
+from aftcli.pictures.figure import Shown, best, caption, figure
+from aftcli.pictures.grid import grid
+from aftcli.pictures.overlay import Subject, captioned
+from aftcli.report.names import PLAIN, Setting, Suffixes, suffixes
 from aftcli.report.terminal import cell, say, stdout_console
 from aftcli.settings import Search
 from aftcli.tft.explain import Explanation
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
-COLOURS = "turbo"
-
-OPACITY = 0.5
-
-OUTSHINING = 0.001  # share of pixels that colours need not tell apart
-
-PANEL = 448  # pixels, the side of a figure's picture
-
-STRIP = 512  # pixels, rows that are coloured at a time: a large picture is large in memory
-
-
-class Subject(NamedTuple):
-    """The picture that is explained, and the part that the model sees."""
-
-    path: Path
-    stem: str
-    picture: Image.Image
-    view: View
-
-
-def overlay(picture: Image.Image, view: View, attribution: Tensor, kept: Tensor) -> Image.Image:
-    """Lay a map on the picture where the model looked; muted cells show the picture.
-
-    Args:
-        picture: RGB, any size.
-        view: what of it the model saw.
-        attribution: I, shape (H, W), in [0, 1].
-        kept: what is not muted, shape (H, W), bool.
-    """
-    left, top, right, bottom = (round(edge) for edge in view.box(picture.size))
-    left, right = max(left, 0), min(max(right, left + 1), picture.width)
-    top, bottom = max(top, 0), min(max(bottom, top + 1), picture.height)
-    size = (right - left, bottom - top)
-    values = (attribution / _end_of_colours(attribution)).clamp(max=1).mul(255).round()
-    heat = Image.fromarray(values.to(torch.uint8).numpy()).resize(size, Image.Resampling.BILINEAR)
-    heat.putpalette(_palette())
-    opacity = Image.fromarray(kept.to(torch.uint8).mul(round(255 * OPACITY)).numpy()).resize(size)
-    painted = picture.copy()
-    for y in range(0, size[1], STRIP):
-        strip = (0, y, size[0], min(y + STRIP, size[1]))
-        painted.paste(heat.crop(strip).convert("RGB"), (left, top + y), opacity.crop(strip))
-    return painted
-
-
-def _end_of_colours(attribution: Tensor) -> float:
-    """Return 1, or less where few pixels would take most colours, as in maps of gradients."""
-    high = float(np.quantile(attribution.numpy(), 1 - OUTSHINING))
-    return high if 0 < high < 0.5 else 1.0
-
-
-def _palette() -> bytes:
-    from matplotlib import colormaps
-
-    return bytes((colormaps[COLOURS](np.arange(256))[:, :3] * 255).round().astype(np.uint8))
-
-
-def seen_part(subject: Subject, shape: tuple[int, ...]) -> tuple[Image.Image, View]:
-    """Cut out what the model sees of the picture, at a resolution for the eye."""
-    high, wide = shape
-    size = (round(PANEL * wide / max(shape)), round(PANEL * high / max(shape)))
-    left, top, right, bottom = subject.view.box(subject.picture.size)
-    box = (
-        max(left, 0),
-        max(top, 0),
-        min(right, subject.picture.width),
-        min(bottom, subject.picture.height),
-    )
-    seen = subject.picture.resize(size, Image.Resampling.BICUBIC, box=box)
-    return seen, View(size, (0, 0, *size))
-
-
-def cam_title(cam: str) -> str:
-    """Return a method's name for people; maps of another tool have one name."""
-    return METHODS[cam].title if cam in METHODS else "given map"
-
-
-def _best(explanation: Explanation) -> float:
-    assert explanation.cut
-    return float(explanation.cut.probabilities[0, explanation.cut.best])
-
-
-def draw_rpi(ax: Axes, explanation: Explanation, colour: str = "tab:red") -> None:
-    """Draw the RPI curve of an explanation with tau* marked."""
-    assert explanation.tft
-    rpi = explanation.tft.rpi[0].cpu().numpy()
-    tried = ~np.isnan(rpi)
-    best = int(explanation.tft.best)
-    tau, top = explanation.thresholds[best], rpi[best]
-    ax.plot(np.array(explanation.thresholds)[tried], rpi[tried], "o-", markersize=4)
-    ax.axvline(tau, color=colour, linestyle="--", linewidth=1)
-    ax.plot(tau, top, "o", color=colour, markersize=8)
-    ax.set_title(f"RPI {top:.3f} at tau* = {tau:g}", fontsize=10)
-    ax.set_xlabel("tau")
-    ax.set_ylim(bottom=0, top=None if explanation.tft.helps.item() else 1)
 
 
 class Report(NamedTuple):
@@ -156,6 +59,7 @@ def write_outputs(
     kinds: Iterable[str],
     out: Path,
     settings: Suffixes = PLAIN,
+    look: Look = LOOK,
 ) -> Report:
     """Write the files that show an explanation.
 
@@ -166,6 +70,7 @@ def write_outputs(
         kinds: keys of OUTPUTS.
         out: the folder.
         settings: what the names say of them.
+        look: colours of the map.
     """
     if not (math.isfinite(explanation.probability) and explanation.attribution.isfinite().all()):
         raise AftError(
@@ -176,8 +81,7 @@ def write_outputs(
     slug = _slug(name)
     if [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1:
         slug += f"_{explanation.class_index}"
-    cut = explanation.cut
-    shown = (cut.attribution[0] if cut else explanation.attribution).cpu()
+    shown = _shown(f, subject, explanation, look)
     files = {}
     for kind in kinds:
         ending, write = OUTPUTS[kind]
@@ -185,11 +89,57 @@ def write_outputs(
         path = out / f"{subject.stem}-{slug}-{explanation.cam}{said}-{kind}{ending}"
         try:
             with replacing(path) as temporary:
-                write(temporary, subject, explanation, shown, name)
+                write(temporary, shown)
         except OSError as error:
             raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
         files[kind] = path
     return Report(subject.path, explanation, files)
+
+
+def written(
+    f: Classifier,
+    subject: Subject,
+    explanations: Iterable[Explanation],
+    kinds: Sequence[str],
+    out: Path,
+    settings: Suffixes = PLAIN,
+    look: Look = LOOK,
+) -> list[Report]:
+    """Write what shows explanations of one picture, and a grid of several if pictures are wanted.
+
+    The last report names the grid among its files.
+
+    Args:
+        f: the classifier.
+        subject: the picture.
+        explanations: of it, of different methods or classes.
+        kinds: keys of OUTPUTS.
+        out: the folder.
+        settings: what the names say of them.
+        look: colours of the map.
+    """
+    reports = [write_outputs(f, subject, e, kinds, out, settings, look) for e in explanations]
+    if len(reports) < 2 or not {"overlay", "figure"} & set(kinds):
+        return reports
+    pairs = [(each.explanation.cam, each.explanation.class_index) for each in reports]
+    classes = len({index for _, index in pairs})
+    of = Setting(f"{classes}x{len(pairs) // classes}", repr(pairs))
+    path = out / f"{subject.stem}{suffixes([of]).cut}{settings.cut}-grid.png"
+    shown = [_shown(f, subject, each.explanation, look) for each in reports]
+    try:
+        with replacing(path) as temporary:
+            grid(shown).savefig(temporary, format="png", pil_kwargs={"compress_level": 3})
+    except OSError as error:
+        raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
+    reports[-1].outputs["grid"] = path
+    return reports
+
+
+def _shown(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
+    is_score = isinstance(f, Targeted)
+    likeliest = [] if is_score else [(f.classes.name(i), y) for i, y in explanation.likeliest]
+    name = class_name(f, explanation)
+    return Shown(subject, explanation, name, likeliest, is_score, look)
 
 
 def _slug(name: str) -> str:
@@ -201,61 +151,26 @@ def class_name(f: Classifier, explanation: Explanation) -> str:
     return f.classes.name(explanation.class_index)
 
 
-def _write_overlay(
-    path: Path, subject: Subject, explanation: Explanation, shown: Tensor, name: str
-) -> None:
-    painted = overlay(subject.picture, subject.view, explanation.attribution.cpu(), shown != 0)
+def _write_overlay(path: Path, shown: Shown) -> None:
+    painted = captioned(shown.subject, shown.plain, shown.kept, caption(shown), shown.look)
     painted.save(path, format="PNG", compress_level=3)
 
 
-def _write_map(
-    path: Path, subject: Subject, explanation: Explanation, shown: Tensor, name: str
-) -> None:
+def _write_map(path: Path, shown: Shown) -> None:
     with path.open("wb") as file:
-        np.save(file, explanation.attribution.cpu().numpy().astype(np.float32))
+        np.save(file, shown.plain.numpy().astype(np.float32))
 
 
-def _write_mask(
-    path: Path, subject: Subject, explanation: Explanation, shown: Tensor, name: str
-) -> None:
-    Image.fromarray((shown != 0).to(torch.uint8).mul(255).numpy()).save(path, format="PNG")
+def _write_mask(path: Path, shown: Shown) -> None:
+    kept = shown.plain != 0 if shown.kept is None else shown.kept
+    Image.fromarray(kept.to(torch.uint8).mul(255).numpy()).save(path, format="PNG")
 
 
-def _write_figure(
-    path: Path, subject: Subject, explanation: Explanation, shown: Tensor, name: str
-) -> None:
-    """Draw the paper's Figure 3 row: image, plain map, TFT map, RPI curve with tau* marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    plain = explanation.attribution.cpu()
-    seen, view = seen_part(subject, plain.shape)
-    panels: list[tuple[str, Image.Image]] = [
-        (f"{name} {explanation.probability:.3f}", seen),
-        (f"{cam_title(explanation.cam)}", overlay(seen, view, plain, plain != 0)),
-    ]
-    tft = explanation.tft
-    if tft:
-        title = f"TFT: tau* = {float(tft.tau):g}, p = {_best(explanation):.3f}"
-        panels.append((title, overlay(seen, view, plain, shown != 0)))
-    elif not torch.equal(shown, plain):
-        panels.append(("fixed threshold", overlay(seen, view, plain, shown != 0)))
-    count = len(panels) + bool(tft)
-    figure = Figure(figsize=(3.1 * count, 3.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for ax, (title, picture) in zip(axes, panels, strict=False):
-        ax.imshow(np.asarray(picture))
-        ax.set_title(title, fontsize=10, parse_math=False)
-        ax.axis("off")
-    if tft:
-        draw_rpi(axes[-1], explanation)
-    figure.savefig(path, format="png")
+def _write_figure(path: Path, shown: Shown) -> None:
+    figure(shown).savefig(path, format="png", pil_kwargs={"compress_level": 3})
 
 
-Writer = Callable[[Path, Subject, Explanation, Tensor, str], None]
-
-OUTPUTS: dict[str, tuple[str, Writer]] = {
+OUTPUTS: dict[str, tuple[str, Callable[[Path, Shown], None]]] = {
     "overlay": (".png", _write_overlay),
     "figure": (".png", _write_figure),
     "map": (".npy", _write_map),
@@ -283,8 +198,8 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         if "zero_level" in result:
             cells.append(f"{result['zero_level']:g}")
         if found := result.get("tft"):
-            best = found["thresholds"].index(found["tau"])
-            cells += [f"{found['tau']:g}", f"{found['rpi'][best]:.3f}"]
+            at = found["thresholds"].index(found["tau"])
+            cells += [f"{found['tau']:g}", f"{found['rpi'][at]:.3f}"]
         if found := result.get("tft") or result.get("fixed"):
             cells += [f"{found['probability']:.4f}", f"{found['area']:.1%}"]
         table.add_row(*map(cell, cells))
@@ -329,7 +244,7 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
             "probabilities": _plain_list(e.tft.probabilities[0]),
             "rpi": _plain_list(e.tft.rpi[0]),
             "tau": e.thresholds[int(e.tft.best)],
-            "probability": _best(e),
+            "probability": best(e),
             "area": float(e.tft.mask.float().mean()),
             "masking": settings.masking,
             "fill": settings.fill,
@@ -339,7 +254,7 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
     if e.fixed:
         result["fixed"] = {
             "threshold": e.thresholds[0],
-            "probability": _best(e),
+            "probability": best(e),
             "area": float(e.fixed.mask.float().mean()),
             "masking": settings.masking,
             "fill": settings.fill,

@@ -18,7 +18,8 @@ from aftcli.evaluation.results import Unit
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.files import durable, file_stem, make_folder
-from aftcli.report.explain import Subject, cam_title, draw_rpi, overlay, seen_part
+from aftcli.pictures.figure import best, cam_title, draw_curve, number
+from aftcli.pictures.overlay import Subject, seen_part, shaded
 from aftcli.report.names import stems
 from aftcli.tft.explain import Explanation, explain
 from aftcli.tft.threshold import relative_probability_increase
@@ -129,27 +130,30 @@ def _draw_row(
     found: Explanation,
     own: Explanation | None,
 ) -> None:
-    """Draw the image, its plain map, TFT's, the tuned network's plain map, the RPI curve."""
+    """Draw the image, its plain map, TFT's, the tuned network's plain map, the curve."""
     assert found.tft
     attribution = found.attribution.cpu()
     seen, view = seen_part(subject, attribution.shape)
-    best = float(found.tft.probabilities[0, found.tft.best])
     name = f.classes.name(found.class_index)
+    kept = found.tft.mask[0].cpu()
     shown = [
-        (f"{name} {found.probability:.3f}", attribution, torch.zeros_like(attribution)),
-        (cam_title(found.cam), attribution, attribution != 0),
-        (f"TFT: tau* = {float(found.tft.tau):g}, p = {best:.3f}", attribution, found.tft.mask[0]),
+        (f"{name} {number(found.probability)}", seen),
+        (cam_title(found.cam), shaded(seen, view, attribution)),
+        (
+            f"TFT: tau* {float(found.tft.tau):g}, alone {number(best(found))}",
+            shaded(seen, view, attribution, kept),
+        ),
     ]
     if own:
-        title = f"AFT: {f.classes.name(own.class_index)} {own.probability:.3f}"
-        shown.append((title, own.attribution.cpu(), own.attribution.cpu() != 0))
-    for ax, (title, values, kept) in zip(row, shown, strict=False):
-        ax.imshow(np.asarray(overlay(seen, view, values, kept.cpu())))
+        title = f"AFT: {f.classes.name(own.class_index)} {number(own.probability)}"
+        shown.append((title, shaded(seen, view, own.attribution.cpu())))
+    for ax, (title, picture) in zip(row, shown, strict=False):
+        ax.imshow(np.asarray(picture))
         ax.set_title(title, fontsize=9, parse_math=False)
         ax.axis("off")
     for ax in row[len(shown) : -1]:
         ax.axis("off")
-    draw_rpi(row[-1], found)
+    draw_curve(row[-1], found)
 
 
 def _new_figure(across: int, down: int) -> Figure:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.models.sources import DEFAULT_MODEL
+from aftcli.pictures.colours import LOOK, Look
 from aftcli.settings import AUTO, Search
 
 LONGEST = 40  # characters of settings in a name; systems allow 255 bytes of it in all
@@ -137,6 +138,12 @@ def of_search(settings: Search, thresholds: str) -> list[Setting]:
     for name in ("masking", "fill", "mode", "search"):
         found += _word(getattr(settings, name), getattr(default, name))
     return found
+
+
+def of_look(look: Look) -> list[Setting]:
+    """List what differs from the default in the colours of pictures."""
+    alpha = [] if look.alpha == LOOK.alpha else [_number("alpha", look.alpha)]
+    return _word(look.colormap, LOOK.colormap) + alpha
 
 
 def _word(word: str, default: str) -> list[Setting]:

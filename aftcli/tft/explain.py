@@ -43,6 +43,7 @@ class Explanation:
         smooth: how the map was smoothed; "none" if it was not.
         layers: the layers whose maps were fused; none for the map of one layer.
         fuse: what they were fused by, "max" or "product"; "" for the map of one layer.
+        likeliest: index and probability of the three likeliest classes, or of all.
     """
 
     cam: str
@@ -57,6 +58,7 @@ class Explanation:
     smooth: str = "none"
     layers: tuple[str, ...] = ()
     fuse: str = ""
+    likeliest: tuple[tuple[int, float], ...] = ()
 
     @property
     def cut(self) -> TftResult | None:
@@ -211,6 +213,8 @@ def _search(
         owner = torch.zeros_like(classes)
         found = search_threshold(f, x, maps, classes, settings, y[classes], owner)
         results = [TftResult(*(field[i : i + 1] for field in found)) for i in range(len(maps))]
+    highest = y.topk(min(3, len(y)))
+    likeliest = tuple(zip(highest.indices.tolist(), highest.values.tolist(), strict=True))
     return [
         Explanation(
             method,
@@ -219,6 +223,7 @@ def _search(
             wide(attribution),
             result,
             settings.thresholds if settings else (),
+            likeliest=likeliest,
         )
         for method, c, attribution, result in zip(methods, classes, maps, results, strict=True)
     ]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 import aftcli
@@ -21,6 +22,7 @@ from aftcli.core.methods import CAMS
 from aftcli.data.images import View, read_image, to_input, view_of
 from aftcli.data.maps import fit_map
 from aftcli.errors import AftError
+from aftcli.pictures import overlay as overlaying
 from aftcli.report import explain as report
 from aftcli.report import names
 from aftcli.settings import THRESHOLDS, Search
@@ -183,37 +185,45 @@ def test_the_overlay_is_the_picture_with_the_map_where_the_model_looked(f, folde
         [found] = objects("explain", path, "--save", "overlay,map")
         original = read_image(path)
         painted = np.asarray(Image.open(found["outputs"]["overlay"])).astype(int)
-        assert painted.shape == (original.height, original.width, 3)
+        assert painted.shape[1:] == (original.width, 3)
+        # A caption follows under pictures that are wide enough.
+        assert (painted.shape[0] > original.height) == (original.width >= 160)
+        painted = painted[: original.height]
         view = view_of(original.size, f.preprocessing)
         left, top, right, bottom = (round(edge) for edge in view.box(original.size))
         inside = np.zeros(painted.shape[:2], bool)
         inside[top:bottom, left:right] = True
+        grey = np.asarray(original.convert("L")).astype(float)
         original = np.asarray(original).astype(int)
-        np.testing.assert_array_equal(painted[~inside], original[~inside])
+        # What the network does not see is grey and dim.
+        for channel in range(3):
+            dim = painted[..., channel][~inside] - 0.45 * grey[~inside]
+            assert abs(dim).max() <= 1
         assert (painted[inside] != original[inside]).any(1).mean() > 0.7
-        # Half picture, half colour map: what is left of the colours follows the map's values.
-        colour = (2 * painted - original)[top:bottom, left:right]
+        # Half picture, half colour map: what is left is the colour of the map's score, but for
+        # the line around what is seen.
+        colour = (2 * painted - original)[top:bottom, left:right][1:-1, 1:-1]
         values = Image.fromarray(np.load(found["outputs"]["map"])).resize(
-            (right - left, bottom - top)
+            (right - left, bottom - top), Image.Resampling.BILINEAR
         )
-        warm = colour[..., 0] - colour[..., 2]
-        assert np.corrcoef(warm.ravel(), np.asarray(values).ravel())[0, 1] > 0.5
+        expected = 255 * colormaps["viridis"](np.asarray(values))[1:-1, 1:-1, :3]
+        assert abs(colour - expected).mean() < 3
 
 
 def test_the_overlay_of_an_empty_and_a_full_mask():
     picture = Image.new("RGB", (100, 60), "#336699")
     view = view_of(picture.size, small_float().preprocessing)
     ramp = torch.linspace(0, 1, 32).expand(32, 32)
-    nothing = report.overlay(picture, view, ramp, torch.zeros(32, 32, dtype=torch.bool))
+    nothing = overlaying.overlay(picture, view, ramp, torch.zeros(32, 32, dtype=torch.bool))
     assert nothing.tobytes() == picture.tobytes()
     everything = np.asarray(
-        report.overlay(picture, view, ramp, torch.ones(32, 32, dtype=torch.bool))
+        overlaying.overlay(picture, view, ramp, torch.ones(32, 32, dtype=torch.bool))
     )
     left, top, right, bottom = (round(edge) for edge in view.box(picture.size))
-    # Turbo runs from dark blue to dark red.
+    # Viridis runs from dark violet to yellow.
     first, last = everything[30, left].astype(int), everything[30, right - 1].astype(int)
-    np.testing.assert_allclose(first, (np.array([0x33, 0x66, 0x99]) + [48, 18, 59]) / 2, atol=3)
-    np.testing.assert_allclose(last, (np.array([0x33, 0x66, 0x99]) + [122, 4, 3]) / 2, atol=3)
+    np.testing.assert_allclose(first, (np.array([0x33, 0x66, 0x99]) + [68, 1, 84]) / 2, atol=3)
+    np.testing.assert_allclose(last, (np.array([0x33, 0x66, 0x99]) + [253, 231, 37]) / 2, atol=3)
     assert (everything[: top - 1] == (0x33, 0x66, 0x99)).all()
     assert (everything[bottom + 1 :] == (0x33, 0x66, 0x99)).all()
 
@@ -227,20 +237,22 @@ def test_colours_of_an_overlay_reach_beyond_a_few_bright_pixels():
     bright[5, 7:9] = 1
     told = (values / 0.2).clamp(max=1)
     told[5, 7:9] = 1
-    shown = np.asarray(report.overlay(picture, view, bright, everywhere)).astype(int)
-    expected = np.asarray(report.overlay(picture, view, told, everywhere)).astype(int)
+    shown = np.asarray(overlaying.overlay(picture, view, bright, everywhere)).astype(int)
+    expected = np.asarray(overlaying.overlay(picture, view, told, everywhere)).astype(int)
     assert abs(shown - expected).max() <= 3
     # A map with many high scores is shown as it is.
     bright[:10] = 1
-    assert (np.asarray(report.overlay(picture, view, bright, everywhere))[-1] != shown[-1]).any()
+    assert (
+        np.asarray(overlaying.overlay(picture, view, bright, everywhere))[-1] != shown[-1]
+    ).any()
 
 
 def test_strips_of_a_tall_overlay_meet(monkeypatch):
     picture, ramp = Image.new("RGB", (70, 70)), torch.rand(32, 32)
     view = view_of(picture.size, small_float().preprocessing)
-    whole = report.overlay(picture, view, ramp, ramp > 0.5).tobytes()
-    monkeypatch.setattr(report, "STRIP", 9)
-    assert report.overlay(picture, view, ramp, ramp > 0.5).tobytes() == whole
+    whole = overlaying.overlay(picture, view, ramp, ramp > 0.5).tobytes()
+    monkeypatch.setattr(overlaying, "STRIP", 9)
+    assert overlaying.overlay(picture, view, ramp, ramp > 0.5).tobytes() == whole
 
 
 def test_the_table(f, folder):
@@ -397,7 +409,7 @@ def test_class_names_are_printed_as_they_are(f, folder, monkeypatch):
     out = done(aft("explain", "a.png", "--top-k", "3", "--tft", "--save", "figure"))
     for name in odd:
         assert f"  {name} (" in out
-    assert len(leftovers(folder / "aft-out")) == 3
+    assert len(leftovers(folder / "aft-out")) == 3 + 1  # the grid of all
 
 
 def test_classes_of_one_spelling_do_not_overwrite_each_other(f, folder):
@@ -405,7 +417,7 @@ def test_classes_of_one_spelling_do_not_overwrite_each_other(f, folder):
     draw("a.png")
     results = objects("explain", "a.png", "--top-k", "3")
     assert len({found["outputs"]["overlay"] for found in results}) == 3
-    assert len(leftovers(folder / "aft-out")) == 3
+    assert len(leftovers(folder / "aft-out")) == 3 + 1  # the grid of all
 
 
 def test_images_of_one_name_are_told_apart(f, folder):

@@ -266,7 +266,7 @@ from aftcli.core.classes import Preprocessing
 from aftcli.data.images import read_image
 from aftcli.data.images import to_input
 from aftcli.data.images import view_of
-from aftcli.report.explain import overlay
+from aftcli.pictures.overlay import overlay
 
 def paint(path):
     image = read_image(path)

@@ -13,6 +13,8 @@ from PIL import Image
 import aftcli
 from aftcli import AftError, Classes, cut_classifier, explain, read_image
 from aftcli.data.images import View
+from aftcli.pictures.colours import LOOK
+from aftcli.pictures.overlay import overlay
 from aftcli.report import explain as report
 from tests.helpers.command import aft
 from tests.peers.networks import plain, tiny
@@ -72,11 +74,11 @@ def test_the_overlay_of_a_black_picture(shape):
     """torchcam: test_utils.py::test_overlay_mask"""
     picture = Image.fromarray(np.zeros(shape, dtype=np.uint8)).convert("RGB")
     view, whole = View((4, 4), (0, 0, 4, 4)), torch.ones(4, 4)
-    found = np.asarray(report.overlay(picture, view, whole, whole > 0)).astype(int)
-    red, green, blue = colormaps[report.COLOURS](255)[:3]
-    expected = np.array([red, green, blue]) * 255 * report.OPACITY
+    found = np.asarray(overlay(picture, view, whole, whole > 0)).astype(int)
+    red, green, blue = colormaps[LOOK.colormap](255)[:3]
+    expected = np.array([red, green, blue]) * 255 * LOOK.alpha
     assert np.abs(found - expected).max() <= 1
-    untouched = report.overlay(picture, view, whole, whole < 0)
+    untouched = overlay(picture, view, whole, whole < 0)
     assert not np.asarray(untouched).any()
 
 
@@ -88,11 +90,11 @@ def test_the_overlay_equals_its_sum(high, wide):
     values, kept = torch.from_numpy(rng.random((high, wide))), rng.random((high, wide)) < 0.5
     values[0, 0] = 1
     view = View((wide, high), (0, 0, wide, high))
-    found = report.overlay(Image.fromarray(pixels), view, values, torch.from_numpy(kept))
+    found = overlay(Image.fromarray(pixels), view, values, torch.from_numpy(kept))
     for i in range(high):
         for j in range(wide):
-            colour = np.array(colormaps[report.COLOURS](round(255 * float(values[i, j])))[:3]) * 255
-            share = report.OPACITY * kept[i, j]
+            colour = np.array(colormaps[LOOK.colormap](round(255 * float(values[i, j])))[:3]) * 255
+            share = LOOK.alpha * kept[i, j]
             expected = (1 - share) * pixels[i, j] + share * colour
             assert np.abs(np.asarray(found)[i, j] - expected).max() <= 2
 

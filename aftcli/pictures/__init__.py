@@ -1,0 +1,1 @@
+"""Pictures of explanations: colours, overlays, figures (Figure 3), grids."""
