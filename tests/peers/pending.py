@@ -8,9 +8,7 @@ import pytest
 from aftcli.errors import AftError
 
 PENDING = {
-    "layers": "`--layer A --layer B` with `--model FILE.py:NAME`: maps of two layers, fused",
-    "smooth": "`--smooth aug|eigen` with `--model FILE.py:NAME`",
-    "convolution": "cam where a 1x1 convolution is the linear layer (cutting/cut.py::linear_head)",
+    "convolution": "cam where a 1x1 convolution is the linear layer (core/head.py::linear_head)",
 }
 
 
