@@ -16,7 +16,7 @@ from aftcli.core.head import LinearHead, linear_head
 from aftcli.core.inputs import find_preprocessing, input_shape
 from aftcli.core.outputs import BOTH, Meant, output_of, probabilities, with_both_classes
 from aftcli.cutting.cut import flow_of
-from aftcli.cutting.layers import default_layer, divided
+from aftcli.cutting.layers import default_layer, divided, moves_output
 from aftcli.cutting.networks import copied, name_of, outside_inference_mode, unwrapped
 from aftcli.cutting.outputs import (
     Logits,
@@ -274,7 +274,7 @@ def cut_classifier(
     tried = run(model, input_shape(model, preprocessing))
     x, of_logits = tried.x, with_logits(model, tried, output_key, note)
     check_logits(of_logits, tried, note)
-    layer = layer or default_layer(of_logits, x, note)
+    named, layer = layer, layer or default_layer(of_logits, x, note)
     parts, (activation, *rest), logits = divided(model, layer, x, tried.out, note)
     if isinstance(of_logits, Logits):
         taken = LogitsOfSeveral if rest else Logits
@@ -286,6 +286,11 @@ def cut_classifier(
         meant = Meant(NONE)
         if not others:
             meant = output_of(lambda x: parts.head(*parts.flow(x)), x, logits, output)
+    if named and rest and not others and not moves_output(parts.head, activation, rest):
+        note(
+            f"no cell of layer {layer} moves the output, as of tokens of which only the class's is "
+            "read, so its maps are 0 everywhere; leave the layer out, or name an earlier one"
+        )
     name = name or type(model).__name__
     if meant.guess:
         note(f"{name}: {meant.guess}")

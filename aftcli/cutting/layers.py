@@ -79,6 +79,25 @@ def divided(
     return found
 
 
+def moves_output(head: nn.Module, activation: Tensor, rest: Sequence[Tensor]) -> bool:
+    """Tell if some number of A moves the output.
+
+    Args:
+        head: w2.
+        activation: A, shape (1, K, h, w).
+        rest: what passes the layer by.
+    """
+    with torch.enable_grad():
+        a = activation.detach().requires_grad_()
+        out = head(a, *rest)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        score = (out * weights).sum()
+        if not score.requires_grad:
+            return False
+        (gradient,) = torch.autograd.grad(score, a, allow_unused=True)
+    return gradient is not None and bool(gradient.any())
+
+
 def _are_maps(activation: object, x: Tensor) -> bool:
     if not isinstance(activation, Tensor) or activation.dim() != x.dim():
         return False

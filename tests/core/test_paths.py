@@ -477,6 +477,20 @@ def test_a_layer_before_the_last_convolution_is_said():
     ]
 
 
+@pytest.mark.parametrize(("layer", "said"), [("norm", 1), ("blocks.1.norm1", 0)])
+def test_a_layer_whose_cells_move_nothing_is_said(layer, said):
+    torch.manual_seed(0)
+    notes = []
+    model = vit()
+    nn.init.normal_(model.head.weight)
+    f = cut_classifier(model, layer, preprocessing=PREPROCESSING, note=notes.append)
+    assert len(notes) == said
+    if said:
+        assert notes[0].startswith("no cell of layer norm moves the output")
+    x = torch.randn(1, 3, *SIZE)
+    assert bool(attribution_map(f, x, 1, "layercam").any()) == (not said)
+
+
 def test_a_layer_run_as_it_is_can_be_named_only_if_it_has_cells():
     torch.manual_seed(0)
     with pytest.raises(AftError, match=r"'fc' can't be used: its output has shape \(N, 5\)"):
