@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 
+from aftcli.cutting.networks import SameModules
 from aftcli.errors import AftError, check_name
 from aftcli.settings import AUTO, NONE, OUTPUTS, SIGMOID, SOFTMAX
 
@@ -113,20 +114,16 @@ class BothClasses(nn.Module):
         return "1 - p, p" if self.of_probability else "-y, y"
 
 
-class _Behind(nn.Module):
+class _Behind(SameModules):
     """A head without a graph, followed by the columns; its modules are the head's own."""
 
     def __init__(self, head: nn.Module, both: BothClasses) -> None:
-        super().__init__()
-        self._modules, self._parameters = head._modules, head._parameters
-        self._buffers = head._buffers
-        # Not as modules: names would begin with them.
-        self.__dict__.update({"inner": head, BOTH: both})
-        self.training = head.training
+        super().__init__(head)
+        self.__dict__[BOTH] = both  # not as a module: names would begin with it
 
     def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
         """Compute logits, shape (N, 2), from the head's arguments."""
-        return self.__dict__[BOTH](self.__dict__["inner"](activation, *rest))  # type: ignore[no-any-return]
+        return self.__dict__[BOTH](self.whole(activation, *rest))  # type: ignore[no-any-return]
 
 
 def with_both_classes(head: nn.Module, of_probability: bool) -> nn.Module:

@@ -90,8 +90,7 @@ def moves_output(head: nn.Module, activation: Tensor, rest: Sequence[Tensor]) ->
     with torch.enable_grad():
         a = activation.detach().requires_grad_()
         out = head(a, *rest)
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
-        score = (out * weights).sum()
+        score = _weighted_sum(out)
         if not score.requires_grad:
             return False
         (gradient,) = torch.autograd.grad(score, a, allow_unused=True)
@@ -204,8 +203,7 @@ def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: 
     outputs = [p.ran.output for p in found]
     gradients: Sequence[Tensor | None] = ()
     if logits is not None and logits.requires_grad and outputs:
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
-        score = (logits * weights.to(logits)).sum()
+        score = _weighted_sum(logits)
         with suppress(RuntimeError):  # as a network raises it that computes activations again
             gradients = torch.autograd.grad(score, outputs, allow_unused=True, retain_graph=True)
     live = [p for p, g in zip(found, gradients, strict=False) if g is not None and _moves(p, g)]
@@ -223,6 +221,12 @@ def _last_that_matters(model: nn.Module, x: Tensor, layer: str | None, classes: 
     if layer and own and (own.ran.output is last.ran.output or not _mixed(own, last)):
         return layer
     return last.ran.name
+
+
+def _weighted_sum(values: Tensor) -> Tensor:
+    """Sum values with random weights: a norm keeps the plain sum at 0."""
+    weights = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
+    return (values * weights.to(values)).sum()
 
 
 def _stirred(model: nn.Module) -> nn.Module:
@@ -245,10 +249,7 @@ def _moves(place: Place, gradient: Tensor) -> bool:
 def _mixed(own: Place, last: Place) -> bool:
     """Tell if a cell of the last output depends on more cells of the layer than its own."""
     h, w = last.layout.height, last.layout.width
-    cell = last.maps[:, :, h // 2, w // 2]
-    # Not the plain sum, which a norm keeps at 0.
-    weights = torch.randn(cell.shape, generator=torch.Generator().manual_seed(0)).to(cell)
-    score = (cell * weights).sum()
+    score = _weighted_sum(last.maps[:, :, h // 2, w // 2])
     (gradient,) = torch.autograd.grad(score, [own.ran.output], allow_unused=True, retain_graph=True)
     if gradient is None or (own.layout.height, own.layout.width) != (h, w):
         return True

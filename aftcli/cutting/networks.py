@@ -147,6 +147,26 @@ def with_history(what: object) -> Iterator[Tensor]:
             todo += value
 
 
+class SameModules(nn.Module):
+    """A module whose modules and weights are another network's, under the same names.
+
+    Args:
+        network: the other; it is no module of this one, or names would begin with it.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._modules, self._parameters = network._modules, network._parameters
+        self._buffers = network._buffers
+        self.__dict__["network"] = network
+        self.training = network.training
+
+    @property
+    def whole(self) -> nn.Module:
+        """The other network."""
+        return self.__dict__["network"]  # type: ignore[no-any-return]
+
+
 def computes_weights(module: nn.Module) -> bool:
     """Tell if weights are computed at each pass: by parametrizations, norms or pruning."""
     return is_parametrized(module) or any(map(_remaking, module.modules()))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from aftcli.cutting.networks import SameModules
 from aftcli.errors import AftError, first_line, nearest
 
 PUBLISHED = ("torchvision.", "timm.", "transformers.")  # their networks treat images alone
@@ -202,25 +203,16 @@ def logits_of(out: object, key: str | None = None) -> Tensor:
     return at_path(out, find_output(out, key).path)  # type: ignore[no-any-return]
 
 
-class Logits(nn.Module):
+class Logits(SameModules):
     """A network, or a head, that returns only the logits of another one, with the same modules.
 
     Attributes:
         path: the place of the logits.
-        whole: the other network, which returns everything.
     """
 
     def __init__(self, network: nn.Module, path: tuple[str | int, ...]) -> None:
-        super().__init__()
-        self._modules, self._parameters = network._modules, network._parameters
-        self._buffers = network._buffers
-        self.__dict__["network"] = network  # not as a module: names would begin with it
-        self.path, self.training = path, network.training
-
-    @property
-    def whole(self) -> nn.Module:
-        """The network that returns everything."""
-        return self.__dict__["network"]  # type: ignore[no-any-return]
+        super().__init__(network)
+        self.path = path
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of inputs x, or of A."""

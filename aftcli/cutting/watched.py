@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, jit, nn
 
 from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
+from aftcli.cutting.networks import SameModules
 
 
 class Ran(NamedTuple):
@@ -70,7 +71,7 @@ class _Done(Exception):  # noqa: N818 - it is no error
     """A signal that the layer's output is known, so that the rest need not run."""
 
 
-class _Interrupted(nn.Module):
+class _Interrupted(SameModules):
     """A network that torch.fx can't trace, run to or from the output of one of its modules.
 
     Its modules are the network's own, under the same names.
@@ -83,12 +84,8 @@ class _Interrupted(nn.Module):
     """
 
     def __init__(self, network: nn.Module, layer: str, call: int, layout: Layout | None) -> None:
-        super().__init__()
-        self._modules, self._parameters = network._modules, network._parameters
-        self._buffers = network._buffers
-        self.__dict__["network"] = network  # not as a module: names would begin with it
+        super().__init__(network)
         self.layer, self.call, self.layout = layer, call, layout
-        self.training = network.training
 
     def run(self, x: Tensor, change: Callable[[object], object]) -> object:
         """Run the network with the layer's output changed."""
@@ -99,7 +96,7 @@ class _Interrupted(nn.Module):
             calls += 1
             return change(out) if calls == self.call else None
 
-        network = self.__dict__["network"]
+        network = self.whole
         handle = network.get_submodule(self.layer).register_forward_hook(ended)
         try:
             return network(x)
