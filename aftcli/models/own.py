@@ -96,14 +96,19 @@ def _module(name: str, home: str) -> ModuleType:
     own = f"aft_model_{digest}"  # changed code is another module
     if own in sys.modules:
         return sys.modules[own]
-    spec = importlib.util.spec_from_file_location(own, path)
+    return _guarded(name, lambda: run_file(path, own))
+
+
+def run_file(path: Path, name: str) -> ModuleType:
+    """Run a file of Python as a module of a name; one that fails leaves none behind."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[own] = module  # dataclasses and pickle look there
+    sys.modules[name] = module  # dataclasses and pickle look there
     try:
-        _guarded(name, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+        spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[own]
+        del sys.modules[name]
         raise
     return module
 

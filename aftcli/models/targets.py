@@ -8,9 +8,7 @@ class, whose logit is that score. So every method that needs no classes can expl
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.outputs import Logits
 from aftcli.errors import AftError, first_line
+from aftcli.models.own import run_file
 from aftcli.settings import NONE
 
 Target = Callable[[Any], Tensor]
@@ -132,12 +131,8 @@ def load_target(text: str) -> Target:
         raise AftError(f"{text!r} names no function in a file; write FILE.py:NAME")
     if not path.is_file():
         raise AftError(f"{path}: there is no such file; --target-fn takes FILE.py:NAME")
-    spec = spec_from_file_location(f"aft_target_{path.stem}", path)
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look there
     try:
-        spec.loader.exec_module(module)
+        module = run_file(path, f"aft_target_{path.stem}")
     except Exception as error:
         raise AftError(f"{path}: can't be run ({first_line(error)})") from error
     found = getattr(module, name, None)
