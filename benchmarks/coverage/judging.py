@@ -82,7 +82,7 @@ class Verdict:
 
     @property
     def why(self) -> str:
-        """What there is to say about the finding."""
+        """The reason of the finding, or a remark on it."""
         differs = self.explained if (self.difference or 0) > TOLERANCE else ""
         chosen = f"load_classifier chooses {self.other}" if self.other else ""
         parts = (self.crashed, self.refused, self.silent, self.said, differs, chosen)

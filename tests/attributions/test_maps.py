@@ -443,7 +443,7 @@ def test_maps_of_videos_are_those_of_rows_of_cells(method, pooled):
 
 
 class Flat(nn.Module):
-    """What follows A in `Videos`, for A as rows of cells."""
+    """The part of `Videos` behind A, for A as rows of cells."""
 
     def __init__(self, model):
         super().__init__()

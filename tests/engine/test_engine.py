@@ -469,7 +469,7 @@ def test_an_earlier_stem():
 
 
 def said(*options):
-    """What explain prints of two photographs."""
+    """Output of explain for two photographs."""
     arguments = ("--tft", "--json", "--cam", "gradcam", "--cam", "layercam", "--save", "none")
     done = aft("explain", *PHOTOS, *arguments, *options)
     assert done.code in (0, None), done.err

@@ -1,4 +1,4 @@
-"""What other libraries promise of their methods, asked of ours.
+"""Promises of other libraries' methods, asked of ours.
 
 Each test names the peer and the test whose behaviour it checks, as in
 `torchcam: test_methods_gradient.py::test_img_cams`. The tests are our own: small networks, the

@@ -1,4 +1,4 @@
-"""What peers do and aft does not yet: the reasons, and the mark of tests that wait for it.
+"""Features of peers that aft lacks: the reasons, and the mark of tests that wait for them.
 
 The marks are strict: a test that begins to pass fails until its mark is taken off.
 """
