@@ -114,7 +114,7 @@ def _grouped(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_dict(tables: Tables, shown: Shown) -> dict[str, Any]:
-    """Return the tables as plain values, long form: one object a number (docs/formats.md)."""
+    """Return the tables in long form, one object a number (docs/reference/files.md)."""
     found: dict[str, Any] = {
         name: [_grouped(table.record(row)) for row in tables.rows[name]]
         for name, table in TABLES.items()

@@ -1,4 +1,4 @@
-"""Tables of docs/results.md that the benchmark attributions has measured the figures of."""
+"""Tables of docs/results/tables.md that the benchmark attributions has measured the figures of."""
 
 from __future__ import annotations
 
