@@ -20,7 +20,8 @@ from aftcli.aft.features import Cache, Masks, check_cache, choose_cache
 from aftcli.aft.jobs import Job
 from aftcli.aft.loss import Batch, Features, Recipe
 from aftcli.core.classifier import Classifier
-from aftcli.data.sets import DataSet, validation_of
+from aftcli.data.parts import validation_of
+from aftcli.data.sets import DataSet
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.tft.stores import advice
 

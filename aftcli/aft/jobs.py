@@ -19,9 +19,9 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.zero_level import no_softmax
 from aftcli.cutting.networks import outside_inference_mode
+from aftcli.data.parts import place_of
 from aftcli.data.sets import (
     DataSet,
-    format_of,
     not_its_classes,
     open_data_set,
     refuse_one_class,
@@ -140,8 +140,8 @@ def control_jobs(
         if masked and (data is None or _holds(data, masked[0], f)):
             jobs.append(_control_of_masks(masked, f, data, split, limit, source.earlier))
         elif data is None:
-            root, part = Path(made["data_set"]), split or made["split"]
-            above = format_of(made["data_kind"]).above(root, part)
+            part = split or made["split"]
+            above = place_of(made, part)
             jobs.append(control_job(f, above, part or None, limit, seed, source.earlier))
     if data is None or jobs:
         return jobs

@@ -333,6 +333,7 @@ def _card(
         **({"zero_level": training.chosen} if isinstance(training, ZeroLevelTraining) else {}),
         "data_set": str(job.data_set.root.resolve()),
         "data_kind": job.data_set.kind,
+        **({"data_file": job.data_set.file} if job.data_set.file else {}),
         "new_head": job.new_head,
         "situation": situation_of(job, training.settings.objective).title,
         "trained_on": len(training.train),

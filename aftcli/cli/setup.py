@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from aftcli.cli.process import kept_from_collector
 from aftcli.core.methods import METHODS, named
 from aftcli.errors import AftError
-from aftcli.files import check_checkpoint, check_folder
+from aftcli.files import check_checkpoint, check_there
 from aftcli.options.groups import Network, TargetMaps, Weights
 from aftcli.report.terminal import complain
 
@@ -34,7 +34,7 @@ def check(network: Weights, dataset: Path | None = None) -> None:
     if network.checkpoint:
         check_checkpoint(network.checkpoint)
     if dataset:
-        check_folder(dataset)
+        check_there(dataset)
     names(network.classes)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -16,13 +16,14 @@ from typing import NamedTuple, cast
 from aftcli.core.classes import Classes
 from aftcli.data.images import Box, Size
 from aftcli.errors import AftError
-from aftcli.files import check_folder, inside
+from aftcli.files import check_there, inside
 
 # Where each Format is, by the name that files keep it under. The last is tried first; class
 # folders take what is left.
 FORMATS = {
     "folders": "aftcli.formats.folders:ClassFolders",
     "voc": "aftcli.formats.voc:Voc",
+    "manifest": "aftcli.formats.manifest:Manifest",
 }
 
 # Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
@@ -45,6 +46,18 @@ class Sample(NamedTuple):
     label: int
 
 
+class Listing(NamedTuple):
+    """The file that lists the images of a data set.
+
+    Attributes:
+        file: its path below the data set's root.
+        labels: the class of each label that it has.
+    """
+
+    file: str
+    labels: Mapping[str, int]
+
+
 @dataclass(frozen=True)
 class DataSet:
     """Labelled images in a fixed order.
@@ -59,6 +72,8 @@ class DataSet:
         samples: the images.
         named: the folder that the user named, which nothing leads out of; None is the root.
         notes: what was skipped or guessed when it was opened, for its user to know.
+        listing: the file that lists the images; None where folders do.
+        every: there is a sample for each image and class that it shows.
     """
 
     kind: str
@@ -69,11 +84,18 @@ class DataSet:
     samples: Sequence[Sample]
     named: Path | None = None
     notes: tuple[str, ...] = ()
+    listing: Listing | None = None
+    every: bool = False
 
     @property
     def format(self) -> Format:
         """The format that it has."""
         return format_of(self.kind)
+
+    @property
+    def file(self) -> str:
+        """The file that lists the images, by its path below the root; "" where folders do."""
+        return self.listing.file if self.listing else ""
 
     def path(self, index: int) -> Path:
         """Return the file of an image.
@@ -228,6 +250,12 @@ class Format(ABC):
             AftError: the data set has this format, but can't be used.
         """
 
+    def open_every(
+        self, path: Path, split: str | None, classes: Classes, default: str
+    ) -> DataSet | None:
+        """Open it with a sample for each image and class; `open` does where each shows one."""
+        return self.open(path, split, classes, default)
+
     def above(self, root: Path, split: str) -> Path:
         """Return the folder that the splits of a data set lie in.
 
@@ -269,54 +297,35 @@ def spread(total: int, count: int | None) -> list[int]:
 
 
 def open_data_set(
-    path: Path, split: str | None, classes: Classes, default: str = "train"
+    path: Path,
+    split: str | None,
+    classes: Classes,
+    default: str = "train",
+    every: bool = False,
 ) -> DataSet:
     """Find the images and labels of a data set.
 
     Args:
         path: a folder of class folders (those named by wnid are mapped to the model's classes by
-            wnid); one with `train/` and `val/` of such, or other usual names of splits; or a
-            VOCdevkit, or a folder above or below it.
+            wnid); one with `train/` and `val/` of such, or other usual names of splits; a
+            VOCdevkit, or a folder above or below it; or a manifest.
         split: which part; default `default`, where there are parts.
         classes: the model's.
         default: the part that is taken where none is asked for.
+        every: a sample for each image and class that it shows; otherwise one for each image.
 
     Raises:
         AftError: there is no such folder, no data set or split in it, or no image; or only
             some of its class folders are the model's.
     """
-    check_folder(path)
-    tried = (format_of(kind).open(path, split, classes, default) for kind in reversed(FORMATS))
-    data_set = replace(next(filter(None, tried)), named=path)
+    check_there(path)
+    formats = map(format_of, reversed(FORMATS))
+    tried = ((f.open_every if every else f.open)(path, split, classes, default) for f in formats)
+    found = next(filter(None, tried))
+    data_set = replace(found, named=found.named or path)
     if not data_set.samples:
         raise AftError(f"{data_set.root}: there is no image in its class folders")
     return data_set
-
-
-class Validation(NamedTuple):
-    """The val split beside a train split.
-
-    Attributes:
-        data_set: its images; None where there is no such split, or it can't be used.
-        reason: why it can't be used; "" where it can, or there is none.
-    """
-
-    data_set: DataSet | None = None
-    reason: str = ""
-
-
-def validation_of(data_set: DataSet, classes: Classes) -> Validation:
-    """Open the val split beside a train split."""
-    root = data_set.format.above(data_set.root, data_set.split)
-    if split_kind(data_set.split) != "train" or not data_set.format.has_split(root, "val"):
-        return Validation()
-    try:
-        found = open_data_set(root, "val", classes)
-    except AftError as error:
-        return Validation(reason=str(error))
-    if not found.mapped:
-        return Validation(reason=not_its_classes(found, classes))
-    return Validation(replace(found, named=data_set.named or root))
 
 
 def split_kind(name: str) -> str:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.blocks import pack, unpack
+from aftcli.data.parts import place_of
 from aftcli.data.sets import (
     DataSet,
     data_name,
-    format_of,
     not_its_classes,
     open_data_set,
     refuse_one_class,
@@ -335,9 +335,8 @@ def _made_of(
 def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
     path, split = asked.data, asked.split
     if path is None:
-        root = Path(made["data_set"])
-        path = format_of(made["data_kind"]).above(root, made["split"])
-        if not path.is_dir():
+        path = place_of(made)
+        if not path.exists():
             raise AftError(
                 f"{path}: the data set of the masks is no longer there; say where it is: aft "
                 "evaluate DATASET"

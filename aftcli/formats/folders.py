@@ -34,6 +34,10 @@ class ClassFolders(Format):
 
     def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet:
         """Open any folder, or refuse it; see `Format.open`."""
+        if not path.is_dir():
+            raise AftError(
+                f"{path}: is no data set: a file must be a list of pictures, .csv, .tsv or .parquet"
+            )
         part = find_split(path, split, classes, default)
         path = path / part.folder
         below = pictures_of(path)

@@ -14,7 +14,7 @@ import torch
 from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
-from aftcli.data.sets import DataSet, Sample, open_data_set, spread
+from aftcli.data.sets import DataSet, Listing, Sample, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import load_classifier
@@ -263,8 +263,11 @@ def _data_set(
             "aft finetune DATASET"
         )
     named, notes = (given.named, given.notes) if given else (None, ())
+    listing = given.listing if given else None
+    if listing is None and made.get("data_file"):
+        listing = Listing(made["data_file"], {})
     kind, split = made["data_kind"], made["split"]
-    return DataSet(kind, root, split, f.classes.names, True, samples, named, notes)
+    return DataSet(kind, root, split, f.classes.names, True, samples, named, notes, listing)
 
 
 def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
