@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from aftcli.core.classes import Preprocessing
-from aftcli.data.images import Box, Size, Turn, View, image_labels, open_picture, turn_of, view_of
-from aftcli.data.sets import DataSet, Listed
+from aftcli.data.images import Turn, View, image_labels, open_picture, turn_of, view_of
+from aftcli.data.picture import Box, Listed, Size
+from aftcli.data.sets import DataSet
 from aftcli.data.text import reason
 from aftcli.errors import AftError
 
@@ -76,7 +77,7 @@ class Objects:
             marks = self._annotations.marks(index, class_index)
             if marks is None:
                 return Regions()
-            with open_picture(self.data_set.path(index)) as image:
+            with open_picture(self.data_set.picture(index)) as image:
                 turn = turn_of(image)
             view = view_of(turn.shown, self.preprocessing)
             if marks.boxes:
@@ -93,7 +94,7 @@ class Objects:
                     counted = torch.from_numpy(np.asarray(labels != marks.void))
         except (OSError, ValueError) as error:
             raise AftError(
-                f"{self.data_set.path(index)}: its boxes can't be read ({reason(error)})"
+                f"{self.data_set.picture(index)}: its boxes can't be read ({reason(error)})"
             ) from error
         return Regions(boxes, seen, counted)
 

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from aftcli.core.classes import Classes
-from aftcli.data.images import Box, Size
+from aftcli.data.picture import FilePicture, Marks, Picture
+from aftcli.data.text import FORMATS, check_data_set, check_format
 from aftcli.errors import AftError
-from aftcli.files import check_folder, inside
-
-# Where each Format is, by the name that files keep it under. The last is tried first; class
-# folders take what is left.
-FORMATS = {
-    "folders": "aftcli.formats.folders:ClassFolders",
-    "voc": "aftcli.formats.voc:Voc",
-}
+from aftcli.files import inside
 
 # Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
 SPLITS = {
@@ -75,13 +68,13 @@ class DataSet:
         """The format that it has."""
         return format_of(self.kind)
 
-    def path(self, index: int) -> Path:
-        """Return the file of an image.
+    def picture(self, index: int) -> Picture:
+        """Return an image, unopened.
 
         Raises:
             AftError: it lies outside the data set.
         """
-        return self.beside(self.samples[index].name)
+        return self.format.picture(self, self.samples[index].name)
 
     def beside(self, name: str) -> Path:
         """Return a file below the root.
@@ -91,11 +84,12 @@ class DataSet:
         """
         return inside(self.root, name, self.named)
 
-    def files(self) -> Iterator[Path]:
-        """Return the files of the images, but for those outside the data set."""
+    def pictures(self) -> Iterator[Picture]:
+        """Return the images, but for those outside the data set."""
+        form = self.format
         for sample in self.samples:
             with contextlib.suppress(AftError):
-                yield self.beside(sample.name)
+                yield form.picture(self, sample.name)
 
     def areas(self, index: int) -> list[float]:
         """Return the share of a picture that each class covers, where its format says so."""
@@ -113,62 +107,6 @@ class DataSet:
         for sample in self.samples:
             digest.update(os.fsencode(f"{sample.name}\0{sample.label}\n"))
         return digest.hexdigest()[:16]
-
-
-class Listed(NamedTuple):
-    """A box, and the width and height of the picture that it was drawn in; None if not said."""
-
-    box: Box
-    size: Size | None
-
-    @classmethod
-    def read(cls, edges: Iterable[str], size: Iterable[str | None], first: int) -> Listed:
-        """Read a box from texts.
-
-        Args:
-            edges: left, top, right, bottom, both ends in the box.
-            size: width and height, which some tools leave out or write as zeros.
-            first: the number of the first pixel.
-
-        Raises:
-            ValueError: an edge is no finite number.
-        """
-        left, top, right, bottom = _finite(edges)
-        last = 1 - first
-        return cls((left - first, top - first, right + last, bottom + last), _size(size))
-
-
-def _finite(texts: Iterable[str]) -> tuple[float, ...]:
-    edges = tuple(float(text) for text in texts)
-    if not all(map(math.isfinite, edges)):
-        raise ValueError(f"a box is {edges}")
-    return edges
-
-
-def _size(texts: Iterable[str | None]) -> Size | None:
-    try:
-        width, height = _finite(text or "0" for text in texts)
-    except ValueError:
-        return None
-    return (int(width), int(height)) if min(width, height) > 0 else None
-
-
-class Marks(NamedTuple):
-    """Objects of one class in a picture, as the files of a data set have them.
-
-    Attributes:
-        boxes: of the objects.
-        boxes_file: the file that lists them.
-        segmentation: a picture whose pixels are labels; None where there is none.
-        label: the label of the class's pixels.
-        void: the label of pixels that do not count; None where all count.
-    """
-
-    boxes: list[Listed]
-    boxes_file: Path
-    segmentation: Path | None = None
-    label: int = 1
-    void: int | None = None
 
 
 class Annotations:
@@ -228,6 +166,22 @@ class Format(ABC):
             AftError: the data set has this format, but can't be used.
         """
 
+    def picture(self, data_set: DataSet, name: str) -> Picture:
+        """Return the picture of a name: by default the file below the root.
+
+        Args:
+            data_set: of this format.
+            name: of a sample, also of one that a mask store names.
+
+        Raises:
+            AftError: it lies outside the data set, or there is none.
+        """
+        return FilePicture(data_set.beside(name))
+
+    def is_there(self, root: Path) -> bool:
+        """Tell if a data set, of which a file kept the root, is still there."""
+        return root.is_dir()
+
     def above(self, root: Path, split: str) -> Path:
         """Return the folder that the splits of a data set lie in.
 
@@ -252,8 +206,7 @@ class Format(ABC):
 
 def format_of(kind: str) -> Format:
     """Load a format by its name, a key of FORMATS."""
-    if kind not in FORMATS:
-        raise AftError(f"unknown format of data sets {kind!r}; there are {', '.join(FORMATS)}")
+    check_format(kind)
     module, _, name = FORMATS[kind].partition(":")
     return cast("Format", getattr(import_module(module), name)())
 
@@ -268,8 +221,25 @@ def spread(total: int, count: int | None) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
+class Reading(NamedTuple):
+    """Choices in reading a data set.
+
+    Attributes:
+        kind: the name of its format, a key of FORMATS; None recognises it by its content.
+    """
+
+    kind: str | None = None
+
+
+AS_FOUND = Reading()
+
+
 def open_data_set(
-    path: Path, split: str | None, classes: Classes, default: str = "train"
+    path: Path,
+    split: str | None,
+    classes: Classes,
+    default: str = "train",
+    reading: Reading = AS_FOUND,
 ) -> DataSet:
     """Find the images and labels of a data set.
 
@@ -280,14 +250,22 @@ def open_data_set(
         split: which part; default `default`, where there are parts.
         classes: the model's.
         default: the part that is taken where none is asked for.
+        reading: its format, where that is not to be guessed.
 
     Raises:
         AftError: there is no such folder, no data set or split in it, or no image; or only
             some of its class folders are the model's.
     """
-    check_folder(path)
-    tried = (format_of(kind).open(path, split, classes, default) for kind in reversed(FORMATS))
-    data_set = replace(next(filter(None, tried)), named=path)
+    check_data_set(path)
+    kinds = [reading.kind] if reading.kind else reversed(FORMATS)
+    tried = (format_of(kind).open(path, split, classes, default) for kind in kinds)
+    found = next(filter(None, tried), None)
+    if found is None:
+        what = f"no data set of the format {reading.kind}" if reading.kind else "no data set"
+        raise AftError(
+            f"{path}: is {what}; aft gen-masks --help lists the formats that --data-format takes"
+        )
+    data_set = replace(found, named=path if path.is_dir() else found.root)
     if not data_set.samples:
         raise AftError(f"{data_set.root}: there is no image in its class folders")
     return data_set
@@ -311,7 +289,7 @@ def validation_of(data_set: DataSet, classes: Classes) -> Validation:
     if split_kind(data_set.split) != "train" or not data_set.format.has_split(root, "val"):
         return Validation()
     try:
-        found = open_data_set(root, "val", classes)
+        found = open_data_set(root, "val", classes, reading=Reading(data_set.kind))
     except AftError as error:
         return Validation(reason=str(error))
     if not found.mapped:

@@ -1,4 +1,4 @@
-"""Files that users name: images by names, folders and globs; class names; without torch."""
+"""What users name: images by names, folders and globs; data sets; class names; without torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from xml.etree import ElementTree
 from xml.parsers import expat
 
 from aftcli.errors import AftError
-from aftcli.files import inside
+from aftcli.files import check_folder, inside
 
 SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jfif".split())
+
+# Where each Format of data sets is, by the name that files keep it under. The last is tried first;
+# class folders take what is left.
+FORMATS = {
+    "folders": "aftcli.formats.folders:ClassFolders",
+    "voc": "aftcli.formats.voc:Voc",
+}
+
+DATA_FILES = frozenset[str]()  # endings of files that are data sets; others are folders
 
 LARGEST_TEXT = 2**24  # bytes of class names, of a list, of an annotation
 
@@ -63,6 +72,18 @@ def _images_in(folder: Path, out: Path | None) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and not (results and path.is_relative_to(results))
     )
+
+
+def check_data_set(path: Path) -> None:
+    """Check that a folder, or a file that may be a data set, is there."""
+    if not (path.suffix.lower() in DATA_FILES and path.is_file()):
+        check_folder(path)
+
+
+def check_format(kind: str) -> None:
+    """Check the name of a format of data sets."""
+    if kind not in FORMATS:
+        raise AftError(f"unknown format of data sets {kind!r}; there are {', '.join(FORMATS)}")
 
 
 def read_classes(path: Path) -> tuple[str, ...]:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 from aftcli.core.classes import Classes
 from aftcli.data.folders import folders_in, listed, pictures_of
+from aftcli.data.picture import Listed, Marks
 from aftcli.data.sets import (
     Annotations,
     DataSet,
     Format,
-    Listed,
-    Marks,
     Sample,
     map_to_model,
     split_kind,
@@ -32,8 +31,10 @@ class ClassFolders(Format):
 
     named_by_folder = True
 
-    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet:
+    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet | None:
         """Open any folder, or refuse it; see `Format.open`."""
+        if not path.is_dir():
+            return None
         part = find_split(path, split, classes, default)
         path = path / part.folder
         below = pictures_of(path)

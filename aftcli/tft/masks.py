@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aftcli.core.cam import stretch
 from aftcli.data.blocks import Broken, changed
+from aftcli.data.picture import Picture
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
 from aftcli.settings import SOFTMAX
@@ -129,13 +130,15 @@ def changed_images(data_set: DataSet, rows: Rows | None, broken: Sequence[Broken
         contents = np.concatenate([contents, rows.content])
         stamps = np.concatenate([stamps, rows.stamp])
 
-    def path(name: str) -> Path:
+    form = data_set.format
+
+    def picture(name: str) -> Path | Picture:
         try:
-            return data_set.beside(name)
+            return form.picture(data_set, name)
         except AftError:  # said by who reads it
             return data_set.root
 
-    return [names[i] for i in changed(map(path, names), contents, stamps)]
+    return [names[i] for i in changed(map(picture, names), contents, stamps)]
 
 
 class MaskStore(torch.utils.data.Dataset[MaskRecord]):
