@@ -31,10 +31,10 @@ NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 LONGEST = 4096  # bytes that are read of a lock
 
 
-def check_there(path: Path) -> None:
-    """Check that a folder or file is there."""
-    if not path.exists():
-        raise AftError(f"{path}: there is no such folder or file")
+def check_folder(path: Path) -> None:
+    """Check that a folder is there."""
+    if not path.is_dir():
+        raise AftError(f"{path}: there is no such folder")
 
 
 def check_checkpoint(path: Path) -> None:

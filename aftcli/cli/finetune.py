@@ -87,7 +87,7 @@ class Training:
             "--consistency",
             "W",
             "consistency",
-            "Weight of a loss that teaches the network to read masked images; paper: 0.",
+            "Weight of the masked images' loss; paper: 0.",
         ),
     ] = None
     classification: Annotated[
@@ -182,6 +182,7 @@ def finetune(
     from aftcli.aft.jobs import control_jobs, mask_jobs
     from aftcli.aft.loss import in_situation
     from aftcli.aft.run import fine_tune
+    from aftcli.data.sets import Reading
     from aftcli.engine.export import check_onnx
     from aftcli.report.tuned import export, print_tuned, watch
 
@@ -196,11 +197,12 @@ def finetune(
     *earlier, last = network.layers or [""]
     source = setup.source(network, last, accelerator.device, note, tuple(earlier))
     keep_freed_memory()
+    reading = Reading(data.data_format)
     if data.no_masks:
-        own = (data.dataset, data.split, data.limit, training.seed)
+        own = (data.dataset, data.split, data.limit, training.seed, reading)
         jobs = control_jobs(run.run, source, *own)
     else:
-        jobs = mask_jobs(run.run, source, cams, data.dataset, data.limit)
+        jobs = mask_jobs(run.run, source, cams, data.dataset, data.limit, reading)
     events = fine_tune(jobs, run.run, settings, options, accelerator)
     tuned = watch(events, run.quiet or not first)
     if first:

@@ -68,7 +68,7 @@ def gen_masks(
     accelerate = setup.engine(run.engine, run.precision, quiet)
     f = setup.classifier(network, device, quiet)
 
-    from aftcli.data.sets import open_data_set
+    from aftcli.data.sets import Reading, open_data_set
     from aftcli.report.masks import print_stores, watch
     from aftcli.tft.explain import passes
     from aftcli.tft.generate import generate_masks, store_path
@@ -76,7 +76,8 @@ def gen_masks(
 
     keep_freed_memory()
     f = with_names_of_run(f, run.run, setup.noting(quiet))
-    images = open_data_set(data.dataset, data.split, f.classes).limited(data.limit)
+    reading = Reading(data.data_format)
+    images = open_data_set(data.dataset, data.split, f.classes, reading=reading).limited(data.limit)
     for text in images.notes:
         setup.noting(quiet)(text)
     methods = setup.methods(f, maps.cam, "gradcam")

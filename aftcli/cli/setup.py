@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from aftcli.cli.process import kept_from_collector
 from aftcli.core.methods import METHODS, named
+from aftcli.data.text import check_data_set
 from aftcli.errors import AftError
-from aftcli.files import check_checkpoint, check_there
+from aftcli.files import check_checkpoint
 from aftcli.options.groups import Network, TargetMaps, Weights
 from aftcli.report.terminal import complain
 
@@ -34,7 +35,7 @@ def check(network: Weights, dataset: Path | None = None) -> None:
     if network.checkpoint:
         check_checkpoint(network.checkpoint)
     if dataset:
-        check_there(dataset)
+        check_data_set(dataset)
     names(network.classes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from aftcli.core.classes import Preprocessing
-from aftcli.data.images import (
-    LARGEST,
-    Box,
-    Size,
-    Turn,
-    View,
-    image_labels,
-    open_picture,
-    turn_of,
-    view_of,
-)
-from aftcli.data.sets import DataSet, Listed
+from aftcli.data.images import LARGEST, Turn, View, image_labels, open_picture, turn_of, view_of
+from aftcli.data.picture import Box, Listed, Marks, Size
+from aftcli.data.sets import DataSet
 from aftcli.data.text import reason
 from aftcli.errors import AftError
 
@@ -86,15 +78,15 @@ class Objects:
             marks = self._annotations.marks(index, class_index)
             if marks is None:
                 return Regions()
-            with open_picture(self.data_set.path(index)) as image:
+            with open_picture(self.data_set.picture(index)) as image:
                 turn = turn_of(image)
             view = view_of(turn.shown, self.preprocessing)
             if marks.boxes:
                 upright = self._upright(marks.boxes, turn, marks.boxes_file, index)
                 boxes = _covered(upright, turn.shown, view)
             if marks.segmentation:
-                with open_picture(marks.segmentation) as image:
-                    whole = self._shown(image, turn, marks.segmentation, index)
+                with _opened(marks.segmentation) as image:
+                    whole = self._shown(image, turn, marks, index)
                     scaled = whole.resize(view.scaled, Image.Resampling.NEAREST)
                     labels = np.asarray(scaled.crop(view.crop))
                 region = torch.from_numpy(labels == marks.label)
@@ -103,7 +95,7 @@ class Objects:
                     counted = torch.from_numpy(np.asarray(labels != marks.void))
         except (OSError, ValueError) as error:
             raise AftError(
-                f"{self.data_set.path(index)}: its boxes can't be read ({reason(error)})"
+                f"{self.data_set.picture(index)}: its boxes can't be read ({reason(error)})"
             ) from error
         return Regions(boxes, seen, counted)
 
@@ -114,9 +106,10 @@ class Objects:
             for box, size in boxes
         ]
 
-    def _shown(self, image: Image.Image, turn: Turn, path: Path, index: int) -> Image.Image:
+    def _shown(self, image: Image.Image, turn: Turn, marks: Marks, index: int) -> Image.Image:
         """Turn a segmentation so that it lies as the shown picture."""
         own = turn_of(image)
+        path = marks.segmentation if isinstance(marks.segmentation, Path) else marks.boxes_file
         labels = image_labels(image, path)
         if own.orientation != 1:
             return labels if image.format == "TIFF" else own.upright(labels)
@@ -144,6 +137,12 @@ class Objects:
                 "and taken as of its stored pixels; so are others like it"
             )
         return "stored" in frames
+
+
+def _opened(segmentation: Path | Image.Image) -> AbstractContextManager[Image.Image]:
+    if isinstance(segmentation, Path):
+        return open_picture(segmentation)
+    return nullcontext(segmentation)
 
 
 def _covered(boxes: list[Box], size: tuple[int, int], view: View) -> Tensor | None:

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set, split_kind
+from aftcli.data.sets import DataSet, Reading, not_its_classes, open_data_set, split_kind
 from aftcli.errors import AftError
-
-
-def place_of(made: Mapping[str, Any], split: str | None = None) -> Path:
-    """Return the path that opens a data set again.
-
-    Args:
-        made: what a store or checkpoint records of it.
-        split: that is wanted; default the recorded one.
-    """
-    root, kind = Path(made["data_set"]), made["data_kind"]
-    above = format_of(kind).above(root, made["split"] if split is None else split)
-    return above / str(made.get("data_file", ""))
 
 
 class Validation(NamedTuple):
@@ -38,11 +24,11 @@ class Validation(NamedTuple):
 
 def validation_of(data_set: DataSet, classes: Classes) -> Validation:
     """Open the val split beside a train split."""
-    root = data_set.format.above(data_set.root, data_set.split) / data_set.file
+    root = data_set.format.above(data_set.root, data_set.split)
     if split_kind(data_set.split) != "train" or not data_set.format.has_split(root, "val"):
         return Validation()
     try:
-        found = open_data_set(root, "val", classes, every=data_set.every)
+        found = open_data_set(root, "val", classes, reading=Reading(data_set.kind, data_set.every))
     except AftError as error:
         return Validation(reason=str(error))
     if not found.mapped:

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from aftcli.core.classes import Classes
-from aftcli.data.images import Box, Size
+from aftcli.data.picture import FilePicture, Marks, Picture
+from aftcli.data.text import FORMATS, check_data_set, check_format
 from aftcli.errors import AftError
-from aftcli.files import check_there, inside
-
-# Where each Format is, by the name that files keep it under. The last is tried first; class
-# folders take what is left.
-FORMATS = {
-    "folders": "aftcli.formats.folders:ClassFolders",
-    "voc": "aftcli.formats.voc:Voc",
-    "manifest": "aftcli.formats.manifest:Manifest",
-}
+from aftcli.files import inside
 
 # Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
 SPLITS = {
@@ -46,25 +38,13 @@ class Sample(NamedTuple):
     label: int
 
 
-class Listing(NamedTuple):
-    """The file that lists the images of a data set.
-
-    Attributes:
-        file: its path below the data set's root.
-        labels: the class of each label that it has.
-    """
-
-    file: str
-    labels: Mapping[str, int]
-
-
 @dataclass(frozen=True)
 class DataSet:
     """Labelled images in a fixed order.
 
     Attributes:
         kind: the name of its format, a key of FORMATS.
-        root: the folder that names are relative to.
+        root: the folder that names are relative to, or the file that lists the images.
         split: "train", "val", …; "" for a data set without splits.
         classes: names of the labels: the model's where they could be mapped to it, otherwise the
             data set's own.
@@ -72,7 +52,7 @@ class DataSet:
         samples: the images.
         named: the folder that the user named, which nothing leads out of; None is the root.
         notes: what was skipped or guessed when it was opened, for its user to know.
-        listing: the file that lists the images; None where folders do.
+        class_of: the class of each label, where a file lists labels.
         every: there is a sample for each image and class that it shows.
     """
 
@@ -84,7 +64,7 @@ class DataSet:
     samples: Sequence[Sample]
     named: Path | None = None
     notes: tuple[str, ...] = ()
-    listing: Listing | None = None
+    class_of: Mapping[str, int] = field(default_factory=dict)
     every: bool = False
 
     @property
@@ -92,18 +72,13 @@ class DataSet:
         """The format that it has."""
         return format_of(self.kind)
 
-    @property
-    def file(self) -> str:
-        """The file that lists the images, by its path below the root; "" where folders do."""
-        return self.listing.file if self.listing else ""
-
-    def path(self, index: int) -> Path:
-        """Return the file of an image.
+    def picture(self, index: int) -> Picture:
+        """Return an image, unopened.
 
         Raises:
             AftError: it lies outside the data set.
         """
-        return self.beside(self.samples[index].name)
+        return self.format.picture(self, self.samples[index].name)
 
     def beside(self, name: str) -> Path:
         """Return a file below the root.
@@ -113,11 +88,12 @@ class DataSet:
         """
         return inside(self.root, name, self.named)
 
-    def files(self) -> Iterator[Path]:
-        """Return the files of the images, but for those outside the data set."""
+    def pictures(self) -> Iterator[Picture]:
+        """Return the images, but for those outside the data set."""
+        form = self.format
         for sample in self.samples:
             with contextlib.suppress(AftError):
-                yield self.beside(sample.name)
+                yield form.picture(self, sample.name)
 
     def areas(self, index: int) -> list[float]:
         """Return the share of a picture that each class covers, where its format says so."""
@@ -135,62 +111,6 @@ class DataSet:
         for sample in self.samples:
             digest.update(os.fsencode(f"{sample.name}\0{sample.label}\n"))
         return digest.hexdigest()[:16]
-
-
-class Listed(NamedTuple):
-    """A box, and the width and height of the picture that it was drawn in; None if not said."""
-
-    box: Box
-    size: Size | None
-
-    @classmethod
-    def read(cls, edges: Iterable[str], size: Iterable[str | None], first: int) -> Listed:
-        """Read a box from texts.
-
-        Args:
-            edges: left, top, right, bottom, both ends in the box.
-            size: width and height, which some tools leave out or write as zeros.
-            first: the number of the first pixel.
-
-        Raises:
-            ValueError: an edge is no finite number.
-        """
-        left, top, right, bottom = _finite(edges)
-        last = 1 - first
-        return cls((left - first, top - first, right + last, bottom + last), _size(size))
-
-
-def _finite(texts: Iterable[str]) -> tuple[float, ...]:
-    edges = tuple(float(text) for text in texts)
-    if not all(map(math.isfinite, edges)):
-        raise ValueError(f"a box is {edges}")
-    return edges
-
-
-def _size(texts: Iterable[str | None]) -> Size | None:
-    try:
-        width, height = _finite(text or "0" for text in texts)
-    except ValueError:
-        return None
-    return (int(width), int(height)) if min(width, height) > 0 else None
-
-
-class Marks(NamedTuple):
-    """Objects of one class in a picture, as the files of a data set have them.
-
-    Attributes:
-        boxes: of the objects.
-        boxes_file: the file that lists them.
-        segmentation: a picture whose pixels are labels; None where there is none.
-        label: the label of the class's pixels.
-        void: the label of pixels that do not count; None where all count.
-    """
-
-    boxes: list[Listed]
-    boxes_file: Path
-    segmentation: Path | None = None
-    label: int = 1
-    void: int | None = None
 
 
 class Annotations:
@@ -256,6 +176,22 @@ class Format(ABC):
         """Open it with a sample for each image and class; `open` does where each shows one."""
         return self.open(path, split, classes, default)
 
+    def picture(self, data_set: DataSet, name: str) -> Picture:
+        """Return the picture of a name: by default the file below the root.
+
+        Args:
+            data_set: of this format.
+            name: of a sample, also of one that a mask store names.
+
+        Raises:
+            AftError: it lies outside the data set, or there is none.
+        """
+        return FilePicture(data_set.beside(name))
+
+    def is_there(self, root: Path) -> bool:
+        """Tell if a data set, of which a file kept the root, is still there."""
+        return root.is_dir()
+
     def above(self, root: Path, split: str) -> Path:
         """Return the folder that the splits of a data set lie in.
 
@@ -264,6 +200,10 @@ class Format(ABC):
             split: that it is, or that is wanted; "" for a data set without splits.
         """
         return root
+
+    def name(self, root: Path, split: str) -> str:
+        """Name a data set in tables; arguments as for `above`."""
+        return self.above(root, split).name or str(root)
 
     def has_split(self, root: Path, split: str) -> bool:
         """Tell if a split is there; `split` is a key of SPLITS, `root` the folder above it."""
@@ -280,8 +220,7 @@ class Format(ABC):
 
 def format_of(kind: str) -> Format:
     """Load a format by its name, a key of FORMATS."""
-    if kind not in FORMATS:
-        raise AftError(f"unknown format of data sets {kind!r}; there are {', '.join(FORMATS)}")
+    check_format(kind)
     module, _, name = FORMATS[kind].partition(":")
     return cast("Format", getattr(import_module(module), name)())
 
@@ -296,33 +235,55 @@ def spread(total: int, count: int | None) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
+class Reading(NamedTuple):
+    """Choices in reading a data set.
+
+    Attributes:
+        kind: the name of its format, a key of FORMATS; None recognises it by its content.
+        every: a sample for each image and class that it shows; otherwise one for each image.
+    """
+
+    kind: str | None = None
+    every: bool = False
+
+
+AS_FOUND = Reading()
+
+
 def open_data_set(
     path: Path,
     split: str | None,
     classes: Classes,
     default: str = "train",
-    every: bool = False,
+    reading: Reading = AS_FOUND,
 ) -> DataSet:
     """Find the images and labels of a data set.
 
     Args:
         path: a folder of class folders (those named by wnid are mapped to the model's classes by
             wnid); one with `train/` and `val/` of such, or other usual names of splits; a
-            VOCdevkit, or a folder above or below it; or a manifest.
+            VOCdevkit, or a folder above or below it; or another of the FORMATS.
         split: which part; default `default`, where there are parts.
         classes: the model's.
         default: the part that is taken where none is asked for.
-        every: a sample for each image and class that it shows; otherwise one for each image.
+        reading: its format, where that is not to be guessed.
 
     Raises:
         AftError: there is no such folder, no data set or split in it, or no image; or only
             some of its class folders are the model's.
     """
-    check_there(path)
-    formats = map(format_of, reversed(FORMATS))
-    tried = ((f.open_every if every else f.open)(path, split, classes, default) for f in formats)
-    found = next(filter(None, tried))
-    data_set = replace(found, named=found.named or path)
+    check_data_set(path)
+    kinds = [reading.kind] if reading.kind else reversed(FORMATS)
+    formats = map(format_of, kinds)
+    opening = (f.open_every if reading.every else f.open for f in formats)
+    tried = (open_(path, split, classes, default) for open_ in opening)
+    found = next(filter(None, tried), None)
+    if found is None:
+        what = f"no data set of the format {reading.kind}" if reading.kind else "no data set"
+        raise AftError(
+            f"{path}: is {what}; aft gen-masks --help lists the formats that --data-format takes"
+        )
+    data_set = replace(found, named=path if path.is_dir() else found.root)
     if not data_set.samples:
         raise AftError(f"{data_set.root}: there is no image in its class folders")
     return data_set
@@ -370,4 +331,4 @@ def data_name(root: Path, kind: str, split: str) -> str:
     >>> data_name(Path("/data/imagenet/val"), "folders", "val")
     'imagenet'
     """
-    return format_of(kind).above(root, split).name or str(root)
+    return format_of(kind).name(root, split)

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.blocks import pack, unpack
-from aftcli.data.parts import place_of
 from aftcli.data.sets import (
+    AS_FOUND,
     DataSet,
+    Reading,
     data_name,
+    format_of,
     not_its_classes,
     open_data_set,
     refuse_one_class,
@@ -107,6 +109,7 @@ class Asked(NamedTuple):
         mode: what thresholds cut.
         cells: average maps of pixels over the activation's cells.
         judges: names of judges beside the networks themselves (`load_judges`).
+        reading: of `data`.
     """
 
     source: Source = Source()
@@ -119,6 +122,7 @@ class Asked(NamedTuple):
     mode: str | None = None
     cells: bool = False
     judges: Sequence[str] = ()
+    reading: Reading = AS_FOUND
 
 
 class _Made(NamedTuple):
@@ -242,18 +246,10 @@ IMAGES = {
 }
 
 RECIPE = {
-    "split": "split",
-    "held_out": "held-out share",
-    "seed": "seed",
-    "augment": "augmentation",
-    "layer": "layer",
-    "earlier_layers": "earlier layers",
-    "trained": "trained weights",
-    "learning_rate": "learning rate",
-    "epochs": "epochs",
-    "batch": "batch size",
-    "patience": "patience",
-    "optimizer": "optimizer",
+    **{"split": "split", "held_out": "held-out share", "seed": "seed"},
+    **{"augment": "augmentation", "layer": "layer", "earlier_layers": "earlier layers"},
+    **{"trained": "trained weights", "learning_rate": "learning rate", "epochs": "epochs"},
+    **{"batch": "batch size", "patience": "patience", "optimizer": "optimizer"},
     "precision": "precision",
 }
 
@@ -333,10 +329,11 @@ def _made_of(
 
 
 def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
-    path, split = asked.data, asked.split
+    path, split, reading = asked.data, asked.split, asked.reading
     if path is None:
-        path = place_of(made)
-        if not path.exists():
+        reading = Reading(made["data_kind"])
+        path = format_of(made["data_kind"]).above(Path(made["data_set"]), made["split"])
+        if not format_of(made["data_kind"]).is_there(path):
             raise AftError(
                 f"{path}: the data set of the masks is no longer there; say where it is: aft "
                 "evaluate DATASET"
@@ -346,7 +343,9 @@ def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
                 f"{path}: the data set of the masks has no split to evaluate on; name one that "
                 "was not trained on: aft evaluate DATASET"
             )
-    data_set = open_data_set(path, split, f.classes, default="val")
+        # The file of a split, as train.csv, is one that is named: val.csv beside it is not.
+        split = split or "val"
+    data_set = open_data_set(path, split, f.classes, default="val", reading=reading)
     refuse_one_class(data_set)
     if not data_set.mapped:
         raise AftError(f"{not_its_classes(data_set, f.classes, f.name)}{advice(f)}")

@@ -9,17 +9,16 @@ from functools import cached_property
 from pathlib import Path
 
 from aftcli.core.classes import Classes
-from aftcli.data.folders import folders_in, listed, pictures_of
+from aftcli.data.picture import Listed, Marks
 from aftcli.data.sets import (
     Annotations,
     DataSet,
     Format,
-    Listed,
-    Marks,
     Sample,
     map_to_model,
     split_kind,
 )
+from aftcli.data.text import folders_in, listed, pictures_of
 from aftcli.errors import AftError
 from aftcli.files import inside
 from aftcli.formats.splits import find_split
@@ -32,12 +31,10 @@ class ClassFolders(Format):
 
     named_by_folder = True
 
-    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet:
+    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet | None:
         """Open any folder, or refuse it; see `Format.open`."""
         if not path.is_dir():
-            raise AftError(
-                f"{path}: is no data set: a file must be a list of pictures, .csv, .tsv or .parquet"
-            )
+            return None
         part = find_split(path, split, classes, default)
         path = path / part.folder
         below = pictures_of(path)

@@ -11,17 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.sets import (
-    Annotations,
-    DataSet,
-    Format,
-    Listed,
-    Listing,
-    Marks,
-    split_kind,
-)
+from aftcli.data.picture import FilePicture, Listed, Marks, Picture
+from aftcli.data.sets import Annotations, DataSet, Format, split_kind
 from aftcli.data.text import reason
 from aftcli.errors import AftError
+from aftcli.files import inside
 from aftcli.formats.listed import (
     Entry,
     below,
@@ -81,6 +75,18 @@ class Manifest(Format):
         """Open it with a sample for each picture and label; see `Format.open_every`."""
         return _open(path, split, classes, default, every=True)
 
+    def picture(self, data_set: DataSet, name: str) -> Picture:
+        """Return a picture below the file's folder; see `Format.picture`."""
+        return FilePicture(inside(data_set.root.parent, name))
+
+    def is_there(self, root: Path) -> bool:
+        """Tell if the file is still there."""
+        return root.is_file()
+
+    def name(self, root: Path, split: str) -> str:
+        """Name a data set after the file's folder."""
+        return root.parent.name or str(root)
+
     def has_split(self, root: Path, split: str) -> bool:
         """Tell if the file has lines of a split, or a file beside it is this split."""
         if not is_manifest(root):
@@ -98,16 +104,11 @@ class Manifest(Format):
 class _Boxes(Annotations):
     """Boxes of a manifest, in pixels from the left upper corner of the picture."""
 
-    @property
-    def file(self) -> Path:
-        listing = self.data_set.listing
-        return self.data_set.root / (listing.file if listing else "")
-
     @cached_property
     def boxes(self) -> dict[tuple[str, int], list[Listed]]:
         found: dict[tuple[str, int], list[Listed]] = defaultdict(list)
-        index = self.data_set.listing.labels if self.data_set.listing else {}
-        for row in read_rows(self.file):
+        index = self.data_set.class_of
+        for row in read_rows(self.data_set.root):
             if row.box and row.label in index:
                 found[row.name, index[row.label]].append(row.box)
         return found
@@ -118,11 +119,11 @@ class _Boxes(Annotations):
 
     def files(self) -> Iterator[Path]:
         if self.boxes:
-            yield self.file
+            yield self.data_set.root
 
     def marks(self, index: int, class_index: int) -> Marks | None:
         boxes = self.boxes.get((self.data_set.samples[index].name, class_index))
-        return Marks(boxes, self.file) if boxes else None
+        return Marks(boxes, self.data_set.root) if boxes else None
 
 
 def is_manifest(path: Path) -> bool:
@@ -174,14 +175,13 @@ def _open(
         notes.append(f"{path}: {repeated} lines repeat a picture and label; each counts once")
     return DataSet(
         "manifest",
-        path.parent,
+        path,
         own,
         labels.names,
         labels.mapped,
         samples_of(chosen, labels),
-        named=path.parent,
         notes=tuple(notes),
-        listing=Listing(path.name, labels.class_of),
+        class_of=labels.class_of,
         every=every,
     )
 

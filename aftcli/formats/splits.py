@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.folders import folders_in, has_pictures, is_hidden, is_picture, listed
 from aftcli.data.sets import split_kind
+from aftcli.data.text import folders_in, has_pictures, is_hidden, is_picture, listed
 from aftcli.errors import AftError
 
 # Names that only splits have, such as `train2017` and `my_test_set`, but that say not which.

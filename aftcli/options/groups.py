@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import typer
 
 from aftcli.core.methods import FAMILIES, METHODS, check_device, named
+from aftcli.data.text import FORMATS, check_format
 from aftcli.errors import AftError
 from aftcli.options.make import number, option, usage, words
 from aftcli.settings import (
@@ -231,6 +232,15 @@ class Data:
             "--split",
             "NAME",
             "Its split. Default: train, or val to evaluate.",
+        ),
+    ] = None
+    data_format: Annotated[
+        str | None,
+        option(
+            "--data-format",
+            "NAME",
+            f"{', '.join(FORMATS)}. Default: by its content.",
+            callback=usage(check_format),
         ),
     ] = None
     limit: Annotated[

@@ -121,7 +121,15 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         Idle(
             (
                 *("DATASET", "--split", "--model", "--checkpoint", "--classes", "--layer"),
-                *("--cam", "--limit", "--thresholds", "--masking", "--fill", "--threshold-mode"),
+                *(
+                    "--cam",
+                    "--data-format",
+                    "--limit",
+                    "--thresholds",
+                    "--masking",
+                    "--fill",
+                    "--threshold-mode",
+                ),
                 *("--search", "--run", "--overwrite", "--strict", "--device", "--engine"),
                 *("--precision", "--batch-size", "--workers", "--output", "--output-key"),
             ),

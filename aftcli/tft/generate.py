@@ -128,7 +128,6 @@ def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[s
         "data_set": str(data_set.root.resolve()),
         "data_kind": data_set.kind,
         "split": data_set.split,
-        **({"data_file": data_set.file} if data_set.file else {}),
         "labels": "model" if data_set.mapped else "data set",
         "classes": [] if data_set.mapped else list(data_set.classes),
         "images": len(data_set.samples),

@@ -135,9 +135,8 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
     names = settings.get("class_names", [])  # only where the network's user gave them
     if not isinstance(names, list):
         raise ValueError("its class_names are no list")
-    for key in ("output_key", "data_file"):  # only where there is one
-        if not isinstance(settings.get(key, ""), str):
-            raise ValueError(f"its {key} is no name")
+    if not isinstance(settings.get("output_key", ""), str):
+        raise ValueError("its output_key is no name")
     if not all(isinstance(name, str) for name in (*settings["classes"], *names)):
         raise ValueError("its classes are no names")
     if settings.get("output", SOFTMAX) not in OUTPUTS[1:]:

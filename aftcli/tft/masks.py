@@ -19,6 +19,7 @@ from torch import Tensor
 
 from aftcli.core.cam import stretch
 from aftcli.data.blocks import Broken, changed
+from aftcli.data.picture import Picture
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
 from aftcli.settings import SOFTMAX
@@ -41,16 +42,7 @@ FORMAT_VERSION = 2
 # Recorded, but not compared: a store may be resumed by another version of aft or from a moved
 # data set, and class names, which older stores lack, change no number.
 INFORMATION = frozenset(
-    {
-        "aft_version",
-        "checkpoint",
-        "class_names",
-        "data_set",
-        "data_file",
-        "complete",
-        "digest",
-        "seal",
-    }
+    {"aft_version", "checkpoint", "class_names", "data_set", "complete", "digest", "seal"}
 )
 
 # Settings that are written only where they are not the default.
@@ -138,13 +130,15 @@ def changed_images(data_set: DataSet, rows: Rows | None, broken: Sequence[Broken
         contents = np.concatenate([contents, rows.content])
         stamps = np.concatenate([stamps, rows.stamp])
 
-    def path(name: str) -> Path:
-        try:
-            return data_set.beside(name)
-        except AftError:  # said by who reads it
-            return data_set.root
+    form = data_set.format
 
-    return [names[i] for i in changed(map(path, names), contents, stamps)]
+    def picture(name: str) -> Path | Picture:
+        try:
+            return form.picture(data_set, name)
+        except AftError:  # said by who reads it
+            return data_set.root.parent
+
+    return [names[i] for i in changed(map(picture, names), contents, stamps)]
 
 
 class MaskStore(torch.utils.data.Dataset[MaskRecord]):

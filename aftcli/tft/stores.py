@@ -14,7 +14,15 @@ import torch
 from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
-from aftcli.data.sets import DataSet, Listing, Sample, open_data_set, spread
+from aftcli.data.sets import (
+    AS_FOUND,
+    DataSet,
+    Reading,
+    Sample,
+    format_of,
+    open_data_set,
+    spread,
+)
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import load_classifier
@@ -203,7 +211,11 @@ class StoredImages(NamedTuple):
 
 
 def stored_images(
-    store: MaskStore, f: Classifier, data: Path | None, limit: int | None
+    store: MaskStore,
+    f: Classifier,
+    data: Path | None,
+    limit: int | None,
+    reading: Reading = AS_FOUND,
 ) -> StoredImages:
     """Find a store's images in their data set, checked.
 
@@ -212,6 +224,7 @@ def stored_images(
         f: the classifier.
         data: where the data set is now; default where it was.
         limit: take so many images, spread over the store.
+        reading: of `data`.
 
     Raises:
         AftError: the store is damaged, has labels of other classes, its data set is gone, or
@@ -222,7 +235,8 @@ def stored_images(
     if not len(store):
         raise AftError(f"{store.path}: holds no image that could be read")
     chunks, picked = chunks_of(store), spread(len(store), limit)
-    data_set = _data_set(store, f, data, _samples(store, f, chunks, picked))
+    samples = _samples(store, f, chunks, picked)
+    data_set = _data_set(store, f, data, reading, samples)
     different = store.changed(data_set, picked)
     if different:
         raise AftError(
@@ -251,23 +265,26 @@ def _samples(
 
 
 def _data_set(
-    store: MaskStore, f: Classifier, data: Path | None, samples: Sequence[Sample]
+    store: MaskStore,
+    f: Classifier,
+    data: Path | None,
+    reading: Reading,
+    samples: Sequence[Sample],
 ) -> DataSet:
     """Return a store's data set with these images, where it is now."""
     made = store.settings
-    given = None if data is None else open_data_set(data, made["split"] or None, f.classes)
+    given = None
+    if data is not None:
+        given = open_data_set(data, made["split"] or None, f.classes, reading=reading)
     root = given.root if given else Path(made["data_set"])
-    if not root.is_dir():
+    if not format_of(made["data_kind"]).is_there(root):
         raise AftError(
             f"{root}: the data set of {store.path} is no longer there; say where it is: "
             "aft finetune DATASET"
         )
     named, notes = (given.named, given.notes) if given else (None, ())
-    listing = given.listing if given else None
-    if listing is None and made.get("data_file"):
-        listing = Listing(made["data_file"], {})
     kind, split = made["data_kind"], made["split"]
-    return DataSet(kind, root, split, f.classes.names, True, samples, named, notes, listing)
+    return DataSet(kind, root, split, f.classes.names, True, samples, named, notes)
 
 
 def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:

@@ -12,13 +12,12 @@ from aftcli import AftError, MaskStore
 from aftcli.core.classes import Classes
 from aftcli.data.objects import Objects
 from aftcli.data.parts import validation_of
+from aftcli.data.picture import Listed, Marks
 from aftcli.data.sets import (
     FORMATS,
     Annotations,
     DataSet,
     Format,
-    Listed,
-    Marks,
     Sample,
     data_name,
     format_of,

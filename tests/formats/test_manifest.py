@@ -12,7 +12,7 @@ from aftcli import AftError, MaskStore
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.data.objects import Objects
 from aftcli.data.parts import validation_of
-from aftcli.data.sets import open_data_set
+from aftcli.data.sets import Reading, data_name, open_data_set
 from aftcli.models.sources import imagenet_classes
 from aftcli.settings import Search
 from tests.helpers.command import aft
@@ -48,9 +48,9 @@ def test_labels_are_names_ordered_by_class_and_name(root):
     path = manifest(root, "path,label", "d.png,plum", "sub/c.png,apple", "b.png,pear", "a.png,pear")
     assert listing(path) == [("sub/c.png", 0), ("a.png", 1), ("b.png", 1), ("d.png", 2)]
     data = open_data_set(path, None, FRUIT)
-    assert (data.kind, data.root, data.split, data.mapped) == ("manifest", root, "", True)
-    assert (data.file, data.named, data.notes) == ("labels.csv", root, ())
-    assert data.path(0) == root / "sub/c.png"
+    assert (data.kind, data.root, data.split, data.mapped) == ("manifest", path, "", True)
+    assert data.notes == () and data.picture(0).path == root / "sub/c.png"
+    assert data_name(path, "manifest", "") == root.name
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_absolute_paths_below_the_folder_are_taken_and_links_out_of_it_are_broke
     os.symlink("/dev/null", root / "out.png")
     assert listing(path) == [("a.png", 1), ("out.png", 2)]
     with pytest.raises(AftError, match="is a link that leads out"):
-        open_data_set(path, None, FRUIT).path(1)
+        open_data_set(path, None, FRUIT).picture(1)
 
 
 def test_missing_pictures_are_skipped_and_said(root):
@@ -207,7 +207,7 @@ def test_files_named_as_splits_are_splits(root):
     with pytest.raises(AftError, match="there is no file of the split 'val' beside it"):
         open_data_set(train, "val", FRUIT)
     val = manifest(root, "path,label", "b.png,plum", name="validation.csv")
-    assert validation_of(data, FRUIT).data_set.file == "validation.csv"
+    assert validation_of(data, FRUIT).data_set.root == val
     assert listing(train, "val") == listing(val) == [("b.png", 2)]
     assert listing(val, "train") == [("a.png", 1)]
     with pytest.raises(AftError, match="has no column split, so there is no split 'val'"):
@@ -237,7 +237,7 @@ def test_boxes_are_regions_and_several_lines_a_picture_several_objects(root):
 
 def test_all_labels_are_samples_where_that_is_asked_for(root):
     path = manifest(root, "path,label", "a.png,pear", "b.png,apple", "a.png,plum", "a.png,pear")
-    data = open_data_set(path, None, FRUIT, every=True)
+    data = open_data_set(path, None, FRUIT, reading=Reading(every=True))
     assert [tuple(s) for s in data.samples] == [("b.png", 0), ("a.png", 1), ("a.png", 2)]
     assert data.every
 
@@ -287,7 +287,7 @@ def test_masks_are_those_of_class_folders(tmp_path):
         MaskStore(tmp_path / "one/masks/small-gradcam.h5") as one,
         MaskStore(tmp_path / "two/masks/small-gradcam.h5") as two,
     ):
-        assert two.settings["data_file"] == "labels.csv"
+        assert two.settings["data_set"] == str(path)
         for a, b in zip(one.rows(0, 6)._asdict().items(), two.rows(0, 6), strict=True):
             if a[0] != "path":
                 assert a[1].tobytes() == b.tobytes(), a[0]
@@ -297,4 +297,4 @@ def test_masks_are_those_of_class_folders(tmp_path):
 def test_what_is_no_manifest_is_refused(root):
     (root / "list.txt").write_text("a.png pear\n")
     result = aft("gen-masks", root / "list.txt", "--run", root / "run")
-    assert result.code == 1 and "must be a list of pictures, .csv, .tsv or .parquet" in result.err
+    assert result.code == 1 and "a file that ends in .csv" in result.err
