@@ -10,20 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from aftcli.core.classes import Classes
+from aftcli.data.parts import AS_FOUND, Held, Reading, held_names, held_note, split_kind
 from aftcli.data.picture import FilePicture, Marks, Picture
 from aftcli.data.text import FORMATS, check_data_set, check_format
 from aftcli.errors import AftError
 from aftcli.files import inside
-
-# Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
 
 
 class Sample(NamedTuple):
@@ -54,6 +48,8 @@ class DataSet:
         notes: what was skipped or guessed when it was opened, for its user to know.
         class_of: the class of each label, where a file lists labels.
         every: there is a sample for each image and class that it shows.
+        held: what is held out of a data set without a val split; None where nothing is.
+        held_out: names of the images that are held out.
     """
 
     kind: str
@@ -66,6 +62,19 @@ class DataSet:
     notes: tuple[str, ...] = ()
     class_of: Mapping[str, int] = field(default_factory=dict)
     every: bool = False
+    held: Held | None = None
+    held_out: frozenset[str] = frozenset()
+
+    @property
+    def part(self) -> str:
+        """The split, or the part that is held out of a data set without one, or the others."""
+        return self.held.part if self.held else self.split
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a store or checkpoint records of how it was read: plain values."""
+        held = {"held": self.held._asdict()} if self.held else {}
+        return {"split": self.split, **held, **({"every": True} if self.every else {})}
 
     @property
     def format(self) -> Format:
@@ -235,21 +244,6 @@ def spread(total: int, count: int | None) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-class Reading(NamedTuple):
-    """Choices in reading a data set.
-
-    Attributes:
-        kind: the name of its format, a key of FORMATS; None recognises it by its content.
-        every: a sample for each image and class that it shows; otherwise one for each image.
-    """
-
-    kind: str | None = None
-    every: bool = False
-
-
-AS_FOUND = Reading()
-
-
 def open_data_set(
     path: Path,
     split: str | None,
@@ -266,13 +260,30 @@ def open_data_set(
         split: which part; default `default`, where there are parts.
         classes: the model's.
         default: the part that is taken where none is asked for.
-        reading: its format, where that is not to be guessed.
+        reading: choices, such as its format where that is not to be guessed.
 
     Raises:
         AftError: there is no such folder, no data set or split in it, or no image; or only
             some of its class folders are the model's.
     """
     check_data_set(path)
+    if reading.held is None:
+        return _open(path, split, classes, default, reading)
+    kind = split_kind(split or default)
+    try:
+        found = _open(path, split, classes, default, reading)
+    except AftError:
+        # The val split that is not there may be the part that is held out of train.
+        whole = _without_val(path, classes, reading) if kind in ("train", "val") else None
+        if whole is None:
+            raise
+        found = whole
+    return _part_of(found, reading.held._replace(part=kind or "train"))
+
+
+def _open(
+    path: Path, split: str | None, classes: Classes, default: str, reading: Reading
+) -> DataSet:
     kinds = [reading.kind] if reading.kind else reversed(FORMATS)
     formats = map(format_of, kinds)
     opening = (f.open_every if reading.every else f.open for f in formats)
@@ -289,13 +300,62 @@ def open_data_set(
     return data_set
 
 
-def split_kind(name: str) -> str:
-    """Name the kind of a split: a key of SPLITS, "" for another name.
+def _without_val(path: Path, classes: Classes, reading: Reading) -> DataSet | None:
+    """Open the whole of a data set without splits, or its train split; None where val is there."""
+    try:
+        found = _open(path, None, classes, "train", reading)
+    except AftError:
+        return None
+    return found if _lacks_val(found) else None
 
-    >>> split_kind("Validation")
-    'val'
+
+def _lacks_val(data_set: DataSet) -> bool:
+    """Tell if a data set is all there is, or a train split without a val split beside it."""
+    form, root = data_set.format, data_set.root
+    if data_set.split:
+        above = form.above(root, data_set.split)
+        return split_kind(data_set.split) == "train" and not form.has_split(above, "val")
+    kind = split_kind(root.stem)
+    return not kind or (kind == "train" and not form.has_split(root.parent, "val"))
+
+
+def _part_of(data_set: DataSet, held: Held) -> DataSet:
+    """Take a part of a data set without a val split; one with a val split stays as it is."""
+    out = held_names(data_set.samples, held) if _lacks_val(data_set) else frozenset()
+    if not out:
+        return data_set
+    samples = [s for s in data_set.samples if (s.name in out) == (held.part == "val")]
+    total = len({sample.name for sample in data_set.samples})
+    notes = (*data_set.notes, held_note(data_set.root, out, total, held))
+    return replace(data_set, samples=samples, notes=notes, held=held, held_out=out)
+
+
+class Validation(NamedTuple):
+    """The val split beside a train split.
+
+    Attributes:
+        data_set: its images; None where there is no such split, or it can't be used.
+        reason: why it can't be used; "" where it can, or there is none.
     """
-    return next((kind for kind, names in SPLITS.items() if name.lower() in names), "")
+
+    data_set: DataSet | None = None
+    reason: str = ""
+
+
+def validation_of(data_set: DataSet, classes: Classes) -> Validation:
+    """Open the val split beside a train split."""
+    root = data_set.format.above(data_set.root, data_set.split)
+    there = bool(data_set.held) or data_set.format.has_split(root, "val")
+    if split_kind(data_set.part) != "train" or not there:
+        return Validation()
+    try:
+        same = Reading(data_set.kind, data_set.every, data_set.held)
+        found = open_data_set(root, "val", classes, reading=same)
+    except AftError as error:
+        return Validation(reason=str(error))
+    if not found.mapped:
+        return Validation(reason=not_its_classes(found, classes))
+    return Validation(replace(found, named=data_set.named or found.named))
 
 
 def not_its_classes(data_set: DataSet, classes: Classes, name: str = "the model") -> str:

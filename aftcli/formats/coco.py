@@ -17,8 +17,9 @@ from PIL import Image
 
 from aftcli.core.classes import Classes
 from aftcli.data.objects import from_rle, polygon_mask
+from aftcli.data.parts import split_kind
 from aftcli.data.picture import FilePicture, Listed, Marks, Picture
-from aftcli.data.sets import Annotations, DataSet, Format, split_kind
+from aftcli.data.sets import Annotations, DataSet, Format
 from aftcli.data.text import reason
 from aftcli.errors import AftError
 from aftcli.files import inside

@@ -9,15 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 from aftcli.core.classes import Classes
+from aftcli.data.parts import split_kind
 from aftcli.data.picture import Listed, Marks
-from aftcli.data.sets import (
-    Annotations,
-    DataSet,
-    Format,
-    Sample,
-    map_to_model,
-    split_kind,
-)
+from aftcli.data.sets import Annotations, DataSet, Format, Sample, map_to_model
 from aftcli.data.text import folders_in, listed, pictures_of
 from aftcli.errors import AftError
 from aftcli.files import inside

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.core.classes import Classes
+from aftcli.data.parts import split_kind
 from aftcli.data.picture import FilePicture, Listed, Marks, Picture
-from aftcli.data.sets import Annotations, DataSet, Format, split_kind
+from aftcli.data.sets import Annotations, DataSet, Format
 from aftcli.data.text import reason
 from aftcli.errors import AftError
 from aftcli.files import inside

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.sets import split_kind
+from aftcli.data.parts import split_kind
 from aftcli.data.text import folders_in, has_pictures, is_hidden, is_picture, listed
 from aftcli.errors import AftError
 

@@ -211,6 +211,12 @@ class Thresholds:
         return Search(values, self.masking, self.fill, self.mode, self.search)
 
 
+ValShare = Annotated[
+    float | None,
+    number("--val-share", "SHARE", "val_share", "Held out if there is no val. Default: 0.2."),
+]
+
+
 @dataclass(frozen=True)
 class Data:
     """The data set."""
@@ -239,7 +245,7 @@ class Data:
         option(
             "--data-format",
             "NAME",
-            f"{', '.join(FORMATS)}. Default: by its content.",
+            f"{', '.join(FORMATS)}. Default: guessed.",
             callback=usage(check_format),
         ),
     ] = None

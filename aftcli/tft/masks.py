@@ -46,7 +46,10 @@ INFORMATION = frozenset(
 )
 
 # Settings that are written only where they are not the default.
-UNWRITTEN = {"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""}
+UNWRITTEN = {
+    **{"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""},
+    **{"held": {}, "every": False},
+}
 
 # Settings that class names change, and nothing else of a store.
 NAMING = frozenset({"classes", "images_hash", "labels"})

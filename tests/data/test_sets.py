@@ -11,7 +11,6 @@ from PIL import Image
 from aftcli import AftError, MaskStore
 from aftcli.core.classes import Classes
 from aftcli.data.objects import Objects
-from aftcli.data.parts import validation_of
 from aftcli.data.picture import Listed, Marks
 from aftcli.data.sets import (
     FORMATS,
@@ -22,6 +21,7 @@ from aftcli.data.sets import (
     data_name,
     format_of,
     open_data_set,
+    validation_of,
 )
 from aftcli.models.sources import imagenet_classes
 from aftcli.settings import Search

@@ -10,8 +10,8 @@ from PIL import Image
 from aftcli import AftError, MaskStore
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.data.objects import Objects, to_rle
-from aftcli.data.parts import validation_of
-from aftcli.data.sets import Reading, data_name, open_data_set
+from aftcli.data.parts import Reading
+from aftcli.data.sets import data_name, open_data_set, validation_of
 from aftcli.settings import Search
 from tests.helpers.stored import NAMES, generate, make_images
 

@@ -11,8 +11,8 @@ from PIL import Image
 from aftcli import AftError, MaskStore
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.data.objects import Objects
-from aftcli.data.parts import validation_of
-from aftcli.data.sets import Reading, data_name, open_data_set
+from aftcli.data.parts import Reading
+from aftcli.data.sets import data_name, open_data_set, validation_of
 from aftcli.models.sources import imagenet_classes
 from aftcli.settings import Search
 from tests.helpers.command import aft
