@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
@@ -20,7 +20,9 @@ from aftcli.options.groups import (
     Thresholds,
     ValShare,
 )
-from aftcli.options.make import number, option
+from aftcli.options.make import number, option, words
+
+Exported = Literal["table", "json", "csv", "parquet"]  # as in aftcli.report.export
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class MaskOutput(Printed):
     show: Annotated[
         Path | None, option("--show", "FILE", "Print what a mask file holds, and check it.")
     ] = None
+    format_: Annotated[
+        Exported, words("--format", Exported, "with --show: a summary, or all images.")
+    ] = "table"
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,10 @@ def _show(output: MaskOutput) -> None:
     if output.show is None:
         raise AftError("name a DATASET to make masks of, or --show FILE to see what a file holds")
 
+    from aftcli.report.export import export_store
     from aftcli.report.masks import show_store
 
-    show_store(output.show, output.json)
+    if output.json or output.format_ == "table":
+        show_store(output.show, output.json)
+    else:
+        export_store(output.show, output.format_)

@@ -118,6 +118,8 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         *OF_IMAGES,
     ),
     "gen-masks": (
+        Idle(("--format",), _without("--show")),
+        Idle(("--format",), _with("--json")),
         Idle(
             (
                 *("DATASET", "--split", "--model", "--checkpoint", "--classes", "--layer"),

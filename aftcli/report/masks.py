@@ -62,7 +62,7 @@ def summarise(store: MaskStore) -> StoreSummary:
     Args:
         store: of `aft gen-masks`.
     """
-    classes = _classes_of(store)
+    classes = classes_of(store)
     names = classes.names
     totals = np.zeros(4)
     labels = np.zeros(max(len(names), 1), dtype=np.int64)
@@ -172,7 +172,7 @@ def _damaged(path: Path, what: str) -> AftError:
     return AftError(f"{path}: {what}; make it again with aft gen-masks --overwrite")
 
 
-def _classes_of(store: MaskStore) -> Classes:
+def classes_of(store: MaskStore) -> Classes:
     """Name the classes of a store's labels as it does, otherwise after their folders."""
     from aftcli.models.sources import imagenet_classes
 
