@@ -13,6 +13,7 @@ from aftcli.errors import AftError
 from aftcli.options.groups import (
     Data,
     EvaluateRun,
+    LabelsOption,
     LowerPrecision,
     Methods,
     Network,
@@ -30,6 +31,7 @@ class MaskedData(Data):
     """The data set to make masks of."""
 
     strict: Annotated[bool, option("--strict", "", "Stop at an image that can't be read.")] = False
+    labels: LabelsOption = None
     val_share: ValShare = None
     seed: Annotated[
         int | None, number("--seed", "N", "seed", "Seed of the choice. Default: 0.")
@@ -88,7 +90,7 @@ def gen_masks(
     keep_freed_memory()
     f = with_names_of_run(f, run.run, setup.noting(quiet))
     held = choose_held(run.run, f, data.dataset, data.val_share, data.seed)
-    reading = Reading(data.data_format, held=held)
+    reading = Reading(data.data_format, data.labels == "all", held)
     images = open_data_set(data.dataset, data.split, f.classes, reading=reading).limited(data.limit)
     for text in images.notes:
         setup.noting(quiet)(text)

@@ -217,6 +217,14 @@ ValShare = Annotated[
 ]
 
 
+Labels = Literal["largest", "all"]
+
+LabelsOption = Annotated[
+    Labels | None,
+    words("--labels", Labels, "of an image's classes.", default=False),
+]
+
+
 @dataclass(frozen=True)
 class Data:
     """The data set."""

@@ -132,7 +132,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
                     "--fill",
                     "--threshold-mode",
                 ),
-                *("--val-share", "--seed"),
+                *("--labels", "--val-share", "--seed"),
                 *("--search", "--run", "--overwrite", "--strict", "--device", "--engine"),
                 *("--precision", "--batch-size", "--workers", "--output", "--output-key"),
             ),
