@@ -638,7 +638,7 @@ app.main()
 """
 SMALL = SMALL.format(root=str(ROOT))
 AFT = [sys.executable, "-c", SMALL]
-# It is interrupted after its fourth file, whatever else the machine does.
+# It is interrupted after its fourth picture, whatever else the machine does.
 INTERRUPTED = SMALL.replace(
     "app.main()",
     """
@@ -646,7 +646,7 @@ import os, signal
 replace, written = os.replace, []
 def counted(*paths):
     replace(*paths)
-    written.append(paths)
+    written.extend(path for path in paths[1:] if path.suffix == ".png")
     if len(written) == 4:
         os.kill(os.getpid(), signal.SIGINT)
 os.replace = counted
