@@ -197,7 +197,7 @@ def print_tuned(tuned: list[Tuned], exported: list[Path], json_: bool) -> None:
         if (share := card.get("blend", 1)) < 1:
             name, epoch = card["cam"] or "control", card["metrics"]["epoch"]
             say(
-                f"{name}: the row of epoch {epoch} is of the network that is written, with {share:g} of "
+                f"{name}: the row of epoch {epoch} is of the network as written, with {share:g} of "
                 "the training's change in weights (blend); the lines of epochs are of all of it"
             )
     for each, result in zip(tuned, results, strict=True):
