@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftcli.cli.process import kept_from_collector
-from aftcli.core.methods import METHODS, named
+from aftcli.core.methods import METHODS, named, spelled
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint, check_folder
 from aftcli.options.groups import Network, TargetMaps, Weights
@@ -150,6 +151,9 @@ def networks(
     if len(each) == 1:
         return [classifiers(each[0], device, quiet, fuse, target)]
     found = [_one_of(network, device, quiet, fuse, target) for network in each]
+    same = Counter((f.name, f.checkpoint) for f, *_ in found)
+    if twice := [name for (name, _), count in same.items() if count > 1]:
+        raise AftError(f"{twice[0]} is named twice; name each network once")
     weights = {id(p): p.nbytes for cuts in found for f in cuts for p in f.parameters()}
     megabytes = sum(weights.values()) / 1e6
     noting(quiet)(f"{len(found)} networks are in memory at once: {megabytes:.0f} MB of weights")
@@ -238,7 +242,7 @@ def methods(
     from aftcli.tft.explain import fits
 
     methods = named(asked or [f.cam or default])
-    if "all" not in (asked or []):
+    if "all" not in spelled(asked or []):
         return methods
     return [m for m in methods if all(fits(each, m) for each in (f, *others))]
 

@@ -8,8 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 import typer
 
-from aftcli.core.methods import FAMILIES, METHODS, check_device, named
+from aftcli.core.methods import check_device, spelled
 from aftcli.errors import AftError
+from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
 from aftcli.settings import (
     Fill,
@@ -28,11 +29,6 @@ Engine = Literal["auto", "torch", "compile", "onnxruntime"]
 Precision = Literal["no", "bf16", "fp16"]
 
 NO_CHECKPOINT = "none"  # the published weights, beside checkpoints of the same model
-
-
-def _check_methods(words: list[str] | None) -> None:
-    """Refuse unknown words; what is not installed is no matter of usage."""
-    named(word for word in words or [] if word not in (*METHODS, *FAMILIES))
 
 
 def check_layers(names: list[str]) -> None:
@@ -79,6 +75,7 @@ class Weights:
             "Default efficientnet_lite0; of torchvision; timm:NAME; hf:DIR; FILE.py:NAME runs "
             "your code.",
             callback=usage(check_model),
+            autocompletion=complete.models,
         ),
     ] = None
     checkpoints: Annotated[
@@ -125,6 +122,7 @@ class Network(Weights):
             "NAME",
             "Name or names, a+b. Default: automatic.",
             callback=usage(check_layer),
+            autocompletion=complete.layers,
         ),
     ] = None
 
@@ -145,6 +143,7 @@ class LayeredNetwork(Network):
             "NAME",
             "Name or a+b; repeat to fuse. Default: automatic.",
             callback=usage(check_layers),
+            autocompletion=complete.layers,
         ),
     ] = None
     precision: Annotated[Precision, words("--precision", Precision, "fast, less exact.")] = "no"
@@ -161,6 +160,7 @@ class ComparedNetworks(LayeredNetwork):
             "NAME",
             "Repeatable. Default efficientnet_lite0; torchvision; timm:NAME; hf:DIR; FILE.py:NAME "
             "runs your code.",
+            autocompletion=complete.models,
         ),
     ] = None
     checkpoints: Annotated[
@@ -205,7 +205,8 @@ class Methods:
             "--cam --method",
             "METHOD",
             "Method or family, see below; repeatable.",
-            callback=usage(_check_methods),
+            callback=usage(spelled),
+            autocompletion=complete.methods,
         ),
     ] = None
 
@@ -226,7 +227,12 @@ class TargetMaps(Maps):
 
     target: Annotated[
         list[str] | None,
-        option("--target", "CLASS", "Name or index; repeatable. Default: predicted."),
+        option(
+            "--target",
+            "CLASS",
+            "Name or index; repeatable. Default: predicted.",
+            autocompletion=complete.classes,
+        ),
     ] = None
     target_fn: Annotated[
         str | None,
