@@ -32,8 +32,8 @@ from aftcli.evaluation.tables import (
     Tables,
 )
 from aftcli.evaluation.trials import Table5Row
-from aftcli.report.formats import markdown_lines
-from aftcli.report.grids import Shown, grids
+from aftcli.pages.grids import Shown, grids
+from aftcli.pages.printed import markdown_lines
 from benchmarks import pages
 
 CAMS = ("gradcam", "gradcam++", "ablationcam", "layercam")
