@@ -20,7 +20,8 @@ from aftcli.evaluation.measures import (
     judges,
     measures,
 )
-from aftcli.options.groups import Data, EvaluateRun, LabelsOption, Maps, Network, Printed
+from aftcli.options.data import Data, LabelsOption
+from aftcli.options.groups import EvaluateRun, Maps, Network, Printed
 from aftcli.options.make import option, usage, words
 from aftcli.options.read import tables
 from aftcli.settings import Fill, Masking, Mode, read_thresholds
@@ -130,7 +131,7 @@ class TableOutput(Printed):
         bool, option("--sanity", "", "Also compare with maps of networks with random weights.")
     ] = False
     figures: Annotated[
-        bool, option("--figures", "", "Draw figures and a page of all in RUN/results.")
+        bool, option("--figures", "", "Draw figures and write a page of all, in RUN/results.")
     ] = False
     image: Annotated[
         list[str] | None,

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
-from aftcli.core.methods import named
+from aftcli.core.methods import named, spelled
 from aftcli.errors import AftError
-from aftcli.options.groups import Data, Methods, Printed, StudyRun, ValShare, Weights, check_layers
+from aftcli.options import complete
+from aftcli.options.data import Data, ValShare
+from aftcli.options.groups import Methods, Printed, StudyRun, Weights, check_layers
 from aftcli.options.make import number, option, usage, words
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class TunedNetwork(Weights):
             "NAME",
             "Repeatable; the last, and default: the masks'.",
             callback=usage(check_layers),
+            autocompletion=complete.layers,
         ),
     ] = None
 
@@ -49,7 +52,7 @@ class TrainingData(Data):
         option(
             "--no-masks",
             "",
-            "Train a control; other classes get a new layer.",
+            "Train a control by plain cross-entropy. Other classes get a new last layer.",
         ),
     ] = False
     held_out: Annotated[
@@ -132,6 +135,16 @@ class Training:
 class TunedMaps(Methods):
     """The maps that are tuned."""
 
+    cam: Annotated[
+        list[str] | None,
+        option(
+            "--cam --method",
+            "METHOD",
+            "Of the masks; repeatable. Default: all of them.",
+            callback=usage(spelled),
+            autocompletion=complete.methods,
+        ),
+    ] = None
     gauge: Annotated[
         Gauge,
         words("--gauge", Gauge, "one number, or weights too."),

@@ -10,17 +10,8 @@ from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
-from aftcli.options.groups import (
-    Data,
-    EvaluateRun,
-    LabelsOption,
-    LowerPrecision,
-    Methods,
-    Network,
-    Printed,
-    Thresholds,
-    ValShare,
-)
+from aftcli.options.data import Data, LabelsOption, ValShare
+from aftcli.options.groups import EvaluateRun, LowerPrecision, Methods, Network, Printed, Thresholds
 from aftcli.options.make import number, option, words
 
 Exported = Literal["table", "json", "csv", "parquet"]  # as in aftcli.report.export

@@ -185,11 +185,11 @@ def test_the_chain_keeps_the_labels(listed):
     assert json.loads(masks.out)["stores"][0]["images"] == 5
     tuned = aft("finetune", *own, "--objective", "tuner", "--epochs", "1", "--json")
     assert tuned.code in (0, None), tuned.err
-    found = aft("evaluate", *own, "--table", "4", "--json", "--masking", "binary")
+    found = aft("evaluate", *own, "--table", "4", "--json")
     assert found.code in (0, None), found.err
     original, after = json.loads(found.out)["table4"]
     assert 0 < original["precision"] <= 1 and after["variant"] == "aft" and "precision" in after
-    shown = aft("evaluate", *own, "--table", "4", "--masking", "binary")
+    shown = aft("evaluate", *own, "--table", "4")
     assert "Table 4: accuracy, mean average precision" in shown.out
     assert f"{original['accuracy']:.3f}, {original['precision']:.3f}" in shown.out
     lines = aft("evaluate", *own, "--table", "4", "--format", "csv").out

@@ -1,0 +1,63 @@
+"""Options of data sets: which one, its format and split, and what is taken of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import typer
+
+from aftcli.data.text import FORMATS, check_format
+from aftcli.options.make import number, option, usage, words
+
+ValShare = Annotated[
+    float | None,
+    number("--val-share", "SHARE", "val_share", "Held out if there is no val. Default: 0.2."),
+]
+
+
+Labels = Literal["largest", "all"]
+
+LabelsOption = Annotated[
+    Labels | None,
+    words("--labels", Labels, "of an image's classes.", default=False),
+]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set."""
+
+    PANEL: ClassVar[str] = "Data"
+
+    dataset: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DATASET]",
+            help="Class folders, train/ and val/ of them, VOCdevkit, COCO, or a list (.csv). "
+            "Default: that of the masks.",
+            show_default=False,
+        ),
+    ] = None
+    split: Annotated[
+        str | None,
+        option(
+            "--split",
+            "NAME",
+            "Its split. Default: train, or val to evaluate.",
+        ),
+    ] = None
+    data_format: Annotated[
+        str | None,
+        option(
+            "--data-format",
+            "NAME",
+            f"{', '.join(FORMATS)}. Default: by its content.",
+            callback=usage(check_format),
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        number("--limit", "N", "limit", "Take N images, spread over the classes."),
+    ] = None
