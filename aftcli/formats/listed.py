@@ -14,6 +14,8 @@ from aftcli.errors import AftError
 
 MOST_NAMED = 5  # of what a message names
 
+ODD = {"", ".", ".."}  # parts of a path that is not plain
+
 NUMBER = re.compile(r"[0-9]{1,6}")
 
 
@@ -59,6 +61,8 @@ def below(root: Path, text: str) -> str:
     Raises:
         AftError: it lies outside the root.
     """
+    if ODD.isdisjoint(text.split("/")) and "\0" not in text:
+        return text  # most are plain, and there may be millions
     path = Path(text)
     if path.is_absolute() and path.is_relative_to(root.absolute()):
         path = path.relative_to(root.absolute())
@@ -165,7 +169,7 @@ def there(root: Path, entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry
     known: dict[str, bool] = {}
     for entry in entries:
         if entry.name not in known:
-            known[entry.name] = os.path.lexists(root / entry.name)
+            known[entry.name] = os.path.lexists(os.path.join(root, entry.name))
     found = [entry for entry in entries if known[entry.name]]
     return found, [entry for entry in entries if not known[entry.name]]
 
