@@ -215,6 +215,10 @@ DAMAGES = {
         lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 4]),
         r"annotations\[0\] has the box",
     ),
+    "size": (
+        lambda c: c["images"][1].update(width=10**9),
+        r"images\[1\] is of 1000000000 x 64 pixels",
+    ),
     "no object": (lambda c: c["annotations"].insert(0, 5), r"annotations\[0\] has no category_id"),
 }
 
@@ -233,10 +237,21 @@ def test_text_that_is_no_json_is_refused(path):
         open_data_set(path, None, FRUIT)
 
 
-def test_a_damaged_outline_is_an_error_where_it_is_needed(tmp_path):
-    bad = rectangle("pear", 4, 6, 10, 20, segmentation={"size": [64, 64], "counts": [3]})
+@pytest.mark.parametrize(
+    ("outline", "wrong"),
+    [
+        ({"size": [64, 64], "counts": [3]}, "its runs do not fill 64 x 64"),
+        ({"size": [32, 64], "counts": [2048]}, "it is of 64 x 32 pixels"),
+        ([[1, 2, 3, 4, 5]], "cannot reshape"),
+        ([[1, 2, 3, float("inf"), 5, 6]], "it has corners that are not finite"),
+        ({"counts": [3]}, "'size'"),
+        (["abc"], "could not convert"),
+    ],
+)
+def test_a_damaged_outline_is_an_error_where_it_is_needed(tmp_path, outline, wrong):
+    bad = rectangle("pear", 4, 6, 10, 20, segmentation=outline)
     data = open_data_set(coco(tmp_path / "coco", a=[bad]), None, FRUIT)
-    with pytest.raises(AftError, match=r"annotations\[0\]: its segmentation is damaged: its runs"):
+    with pytest.raises(AftError, match=rf"annotations\[0\]: its segmentation is damaged: {wrong}"):
         Objects(data, WHOLE).regions(0, 1)
 
 
