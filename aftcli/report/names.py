@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from aftcli.models.sources import DEFAULT_MODEL
+from aftcli.networks.sources import DEFAULT_MODEL
 from aftcli.pictures.colours import LOOK, Look
 from aftcli.settings import AUTO, Search
 
