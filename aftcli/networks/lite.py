@@ -67,6 +67,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         super().__init__(channels, eps=1e-3)
         self.act: nn.Module = nn.ReLU6(inplace=True) if act else nn.Identity()
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Check nothing: a tracer can't follow an `if` on the input."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Return x normalised, shape (N, K, h, w)."""
         return self.act(super().forward(x))  # type: ignore[no-any-return]
