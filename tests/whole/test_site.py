@@ -122,6 +122,16 @@ def test_what_a_page_loads_is_found(tmp_path):
 
 
 @pytest.mark.slow
+def test_lists_and_tables_are_not_run_into_paragraphs(site):
+    """GitHub begins them behind any line, the site behind an empty one."""
+    found = {}
+    for page in site.rglob("*.html"):
+        paragraphs = re.findall(r"<p>(.*?)</p>", page.read_text("utf-8"), re.S)
+        found[page.name] = [p for p in paragraphs if re.search(r"^(- |\d+\. |\|)", p, re.M)]
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.slow
 def test_each_public_name_is_explained(site):
     text = (site / "reference/python.html").read_text("utf-8")
     ids = re.findall(r'<h\d id="aftcli\.(\w+)" class="doc doc-heading"', text)
