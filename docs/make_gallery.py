@@ -1,7 +1,7 @@
 """Make the pictures of the site's gallery, by the commands that its page shows.
 
     python docs/make_gallery.py            makes all
-    python docs/make_gallery.py classes    makes docs/images/gallery-classes.jpg
+    python docs/make_gallery.py classes    makes docs/images/gallery/classes.jpg
 
 Each picture is one that `aft` wrote, only smaller; those of several images or classes lie in a row.
 """
@@ -19,11 +19,12 @@ from PIL import Image, ImageChops
 
 ROOT = Path(__file__).parents[1]
 GAP = 8  # pixels between pictures in a row
+PHOTOS = "docs/images/chelsea.jpg docs/images/coffee.jpg docs/images/rocket.jpg"
 PIXELS = "aft explain docs/images/chelsea.jpg --method lrp --method smoothgrad --tft"
 CAMS = ("gradcam", "gradcam++", "hirescam", "scorecam", "eigencam")
 # Each picture by its name: the kind that is taken of what aft wrote, its height, the command.
 PICTURES = {
-    "photos": ("overlay", 366, "aft explain 'docs/images/*.jpg' --cam layercam --tft"),
+    "photos": ("overlay", 366, f"aft explain {PHOTOS} --cam layercam --tft"),
     "figure": ("figure", 377, "aft explain docs/images/rocket.jpg --cam gradcam --tft"),
     "methods": (
         "grid",
@@ -60,7 +61,7 @@ def made(name: str) -> Path:
     for picture in pictures:
         row.paste(picture, (left, 0))
         left += picture.width + GAP
-    path = ROOT / f"docs/images/gallery-{name}.jpg"
+    path = ROOT / f"docs/images/gallery/{name}.jpg"
     row.save(path, quality=82, optimize=True)
     return path
 

@@ -232,7 +232,7 @@ def test_the_gallery_shows_the_commands_of_its_pictures():
     page = (ROOT / "docs/guides/gallery.md").read_text("utf-8")
     commands = {command for _, _, command in script.PICTURES.values()}
     assert set(re.findall(r"^\$ (.+)$", page, re.M)) == commands
-    pictures = {f"../images/gallery-{name}.jpg" for name in script.PICTURES}
-    assert {p for p in re.findall(r"\]\((.+?)\)", page) if "/gallery-" in p} == pictures
+    pictures = {f"../images/gallery/{name}.jpg" for name in script.PICTURES}
+    assert {p for p in re.findall(r"\]\((.+?)\)", page) if "/gallery/" in p} == pictures
     paths = [ROOT / "docs/guides" / path for path in pictures]
     assert sum(path.stat().st_size for path in paths) < 1_500_000
