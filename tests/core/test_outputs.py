@@ -1,4 +1,4 @@
-"""Probabilities of a network's outputs: softmax, sigmoid, or none (docs/method/decisions.md)."""
+"""Probabilities of outputs: softmax, sigmoid, or none (docs/method/decisions/network.md)."""
 
 import copy
 import math
