@@ -98,17 +98,16 @@ def tables(out: Path) -> Iterator[str]:
         for masking in ("binary", "soft"):
             yield from of_masking(documents, masking, kind)
     yield (
-        "EfficientNet-Lite0, ImageNet's validation images, spread over the classes; intervals of "
-        "95 % by bootstrap over images; \\*: that of the paired difference excludes 0. inc: Average"
-        " Increase, more is better; drop: Average Drop, less is better; area: pixels kept."
+        "EfficientNet-Lite0, ImageNet's validation images, spread over the classes. "
+        "area: pixels kept."
     )
     yield ""
     yield "**Every method on three networks, from the command line**"
     yield ""
     yield (
-        "`aft explain docs/images/chelsea.jpg --cam METHOD --tft`: tau\\* and RPI; then, where "
-        "there is no +, `aft evaluate` on one image. ResNet-50 and VGG-16 have random weights. CAM "
-        "does not fit VGG-16."
+        "tau\\* and RPI of `aft explain docs/images/chelsea.jpg --cam METHOD --tft`; then `aft "
+        "evaluate` on one image, except at +. ResNet-50 and VGG-16 have random weights. CAM does "
+        "not fit VGG-16."
     )
     yield ""
     yield f"| method | {' | '.join(NETWORKS)} |"
@@ -118,7 +117,10 @@ def tables(out: Path) -> Iterator[str]:
         found = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
         yield f"| {entry.title} | {' | '.join(map(told, found))} |"
     yield ""
-    yield "**A map of EfficientNet-Lite0: processor seconds, one thread; memory beyond Grad-CAM's**"
+    yield (
+        "**Cost of a map of EfficientNet-Lite0: processor seconds on one thread, "
+        "memory beyond Grad-CAM's**"
+    )
     yield ""
     yield "| method | passes without gradients | seconds | MB |"
     yield "|---|--:|--:|--:|"
