@@ -78,7 +78,7 @@ class WantedThresholds(Thresholds):
 
 def explain(
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or globs.")
+        list[str], typer.Argument(metavar="IMAGE", help="Files, folders or globs.", hidden=True)
     ],
     network: LayeredNetwork,
     maps: CutMaps,
@@ -86,7 +86,7 @@ def explain(
     output: Files,
     run: Run,
 ) -> None:
-    """Show where the model looked for its prediction, or for any class."""
+    """Show where the model looked, in pictures, folders or globs of them."""
     tft = thresholds.tft
     cut = muting(thresholds.threshold, thresholds.mute, tft)
     kinds, accelerate, found = _begin(images, network, maps, output, run, tft)

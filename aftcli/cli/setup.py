@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftcli.cli.process import kept_from_collector
-from aftcli.core.methods import METHODS, named
+from aftcli.core.methods import METHODS, named, spelled
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint, check_folder
 from aftcli.options.groups import Network, TargetMaps, Weights
@@ -184,7 +184,7 @@ def methods(
     from aftcli.tft.explain import fits
 
     methods = named(asked or [f.cam or default])
-    if "all" not in (asked or []):
+    if "all" not in spelled(asked or []):
         return methods
     return [m for m in methods if all(fits(each, m) for each in (f, *others))]
 

@@ -8,8 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 import typer
 
-from aftcli.core.methods import FAMILIES, METHODS, check_device, named
+from aftcli.core.methods import check_device, spelled
 from aftcli.errors import AftError
+from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
 from aftcli.settings import (
     Fill,
@@ -26,11 +27,6 @@ from aftcli.settings import (
 # As in aftcli.engine.accelerate.
 Engine = Literal["auto", "torch", "compile", "onnxruntime"]
 Precision = Literal["no", "bf16", "fp16"]
-
-
-def _check_methods(words: list[str] | None) -> None:
-    """Refuse unknown words; what is not installed is no matter of usage."""
-    named(word for word in words or [] if word not in (*METHODS, *FAMILIES))
 
 
 def check_layers(names: list[str]) -> None:
@@ -64,6 +60,7 @@ class Weights:
             "NAME",
             "Default efficientnet_lite0; of torchvision; timm:NAME; hf:DIR; FILE.py:NAME runs "
             "your code.",
+            autocompletion=complete.models,
         ),
     ] = None
     checkpoint: Annotated[
@@ -99,6 +96,7 @@ class Network(Weights):
             "NAME",
             "Name or names, a+b. Default: automatic.",
             callback=usage(check_layer),
+            autocompletion=complete.layers,
         ),
     ] = None
 
@@ -119,6 +117,7 @@ class LayeredNetwork(Network):
             "NAME",
             "Name or a+b; repeat to fuse. Default: automatic.",
             callback=usage(check_layers),
+            autocompletion=complete.layers,
         ),
     ] = None
     precision: Annotated[Precision, words("--precision", Precision, "fast, less exact.")] = "no"
@@ -136,7 +135,8 @@ class Methods:
             "--cam --method",
             "METHOD",
             "Method or family, see below; repeatable.",
-            callback=usage(_check_methods),
+            callback=usage(spelled),
+            autocompletion=complete.methods,
         ),
     ] = None
 
@@ -157,7 +157,12 @@ class TargetMaps(Maps):
 
     target: Annotated[
         list[str] | None,
-        option("--target", "CLASS", "Name or index; repeatable. Default: predicted."),
+        option(
+            "--target",
+            "CLASS",
+            "Name or index; repeatable. Default: predicted.",
+            autocompletion=complete.classes,
+        ),
     ] = None
     target_fn: Annotated[
         str | None,
