@@ -78,7 +78,7 @@ def accelerated(
         made = getattr(import_module(module), kind)(f, note, precision)
         return checked(f, made, TOLERANCES[precision])
     except Unfit as unfit:
-        note(f"{f.name} can't run by {name} ({unfit}); it runs by torch as it is")
+        note(f"{f.name} can't run by {name} ({unfit}); plain torch runs it")
         return f
 
 

@@ -201,7 +201,7 @@ def _tuned(
     source = find_source(name)
     needed = sum(value.numel() for value in _sketch(source, name, count).parameters())
     if needed > path.stat().st_size:
-        raise AftError(f"{path}: is no checkpoint of {name}: it holds too few numbers")
+        raise AftError(f"{path}: is not a checkpoint of {name}: it holds too few numbers")
     preprocessing = Preprocessing.from_dict(card["preprocessing"])
     meant = _given(classes) if classes else own
     network = Network(source(name, False, count).model, preprocessing, meant)

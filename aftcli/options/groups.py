@@ -44,7 +44,7 @@ def check_layer(names: list[str]) -> None:
         raise AftError("give --layer once; aft explain and aft tft fuse the maps of several")
 
 
-LowerPrecision = Annotated[Precision, words("--precision", Precision, "fast, less exact.")]
+LowerPrecision = Annotated[Precision, words("--precision", Precision, "Faster, less exact")]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Weights:
         option(
             "--model",
             "NAME",
-            "Default efficientnet_lite0; of torchvision; timm:NAME; hf:DIR; FILE.py:NAME runs "
-            "your code.",
+            "Of torchvision, timm:NAME, hf:DIR or FILE.py:NAME (runs your code). "
+            "Default: efficientnet_lite0.",
             autocompletion=complete.models,
         ),
     ] = None
@@ -68,7 +68,7 @@ class Weights:
         option(
             "--checkpoint",
             "FILE",
-            "From aft finetune, or a state dict of the model.",
+            "Weights: of aft finetune, or a state dict.",
         ),
     ] = None
     classes: Annotated[
@@ -77,7 +77,7 @@ class Weights:
     ] = None
     output: Annotated[
         Output,
-        words("--output", Output, "last step."),
+        words("--output", Output, "Last step"),
     ] = "auto"
     output_key: Annotated[
         str | None,
@@ -120,7 +120,7 @@ class LayeredNetwork(Network):
             autocompletion=complete.layers,
         ),
     ] = None
-    precision: Annotated[Precision, words("--precision", Precision, "fast, less exact.")] = "no"
+    precision: Annotated[Precision, words("--precision", Precision, "Faster, less exact")] = "no"
 
 
 @dataclass(frozen=True)
@@ -166,11 +166,11 @@ class TargetMaps(Maps):
     ] = None
     target_fn: Annotated[
         str | None,
-        option("--target-fn", "FN", "Run FILE.py:NAME, your score of the output."),
+        option("--target-fn", "FN", "Explain your score: runs FILE.py:NAME."),
     ] = None
-    top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N most likely.")] = 1
-    smooth: Annotated[Smooth, words("--smooth", Smooth, "of the map.")] = "none"
-    fuse: Annotated[Fuse | None, words("--fuse", Fuse, "of several layers.")] = None
+    top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N likeliest classes.")] = 1
+    smooth: Annotated[Smooth, words("--smooth", Smooth, "Smooth the map")] = "none"
+    fuse: Annotated[Fuse | None, words("--fuse", Fuse, "Combine layers by")] = None
 
     @property
     def fusion(self) -> Fuse:
@@ -190,19 +190,19 @@ class Thresholds:
     ] = "0:1:0.1"
     masking: Annotated[
         Masking,
-        words("--masking", Masking, "times mask or map."),
+        words("--masking", Masking, "Masks"),
     ] = "binary"
     fill: Annotated[
         Fill,
-        words("--fill", Fill, "of muted pixels."),
+        words("--fill", Fill, "Muted pixels"),
     ] = "mean"
     mode: Annotated[
         Mode,
-        words("--threshold-mode", Mode, "of the scores."),
+        words("--threshold-mode", Mode, "Cut scores by"),
     ] = "value"
     search: Annotated[
         SearchKind,
-        words("--search", SearchKind, "all, or coarse to fine."),
+        words("--search", SearchKind, "Try all or few"),
     ] = "exact"
 
     def settings(self) -> Search:
@@ -235,7 +235,7 @@ class Data:
         option(
             "--split",
             "NAME",
-            "Its split. Default: train, or val to evaluate.",
+            "Split to use. Default: train; val to evaluate.",
         ),
     ] = None
     limit: Annotated[
@@ -291,7 +291,7 @@ class StudyRun(Run):
 
     run: Annotated[
         Path,
-        option("--run", "DIR", "With masks/, tuned/, results/."),
+        option("--run", "DIR", "Has masks/, tuned/, results/."),
     ] = Path("aft-run")
     overwrite: Annotated[bool, option("--overwrite", "", "Start again instead of resuming.")] = (
         False
@@ -311,6 +311,4 @@ class StudyRun(Run):
 class EvaluateRun(StudyRun):
     """Options of how an evaluation runs."""
 
-    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in a pass of the stem.")] = (
-        16
-    )
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images that pass at once.")] = 16
