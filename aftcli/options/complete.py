@@ -35,7 +35,7 @@ def layers(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete the modules of the network that the command line names; no user's code is run."""
     from aftcli.models import own, sources
 
-    name = _last(ctx.params.get("model")) or sources.DEFAULT_MODEL
+    name = _last(ctx.params.get("models")) or sources.DEFAULT_MODEL
     if own.CODE.fullmatch(name) or name.startswith("hf:"):
         return []
     try:

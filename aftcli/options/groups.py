@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -28,6 +28,8 @@ from aftcli.settings import (
 Engine = Literal["auto", "torch", "compile", "onnxruntime"]
 Precision = Literal["no", "bf16", "fp16"]
 
+NO_CHECKPOINT = "none"  # the published weights, beside checkpoints of the same model
+
 
 def check_layers(names: list[str]) -> None:
     """Refuse a layer without a name, which would be the default one, and a layer twice."""
@@ -44,6 +46,18 @@ def check_layer(names: list[str]) -> None:
         raise AftError("give --layer once; aft explain and aft tft fuse the maps of several")
 
 
+def check_model(names: list[str]) -> None:
+    """Refuse several networks where one is read."""
+    if len(names) > 1:
+        raise AftError("give --model once; aft explain compares several networks")
+
+
+def check_checkpoint(paths: list[Path]) -> None:
+    """Refuse several checkpoints where one is read."""
+    if len(paths) > 1:
+        raise AftError("give --checkpoint once; aft explain compares several")
+
+
 LowerPrecision = Annotated[Precision, words("--precision", Precision, "Faster, less exact")]
 
 
@@ -53,22 +67,24 @@ class Weights:
 
     PANEL: ClassVar[str] = "Network"
 
-    model: Annotated[
-        str | None,
+    models: Annotated[
+        list[str] | None,
         option(
             "--model",
             "NAME",
             "Of torchvision, timm:NAME, hf:DIR or FILE.py:NAME (runs your code). "
             "Default: efficientnet_lite0.",
+            callback=usage(check_model),
             autocompletion=complete.models,
         ),
     ] = None
-    checkpoint: Annotated[
-        Path | None,
+    checkpoints: Annotated[
+        list[Path] | None,
         option(
             "--checkpoint",
             "FILE",
             "Weights: of aft finetune, or a state dict.",
+            callback=usage(check_checkpoint),
         ),
     ] = None
     classes: Annotated[
@@ -83,6 +99,16 @@ class Weights:
         str | None,
         option("--output-key", "KEY", "Name of the output that has the logits."),
     ] = None
+
+    @property
+    def model(self) -> str | None:
+        """The first model; None for the default one."""
+        return self.models[0] if self.models else None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The first checkpoint; None for the published weights."""
+        return self.checkpoints[0] if self.checkpoints else None
 
 
 @dataclass(frozen=True)
@@ -121,6 +147,50 @@ class LayeredNetwork(Network):
         ),
     ] = None
     precision: Annotated[Precision, words("--precision", Precision, "Faster, less exact")] = "no"
+
+
+@dataclass(frozen=True)
+class ComparedNetworks(LayeredNetwork):
+    """The networks that explain each image, and what they have in common."""
+
+    models: Annotated[
+        list[str] | None,
+        option(
+            "--model",
+            "NAME",
+            "Repeatable: torchvision's, timm:NAME, hf:DIR, FILE.py:NAME (runs your code). "
+            "Default: efficientnet_lite0.",
+            autocompletion=complete.models,
+        ),
+    ] = None
+    checkpoints: Annotated[
+        list[Path] | None,
+        option("--checkpoint", "FILE", "Tuned, or a state dict, or none; repeatable."),
+    ] = None
+
+    def each(self) -> list[LayeredNetwork]:
+        """List the networks: one for each model, or for each checkpoint.
+
+        Raises:
+            AftError: a network is named twice, or checkpoints are given for several models.
+        """
+        models, files = self.models or [], self.checkpoints or []
+        for option_, given in (("--model", models), ("--checkpoint", files)):
+            if twice := [each for i, each in enumerate(given) if each in given[:i]]:
+                raise AftError(f"{option_} names {twice[0]} twice; name each network once")
+        if len(models) > 1 and files:
+            raise AftError(
+                "--checkpoint belongs to one network: give --model once, or leave --checkpoint out"
+            )
+        shared = {each.name: getattr(self, each.name) for each in fields(self)}
+
+        def one(model: list[str], file: Path | None = None) -> LayeredNetwork:
+            own = [file] if file and str(file) != NO_CHECKPOINT else None
+            return LayeredNetwork(**{**shared, "models": model, "checkpoints": own})
+
+        if files:
+            return [one(models, file) for file in files]
+        return [one([model]) for model in models] or [one([])]
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,11 @@ def test_methods_and_families_are_completed():
 def test_layers_of_the_network_that_is_named_are_completed():
     network = torchvision.models.resnet18()
     expected = [name for name, _ in network.named_modules() if name.startswith("layer4.1")]
-    context = SimpleNamespace(params={"model": ["vgg16", "ResNet-18"]})
+    context = SimpleNamespace(params={"models": ["vgg16", "ResNet-18"]})
     assert complete.layers(context, "layer4.1") == expected
     # No user's code is run at a press of a key; a model that is not there has no layers.
     for name in ("net.py:build", "hf:folder", "nonsense"):
-        assert complete.layers(SimpleNamespace(params={"model": name}), "") == []
+        assert complete.layers(SimpleNamespace(params={"models": name}), "") == []
 
 
 def test_classes_are_completed(tmp_path):
