@@ -267,8 +267,7 @@ def _check_pairs(f: Classifier, tuned: list[_Made]) -> None:
             raise AftError(
                 f"{control.path}: is no control of {one.path.name}, which was trained with other "
                 f"settings: {'; '.join(other)}; train it again with aft finetune --no-masks "
-                "--overwrite and "
-                "the other's options, or move it away"
+                "--overwrite and the other's options, or move it away"
             )
 
 
@@ -327,9 +326,8 @@ def _made_of(
                 for d in (first, other)
             ]
             raise AftError(
-                f"{run}: its masks and networks were made of different data sets "
-                f"({'; '.join(named)}); name "
-                "the one to evaluate on: aft evaluate DATASET, or choose with --cam"
+                f"{run}: its masks and networks are of different data sets ({'; '.join(named)}); "
+                "name the one to evaluate on: aft evaluate DATASET, or choose with --cam"
             )
     return first.made
 
