@@ -139,7 +139,7 @@ def test_two_data_sets_in_one_run_are_not_evaluated_as_one(images, tmp_path, tun
         if tuned:
             train(mask_job(store, small_float()), run)
             store.path.unlink()
-    said = r"masks and networks are of different data sets \(.*gradcam.* of colours, train; .*layercam.* of other, "
+    said = r"networks are of different data sets \(.*gradcam.* of colours, train; .*layercam.* of other, "
     with pytest.raises(AftError, match=rf"{said}train\); name .* aft evaluate DATASET"):
         find_studies(run, Asked(Source()))
     (study,) = find_studies(run, Asked(Source(), ["layercam"]))
