@@ -590,7 +590,7 @@ def test_a_map_without_a_sign_is_refused(cam):
 def test_what_does_not_fit_is_refused(run, tmp_path):
     generate(run / "data", tmp_path, ("gradcam",), Search(masking="soft"))
     settings = {"objective": ZERO_LEVEL}
-    with pytest.raises(AftError, match="soft masking.*--masking binary"):
+    with pytest.raises(AftError, match="these are soft.*--masking binary"):
         tune(run / "data", tmp_path, settings=settings)
     with pytest.raises(AftError, match="leave --augment out"):
         tune(run / "data", run / "run", options=Options(augment=True), settings=settings)
