@@ -12,7 +12,6 @@ from typing import Any
 
 from aftcli.core.methods import METHODS
 from aftcli.evaluation.tables import Difference, Table3Row
-from aftcli.pages.grids import READINGS
 
 NETWORKS = ("efficientnet_lite0", "resnet50", "vgg16")
 MEASURED = "average_increase,average_drop,area,energy,pointing"
@@ -33,7 +32,7 @@ def interval(value: float, ci: tuple[float, float] | None) -> str:
 
 def of_masking(documents: dict[str, Any], masking: str, kind: str) -> Iterator[str]:
     """Return a table: maps of one kind, a key of KINDS, under one reading of the paper."""
-    yield f"**{KINDS[kind]}: {READINGS[masking]}**"
+    yield f"**{KINDS[kind]}: {masking} masks**"
     yield ""
     kinds = ("Original", "TFT", "TFT - Original")
     columns = [f"{measure}, {kind}" for measure in ("inc", "drop") for kind in kinds]

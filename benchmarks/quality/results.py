@@ -213,6 +213,8 @@ def captioned(lines: Iterable[str]) -> Iterator[str]:
     before = ""
     for line in lines:
         kept = "" if line.startswith(INTERVALS) else line.replace(FACTORS, "")
+        if kept.startswith("**"):
+            kept = re.sub(r" masks, the (paper's text|authors' code)\*\*$", " masks**", kept)
         if kept or before:
             yield kept
         before = kept

@@ -92,8 +92,10 @@ def test_the_overview_has_the_figures_of_the_tables_below_it():
 
 
 def test_captions_that_the_head_has_are_left_out():
-    lines = ["| 1 |", "", f"{results.FACTORS}9 images.", "", f"{results.INTERVALS}bold.", "", "end"]
-    assert list(results.captioned(lines)) == ["| 1 |", "", "9 images.", "", "end"]
+    lines = ["| 1 |", "", f"{results.FACTORS}9 images.", "", f"{results.INTERVALS}bold.", ""]
+    titles = ["**Table 3: soft masks, the authors' code**", "**T: binary masks, the paper's text**"]
+    kept = ["| 1 |", "", "9 images.", "", "**Table 3: soft masks**", "**T: binary masks**"]
+    assert list(results.captioned([*lines, *titles])) == kept
 
 
 def test_how_far_maps_of_peers_agree_is_a_table():
