@@ -102,14 +102,14 @@ def check_logits(model: nn.Module, tried: Tried, note: Callable[[str], None]) ->
         again = at_path(whole(x), model.path) if isinstance(model, Logits) else model(x)
         if not torch.equal(again, logits):
             raise AftError(
-                f"{name} returns other values each time for the same input: it draws random "
-                "numbers (dropout in training mode?), or keeps what it has seen; switch that off "
-                "in its forward"
+                f"{name} returns different values each time for the same input: it draws random "
+                "numbers (dropout in training mode?) or keeps state; switch that off in its "
+                "forward"
             )
         note(
-            f"what {name} returns for an image depends on the other images of the batch, as by a "
-            "batch norm in training mode: maps of several images, and thresholds, for which masked "
-            "copies of an image are run together, are not those of one image alone"
+            f"the output of {name} depends on the other images of the batch (a batch norm in "
+            "training mode?), so maps of several images differ from those of each alone; so do "
+            "thresholds, which run masked copies of an image together"
         )
 
 
@@ -273,7 +273,7 @@ def with_logits(
     own = at_path(tried.out, output.path)
     if not torch.equal(logits(tried.x), own) and own.isfinite().all():
         raise AftError(
-            f"{type(model).__name__} returns other values each time, or hooks of its own change "
+            f"{type(model).__name__} returns different values each time, or its own hooks change "
             "them; remove the hooks, or let its forward do what they do"
         )
     return logits
