@@ -71,7 +71,7 @@ def check_held(values: object) -> None:
     """Check what a file records of held-out images.
 
     Raises:
-        ValueError: it is none of ours.
+        ValueError: it is not what this module records.
     """
     if values is None:
         return

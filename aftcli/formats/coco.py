@@ -256,7 +256,7 @@ def _labels(file: Path, categories: Sequence[str], classes: Classes) -> Labels:
     others = [name for name in names if name not in known]
     notes = (
         (
-            f"{file}: {len(others)} of {len(names)} categories are no classes of the model and "
+            f"{file}: {len(others)} of {len(names)} categories are not classes of the model and "
             f"count for nothing: {_shown(others)}",
         )
         if others
@@ -291,7 +291,7 @@ def read_instances(file: Path) -> Instances:
     """Read a file of instances; the last ones stay in memory.
 
     Raises:
-        AftError: it is none, or damaged; the message names the entry.
+        AftError: it is not one, or damaged; the message names the entry.
     """
     try:
         stat = file.stat()

@@ -68,8 +68,8 @@ def below(root: Path, text: str) -> str:
         path = path.relative_to(root.absolute())
     if "\0" in text or path.is_absolute() or ".." in path.parts or not path.name:
         raise AftError(
-            f"{text[:200]!r} is no path of a picture below {root}, which paths are relative to; "
-            "move the picture there, or correct the path"
+            f"{text[:200]!r} is not a path below {root}, which paths are relative to; move the "
+            "picture there, or correct the path"
         )
     return path.as_posix()
 
@@ -96,8 +96,8 @@ def label_classes(
     if len(strange) < len(labels):
         raise refuse(
             strange[0],
-            f"{strange[0]!r} is no class of the model ({len(strange)} of {len(labels)} labels are "
-            "none); correct them, or take these pictures out",
+            f"{len(strange)} of {len(labels)} labels are not classes of the model (first: "
+            f"{strange[0]!r}); correct them, or take these pictures out",
         )
     own = Labels(tuple(labels), {text: i for i, text in enumerate(labels)}, False)
     if not all(map(NUMBER.fullmatch, labels)):

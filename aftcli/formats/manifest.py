@@ -128,7 +128,7 @@ class _Boxes(Annotations):
 
 
 def is_manifest(path: Path) -> bool:
-    """Tell a manifest by its ending; a folder is none."""
+    """Tell a manifest by its ending; a folder is not one."""
     return path.suffix.lower() in (*DELIMITERS, PARQUET) and path.is_file()
 
 
@@ -328,8 +328,8 @@ def _columns(path: Path, names: Iterable[str], note: Note) -> dict[str, str]:
             note(f"the column {known[usual[0]]!r} is taken as {column}")
     if not {"path", "label"} <= set(found):
         raise AftError(
-            f"{path}: is no list of pictures: its columns are {', '.join(known.values())[:200]}, "
-            "and path and label must be among them"
+            f"{path}: is not a list of pictures: path and label must be among its columns, which "
+            f"are {', '.join(known.values())[:200]}"
         )
     for group in (BOX, SIZE):
         if set(group) <= set(known):

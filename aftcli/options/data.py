@@ -45,7 +45,7 @@ class Data:
         option(
             "--split",
             "NAME",
-            "Its split. Default: train, or val to evaluate.",
+            "Split to use. Default: train; val to evaluate.",
         ),
     ] = None
     data_format: Annotated[

@@ -184,7 +184,7 @@ def test_other_categories_count_for_nothing_or_are_classes(path):
         ("val2017/a.png", 0),
         ("val2017/b.png", 0),
     ]
-    assert "2 of 3 categories are no classes of the model and count for nothing" in data.notes[0]
+    assert "2 of 3 categories are not classes of the model and count for nothing" in data.notes[0]
     own = open_data_set(path, None, Classes(("x", "y")))
     assert own.classes == NAMES and not own.mapped
 
@@ -209,7 +209,7 @@ DAMAGES = {
     ),
     "outside": (
         lambda c: c["images"][1].update(file_name="../b.png"),
-        r"images\[1\]: '../b.png' is no path of a picture below",
+        r"images\[1\]: '../b.png' is not a path below",
     ),
     "box": (
         lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 4]),

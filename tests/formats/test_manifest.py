@@ -13,7 +13,7 @@ from aftcli.core.classes import Classes, Preprocessing
 from aftcli.data.objects import Objects
 from aftcli.data.parts import Reading
 from aftcli.data.sets import data_name, open_data_set, validation_of
-from aftcli.models.sources import imagenet_classes
+from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import Search
 from tests.helpers.command import aft
 from tests.helpers.stored import NAMES, generate, make_images
@@ -91,18 +91,21 @@ def test_names_may_be_any_text(root):
     [
         (("path,label", "a.png,pear", "b.png,"), "line 3: has no label; write one"),
         (("path,label", ",pear"), "line 2: has no path"),
-        (("path,label", "a.png,pear", "b.png,grape"), "line 3: 'grape' is no class of the model"),
+        (
+            ("path,label", "a.png,pear", "b.png,grape"),
+            "line 3: 1 of 2 labels .* .first: 'grape'",
+        ),
         (("path,label", '"a\n.png",pear', "b.png,"), "line 4: has no label"),
         (("path,label", "a.png,pear", "", "a.png,plum"), "line 4: a.png has the label 'plum' here"),
-        (("path,label", "a.png,pear", "../b.png,pear"), "line 3: '../b.png' is no path of a"),
-        (("path,label", "/etc/b.png,pear"), "line 2: '/etc/b.png' is no path of a picture below"),
+        (("path,label", "a.png,pear", "../b.png,pear"), "line 3: '../b.png' is not a path below"),
+        (("path,label", "/etc/b.png,pear"), "line 2: '/etc/b.png' is not a path below"),
         (("path,label", "a.png,pear,7"), "line 2: has 3 values, but the first line names 2"),
         (("path,label", 'a.png,"pear'), "can't be read as a list of pictures"),
         (("path,label", "x.png,pear"), "line 2: there is no .*x.png, nor any other picture"),
         (("path,label",), "lists no picture"),
         (
             ("picture,label", "a.png,pear"),
-            "is no list of pictures: its columns are picture, label, and path and label",
+            "is not a list of pictures: .* which are picture, label",
         ),
         (("path,label,x,y,w,h", "a.png,pear,1,2,0,4"), "line 2: its box has a width of 0"),
         (("path,label,x,y,w,h", "a.png,pear,1,2,3,"), "line 2: its box has a width of 3 and a hei"),
