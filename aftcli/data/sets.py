@@ -166,6 +166,10 @@ class Format(ABC):
             AftError: the data set has this format, but can't be used.
         """
 
+    def suits(self, path: Path) -> bool:
+        """Tell if a data set is taken as of this format where nobody says of which it is."""
+        return True
+
     def picture(self, data_set: DataSet, name: str) -> Picture:
         """Return the picture of a name: by default the file below the root.
 
@@ -258,8 +262,8 @@ def open_data_set(
     """
     check_data_set(path)
     kinds = [reading.kind] if reading.kind else reversed(FORMATS)
-    tried = (format_of(kind).open(path, split, classes, default) for kind in kinds)
-    found = next(filter(None, tried), None)
+    forms = (form for form in map(format_of, kinds) if reading.kind or form.suits(path))
+    found = next(filter(None, (f.open(path, split, classes, default) for f in forms)), None)
     if found is None:
         what = f"no data set of the format {reading.kind}" if reading.kind else "no data set"
         raise AftError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -111,3 +112,53 @@ def _has_word_of_split(name: str) -> bool:
 def _known(names: list[str], classes: Classes) -> int:
     """Count the names that are classes of the model."""
     return sum(found is not None for found in classes.match(names))
+
+
+class Chosen(NamedTuple):
+    """A split's word in the names of files, "" where they have none, and its files."""
+
+    split: str
+    files: list[str]
+
+
+def choose_files(
+    path: Path, files: Sequence[str], split: str | None, default: str, named: bool
+) -> Chosen:
+    """Choose the files of a split by the words in their names, such as `train-000.tar`.
+
+    Args:
+        path: what the user named.
+        files: names below the root, with forward slashes.
+        split: that is asked for.
+        default: otherwise.
+        named: the user named these very files, so that one split needs no `split`.
+
+    Raises:
+        AftError: there is no such split, or only some files are of one.
+    """
+    words = [_word_of_split(name) for name in files]
+    known = list(dict.fromkeys(filter(None, words)))
+    if not known:
+        if split:
+            raise AftError(
+                f"{path}: no name of a file says its split, so there is no {split!r}; leave "
+                "--split out, or call the files train-..., val-..."
+            )
+        return Chosen("", list(files))
+    if "" in words:
+        raise AftError(
+            f"{path}: {files[words.index('')]} is of no split, but {files[words.index(known[0])]} "
+            f"is of {known[0]}; name the files that you mean, by braces or wildcards"
+        )
+    wanted = known[0] if named and split is None and len(known) == 1 else split or default
+    word = _choose(path, known, known, wanted)
+    return Chosen(word, [name for name, own in zip(files, words, strict=True) if own == word])
+
+
+def _word_of_split(name: str) -> str:
+    """Find the word for a split in a file's name, otherwise in those of its folders."""
+    for part in reversed(name.split("/")):
+        for word in re.split(r"[\W_\d]+", part):
+            if split_kind(word):
+                return word
+    return ""
