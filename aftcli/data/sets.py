@@ -266,9 +266,7 @@ def open_data_set(
     found = next(filter(None, (f.open(path, split, classes, default) for f in forms)), None)
     if found is None:
         what = f"no data set of the format {reading.kind}" if reading.kind else "no data set"
-        raise AftError(
-            f"{path}: is {what}; aft gen-masks --help lists the formats that --data-format takes"
-        )
+        raise AftError(f"{path}: is {what}; --data-format takes {', '.join(FORMATS)}")
     data_set = replace(found, named=path if path.is_dir() else found.root)
     if not data_set.samples:
         raise AftError(f"{data_set.root}: there is no image in its class folders")

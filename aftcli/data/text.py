@@ -21,10 +21,13 @@ SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm 
 FORMATS = {
     "folders": "aftcli.formats.folders:ClassFolders",
     "shards": "aftcli.formats.shards:Shards",
+    "huggingface": "aftcli.formats.huggingface:HuggingFace",
     "voc": "aftcli.formats.voc:Voc",
 }
 
-DATA_FILES = frozenset({".tar"})  # endings of files that are data sets; others are folders
+DATA_FILES = frozenset(
+    {".tar", ".parquet", ".arrow"}
+)  # endings of files that are data sets; others are folders
 
 PATTERN = frozenset("{*?[")  # in the names of several files
 

@@ -22,13 +22,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 from aftcli.core.classes import Classes
 from aftcli.data.folders import has_pictures, is_hidden, is_picture, listed
-from aftcli.data.picture import Picture
+from aftcli.data.picture import FilePicture, Picture
 from aftcli.data.sets import DataSet, Format, Sample
 from aftcli.data.text import SUFFIXES, files_named, is_pattern, reason
 from aftcli.errors import AftError, AftWarning
 from aftcli.files import FOLLOW, cache_folder, inside, replacing
+from aftcli.formats.folders import Chosen, are_of_split, choose_files
 from aftcli.formats.listed import label_classes
-from aftcli.formats.splits import choose_files
 
 ENDING = ".tar"
 
@@ -63,11 +63,9 @@ class Shards(Format):
         found = _shards(path)
         if not found:
             return None
-        root = _root_of(found) if not path.is_dir() else path
-        names = [shard.relative_to(root).as_posix() for shard in found]
-        chosen = choose_files(path, names, split, default, named=not path.is_dir())
-        indices = _indices([inside(root, name) for name in chosen.files])
-        return _data_set(root, chosen.split, chosen.files, indices, classes)
+        chosen = choose_files(path, found, split, default)
+        indices = _indices([inside(chosen.root, name) for name in chosen.files])
+        return _data_set(chosen, indices, classes)
 
     def suits(self, path: Path) -> bool:
         """Tell shards from archives that lie beside the pictures that were in them."""
@@ -80,7 +78,7 @@ class Shards(Format):
             raise AftError(f"{data_set.root / name}: is no member of a shard of this data set")
         path = _inside(data_set.root, shard + ENDING, data_set.named, os.environ.get(FOLLOW))
         try:
-            stamp = _stamp(path)
+            stamp = FilePicture(path).stat()
         except OSError as error:
             raise AftError(f"{path}: can't be read ({reason(error)})") from error
         place = _places(path, stamp).get(member)
@@ -90,10 +88,7 @@ class Shards(Format):
 
     def has_split(self, root: Path, split: str) -> bool:
         """Tell if names of shards are of a split."""
-        names = [shard.relative_to(root).as_posix() for shard in _shards(root)]
-        with suppress(AftError):
-            return bool(choose_files(root, names, split, split, named=False).files)
-        return False
+        return are_of_split(root, _shards(root), split)
 
 
 class Member(Picture):
@@ -150,11 +145,6 @@ def _inside(root: Path, shard: str, named: Path | None, follow: str | None) -> P
     return inside(root, shard, named)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns
-
-
 def _shards(path: Path) -> list[Path]:
     """Find the tar files that a name means: a folder's, one, or those of a pattern."""
     if path.is_dir():
@@ -164,15 +154,9 @@ def _shards(path: Path) -> list[Path]:
     return found if all(p.suffix == ENDING and p.is_file() for p in found) else []
 
 
-def _root_of(shards: Sequence[Path]) -> Path:
-    """Return the folder that several files are in, or below."""
-    return Path(os.path.commonpath([shard.parent for shard in shards]))
-
-
-def _data_set(
-    root: Path, split: str, shards: Sequence[str], indices: Sequence[Index], classes: Classes
-) -> DataSet:
+def _data_set(chosen: Chosen, indices: Sequence[Index], classes: Classes) -> DataSet:
     """Join the indices of shards: their order and that in them is kept."""
+    root, split, shards = chosen
     skipped: dict[str, list[str]] = defaultdict(list)
     from_files = any(label is not None for index in indices for label in index.labels)
     labels: list[str | None] = []
@@ -234,7 +218,7 @@ def _indices(shards: Sequence[Path]) -> list[Index]:
     stamps = {}
     for shard in shards:
         try:
-            stamps[shard] = _stamp(shard)
+            stamps[shard] = FilePicture(shard).stat()
         except OSError as error:
             raise AftError(f"{shard}: can't be read ({reason(error)})") from error
     found = {shard: _kept(shard, stamps[shard]) for shard in shards}

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import typer
 
 from aftcli.core.methods import FAMILIES, METHODS, check_device, named
-from aftcli.data.text import FORMATS, check_format
+from aftcli.data.text import check_format
 from aftcli.errors import AftError
 from aftcli.options.make import number, option, usage, words
 from aftcli.settings import (
@@ -239,7 +239,7 @@ class Data:
         option(
             "--data-format",
             "NAME",
-            f"{', '.join(FORMATS)}. Default: by its content.",
+            "Name of its format. Default: by its content.",
             callback=usage(check_format),
         ),
     ] = None
