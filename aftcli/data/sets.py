@@ -260,7 +260,8 @@ def open_data_set(
         AftError: there is no such folder, no data set or split in it, or no image; or only
             some of its class folders are the model's.
     """
-    check_data_set(path)
+    if reading.kind is None or not format_of(reading.kind).is_there(path):
+        check_data_set(path)
     kinds = [reading.kind] if reading.kind else reversed(FORMATS)
     forms = (form for form in map(format_of, kinds) if reading.kind or form.suits(path))
     found = next(filter(None, (f.open(path, split, classes, default) for f in forms)), None)

@@ -22,12 +22,15 @@ FORMATS = {
     "folders": "aftcli.formats.folders:ClassFolders",
     "shards": "aftcli.formats.shards:Shards",
     "huggingface": "aftcli.formats.huggingface:HuggingFace",
+    "torchvision": "aftcli.formats.builtin:Builtin",
     "voc": "aftcli.formats.voc:Voc",
 }
 
 DATA_FILES = frozenset(
     {".tar", ".parquet", ".arrow"}
 )  # endings of files that are data sets; others are folders
+
+BUILTIN = "torchvision:"  # begins the name of a data set that torchvision reads
 
 PATTERN = frozenset("{*?[")  # in the names of several files
 
@@ -89,7 +92,10 @@ def _images_in(folder: Path, out: Path | None) -> list[Path]:
 
 def check_data_set(path: Path) -> None:
     """Check that a folder, or files that may be a data set, are there."""
-    if is_pattern(path):
+    name, _, folder = str(path).partition("=")
+    if name.startswith(BUILTIN):
+        check_folder(Path(folder).expanduser())
+    elif is_pattern(path):
         files_named(path)
     elif not (path.suffix.lower() in DATA_FILES and path.is_file()):
         check_folder(path)
