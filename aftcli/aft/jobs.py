@@ -19,15 +19,8 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.zero_level import no_softmax
 from aftcli.cutting.networks import outside_inference_mode
-from aftcli.data.sets import (
-    AS_FOUND,
-    DataSet,
-    Reading,
-    format_of,
-    not_its_classes,
-    open_data_set,
-    refuse_one_class,
-)
+from aftcli.data.parts import AS_FOUND, Reading
+from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set, refuse_one_class
 from aftcli.errors import AftError
 from aftcli.files import file_stem
 from aftcli.models.load import with_new_head
@@ -38,6 +31,7 @@ from aftcli.tft.stores import (
     StoredImages,
     advice,
     check_made_for,
+    choose_held,
     chunks_of,
     find_stores,
     open_stores,
@@ -124,6 +118,7 @@ def control_jobs(
     limit: int | None = None,
     seed: int = 0,
     reading: Reading = AS_FOUND,
+    val_share: float | None = 0,
 ) -> list[Job]:
     """Make jobs without masks: of the images of a run's masks, or of another data set.
 
@@ -131,6 +126,7 @@ def control_jobs(
         run: where the study lives.
         source: of the classifiers.
         data: default the data sets of the masks, with their classifiers.
+        val_share: what is held out if there is no val split (`choose_held`).
     """
     models: dict[str, list[MaskStore]] = {}
     stores = (find_stores if data is None else open_stores)(run, source.model, [])
@@ -147,11 +143,13 @@ def control_jobs(
         elif data is None:
             root, part = Path(made["data_set"]), split or made["split"]
             above = format_of(made["data_kind"]).above(root, part)
-            same = (seed, source.earlier, Reading(made["data_kind"]))
+            same = (seed, source.earlier, Reading.of(made))
             jobs.append(control_job(f, above, part or None, limit, *same))
     if data is None or jobs:
         return jobs
     f = with_names_of_run(source.load(), run, source.note)
+    if val_share != 0:
+        reading = reading._replace(held=choose_held(run, f, data, val_share, seed))
     job = control_job(f, data, split, limit, seed, source.earlier, reading)
     for store in stores:
         if not job.new_head and _has_control(store, job.f):
@@ -173,7 +171,8 @@ def _has_control(store: MaskStore, f: Classifier) -> bool:
 def _holds(data: Path, reading: Reading, store: MaskStore, f: Classifier) -> bool:
     """Tell if a data set has the images of a mask store, wherever it is now."""
     try:
-        given = open_data_set(data, store.settings["split"] or None, f.classes, reading=reading)
+        whole = reading._replace(held=None)
+        given = open_data_set(data, store.settings["split"] or None, f.classes, reading=whole)
     except AftError:
         return False
     names = {sample.name for sample in given.samples}

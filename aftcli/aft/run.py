@@ -88,7 +88,7 @@ def _identity(
         "masks": job.made,
         "images": len(job.data_set.samples),
         "images_hash": job.data_set.fingerprint(),
-        "split": job.data_set.split,
+        **job.data_set.record,
         "augment": options.augment,
         "precision": accelerator.mixed_precision,
         "contents": contents,

@@ -123,7 +123,7 @@ class TableOutput(Printed):
         bool, option("--sanity", "", "Also compare with maps of networks with random weights.")
     ] = False
     figures: Annotated[
-        bool, option("--figures", "", "Draw figures and write a page of all, in RUN/results.")
+        bool, option("--figures", "", "Draw figures and a page of all in RUN/results.")
     ] = False
     image: Annotated[
         list[str] | None,
@@ -149,7 +149,7 @@ def evaluate(
     setup.check(network, data.dataset)
     values = read_thresholds(thresholds.thresholds) if thresholds.thresholds else None
 
-    from aftcli.data.sets import Reading
+    from aftcli.data.parts import Reading
     from aftcli.evaluation.study import Asked, find_studies
     from aftcli.pages import evaluated as page
     from aftcli.pages import printed

@@ -9,7 +9,7 @@ from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
-from aftcli.options.groups import Data, Methods, Printed, StudyRun, Weights, check_layers
+from aftcli.options.groups import Data, Methods, Printed, StudyRun, ValShare, Weights, check_layers
 from aftcli.options.make import number, option, usage, words
 
 if TYPE_CHECKING:
@@ -49,13 +49,14 @@ class TrainingData(Data):
         option(
             "--no-masks",
             "",
-            "Train a control by plain cross-entropy. Other classes get a new last layer.",
+            "Train a control; other classes get a new layer.",
         ),
     ] = False
     held_out: Annotated[
         float,
         number("--held-out", "SHARE", "held_out", "Share kept to choose the epoch."),
     ] = 0.1
+    val_share: ValShare = None
     augment: Annotated[bool, option("--augment", "", "Flip and crop at random; uses no cache.")] = (
         False
     )
@@ -182,7 +183,7 @@ def finetune(
     from aftcli.aft.jobs import control_jobs, mask_jobs
     from aftcli.aft.loss import in_situation
     from aftcli.aft.run import fine_tune
-    from aftcli.data.sets import Reading
+    from aftcli.data.parts import Reading
     from aftcli.engine.export import check_onnx
     from aftcli.report.tuned import export, print_tuned, watch
 
@@ -199,7 +200,7 @@ def finetune(
     keep_freed_memory()
     reading = Reading(data.data_format)
     if data.no_masks:
-        own = (data.dataset, data.split, data.limit, training.seed, reading)
+        own = (data.dataset, data.split, data.limit, training.seed, reading, data.val_share)
         jobs = control_jobs(run.run, source, *own)
     else:
         jobs = mask_jobs(run.run, source, cams, data.dataset, data.limit, reading)

@@ -11,7 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Size = tuple[int, int]  # width, height, pixels
 
@@ -131,13 +134,14 @@ class Marks(NamedTuple):
     Attributes:
         boxes: of the objects.
         boxes_file: the file that lists them.
-        segmentation: a picture whose pixels are labels; None where there is none.
+        segmentation: a picture whose pixels are labels, in a file or in memory (Pillow's Image);
+            None where there is none.
         label: the label of the class's pixels.
         void: the label of pixels that do not count; None where all count.
     """
 
     boxes: list[Listed]
     boxes_file: Path
-    segmentation: Path | None = None
+    segmentation: Path | Image | None = None
     label: int = 1
     void: int | None = None

@@ -6,24 +6,26 @@ import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from aftcli.core.classes import Classes
+from aftcli.data.parts import (
+    AS_FOUND,
+    Held,
+    Reading,
+    held_names,
+    held_note,
+    split_kind,
+    spread,
+)
 from aftcli.data.picture import FilePicture, Marks, Picture
 from aftcli.data.text import FORMATS, check_data_set, check_format
 from aftcli.errors import AftError
 from aftcli.files import inside
-
-# Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
 
 
 class Sample(NamedTuple):
@@ -44,7 +46,7 @@ class DataSet:
 
     Attributes:
         kind: the name of its format, a key of FORMATS.
-        root: the folder that names are relative to.
+        root: the folder that names are relative to, or the file that lists the images.
         split: "train", "val", …; "" for a data set without splits.
         classes: names of the labels: the model's where they could be mapped to it, otherwise the
             data set's own.
@@ -52,6 +54,10 @@ class DataSet:
         samples: the images.
         named: the folder that the user named, which nothing leads out of; None is the root.
         notes: what was skipped or guessed when it was opened, for its user to know.
+        class_of: the class of each label, where a file lists labels.
+        every: there is a sample for each image and class that it shows.
+        held: what is held out of a data set without a val split; None where nothing is.
+        held_out: names of the images that are held out.
     """
 
     kind: str
@@ -62,6 +68,21 @@ class DataSet:
     samples: Sequence[Sample]
     named: Path | None = None
     notes: tuple[str, ...] = ()
+    class_of: Mapping[str, int] = field(default_factory=dict)
+    every: bool = False
+    held: Held | None = None
+    held_out: frozenset[str] = frozenset()
+
+    @property
+    def part(self) -> str:
+        """The split, or the part that is held out of a data set without one, or the others."""
+        return self.held.part if self.held else self.split
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a store or checkpoint records of how it was read: plain values."""
+        held = {"held": self.held._asdict()} if self.held else {}
+        return {"split": self.split, **held, **({"every": True} if self.every else {})}
 
     @property
     def format(self) -> Format:
@@ -170,6 +191,12 @@ class Format(ABC):
         """Tell if a data set is taken as of this format where nobody says of which it is."""
         return True
 
+    def open_every(
+        self, path: Path, split: str | None, classes: Classes, default: str
+    ) -> DataSet | None:
+        """Open it with a sample for each image and class; `open` does where each shows one."""
+        return self.open(path, split, classes, default)
+
     def picture(self, data_set: DataSet, name: str) -> Picture:
         """Return the picture of a name: by default the file below the root.
 
@@ -195,6 +222,10 @@ class Format(ABC):
         """
         return root
 
+    def name(self, root: Path, split: str) -> str:
+        """Name a data set in tables; arguments as for `above`."""
+        return self.above(root, split).name or str(root)
+
     def has_split(self, root: Path, split: str) -> bool:
         """Tell if a split is there; `split` is a key of SPLITS, `root` the folder above it."""
         return False
@@ -215,29 +246,6 @@ def format_of(kind: str) -> Format:
     return cast("Format", getattr(import_module(module), name)())
 
 
-def spread(total: int, count: int | None) -> list[int]:
-    """Pick `count` of `total` places, evenly spread; None, or too many, picks all.
-
-    >>> spread(10, 3)
-    [0, 3, 6]
-    """
-    count = min(total if count is None else count, total)
-    return [i * total // count for i in range(count)]
-
-
-class Reading(NamedTuple):
-    """Choices in reading a data set.
-
-    Attributes:
-        kind: the name of its format, a key of FORMATS; None recognises it by its content.
-    """
-
-    kind: str | None = None
-
-
-AS_FOUND = Reading()
-
-
 def open_data_set(
     path: Path,
     split: str | None,
@@ -249,12 +257,12 @@ def open_data_set(
 
     Args:
         path: a folder of class folders (those named by wnid are mapped to the model's classes by
-            wnid); one with `train/` and `val/` of such, or other usual names of splits; or a
-            VOCdevkit, or a folder above or below it.
+            wnid); one with `train/` and `val/` of such, or other usual names of splits; a
+            VOCdevkit, or a folder above or below it; or another of the FORMATS.
         split: which part; default `default`, where there are parts.
         classes: the model's.
         default: the part that is taken where none is asked for.
-        reading: its format, where that is not to be guessed.
+        reading: choices, such as its format where that is not to be guessed.
 
     Raises:
         AftError: there is no such folder, no data set or split in it, or no image; or only
@@ -262,9 +270,31 @@ def open_data_set(
     """
     if reading.kind is None or not format_of(reading.kind).is_there(path):
         check_data_set(path)
-    kinds = [reading.kind] if reading.kind else reversed(FORMATS)
-    forms = (form for form in map(format_of, kinds) if reading.kind or form.suits(path))
-    found = next(filter(None, (f.open(path, split, classes, default) for f in forms)), None)
+    if reading.held is None:
+        return _open(path, split, classes, default, reading)
+    kind = split_kind(split or default)
+    try:
+        found = _open(path, split, classes, default, reading)
+    except AftError:
+        # The val split that is not there may be the part that is held out of train.
+        whole = _without_val(path, classes, reading) if kind in ("train", "val") else None
+        if whole is None:
+            raise
+        found = whole
+    return _part_of(found, reading.held._replace(part=kind or "train"))
+
+
+def _open(
+    path: Path, split: str | None, classes: Classes, default: str, reading: Reading
+) -> DataSet:
+    forms = map(format_of, [reading.kind] if reading.kind else reversed(FORMATS))
+    opening = (
+        form.open_every if reading.every else form.open
+        for form in forms
+        if reading.kind or form.suits(path)
+    )
+    tried = (open_(path, split, classes, default) for open_ in opening)
+    found = next(filter(None, tried), None)
     if found is None:
         what = f"no data set of the format {reading.kind}" if reading.kind else "no data set"
         raise AftError(f"{path}: is {what}; --data-format takes {', '.join(FORMATS)}")
@@ -272,6 +302,36 @@ def open_data_set(
     if not data_set.samples:
         raise AftError(f"{data_set.root}: there is no image in its class folders")
     return data_set
+
+
+def _without_val(path: Path, classes: Classes, reading: Reading) -> DataSet | None:
+    """Open the whole of a data set without splits, or its train split; None where val is there."""
+    try:
+        found = _open(path, None, classes, "train", reading)
+    except AftError:
+        return None
+    return found if _lacks_val(found) else None
+
+
+def _lacks_val(data_set: DataSet) -> bool:
+    """Tell if a data set is all there is, or a train split without a val split beside it."""
+    form, root = data_set.format, data_set.root
+    if data_set.split:
+        above = form.above(root, data_set.split)
+        return split_kind(data_set.split) == "train" and not form.has_split(above, "val")
+    kind = split_kind(root.stem)
+    return not kind or (kind == "train" and not form.has_split(root.parent, "val"))
+
+
+def _part_of(data_set: DataSet, held: Held) -> DataSet:
+    """Take a part of a data set without a val split; one with a val split stays as it is."""
+    out = held_names(data_set.samples, held) if _lacks_val(data_set) else frozenset()
+    if not out:
+        return data_set
+    samples = [s for s in data_set.samples if (s.name in out) == (held.part == "val")]
+    total = len({sample.name for sample in data_set.samples})
+    notes = (*data_set.notes, held_note(data_set.root, out, total, held))
+    return replace(data_set, samples=samples, notes=notes, held=held, held_out=out)
 
 
 class Validation(NamedTuple):
@@ -289,24 +349,17 @@ class Validation(NamedTuple):
 def validation_of(data_set: DataSet, classes: Classes) -> Validation:
     """Open the val split beside a train split."""
     root = data_set.format.above(data_set.root, data_set.split)
-    if split_kind(data_set.split) != "train" or not data_set.format.has_split(root, "val"):
+    there = bool(data_set.held) or data_set.format.has_split(root, "val")
+    if split_kind(data_set.part) != "train" or not there:
         return Validation()
     try:
-        found = open_data_set(root, "val", classes, reading=Reading(data_set.kind))
+        same = Reading(data_set.kind, data_set.every, data_set.held)
+        found = open_data_set(root, "val", classes, reading=same)
     except AftError as error:
         return Validation(reason=str(error))
     if not found.mapped:
         return Validation(reason=not_its_classes(found, classes))
-    return Validation(replace(found, named=data_set.named or root))
-
-
-def split_kind(name: str) -> str:
-    """Name the kind of a split: a key of SPLITS, "" for another name.
-
-    >>> split_kind("Validation")
-    'val'
-    """
-    return next((kind for kind, names in SPLITS.items() if name.lower() in names), "")
+    return Validation(replace(found, named=data_set.named or found.named))
 
 
 def not_its_classes(data_set: DataSet, classes: Classes, name: str = "the model") -> str:
@@ -342,4 +395,4 @@ def data_name(root: Path, kind: str, split: str) -> str:
     >>> data_name(Path("/data/imagenet/val"), "folders", "val")
     'imagenet'
     """
-    return format_of(kind).above(root, split).name or str(root)
+    return format_of(kind).name(root, split)

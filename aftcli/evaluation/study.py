@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.blocks import pack, unpack
+from aftcli.data.parts import AS_FOUND, Reading
 from aftcli.data.sets import (
-    AS_FOUND,
     DataSet,
-    Reading,
     data_name,
     format_of,
     not_its_classes,
@@ -30,7 +29,7 @@ from aftcli.models.load import load_classifier
 from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.judges import Judge, load_judges
 from aftcli.tft.masks import MaskStore
-from aftcli.tft.stores import Source, advice, check_made_for, open_stores, stored_contents
+from aftcli.tft.stores import Source, advice, check_made_for, open_stores, reread, stored_contents
 
 
 class Variant(NamedTuple):
@@ -329,20 +328,21 @@ def _made_of(
 
 
 def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
-    path, split, reading = asked.data, asked.split, asked.reading
+    path, split = asked.data, asked.split
+    reading = reread(path, asked.reading, made, f.classes)
     if path is None:
-        reading = Reading(made["data_kind"])
         path = format_of(made["data_kind"]).above(Path(made["data_set"]), made["split"])
         if not format_of(made["data_kind"]).is_there(path):
             raise AftError(
                 f"{path}: the data set of the masks is no longer there; say where it is: aft "
                 "evaluate DATASET"
             )
-        if not made["split"] and split is None:
+        if not made["split"] and split is None and reading.held is None:
             raise AftError(
                 f"{path}: the data set of the masks has no split to evaluate on; name one that "
                 "was not trained on: aft evaluate DATASET"
             )
+        split = split or "val"  # of train.csv this is val.csv, which is taken if it is asked for
     data_set = open_data_set(path, split, f.classes, default="val", reading=reading)
     refuse_one_class(data_set)
     if not data_set.mapped:

@@ -15,8 +15,9 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from aftcli.core.classes import Classes
+from aftcli.data.parts import split_kind, spread
 from aftcli.data.picture import Picture
-from aftcli.data.sets import DataSet, Format, Sample, split_kind, spread
+from aftcli.data.sets import DataSet, Format, Sample
 from aftcli.data.text import BUILTIN, reason
 from aftcli.errors import AftError, nearest
 from aftcli.formats.listed import label_classes

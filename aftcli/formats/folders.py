@@ -15,22 +15,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.folders import (
+from aftcli.data.parts import split_kind
+from aftcli.data.picture import Listed, Marks
+from aftcli.data.sets import Annotations, DataSet, Format, Sample, map_to_model
+from aftcli.data.text import (
     folders_in,
     has_pictures,
     is_hidden,
     is_picture,
     listed,
     pictures_of,
-)
-from aftcli.data.picture import Listed, Marks
-from aftcli.data.sets import (
-    Annotations,
-    DataSet,
-    Format,
-    Sample,
-    map_to_model,
-    split_kind,
 )
 from aftcli.errors import AftError
 from aftcli.files import inside

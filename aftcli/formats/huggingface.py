@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from aftcli.core.classes import Classes
-from aftcli.data.folders import has_pictures, is_hidden, listed
+from aftcli.data.parts import split_kind
 from aftcli.data.picture import FilePicture, Picture
-from aftcli.data.sets import DataSet, Format, Sample, split_kind
-from aftcli.data.text import files_named, is_pattern, read_text, reason
+from aftcli.data.sets import DataSet, Format, Sample
+from aftcli.data.text import (
+    files_named,
+    has_pictures,
+    is_hidden,
+    is_pattern,
+    listed,
+    read_text,
+    reason,
+)
 from aftcli.errors import AftError
 from aftcli.files import inside
 from aftcli.formats.folders import Chosen, are_of_split, choose_files
@@ -29,6 +37,8 @@ STATE = "state.json"  # of save_to_disk, with the names of its files
 
 # Columns that are labels where no feature says so; of several ClassLabels the first of these.
 LABELS = ("label", "labels", "class", "class_name", "label_name", "cls", "target", "fine_label")
+
+IMAGES = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")  # of plain bytes
 
 DEPTHS = ("", "*/", "*/*/")  # of parquet files, as the hub has them
 
@@ -244,7 +254,10 @@ def _checked(file: Path, read: Callable[[], Read]) -> Read:
     except AftError:
         raise
     except Exception as error:
-        raise AftError(f"{file}: can't be read ({reason(error)}); copy it again") from error
+        kind = "a parquet file" if file.suffix == PARQUET else "an arrow file"
+        raise AftError(
+            f"{file}: can't be read as {kind} ({reason(error)}); copy it again"
+        ) from error
 
 
 @lru_cache(maxsize=1024)
@@ -253,7 +266,7 @@ def _head(file: Path, stamp: tuple[int, int]) -> Head | None:
     table = _table(file, stamp, os.getpid())
     schema = table.schema_arrow if file.suffix == PARQUET else table.schema
     features = _features(schema)
-    images = [name for name in schema.names if _is_image(schema.field(name).type)]
+    images = [name for name in schema.names if _is_image(name, schema.field(name).type)]
     stated = [name for name, each in features.items() if each.get("_type") == "Image"]
     image = next((name for name in (*stated, *images) if name in images), None)
     if image is None:
@@ -280,11 +293,13 @@ def _features(schema: Any) -> Mapping[str, Mapping[str, Any]]:  # noqa: ANN401 -
         return {}
 
 
-def _is_image(kind: Any) -> bool:  # noqa: ANN401 - of pyarrow
-    """Tell a column of pictures: bytes, or bytes with the path of a file."""
+def _is_image(name: str, kind: Any) -> bool:  # noqa: ANN401 - of pyarrow
+    """Tell a column of pictures: bytes with the path of a file, or bytes under a usual name."""
     types = _pyarrow().types
     if types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else None
+    elif name.lower() not in IMAGES:
+        kind = None
     return kind is not None and bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 

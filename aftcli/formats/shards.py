@@ -21,10 +21,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.folders import has_pictures, is_hidden, is_picture, listed
 from aftcli.data.picture import FilePicture, Picture
 from aftcli.data.sets import DataSet, Format, Sample
-from aftcli.data.text import SUFFIXES, files_named, is_pattern, reason
+from aftcli.data.text import (
+    SUFFIXES,
+    files_named,
+    has_pictures,
+    is_hidden,
+    is_pattern,
+    is_picture,
+    listed,
+    reason,
+)
 from aftcli.errors import AftError, AftWarning
 from aftcli.files import FOLLOW, cache_folder, inside, replacing
 from aftcli.formats.folders import Chosen, are_of_split, choose_files

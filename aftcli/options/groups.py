@@ -211,6 +211,12 @@ class Thresholds:
         return Search(values, self.masking, self.fill, self.mode, self.search)
 
 
+ValShare = Annotated[
+    float | None,
+    number("--val-share", "SHARE", "val_share", "Held out if there is no val. Default: 0.2."),
+]
+
+
 @dataclass(frozen=True)
 class Data:
     """The data set."""

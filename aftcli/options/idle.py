@@ -130,6 +130,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
                     "--fill",
                     "--threshold-mode",
                 ),
+                *("--val-share", "--seed"),
                 *("--search", "--run", "--overwrite", "--strict", "--device", "--engine"),
                 *("--precision", "--batch-size", "--workers", "--output", "--output-key"),
             ),
@@ -137,6 +138,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         ),
     ),
     "finetune": (
+        Idle(("--val-share",), _without("--no-masks")),
         Idle(("--objective", "--gauge"), _with("--no-masks")),
         Idle(
             ("--lam", "--consistency", "--classification", "--blend", "--patience"),

@@ -127,7 +127,7 @@ def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[s
         "preprocessing": f.preprocessing.as_dict(),
         "data_set": str(data_set.root.resolve()),
         "data_kind": data_set.kind,
-        "split": data_set.split,
+        **data_set.record,
         "labels": "model" if data_set.mapped else "data set",
         "classes": [] if data_set.mapped else list(data_set.classes),
         "images": len(data_set.samples),

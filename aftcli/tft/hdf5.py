@@ -15,6 +15,7 @@ import numpy as np
 
 from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import Broken
+from aftcli.data.parts import check_held
 from aftcli.errors import AftError
 from aftcli.files import durable, values_hash
 from aftcli.settings import OUTPUTS, SOFTMAX, Search
@@ -137,6 +138,9 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
         raise ValueError("its class_names are no list")
     if not isinstance(settings.get("output_key", ""), str):
         raise ValueError("its output_key is no name")
+    if not isinstance(settings.get("every", False), bool | int):
+        raise ValueError("its every is no truth value")
+    check_held(settings.get("held"))
     if not all(isinstance(name, str) for name in (*settings["classes"], *names)):
         raise ValueError("its classes are no names")
     if settings.get("output", SOFTMAX) not in OUTPUTS[1:]:

@@ -46,7 +46,10 @@ INFORMATION = frozenset(
 )
 
 # Settings that are written only where they are not the default.
-UNWRITTEN = {"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""}
+UNWRITTEN = {
+    **{"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""},
+    **{"held": {}, "every": False},
+}
 
 # Settings that class names change, and nothing else of a store.
 NAMING = frozenset({"classes", "images_hash", "labels"})
@@ -136,7 +139,7 @@ def changed_images(data_set: DataSet, rows: Rows | None, broken: Sequence[Broken
         try:
             return form.picture(data_set, name)
         except AftError:  # said by who reads it
-            return data_set.root
+            return data_set.root.parent
 
     return [names[i] for i in changed(map(picture, names), contents, stamps)]
 

@@ -11,7 +11,8 @@ from torchvision import datasets
 
 from aftcli import AftError, MaskStore, read_image
 from aftcli.core.classes import Classes
-from aftcli.data.sets import Reading, data_name, open_data_set, validation_of
+from aftcli.data.parts import Reading
+from aftcli.data.sets import data_name, open_data_set, validation_of
 from aftcli.formats import builtin as module
 from aftcli.formats.builtin import SETS
 from aftcli.models.sources import imagenet_classes

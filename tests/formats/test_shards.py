@@ -13,7 +13,8 @@ from PIL import Image
 from aftcli import AftError, MaskStore, read_image
 from aftcli.core.classes import Classes
 from aftcli.data.blocks import GONE, content_of
-from aftcli.data.sets import Reading, data_name, open_data_set, validation_of
+from aftcli.data.parts import Reading
+from aftcli.data.sets import data_name, open_data_set, validation_of
 from aftcli.data.text import unbraced
 from aftcli.formats import shards as module
 from tests.helpers.archives import add, make_shards, pictures_below
