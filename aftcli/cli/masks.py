@@ -37,7 +37,7 @@ class MaskOutput(Printed):
         Path | None, option("--show", "FILE", "Print what a mask file holds, and check it.")
     ] = None
     format_: Annotated[
-        Exported, words("--format", Exported, "with --show: a summary, or all images.")
+        Exported, words("--format", Exported, "With --show, a summary or all images")
     ] = "table"
 
 

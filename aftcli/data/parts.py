@@ -116,3 +116,13 @@ def held_note(root: object, names: Iterable[str], total: int, held: Held) -> str
         f"(--val-share {held.share:g}, seed {held.seed}); {use}: "
         f"{', '.join(names[:MOST_NAMED])}{more}"
     )
+
+
+def spread(total: int, count: int | None) -> list[int]:
+    """Pick `count` of `total` places, evenly spread; None, or too many, picks all.
+
+    >>> spread(10, 3)
+    [0, 3, 6]
+    """
+    count = min(total if count is None else count, total)
+    return [i * total // count for i in range(count)]

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from aftcli.core.classes import Classes
-from aftcli.data.parts import AS_FOUND, Held, Reading, held_names, held_note, split_kind
+from aftcli.data.parts import (
+    AS_FOUND,
+    Held,
+    Reading,
+    held_names,
+    held_note,
+    split_kind,
+    spread,
+)
 from aftcli.data.picture import FilePicture, Marks, Picture
 from aftcli.data.text import FORMATS, check_data_set, check_format
 from aftcli.errors import AftError
@@ -179,6 +187,10 @@ class Format(ABC):
             AftError: the data set has this format, but can't be used.
         """
 
+    def suits(self, path: Path) -> bool:
+        """Tell if a data set is taken as of this format where nobody says of which it is."""
+        return True
+
     def open_every(
         self, path: Path, split: str | None, classes: Classes, default: str
     ) -> DataSet | None:
@@ -234,16 +246,6 @@ def format_of(kind: str) -> Format:
     return cast("Format", getattr(import_module(module), name)())
 
 
-def spread(total: int, count: int | None) -> list[int]:
-    """Pick `count` of `total` places, evenly spread; None, or too many, picks all.
-
-    >>> spread(10, 3)
-    [0, 3, 6]
-    """
-    count = min(total if count is None else count, total)
-    return [i * total // count for i in range(count)]
-
-
 def open_data_set(
     path: Path,
     split: str | None,
@@ -266,7 +268,8 @@ def open_data_set(
         AftError: there is no such folder, no data set or split in it, or no image; or only
             some of its class folders are the model's.
     """
-    check_data_set(path)
+    if reading.kind is None or not format_of(reading.kind).is_there(path):
+        check_data_set(path)
     if reading.held is None:
         return _open(path, split, classes, default, reading)
     kind = split_kind(split or default)
@@ -284,16 +287,17 @@ def open_data_set(
 def _open(
     path: Path, split: str | None, classes: Classes, default: str, reading: Reading
 ) -> DataSet:
-    kinds = [reading.kind] if reading.kind else reversed(FORMATS)
-    formats = map(format_of, kinds)
-    opening = (f.open_every if reading.every else f.open for f in formats)
+    forms = map(format_of, [reading.kind] if reading.kind else reversed(FORMATS))
+    opening = (
+        form.open_every if reading.every else form.open
+        for form in forms
+        if reading.kind or form.suits(path)
+    )
     tried = (open_(path, split, classes, default) for open_ in opening)
     found = next(filter(None, tried), None)
     if found is None:
         what = f"no data set of the format {reading.kind}" if reading.kind else "no data set"
-        raise AftError(
-            f"{path}: is {what}; aft gen-masks --help lists the formats that --data-format takes"
-        )
+        raise AftError(f"{path}: is {what}; --data-format takes {', '.join(FORMATS)}")
     data_set = replace(found, named=path if path.is_dir() else found.root)
     if not data_set.samples:
         raise AftError(f"{data_set.root}: there is no image in its class folders")

@@ -96,8 +96,8 @@ def label_classes(
     if len(strange) < len(labels):
         raise refuse(
             strange[0],
-            f"{len(strange)} of {len(labels)} labels are not classes of the model (first: "
-            f"{strange[0]!r}); correct them, or take these pictures out",
+            f"{strange[0]!r} is not a class of the model ({len(strange)} of {len(labels)} labels "
+            "are not); correct them, or take these pictures out",
         )
     own = Labels(tuple(labels), {text: i for i, text in enumerate(labels)}, False)
     if not all(map(NUMBER.fullmatch, labels)):

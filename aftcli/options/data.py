@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import typer
 
-from aftcli.data.text import FORMATS, check_format
+from aftcli.data.text import check_format
 from aftcli.options.make import number, option, usage, words
 
 ValShare = Annotated[
@@ -21,7 +21,7 @@ Labels = Literal["largest", "all"]
 
 LabelsOption = Annotated[
     Labels | None,
-    words("--labels", Labels, "of an image's classes.", default=False),
+    words("--labels", Labels, "Classes of an image", default=False),
 ]
 
 
@@ -35,8 +35,8 @@ class Data:
         Path | None,
         typer.Argument(
             metavar="[DATASET]",
-            help="Class folders, train/ and val/ of them, VOCdevkit, COCO, or a list (.csv). "
-            "Default: that of the masks.",
+            help="Class folders, train/ and val/ of them, VOCdevkit, COCO, shards, a list "
+            "(.csv). Default: that of the masks.",
             show_default=False,
         ),
     ] = None
@@ -53,7 +53,7 @@ class Data:
         option(
             "--data-format",
             "NAME",
-            f"{', '.join(FORMATS)}. Default: by its content.",
+            "Name of its format. Default: by its content.",
             callback=usage(check_format),
         ),
     ] = None

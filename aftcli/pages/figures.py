@@ -12,7 +12,7 @@ import torch
 
 from aftcli.core.classifier import Classifier
 from aftcli.data.images import read_image, to_input, view_of
-from aftcli.data.sets import spread
+from aftcli.data.parts import spread
 from aftcli.errors import AftError, nearest
 from aftcli.evaluation.results import Unit
 from aftcli.evaluation.run import Measured

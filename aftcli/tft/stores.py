@@ -15,8 +15,8 @@ import torch
 from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
-from aftcli.data.parts import AS_FOUND, Held, Reading
-from aftcli.data.sets import DataSet, Sample, format_of, open_data_set, spread
+from aftcli.data.parts import AS_FOUND, Held, Reading, spread
+from aftcli.data.sets import DataSet, Sample, format_of, open_data_set
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import load_classifier
