@@ -203,7 +203,7 @@ def _open(
     return DataSet(
         "coco",
         file,
-        _split(file),
+        _kind(file) or _split(file),
         labels.names,
         labels.mapped,
         samples_of(chosen, labels),

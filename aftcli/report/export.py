@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from aftcli.errors import AftError
@@ -55,10 +56,11 @@ def image_rows(store: MaskStore) -> Iterator[ImageRow]:
     for start in range(0, len(store), AT_ONCE):
         rows = store.rows(start, min(start + AT_ONCE, len(store)))
         rpi, y = torch.from_numpy(rows.rpi), torch.from_numpy(rows.probability)
-        best = rpi.gather(1, first_maximum(rpi, y)[:, None])[:, 0].tolist()
+        best = rpi.gather(1, first_maximum(rpi, y)[:, None])[:, 0].numpy()
         areas = rows.mask.reshape(len(rows.mask), -1).mean(1).tolist()
-        columns = (rows.path, rows.label, rows.class_index, rows.probability, rows.tau)
-        plain = zip(*(column.tolist() for column in columns), best, areas, strict=True)
+        indices = (column.tolist() for column in (rows.path, rows.label, rows.class_index))
+        numbers = (_shortest(column) for column in (rows.probability, rows.tau, best))
+        plain = zip(*indices, *numbers, areas, strict=True)
         for path, label, c, probability, tau, gain, area in plain:
             yield ImageRow(
                 path.decode("utf-8", "replace"),
@@ -71,6 +73,11 @@ def image_rows(store: MaskStore) -> Iterator[ImageRow]:
                 gain,
                 area,
             )
+
+
+def _shortest(values: np.ndarray) -> list[float]:
+    """Return float32 values as the shortest decimals that give them back: 0.3, not 0.30000001."""
+    return [float(str(value)) for value in values]
 
 
 def _name(names: tuple[str, ...] | list[str], index: int) -> str | None:

@@ -68,7 +68,7 @@ def path(tmp_path):
 
 def test_labels_are_those_of_the_largest_area(path):
     data = open_data_set(path, None, FRUIT)
-    assert (data.kind, data.root, data.split, data.mapped) == ("coco", path, "val2017", True)
+    assert (data.kind, data.root, data.split, data.mapped) == ("coco", path, "val", True)
     assert [tuple(s) for s in data.samples] == [
         ("val2017/c.png", 0),
         ("val2017/b.png", 1),
@@ -107,9 +107,10 @@ def test_a_folder_is_recognised_and_has_its_splits(path):
         open_data_set(root, None, FRUIT)
     coco(root, "train2017", x=[rectangle("pear", 0, 0, 8, 8)])
     train = open_data_set(root, None, FRUIT)
-    assert train.split == "train2017" and validation_of(train, FRUIT).data_set is None
+    assert train.split == "train" and validation_of(train, FRUIT).data_set.root == path
     found = open_data_set(train.root, "val", FRUIT)
-    assert found.root == path and found.split == "val2017"
+    assert found.root == path and found.split == "val"
+    assert open_data_set(root, "val2017", FRUIT).samples == found.samples
     coco(root, "val2014", y=[rectangle("pear", 0, 0, 8, 8)])
     with pytest.raises(AftError, match="several files of the split 'val'; there are .*2014.json"):
         open_data_set(root, "val", FRUIT)
