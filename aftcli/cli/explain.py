@@ -44,6 +44,15 @@ class CutMaps(TargetMaps):
 
 
 @dataclass(frozen=True)
+class ContrastedMaps(CutMaps):
+    """The maps, and the class that they contrast others with."""
+
+    contrast: Annotated[
+        str | None, option("--contrast", "CLASS", "Why the class explained and not this one.")
+    ] = None
+
+
+@dataclass(frozen=True)
 class GivenMap(TargetMaps):
     """Our maps, or another tool's."""
 
@@ -81,7 +90,7 @@ def explain(
         list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or globs.")
     ],
     network: LayeredNetwork,
-    maps: CutMaps,
+    maps: ContrastedMaps,
     thresholds: WantedThresholds,
     output: Files,
     run: Run,
@@ -89,10 +98,17 @@ def explain(
     """Show where the model looked for its prediction, or for any class."""
     tft = thresholds.tft
     cut = muting(thresholds.threshold, thresholds.mute, tft)
+    if maps.contrast is not None and maps.target_fn:
+        raise AftError("--contrast and --target-fn exclude each other: a target is no class")
     kinds, accelerate, found = _begin(images, network, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
     f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
-    methods, targets = setup.methods(f, maps.cam, "layercam", others), setup.targets(f, maps)
+    # Layer-CAM has no sign, which is what a contrast is about.
+    default = "layercam" if maps.contrast is None else "gradcam"
+    methods, targets = setup.methods(f, maps.cam, default, others), setup.targets(f, maps)
+    contrast = None
+    if maps.contrast is not None:
+        methods, contrast = setup.contrast(f, maps.contrast, maps.cam, methods, targets)
     setup.advise(methods if tft else [], thresholds.mode, maps.cells, run.quiet)
 
     from aftcli.pictures.colours import Look
@@ -120,8 +136,9 @@ def explain(
         asked = (targets, maps.top_k, wanted, maps.cells, bool(cut), maps.zero_level)
         x, layers = setup.input_of(f, subject), (fast, *others)
         explained = explanation.explain(
-            layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion
+            layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion, contrast=contrast
         )
+        setup.warn_of_chance(f, subject, explained, run.quiet)
         return written(f, subject, explained, kinds, output.out, called, look)
 
     ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)

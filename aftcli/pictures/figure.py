@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from aftcli.core.methods import METHODS
-from aftcli.pictures.colours import LOOK, Look, bar, end_of_colours
+from aftcli.pictures.colours import LOOK, Look, bar
 from aftcli.pictures.overlay import Subject, seen_part, shaded, shortened
 from aftcli.tft.explain import Explanation
 
@@ -50,6 +50,8 @@ class Shown(NamedTuple):
         likeliest: names and probabilities of the likeliest classes.
         is_score: a target is explained; its score is no probability.
         look: colours of the map.
+        other: name of the class that the one explained is contrasted with; "" without.
+        classes: how many there are; 0 where the class's probability says nothing of that.
     """
 
     subject: Subject
@@ -58,6 +60,32 @@ class Shown(NamedTuple):
     likeliest: Sequence[tuple[str, float]] = ()
     is_score: bool = False
     look: Look = LOOK
+    other: str = ""
+    classes: int = 0
+
+    @property
+    def title(self) -> str:
+        """The class explained, and the one that it is contrasted with."""
+        return f"{self.name}, not {self.other}" if self.other else self.name
+
+    @property
+    def notes(self) -> list[str]:
+        """What readers of a map should know: chance makes the class explained as likely."""
+        if self.explanation.probability * self.classes >= 1 or not self.classes:
+            return []
+        return [f"less likely than chance, 1/{self.classes}"]
+
+    @property
+    def painted(self) -> tuple[Tensor, Look]:
+        """The map that is shown plain, and its look.
+
+        It is the signed one of methods that attribute with signs, and of a contrast.
+        """
+        e = self.explanation
+        shown = e.contrast is not None or (e.cam in METHODS and METHODS[e.cam].of_signed)
+        if e.signed is None or not shown:
+            return self.plain, self.look
+        return e.signed.cpu(), self.look._replace(signed=True)
 
     @property
     def plain(self) -> Tensor:
@@ -98,7 +126,10 @@ def number(value: float) -> str:
 def caption(shown: Shown) -> list[str]:
     """Return the parts of a caption: class, probability, method, threshold, what is kept."""
     explanation = shown.explanation
-    said = [f"{shown.name} {number(explanation.probability)}", cam_title(explanation.cam)]
+    of = f"{shown.name} {number(explanation.probability)}"
+    if shown.other:
+        of += f", not {shown.other}"
+    said = [of, cam_title(explanation.cam)]
     if explanation.cut:
         said += [_tau(explanation), f"{_area(explanation)} kept, alone {number(best(explanation))}"]
     return said
@@ -122,8 +153,9 @@ def figure(shown: Shown) -> Figure:
     from matplotlib.patches import Rectangle
 
     explanation, plain, kept = shown.explanation, shown.plain, shown.kept
+    painted, look = shown.painted
     seen, view = seen_part(shown.subject, plain.shape)
-    pictures = [seen, shaded(seen, view, plain, look=shown.look)]
+    pictures = [seen, shaded(seen, view, painted, look=look)]
     if kept is not None:
         pictures.append(shaded(seen, view, plain, kept, shown.look))
     wide, high = seen.size
@@ -162,15 +194,21 @@ def figure(shown: Shown) -> Figure:
         drawn.add_artist(Rectangle((GAP / width, low / height), *size, color=colour))
         say(GAP + 6, under + row * STEP + 1, shortened(name, LETTERS, wide - 110))
         say(GAP + wide - 4, under + row * STEP + 1, number(y), horizontalalignment="right")
-    x, end = 2 * GAP + wide, end_of_colours(plain)
-    put(bar((wide, LETTERS), shown.look), x, under)
-    for part, text, side in (
-        *((0.0, "0", "left"), (0.5, "score", "center")),
-        (1.0, "1" if end == 1 else f"≥ {end:.2g}", "right"),
-    ):
-        say(x + part * wide, under + LETTERS + 4, text, horizontalalignment=side)
+
+    def scale(x: int, attribution: Tensor, look: Look) -> None:
+        put(bar((wide, LETTERS), look), x, under)
+        first, last = look.ends(attribution)
+        middle = "0" if look.signed else "score"
+        for part, text, side in ((0, first, "left"), (0.5, middle, "center"), (1, last, "right")):
+            say(x + part * wide, under + LETTERS + 4, text, horizontalalignment=side)
+
+    scale(2 * GAP + wide, painted, look)
     if kept is not None:
-        say(GAP + 2 * (wide + GAP), under, "dimmed: muted")
+        x, y = 3 * GAP + 2 * wide, under
+        if look.signed:
+            scale(x, plain, shown.look)
+            y += 2 * STEP
+        say(x, y, "dimmed: muted")
     if explanation.tft:
         x = GAP + len(pictures) * (wide + GAP) + SCALE[0]
         box = (x / width, BELOW / height, wide / width, high / height)
@@ -182,8 +220,10 @@ def _titles(shown: Shown) -> list[list[str]]:
     """Return two lines over each picture."""
     explanation = shown.explanation
     word = "score" if shown.is_score else "probability"
+    chance = ["below chance"] if shown.notes else []
+    of = f"{word} of {shown.name}" if shown.other else word
     titles = [
-        [shown.name, f"{word} {number(explanation.probability)}"],
+        [shown.title, ", ".join([f"{of} {number(explanation.probability)}", *chance])],
         [cam_title(explanation.cam), "plain map"],
     ]
     if explanation.cut:

@@ -65,7 +65,8 @@ def grid(shown: Sequence[Shown]) -> Figure:
         seen, view = seen_part(each.subject, shape)
         named, _, *cut = caption(each)
         title = cam_title(explanation.cam)
-        put(shaded(seen, view, each.plain, look=each.look), x, y, (title, named))
+        painted, look = each.painted
+        put(shaded(seen, view, painted, look=look), x, y, (title, named))
         if cut:
             picture = shaded(seen, view, each.plain, each.kept, each.look)
             put(picture, x, y + down // 2, cut)

@@ -77,10 +77,9 @@ def write_outputs(
             f"{subject.path}: {f.name} gives NaN or infinite numbers for it; its weights may be "
             "damaged"
         )
-    name = class_name(f, explanation)
-    slug = _slug(name)
-    if [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1:
-        slug += f"_{explanation.class_index}"
+    slug = _class_slug(f, explanation.class_index)
+    if explanation.contrast is not None:
+        slug += f"-not-{_class_slug(f, explanation.contrast)}"
     shown = _shown(f, subject, explanation, look)
     files = {}
     for kind in kinds:
@@ -123,7 +122,8 @@ def written(
         return reports
     pairs = [(each.explanation.cam, each.explanation.class_index) for each in reports]
     classes = len({index for _, index in pairs})
-    of = Setting(f"{classes}x{len(pairs) // classes}", repr(pairs))
+    against = sorted({e.contrast for _, e, _ in reports if e.contrast is not None})
+    of = Setting(f"{classes}x{len(pairs) // classes}", repr([*pairs, *against]))
     path = out / f"{subject.stem}{suffixes([of]).cut}{settings.cut}-grid.png"
     shown = [_shown(f, subject, each.explanation, look) for each in reports]
     try:
@@ -138,8 +138,16 @@ def written(
 def _shown(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
     is_score = isinstance(f, Targeted)
     likeliest = [] if is_score else [(f.classes.name(i), y) for i, y in explanation.likeliest]
-    name = class_name(f, explanation)
-    return Shown(subject, explanation, name, likeliest, is_score, look)
+    name, other = class_name(f, explanation), other_name(f, explanation)
+    classes = 0 if is_score else len(f.classes)
+    return Shown(subject, explanation, name, likeliest, is_score, look, other, classes)
+
+
+def _class_slug(f: Classifier, index: int) -> str:
+    """Name a class in file names, with its index where others would have the same name."""
+    slug = _slug(f.classes.name(index))
+    shared = [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1
+    return f"{slug}_{index}" if shared else slug
 
 
 def _slug(name: str) -> str:
@@ -151,8 +159,15 @@ def class_name(f: Classifier, explanation: Explanation) -> str:
     return f.classes.name(explanation.class_index)
 
 
+def other_name(f: Classifier, explanation: Explanation) -> str:
+    """Return the name of the class that the one explained is contrasted with; "" without."""
+    return "" if explanation.contrast is None else f.classes.name(explanation.contrast)
+
+
 def _write_overlay(path: Path, shown: Shown) -> None:
-    painted = captioned(shown.subject, shown.plain, shown.kept, caption(shown), shown.look)
+    attribution, look = shown.painted if shown.kept is None else (shown.plain, shown.look)
+    said = [*caption(shown), *shown.notes]
+    painted = captioned(shown.subject, attribution, shown.kept, said, look)
     painted.save(path, format="PNG", compress_level=3)
 
 
@@ -194,6 +209,8 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         name = Path(result["image"]).name
         image = name if sharing[name] == 1 else result["image"]
         named = f"{result['class_name']} ({result['class_index']})"
+        if other := result.get("contrast"):
+            named += f", not {other['class_name']} ({other['class_index']})"
         cells = [image, result["cam"], named, f"{result['probability']:.4f}"]
         if "zero_level" in result:
             cells.append(f"{result['zero_level']:g}")
@@ -228,6 +245,12 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
         "probability": e.probability,
         "outputs": {kind: str(path) for kind, path in report.outputs.items()},
     }
+    if e.contrast is not None:
+        result["contrast"] = {
+            "class_index": e.contrast,
+            "class_name": other_name(f, e),
+            "probability": e.contrast_probability,
+        }
     if e.cells:
         result["cells"] = True
     if e.zero_level:
