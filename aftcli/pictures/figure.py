@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aftcli.core.classes import Classes
 from aftcli.core.methods import METHODS
 from aftcli.pictures.colours import LOOK, Look, bar
-from aftcli.pictures.overlay import Subject, seen_part, shaded, shortened
+from aftcli.pictures.overlay import Subject, captioned, seen_part, shaded, shortened
 from aftcli.tft.explain import Explanation
 
 if TYPE_CHECKING:
@@ -101,6 +102,37 @@ class Shown(NamedTuple):
         ):
             return None
         return (cut.attribution[0] != 0).cpu()
+
+
+def shown_of(
+    classes: Classes,
+    is_score: bool,
+    subject: Subject,
+    explanation: Explanation,
+    look: Look = LOOK,
+) -> Shown:
+    """Return an explanation with what pictures say of it.
+
+    Args:
+        classes: of the network.
+        is_score: a target is explained.
+        subject: the picture.
+        explanation: of it.
+        look: colours of the map.
+    """
+    other = "" if explanation.contrast is None else classes.name(explanation.contrast)
+    name = classes.name(explanation.class_index)
+    if is_score:
+        return Shown(subject, explanation, name, (), True, look, other)
+    likeliest = [(classes.name(i), y) for i, y in explanation.likeliest]
+    return Shown(subject, explanation, name, likeliest, False, look, other, len(classes))
+
+
+def overlaid(shown: Shown) -> Image.Image:
+    """Return the picture under the map, plain or cut, with a caption."""
+    attribution, look = shown.painted if shown.kept is None else (shown.plain, shown.look)
+    said = [*caption(shown), *shown.notes]
+    return captioned(shown.subject, attribution, shown.kept, said, look)
 
 
 def cam_title(cam: str) -> str:

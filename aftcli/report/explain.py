@@ -22,9 +22,9 @@ from aftcli.errors import AftError
 from aftcli.files import replacing
 from aftcli.models.targets import Targeted
 from aftcli.pictures.colours import LOOK, Look
-from aftcli.pictures.figure import Shown, best, caption, figure
+from aftcli.pictures.figure import Shown, best, figure, overlaid, shown_of
 from aftcli.pictures.grid import grid
-from aftcli.pictures.overlay import Subject, captioned
+from aftcli.pictures.overlay import Subject
 from aftcli.report.names import PLAIN, Setting, Suffixes, suffixes
 from aftcli.report.terminal import cell, say, stdout_console
 from aftcli.settings import Search
@@ -136,11 +136,7 @@ def written(
 
 
 def _shown(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
-    is_score = isinstance(f, Targeted)
-    likeliest = [] if is_score else [(f.classes.name(i), y) for i, y in explanation.likeliest]
-    name, other = class_name(f, explanation), other_name(f, explanation)
-    classes = 0 if is_score else len(f.classes)
-    return Shown(subject, explanation, name, likeliest, is_score, look, other, classes)
+    return shown_of(f.classes, isinstance(f, Targeted), subject, explanation, look)
 
 
 def _class_slug(f: Classifier, index: int) -> str:
@@ -165,10 +161,7 @@ def other_name(f: Classifier, explanation: Explanation) -> str:
 
 
 def _write_overlay(path: Path, shown: Shown) -> None:
-    attribution, look = shown.painted if shown.kept is None else (shown.plain, shown.look)
-    said = [*caption(shown), *shown.notes]
-    painted = captioned(shown.subject, attribution, shown.kept, said, look)
-    painted.save(path, format="PNG", compress_level=3)
+    overlaid(shown).save(path, format="PNG", compress_level=3)
 
 
 def _write_map(path: Path, shown: Shown) -> None:
