@@ -244,7 +244,9 @@ def figure(shown: Shown) -> Figure:
     if explanation.tft:
         x = GAP + len(pictures) * (wide + GAP) + SCALE[0]
         box = (x / width, BELOW / height, wide / width, high / height)
-        draw_curve(drawn.add_axes(box), explanation, LETTERS * 72 / DPI)
+        of = f"probability of {shown.name}" if shown.other else "probability"
+        said = shortened(of, LETTERS, high)
+        draw_curve(drawn.add_axes(box), explanation, LETTERS * 72 / DPI, said)
     return drawn
 
 
@@ -253,9 +255,8 @@ def _titles(shown: Shown) -> list[list[str]]:
     explanation = shown.explanation
     word = "score" if shown.is_score else "probability"
     chance = ["below chance"] if shown.notes else []
-    of = f"{word} of {shown.name}" if shown.other else word
     titles = [
-        [shown.title, ", ".join([f"{of} {number(explanation.probability)}", *chance])],
+        [shown.title, ", ".join([f"{word} {number(explanation.probability)}", *chance])],
         [cam_title(explanation.cam), "plain map"],
     ]
     if explanation.cut:
@@ -265,13 +266,16 @@ def _titles(shown: Shown) -> list[list[str]]:
     return titles
 
 
-def draw_curve(ax: Axes, explanation: Explanation, letters: float = 10) -> None:
+def draw_curve(
+    ax: Axes, explanation: Explanation, letters: float = 10, label: str = "probability"
+) -> None:
     """Draw the class's probability over tau, tau* marked; a second axis has the RPI.
 
     Args:
         ax: where.
         explanation: with a search of thresholds.
         letters: size of the letters, points.
+        label: of the axis of probabilities.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -292,7 +296,7 @@ def draw_curve(ax: Axes, explanation: Explanation, letters: float = 10) -> None:
     title = f"tau* = {tau:g}"
     ax.set_title(f"{title}: RPI {rpi:.3f}" if rpi < MOST else title, fontsize=letters)
     ax.set_xlabel("threshold tau", fontsize=letters)
-    ax.set_ylabel("probability", fontsize=letters)
+    ax.set_ylabel(label, fontsize=letters, parse_math=False)
     high = max(LOWEST, 1.15 * max(y, float(np.nanmax(probabilities))))
     ax.set_ylim(0, 1.03 if high > 1 else high)
     ax.tick_params(labelsize=0.85 * letters)

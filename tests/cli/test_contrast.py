@@ -73,7 +73,9 @@ def test_a_contrast_and_methods_with_signs_are_shown_signed_where_plain():
     assert caption(with_sign())[0] == "pear 0.600, not plum"
     drawn = figure(with_sign())
     said = texts(drawn)
-    assert said[:2] == ["pear, not plum", "probability of pear 0.600"]
+    assert said[:2] == ["pear, not plum", "probability 0.600"]
+    # What thresholds are searched by.
+    assert drawn.axes[0].get_ylabel() == "probability of pear"
     assert said.index("-1") < said.index("1")
     pictures = [pixels(np.asarray(each.get_array()))[::-1] for each in drawn.images]
     plain, cut = pictures[1], pictures[2]
