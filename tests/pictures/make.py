@@ -51,7 +51,7 @@ def network():
         "1",
         name="colours",
         preprocessing=Preprocessing(size=(224, 224)),
-        classes=Classes(("orange", "green", "pale")),
+        classes=Classes(("orange", "green", "pale grey")),
     )
 
 
@@ -78,8 +78,8 @@ SCENES = {
     "overlay": lambda: aftcli.overlay(explained(tft=True)),
     "figure": lambda: png(aftcli.figure(explained(tft=True))),
     "grid": lambda: png(aftcli.grid(explained(METHODS, targets=["green", "orange"], tft=True))),
-    "contrast": lambda: aftcli.overlay(explained(contrast="pale")),
-    "contrast-figure": lambda: png(aftcli.figure(explained(contrast="pale", tft=True))),
+    "contrast": lambda: aftcli.overlay(explained(contrast="pale grey")),
+    "contrast-figure": lambda: png(aftcli.figure(explained(contrast="pale grey", tft=True))),
     "curve": lambda: curve(explained(tft=True)[0]),
 }
 

@@ -34,13 +34,13 @@ def wrong():
     """Yield the name of a scene and a picture that is not it."""
     [e], [contrast], [plain] = (
         explained(tft=True),
-        explained(contrast="pale"),
+        explained(contrast="pale grey"),
         explained("layercam"),
     )
     yield "plain", aftcli.overlay(plain, "magma")
     yield "plain", aftcli.overlay(plain, alpha=0.3)
     yield "plain", aftcli.overlay(replace(plain, attribution=plain.attribution.flip(1)))
-    yield "plain", aftcli.overlay(explained("layercam", targets="pale")[0])
+    yield "plain", aftcli.overlay(explained("layercam", targets="pale grey")[0])
     yield "overlay", aftcli.overlay(explained())
     yield "overlay", aftcli.overlay(explained(tft=True, targets="orange"))
     yield "overlay", aftcli.overlay(shifted(e, attribution=e.tft.attribution.flip(2)))
