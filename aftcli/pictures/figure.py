@@ -104,7 +104,7 @@ class Shown(NamedTuple):
         return (cut.attribution[0] != 0).cpu()
 
 
-def shown_of(
+def shown_as(
     classes: Classes,
     is_score: bool,
     subject: Subject,

@@ -66,12 +66,12 @@ class Pictured(Explanation):
                 "this explanation has no picture, since its input is none of 1 or 3 channels; "
                 "its attribution is the map"
             )
-        return figures.shown_of(self.classes, self.is_score, self.subject, self, look)
+        return figures.shown_as(self.classes, self.is_score, self.subject, self, look)
 
     def __repr__(self) -> str:
         """Return one line of numbers."""
         nothing = Subject(Path(), "", Image.new("RGB", (1, 1)), View((1, 1), (0, 0, 1, 1)))
-        shown = figures.shown_of(self.classes, self.is_score, self.subject or nothing, self)
+        shown = figures.shown_as(self.classes, self.is_score, self.subject or nothing, self)
         return " · ".join([*figures.caption(shown), *shown.notes])
 
     def _repr_html_(self) -> str:
