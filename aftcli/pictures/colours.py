@@ -16,6 +16,8 @@ DIVERGING = "RdBu_r"  # white at 0, red for the class, blue against it
 
 OUTSHINING = 0.001  # share of pixels that colours need not tell apart
 
+OUTSHINING_SIGNED = 0.01  # the same of maps with signs, whose 0 is the palest colour
+
 
 class Look(NamedTuple):
     """Colours of maps and how much they cover.
@@ -35,9 +37,15 @@ class Look(NamedTuple):
         """The colour map of matplotlib's."""
         return DIVERGING if self.signed else self.colormap
 
+    def end(self, attribution: Tensor) -> float:
+        """Return the score that takes the last colour."""
+        if self.signed:
+            return end_of_colours(attribution.abs(), OUTSHINING_SIGNED)
+        return end_of_colours(attribution)
+
     def ends(self, attribution: Tensor) -> tuple[str, str]:
         """Return what a colour bar says of its first and its last colour."""
-        end = end_of_colours(attribution.abs())
+        end = self.end(attribution)
         last = "1" if end == 1 else f"≥ {end:.2g}"
         if not self.signed:
             return "0", last
@@ -47,9 +55,9 @@ class Look(NamedTuple):
 LOOK = Look()
 
 
-def end_of_colours(attribution: Tensor) -> float:
+def end_of_colours(attribution: Tensor, outshining: float = OUTSHINING) -> float:
     """Return 1, or less where few pixels would take most colours, as in maps of gradients."""
-    high = float(np.quantile(attribution.numpy(), 1 - OUTSHINING))
+    high = float(np.quantile(attribution.numpy(), 1 - outshining))
     return high if 0 < high < 0.5 else 1.0
 
 
@@ -69,7 +77,7 @@ def heat(attribution: Tensor, size: tuple[int, int], look: Look = LOOK) -> Image
         size: width and height of the picture.
         look: its colours.
     """
-    scores = (attribution / end_of_colours(attribution.abs())).clamp(-1, 1)
+    scores = (attribution / look.end(attribution)).clamp(-1, 1)
     values = (scores / 2 + 0.5 if look.signed else scores).mul(255).round()
     found = Image.fromarray(values.to(torch.uint8).numpy()).resize(size, Image.Resampling.BILINEAR)
     found.putpalette(palette(look.colours))

@@ -49,11 +49,13 @@ class Pictured(Explanation):
         subject: the picture; None of an input that is no picture, such as a video.
         classes: of the network.
         is_score: a target is explained.
+        model: the network's name.
     """
 
     subject: Subject | None = None
     classes: Classes = Classes(())
     is_score: bool = False
+    model: str = ""
 
     def shown(self, look: Look = LOOK) -> figures.Shown:
         """Return what pictures say of it.
@@ -158,7 +160,7 @@ def explain(
         explained = explaining.explain(
             f, of_picture, *asked, smooth=smooth, fuse=fuse, target=target, contrast=against
         )
-        of = partial(Pictured, subject=subject, classes=classes, is_score=score)
+        of = partial(Pictured, subject=subject, classes=classes, is_score=score, model=first.name)
         found += (of(**vars(e)) for e in explained)
     return found
 
@@ -251,24 +253,39 @@ def figure(
 def grid(
     explanations: Sequence[Pictured], colormap: str = LOOK.colormap, alpha: float = LOOK.alpha
 ) -> Figure:
-    """Return a figure of several explanations of one picture: a row a class, a column a method.
+    """Return a figure of several explanations: plain maps above cut ones.
+
+    A column is a method of a network, a row a picture or one of its classes.
 
     Args:
-        explanations: of several methods or classes, each pair of them once.
+        explanations: their order is that of columns and rows.
         colormap: see `overlay`.
         alpha: see `overlay`.
 
     Raises:
-        AftError: there is none, or a method explains a class twice, or there is no picture.
+        AftError: there is none or there are more than fit, or one has no picture.
     """
     look = _look(colormap, alpha)
-    pairs = {(e.cam, e.class_index) for e in _all_pictured(explanations)}
-    if not explanations or len(pairs) < len(explanations):
-        raise AftError(
-            f"a grid shows explanations of one picture, each method and class once; got "
-            f"{len(explanations)} explanations of {len(pairs)} methods and classes"
-        )
-    return _placed(grids.grid([each.shown(look) for each in explanations]))
+    if not 0 < len(_all_pictured(explanations)) <= grids.MOST:
+        raise AftError(f"a grid shows 1 to {grids.MOST} explanations, got {len(explanations)}")
+    columns = list(dict.fromkeys((each.model, each.cam) for each in explanations))
+    several = len({model for model, _ in columns}) > 1
+    pictures: dict[tuple[Path, int], list[dict[tuple[str, str], grids.Tile]]] = {}
+    for each in explanations:
+        shown = each.shown(look)
+        path, _, picture, _ = shown.subject
+        rows = pictures.setdefault((path, hash(picture.tobytes())), [])
+        column = (each.model, each.cam)
+        if all(column in row for row in rows):
+            rows.append({})
+        free = next(row for row in rows if column not in row)
+        free[column] = grids.tile(shown, each.model if several else "")
+    table = [
+        grids.Row(path.name if len(pictures) > 1 else "", [row.get(c) for c in columns])
+        for (path, _), rows in pictures.items()
+        for row in rows
+    ]
+    return _placed(grids.drawn(table))
 
 
 def _one(given: Pictured | Sequence[Pictured]) -> Pictured:
