@@ -121,7 +121,8 @@ def explain(
     """Explain pictures by several methods and for several classes.
 
     Args:
-        f: see `aftcli.tft.explain.explain`.
+        f: the classifier; several that are cut at different layers of one network give one map,
+            and the first gives the probabilities.
         x: a picture: a file's name, an image of Pillow's, or an input, shape (1, C, H, W); or
             several of them.
         methods: one or several of METHODS, a family, or "all" for the CAMs that fit; default the
@@ -129,20 +130,23 @@ def explain(
         targets: classes to explain, by index or name; default the predicted ones.
         top_k: how many predicted classes.
         settings: search thresholds with these; None for plain maps.
-        cells: see `aftcli.tft.explain.explain`, as of what follows.
-        fixed: cut maps at the one threshold of the settings.
+        cells: average maps of pixels over the activation's cells.
+        fixed: cut maps at the one threshold of the settings, as other tools do.
         zero_level: subtract this share of the maximum from maps of cells first, in [0, 1).
         smooth: see `attribution_map`.
         fuse: see `attribution_map`.
-        target: a score of the network's output, explained in place of classes.
-        contrast: a class B, by index or name: why each class explained and not B.
+        target: a score of the network's output, explained in place of classes; a threshold search
+            needs scores in [0, 1].
+        contrast: a class B, by index or name: maps of y^A - y^B show why each class A explained and
+            not B; thresholds are still searched by the probability of A.
         tft: search thresholds, by the default settings where none are given.
 
     Returns:
         One explanation for each picture, method and class, picture by picture, method by method.
 
     Raises:
-        AftError: a file is no picture, a class is unknown, or see `aftcli.tft.explain.explain`.
+        AftError: a file is no picture, a class is unknown or contrasted with itself, a method does
+            not fit, or see `attribution_map` and `fine_tune_threshold`.
     """
     first = cuts(f)[0]
     several = isinstance(x, Sequence) and not isinstance(x, str)
