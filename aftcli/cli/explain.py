@@ -209,6 +209,8 @@ def tft(
         else:
             attribution = _fitted(values, maps, f, x, subject, run.quiet)
             explained = explanation.explain_map(fast, x, attribution, *asked)
+        if targets:
+            setup.warn_of_chance(f, subject, explained, run.quiet)
         grids.add([shown_of(f, subject, e, look) for e in explained])
         return written(f, subject, explained, kinds, output.out, called, look, manifest)
 

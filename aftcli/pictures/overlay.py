@@ -25,6 +25,8 @@ WHITE, LIGHT, DARK = (255, 255, 255), (250, 250, 250), (20, 20, 20)
 
 SPECKLED = 1.5  # edges a pixel that is kept, or muted: more are scattered pixels
 
+NOISY = 0.4  # edges a pixel: more are scattered pixels too, of which some touch
+
 CAPTIONED = 160  # pixels, the narrowest picture that a caption can be read under
 
 
@@ -140,7 +142,7 @@ def _outline(painted: Image.Image, box: Box, kept: np.ndarray, thin: int) -> Non
     padded = np.pad(kept, 1)
     level, upright = padded[1:] != padded[:-1], (padded[:, 1:] != padded[:, :-1]).T
     edges = (kept[1:] != kept[:-1]).sum() + (kept[:, 1:] != kept[:, :-1]).sum()
-    if edges > SPECKLED * min(kept.sum(), kept.size - kept.sum()):
+    if edges > min(SPECKLED * kept.sum(), SPECKLED * (~kept).sum(), NOISY * kept.size):
         return
     left, top, right, bottom = box
     across, down = (right - left) / kept.shape[1], (bottom - top) / kept.shape[0]

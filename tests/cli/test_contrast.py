@@ -145,6 +145,13 @@ def test_a_class_less_likely_than_chance_is_said():
     assert aft("explain", "a.png", "--target", least["class_name"], "--quiet").err == ""
 
 
+def test_aft_tft_says_it_too():
+    probabilities = {n: objects("tft", "a.png", "--target", n)[0]["probability"] for n in NAMES}
+    for name, probability in probabilities.items():
+        result = aft("tft", "a.png", "--target", name, "--save", "none")
+        assert ("less than chance (1/3)" in result.err) == (probability < 1 / 3)
+
+
 def test_pictures_say_that_a_class_is_less_likely_than_chance():
     shown = Shown(subject_of(), searched(y=0.3), "pear", classes=3)
     assert shown.notes == ["less likely than chance, 1/3"]
