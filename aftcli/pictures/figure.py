@@ -70,6 +70,12 @@ class Shown(NamedTuple):
         return f"{self.name}, not {self.other}" if self.other else self.name
 
     @property
+    def named(self) -> list[str]:
+        """The class explained with its probability, and the one that it is contrasted with."""
+        named = f"{self.name} {number(self.explanation.probability)}"
+        return [named, f"not {self.other}"] if self.other else [named]
+
+    @property
     def notes(self) -> list[str]:
         """What readers of a map should know: chance makes the class explained as likely."""
         if self.explanation.probability * self.classes >= 1 or not self.classes:
@@ -158,10 +164,7 @@ def number(value: float) -> str:
 def caption(shown: Shown) -> list[str]:
     """Return the parts of a caption: class, probability, method, threshold, what is kept."""
     explanation = shown.explanation
-    of = f"{shown.name} {number(explanation.probability)}"
-    if shown.other:
-        of += f", not {shown.other}"
-    said = [of, cam_title(explanation.cam)]
+    said = [", ".join(shown.named), cam_title(explanation.cam)]
     if explanation.cut:
         said += [_tau(explanation), f"{_area(explanation)} kept, alone {number(best(explanation))}"]
     return said

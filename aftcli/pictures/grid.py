@@ -76,13 +76,13 @@ def tile(shown: Shown, network: str = "") -> Tile:
     shape = shown.plain.shape
     size = round(SIDE * shape[1] / max(shape)), round(SIDE * shape[0] / max(shape))
     seen, view = seen_part(shown.subject, shape)
-    named, _, *cut = caption(shown)
+    _, _, *cut = caption(shown)
 
     def painted(attribution: Tensor, kept: Tensor | None, look: Look) -> Image.Image:
         picture = shaded(seen, view, attribution, kept, look)
         return picture.resize(size, Image.Resampling.BOX)
 
-    lines = (*filter(None, [network]), cam_title(shown.explanation.cam), named)
+    lines = (*filter(None, [network]), cam_title(shown.explanation.cam), *shown.named)
     plain, look = shown.painted
     below = painted(shown.plain, shown.kept, shown.look) if cut else None
     return Tile(lines, painted(plain, None, look), tuple(cut), below)
