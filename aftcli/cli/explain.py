@@ -56,7 +56,7 @@ class ContrastedMaps(CutMaps):
     """The maps, and the class that they contrast others with."""
 
     contrast: Annotated[
-        str | None, option("--contrast", "CLASS", "Why the class explained and not this one.")
+        str | None, option("--contrast", "CLASS", "Show why the class explained and not this one.")
     ] = None
 
 
