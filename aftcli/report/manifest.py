@@ -175,7 +175,7 @@ class Manifest:
             self.new = set()
             with suppress(OSError, AftError), self._held():
                 listed = self._read()
-                used = {str(entry.get("stem")).lower() for entry in listed.files.values()}
+                used = {entry["stem"].lower() for entry in listed.files.values()}
                 for key in unused - used:
                     listed.images.pop(key, None)
                 if self.path.exists():
@@ -289,12 +289,12 @@ def _absolute(path: Path) -> Path:
 def _drop_gone(listed: Listed, folder: Path) -> None:
     """Drop files that were deleted, and the names of images that have no file left."""
     there = {each.name for each in os.scandir(folder)}
-    stems = {entry.get("stem") for entry in listed.files.values()}
+    stems = {entry["stem"].lower() for entry in listed.files.values()}
     for name in set(listed.files) - there:
         del listed.files[name]
-    left = {entry.get("stem") for entry in listed.files.values()}
+    left = {entry["stem"].lower() for entry in listed.files.values()}
     for stem in stems - left:
-        listed.images.pop(str(stem).lower(), None)
+        listed.images.pop(stem, None)
 
 
 def _parsed(data: bytes) -> Listed:
@@ -310,6 +310,8 @@ def _parsed(data: bytes) -> Listed:
     for entries in listed:
         if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
             raise ValueError("no entries")
+    if not all(isinstance(entry.get("stem"), str) for entry in listed.files.values()):
+        raise ValueError("files without the name that they begin with")
     return listed
 
 
