@@ -228,6 +228,10 @@ def test_a_tuned_network_is_compared_with_the_published_one():
     ]
     [only] = objects("explain", "a.png", "--model", "resnet50", "--checkpoint", "tuned.pth")
     assert parts(only) == parts(tuned)
+    # A file of the published network alone has nothing to do with the checkpoint beside it.
+    Path("tuned.pth").write_bytes(b"+")
+    [only] = objects("explain", "a.png", "--model", "resnet50")
+    assert parts(only) == parts(plain)
 
 
 REFUSED = [

@@ -169,6 +169,36 @@ def test_files_that_are_not_listed_are_overwritten_with_a_note():
     assert notes == []
 
 
+@pytest.mark.parametrize(
+    "option",
+    [("--checkpoint", "one.pth"), ("--classes", "one.txt"), ("--target-fn", "one.py:mean")],
+)
+def test_files_of_other_weights_are_overwritten_with_a_note(f, option):  # noqa: F811
+    path = Path(option[1].partition(":")[0])
+    path.write_text({".pth": "-", ".txt": "x\ny\nz"}.get(path.suffix, MEAN))
+    Path("two.pth").write_text("+")
+
+    def notes(*options):
+        result = aft("explain", "a.png", *options, "--json", "--save", "overlay,mask")
+        assert result.code == 0, result.err
+        return result.err, [Path(p).name for p in json.loads(result.out)[0]["outputs"].values()]
+
+    said, files = notes(*option)
+    assert said == ""
+    assert notes(*option) == ("", files)
+    path.write_text(path.read_text() + "\n")
+    other = f"aft: aft-out: overwrote {files[0]} and 1 more files, made with another content of"
+    assert notes(*option) == (f"{other} {path.name}\n", files)
+    assert notes(*option) == ("", files)
+    assert notes(*option, "--colormap", "jet")[0] == ""
+    found = json.loads(Path("aft-out/manifest.json").read_text())["files"][files[0]]["inputs"]
+    assert found == {os.path.abspath(path): sha256(path)}
+
+
+MEAN = """
+def mean(out):
+    return out.mean(1)
+"""
 DAMAGED = [
     *(b"", b"{", b"null", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"format": 2}', b"{}"),
     *(b'{"format": 1, "files": []}', b'{"format": 1, "files": {"a.png": 3}}'),
