@@ -165,12 +165,16 @@ def test_images_of_one_map_each_stand_side_by_side():
         (("--save", "map"), 3),
     ],
 )
-def test_many_images_or_classes_have_no_overview(options, count):
+def test_many_images_or_classes_have_no_overview(options, count, monkeypatch):
+    painted, tile = [], compared.tile
+    monkeypatch.setattr(compared, "tile", lambda *place: painted.append(place) or tile(*place))
     for seed in range(count):
         draw(f"in/{seed}.png", seed=seed)
     result = aft("explain", "in", *options)
     note = "aft: 9 images: no grid of all, which shows 8 at the most\n" if count == 9 else ""
     assert (result.code, result.err) == (0, note)
+    # Nothing is kept of images that no grid shows: a folder may hold very many.
+    assert len(painted) == (2 * count if {"--top-k", "--target"} & set(options) else 0)
     assert aft("explain", "in", *options, "--quiet").err == ""
     assert not [name for name in leftovers(Path("aft-out")) if "overview" in name]
 
