@@ -264,11 +264,15 @@ def _manifest(
     settings = {
         name.strip("_"): [str(v) for v in value] if isinstance(value, list) else value
         for name, value in given.items()
-        if name not in ELSEWHERE and value not in (None, False, [])
+        if name not in ELSEWHERE and value is not None and value is not False and value != []
     }
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     call = {"settings": plain, "command": shlex.join(["aft", *sys.argv[1:]])}
-    return Manifest(output.out, call, setup.noting(run.quiet))
+    code = [name.rpartition(":")[0] for name in [*(network.models or ()), maps.target_fn or ""]]
+    named = [*(network.checkpoints or ()), network.classes, getattr(maps, "map_", None)]
+    files = [*map(Path, filter(None, code)), *filter(None, named)]
+    inputs = [path for path in files if path.is_file()]
+    return Manifest(output.out, call, setup.noting(run.quiet), inputs)
 
 
 def _grids(
