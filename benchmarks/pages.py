@@ -17,12 +17,12 @@ HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs"
 # Each page of docs, and what its template's and its figures' names begin with.
 PAGES = {
-    "results": "quality/results",
-    "aft-study": "quality/aft_study",
-    "synthetic": "quality/synthetic",
-    "benchmarks": "speed/benchmarks",
-    "reliability": "trust/reliability",
-    "judges": "quality/judges",
+    "results/tables": "quality/results",
+    "results/aft-study": "quality/aft_study",
+    "results/synthetic": "quality/synthetic",
+    "results/speed": "speed/benchmarks",
+    "results/reliability": "trust/reliability",
+    "results/judges": "quality/judges",
     "results/coverage": "coverage/coverage",
 }
 PART = re.compile(r"^\{\{(\w+)\}\}$", re.MULTILINE)

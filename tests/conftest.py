@@ -98,8 +98,8 @@ def processes():
     """Processes that start quickly, forked from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
     helpers = [f"tests.helpers.{name}" for name in ("stored", "trained", "faulty", "preloaded")]
-    reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.report.formats"]
-    data = ["aftcli.data.folders", "aftcli.data.voc", "aftcli.evaluation.metrics"]
+    reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.pages.printed"]
+    data = ["aftcli.data.folders", "aftcli.formats.voc", "aftcli.evaluation.metrics"]
     # Those of others that are imported late; what is not there is left out.
     late = ["timm", "typer._adapters", "matplotlib.backends.backend_agg"]
     context.set_forkserver_preload([*late, *data, *reports, *helpers])

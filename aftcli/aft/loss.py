@@ -1,7 +1,8 @@
 """The loss of activation fine-tuning (§4.2, eq. 8), terms beyond the paper, and default recipes.
 
 w0 stays as it is, so training sees its outputs only; `training` is the training itself. The
-defaults are chosen by the masks' method and the number of images per class (docs/aft-study.md).
+defaults are chosen by the masks' method and the number of images per class
+(docs/results/aft-study.md).
 """
 
 from __future__ import annotations
@@ -338,7 +339,10 @@ class InSituation:
         if options:
             return Choice(Recipe.objective, f"chosen by {', '.join(options)}")
         if job.no_zero_level:
-            note = f"{job.no_zero_level}; the default is mask consistency, see docs/zero-level.md"
+            note = (
+                f"{job.no_zero_level}; the default is mask consistency, "
+                "see docs/method/zero-level.md"
+            )
             return Choice(Recipe.objective, f"chosen as {job.no_zero_level}", note)
         idle = [_spelled(name) for name in ("learning_rate", "epochs") if name in self.given]
         note = ""

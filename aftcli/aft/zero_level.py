@@ -1,4 +1,4 @@
-"""The zero level of a network's maps, learned from masks (docs/zero-level.md).
+"""The zero level of a network's maps, learned from masks (docs/method/zero-level.md).
 
 It is no term of eq. 8: w0, w1 and w2 stay as they are, and so does every probability. What is
 learned is s(x) = v . mean(A) - t, which all logits share, and which moves the signed map. Masks

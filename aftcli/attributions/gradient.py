@@ -25,7 +25,7 @@ from aftcli.errors import AftError
 
 BATCH = 16  # images in one pass with gradients
 
-STEPS = 64  # of the path integral; what completeness lacks is in docs/attributions.md
+STEPS = 64  # of the path integral; what completeness lacks is in docs/guides/choose-a-method.md
 
 NOISY = 48  # images of SmoothGrad (its paper: 50) and of GradientSHAP
 

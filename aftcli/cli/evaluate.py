@@ -7,10 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from aftcli.cli import setup
-from aftcli.cli.options import Data, EvaluateRun, Maps, Network, Printed, option, usage, words
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
-from aftcli.errors import AftError
 from aftcli.evaluation.measures import (
     EVALUATED,
     MEASURED,
@@ -18,11 +16,13 @@ from aftcli.evaluation.measures import (
     TABLES,
     TITLES,
     VARIANTS,
-    by_group,
     extras_of,
     judges,
     measures,
 )
+from aftcli.options.groups import Data, EvaluateRun, Maps, Network, Printed
+from aftcli.options.make import option, usage, words
+from aftcli.options.read import tables
 from aftcli.settings import Fill, Masking, Mode, read_thresholds
 
 if TYPE_CHECKING:
@@ -32,32 +32,8 @@ if TYPE_CHECKING:
     from aftcli.evaluation.study import Study
     from aftcli.evaluation.tables import Tables
 
-Format = Literal["table", "json", "csv", "markdown", "latex"]  # as in aftcli.report.formats
+Format = Literal["table", "json", "csv", "markdown", "latex"]  # as in aftcli.pages.printed
 Readings = Literal["both", "binary", "soft"]
-METRICS_HELP = (
-    "--metrics takes "
-    + "; ".join(f"{group}: {', '.join(names)}" for group, names in by_group())
-    + "; or all. quantus:NAME takes a metric of Quantus, such as quantus:Sparseness."
-)
-
-
-def tables(text: str | None) -> tuple[int, ...]:
-    """Read which tables to print.
-
-    Raises:
-        AftError: there is no such table.
-
-    >>> tables("all"), tables("1,all")
-    ((3, 4, 5), (1, 3, 4, 5))
-    """
-    if text is None:
-        return MEASURED
-    names, known = [part.strip() for part in text.split(",")], [*map(str, TABLES), "all"]
-    for name in names:
-        if name not in known:
-            raise AftError(f"there is no table {name!r}; --table takes {', '.join(known)}")
-    numbers = {int(name) for name in names if name != "all"}
-    return tuple(sorted(numbers | set(EVALUATED) if "all" in names else numbers))
 
 
 @dataclass(frozen=True)
@@ -174,8 +150,9 @@ def evaluate(
     values = read_thresholds(thresholds.thresholds) if thresholds.thresholds else None
 
     from aftcli.evaluation.study import Asked, find_studies
-    from aftcli.report import formats
-    from aftcli.report.grids import Shown
+    from aftcli.pages import evaluated as page
+    from aftcli.pages import printed
+    from aftcli.pages.grids import Shown
 
     processes, device = setup.processes(run.device)
     quiet = run.quiet or processes.index > 0
@@ -189,15 +166,15 @@ def evaluate(
     plan = _plan(thresholds, output, run, setup.engine(run.engine, "no", quiet))
     studies = find_studies(run.run, asked)
     if output.figures:
-        from aftcli.report.figures import check_images
+        from aftcli.pages.figures import check_images
 
         check_images(studies, output.image or [])
     found = evaluated(studies, plan, output, run, processes)
     if processes.index == 0:
         words, shown = "json" if output.json else output.format_, Shown(output.ci, output.paper)
-        formats.FORMATS[words](found, shown)
+        printed.FORMATS[words](found, shown)
         if output.figures:
-            formats.write_figures(found, run.run, shown, output.image or [], words != "table")
+            page.write_figures(found, run.run, shown, output.image or [], words != "table")
 
 
 def _plan(
@@ -223,7 +200,7 @@ def evaluated(
     """Evaluate studies, showing progress, and make the tables in the first process."""
     from aftcli.evaluation.run import evaluate_study
     from aftcli.evaluation.tables import Sources, Tables, rows_of
-    from aftcli.report import formats
+    from aftcli.pages import printed
     from aftcli.report.terminal import progress, say_left_out
 
     first, numbers, metrics = processes.index == 0, tables(output.table), measures(output.metrics)
@@ -234,7 +211,7 @@ def evaluated(
     if output.figures or set(MEASURED) & set(numbers):
         for study in studies:
             events = evaluate_study(study, run.run, plan, processes)
-            measured.append(formats.watch(events, run.quiet or not first))
+            measured.append(printed.watch(events, run.quiet or not first))
     if not first:
         return Tables()
     say_left_out(b for m in measured for result in m.results.values() for b in result.broken)
@@ -252,4 +229,4 @@ def evaluated(
     )
     rows = rows_of([*map(str, numbers), *["sanity"] * output.sanity], sources)
     kinds = {study.data_name: study.data_set.kind for study in studies}
-    return Tables(rows, formats.settings_of(sources, plan.maskings), kinds, measured)
+    return Tables(rows, printed.settings_of(sources, plan.maskings), kinds, measured)

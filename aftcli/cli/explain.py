@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from aftcli.cli import setup
-from aftcli.cli.options import (
-    LayeredNetwork,
-    Printed,
-    Run,
-    TargetMaps,
-    Thresholds,
-    number,
-    option,
-    usage,
-    words,
-)
-from aftcli.cli.process import keep_freed_memory
+from aftcli.cli.images import Files, Found, each_image, finish
 from aftcli.core.methods import named
 from aftcli.errors import AftError
-from aftcli.report.terminal import complain, say_traceback
-from aftcli.settings import Colormap
+from aftcli.options.groups import LayeredNetwork, Run, TargetMaps, Thresholds
+from aftcli.options.make import number, option
+from aftcli.options.read import muting, outputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,37 +25,6 @@ if TYPE_CHECKING:
     from aftcli.pictures.overlay import Subject
     from aftcli.report.explain import Report
     from aftcli.report.names import Setting
-    from aftcli.settings import Search
-
-    Explain = Callable[[Classifier, Subject], list[Report]]
-
-OUTPUTS = ("overlay", "figure", "map", "mask")  # as in aftcli.report.explain
-
-
-def outputs(text: str | None, tft: bool = False) -> tuple[str, ...]:
-    """Read what to write.
-
-    Raises:
-        AftError: a kind of output is unknown, or none is named.
-
-    >>> outputs("map,mask"), outputs("none")
-    (('map', 'mask'), ())
-    """
-    if text is None:
-        return ("overlay", "figure") if tft else ("overlay",)
-    kinds = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if kinds == ("none",):
-        return ()
-    unknown = [kind for kind in kinds if kind not in OUTPUTS]
-    if unknown or not kinds:
-        what = f"unknown output {unknown[0]!r}" if unknown else "no output"
-        raise AftError(f"{what} in --save; there are {', '.join(OUTPUTS)}, or none alone")
-    return kinds
-
-
-def undrawn(given: Mapping[str, Any]) -> bool:
-    """Check that the options' values, by their spelling, ask for no picture of a map."""
-    return not {"overlay", "figure"} & set(outputs(given["--save"]))
 
 
 @dataclass(frozen=True)
@@ -119,26 +76,6 @@ class WantedThresholds(Thresholds):
     ] = None
 
 
-@dataclass(frozen=True)
-class Files(Printed):
-    """Options of what is printed and written."""
-
-    PANEL: ClassVar[str] = Run.PANEL
-
-    out: Annotated[Path, option("--out", "DIR", "Where files go.")] = Path("aft-out")
-    save: Annotated[
-        str | None,
-        option(
-            "--save",
-            "LIST",
-            "Of overlay, figure, map, mask; or none alone.",
-            callback=usage(outputs),
-        ),
-    ] = None
-    colormap: Annotated[Colormap, words("--colormap", Colormap, "")] = "viridis"
-    alpha: Annotated[float, number("--alpha", "A", "alpha", "Opacity of the map.")] = 0.5
-
-
 def explain(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="Files, folders or globs.")
@@ -188,7 +125,7 @@ def explain(
         return written(f, subject, explained, kinds, output.out, called, look)
 
     ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
-    _each_image(ready, found, explain_image, settings, output, run)
+    each_image(ready, found, explain_image, settings, output, run)
 
 
 def tft(
@@ -235,27 +172,7 @@ def tft(
         return written(f, subject, explained, kinds, output.out, called, look)
 
     ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
-    _each_image(ready, found, explain_image, settings, output, run)
-
-
-class Found(NamedTuple):
-    """Images to explain, and what is wrong with what else was asked for."""
-
-    paths: list[Path]
-    problems: list[str]
-
-
-def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[float, str] | None:
-    """Read a fixed cut-off: (tau, mode) as `muted` takes it, or None.
-
-    Raises:
-        AftError: more than one way of muting is asked for.
-    """
-    if (threshold is not None) + (mute is not None) + tft > 1:
-        raise AftError("--threshold, --mute and --tft exclude each other: give one")
-    if threshold is not None:
-        return threshold, "value"
-    return (mute / 100, "percentile") if mute is not None else None
+    each_image(ready, found, explain_image, settings, output, run)
 
 
 def _begin(
@@ -275,7 +192,7 @@ def _begin(
 
     found = Found(*find_images(images, output.out))
     if not found.paths:
-        _finish([], found.problems, output.json)
+        finish([], found.problems, output.json)
     return kinds, accelerate, found
 
 
@@ -311,56 +228,3 @@ def _fitted(
     if any(said):
         setup.noting(quiet)(f"{maps.map_}: for {subject.path}, {'; '.join(filter(None, said))}")
     return fit_map(values, x, subject.picture.size, subject.view, maps.absolute, turn)
-
-
-def _each_image(
-    ready: Callable[[], Classifier],
-    found: Found,
-    explain_image: Explain,
-    settings: Search,
-    output: Files,
-    run: Run,
-) -> None:
-    """Explain every image that can be read; say of each other one what is wrong with it."""
-    from aftcli.data.images import read_image, view_of
-    from aftcli.pictures.overlay import Subject
-    from aftcli.report import explain as report
-    from aftcli.report.names import stems
-    from aftcli.report.terminal import progress
-
-    keep_freed_memory()
-    called = stems(found.paths)
-    results: list[dict[str, Any]] = []
-    report.output_folder(output.out)
-    f = ready()
-    for path in progress(found.paths, "explaining", len(found.paths), run.quiet):
-        try:
-            picture = read_image(path)
-            view = view_of(picture.size, f.preprocessing)
-            reports = explain_image(f, Subject(path, called[path], picture, view))
-            # Numbers instead of the maps: a folder may hold very many images.
-            results += [report.as_dict(f, each, settings) for each in reports]
-        except AftError as error:
-            found.problems.append(str(error))
-            if run.debug:
-                say_traceback(*sys.exc_info())
-    _finish(results, found.problems, output.json)
-
-
-def _finish(results: list[dict[str, Any]], problems: list[str], json: bool) -> None:
-    try:
-        if results:
-            from aftcli.report import explain as report
-
-            (report.print_json if json else report.print_table)(results)
-        elif json:
-            print("[]", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise AftError(f"the result can't be printed ({error.strerror})") from error
-    finally:
-        for problem in problems:
-            complain(problem)
-    if problems:
-        raise typer.Exit(1)

@@ -6,21 +6,11 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from aftcli.cli import setup
-from aftcli.cli.options import (
-    Data,
-    Methods,
-    Printed,
-    StudyRun,
-    Weights,
-    check_layers,
-    number,
-    option,
-    usage,
-    words,
-)
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
+from aftcli.options.groups import Data, Methods, Printed, StudyRun, Weights, check_layers
+from aftcli.options.make import number, option, usage, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 from aftcli.cli import setup
-from aftcli.cli.options import (
+from aftcli.cli.process import keep_freed_memory
+from aftcli.core.methods import named
+from aftcli.errors import AftError
+from aftcli.options.groups import (
     Data,
     EvaluateRun,
     LowerPrecision,
@@ -15,11 +18,8 @@ from aftcli.cli.options import (
     Network,
     Printed,
     Thresholds,
-    option,
 )
-from aftcli.cli.process import keep_freed_memory
-from aftcli.core.methods import named
-from aftcli.errors import AftError
+from aftcli.options.make import option
 
 
 @dataclass(frozen=True)

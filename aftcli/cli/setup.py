@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aftcli.cli.options import Network, TargetMaps, Weights
 from aftcli.cli.process import kept_from_collector
 from aftcli.core.methods import METHODS, named
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint, check_folder
+from aftcli.options.groups import Network, TargetMaps, Weights
 from aftcli.report.terminal import complain
 
 if TYPE_CHECKING:

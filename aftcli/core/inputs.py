@@ -78,7 +78,7 @@ def _guess(model: nn.Module, guessed: Preprocessing, is_recorded: bool) -> str:
     return (
         f"{type(model).__name__} {because}; guessed: {depth} x {height} x {width} values, "
         f"{colours}; if that is wrong, give the network an attribute `preprocessing` "
-        "(docs/own-network.md)"
+        "(docs/guides/own-network.md)"
     )
 
 

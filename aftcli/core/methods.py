@@ -62,7 +62,7 @@ class Entry:
             that returns I_pre itself (see `Method`).
         given: what a function of signed attributions takes after f, class_index and x.
         signed: module and name of the function of a CAM's map before its ReLU, where that map
-            moves with a term that all logits share (docs/zero-level.md); "" where none does.
+            moves with a term that all logits share (docs/method/zero-level.md); "" where none does.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""The meaning of a network's outputs, and their probabilities (docs/decisions.md)."""
+"""The meaning of a network's outputs, and their probabilities (docs/method/decisions.md)."""
 
 from __future__ import annotations
 

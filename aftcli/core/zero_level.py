@@ -1,4 +1,6 @@
-"""The zero level of a signed map, moved by a term that softmax does not see (docs/zero-level.md).
+"""The zero level of a signed map, moved by a term that softmax does not see.
+
+docs/method/zero-level.md has the derivation.
 
 All logits of an image may move by the same s(x): no probability changes, but the maps of the
 logits do. With s = v . mean(A) + t Z (1 - mean(O)), where O is one more channel of A, 1

@@ -21,8 +21,8 @@ from aftcli.files import check_folder, inside
 # Where each Format is, by the name that files keep it under. The last is tried first; class
 # folders take what is left.
 FORMATS = {
-    "folders": "aftcli.data.folders:ClassFolders",
-    "voc": "aftcli.data.voc:Voc",
+    "folders": "aftcli.formats.folders:ClassFolders",
+    "voc": "aftcli.formats.voc:Voc",
 }
 
 # Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.

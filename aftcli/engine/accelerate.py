@@ -31,7 +31,7 @@ ENGINES = {
 
 CHOICES = ("auto", *ENGINES)
 
-ENOUGH = 500  # passes of the network, from which on exporting it pays (docs/decisions.md)
+ENOUGH = 500  # passes of the network, from which on exporting it pays (docs/method/decisions.md)
 
 TOLERANCES = {"no": 1e-4, "bf16": 0.1, "fp16": 0.1}  # of the largest value, by precision
 

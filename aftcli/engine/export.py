@@ -1,5 +1,6 @@
-"""A classifier and its plain map as one ONNX graph, for services without torch (docs/serving.md).
+"""A classifier and its plain map as one ONNX graph, for services without torch.
 
+docs/guides/serving.md says how a service uses it.
 The gradient of the head, which CAMs need, is traced into the graph like any other operation.
 """
 

@@ -1,7 +1,7 @@
 """Wishes of an evaluation and its results: on disk, named after their inputs, resumable.
 
-A result file holds one value an image of each measure (docs/formats.md). Its name has a hash of
-all that decides the values: weights, images, annotations, settings. So a changed input is
+A result file holds one value an image of each measure (docs/reference/files.md). Its name has a
+hash of all that decides the values: weights, images, annotations, settings. So a changed input is
 another file, and a second call finds the first one's.
 """
 
@@ -150,7 +150,7 @@ class Values:
     judges: dict[str, Verdict] = field(default_factory=dict)
 
     def columns(self) -> dict[str, Tensor]:
-        """Name the values as files do (docs/formats.md)."""
+        """Name the values as files do (docs/reference/files.md)."""
         own = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         for name, view in self.views.items():
             of_view = {"y_hat": view.y_hat, **view.measures}

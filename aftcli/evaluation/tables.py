@@ -1,6 +1,6 @@
 """Tables as rows: the paper's Tables 1 to 5, and what stands beside them.
 
-TABLES names each with its rows and its long form; `aftcli.report.grids.LOOKS` has the looks.
+TABLES names each with its rows and its long form; `aftcli.pages.grids.LOOKS` has the looks.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ class Tuner(nn.Module):
     """Two 1x1 convolutions, K -> 3 -> 1, with weights w'; space keeps its size.
 
     The paper names no activation function between them, so by default there is none: f_tuner(A)
-    is linear in A (docs/decisions.md).
+    is linear in A (docs/method/decisions.md).
 
     Args:
         channels: K of A.

@@ -215,7 +215,8 @@ def _tuned(
 def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Classifier:
     """Give a classifier outputs for other classes; all other weights stay.
 
-    The new weights are small, so that all classes begin about equally likely (docs/decisions.md).
+    The new weights are small, so that all classes begin about equally likely
+    (docs/method/decisions.md).
     The new classes of a network that had one output exclude each other.
     """
     with torch.random.fork_rng(devices=[]):

@@ -216,7 +216,7 @@ def print_json(results: Sequence[dict[str, Any]]) -> None:
 
 
 def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
-    """Return an explanation as plain values (docs/cli.md)."""
+    """Return an explanation as plain values (docs/reference/cli.md)."""
     e = report.explanation
     result: dict[str, Any] = {
         "image": str(report.image),

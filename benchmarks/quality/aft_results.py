@@ -10,7 +10,7 @@ RUN has the masks of `aft gen-masks`. For each seed it runs, with the defaults o
 
 in this process. Measures that take many passes are of the first seed and --guards images. What is
 there already is found and used. --page makes the results of all files beside --out the figures of
-docs/aft-study.md.
+docs/results/aft-study.md.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def main() -> None:
     if args.page:
         results = [json.loads(path.read_text()) for path in sorted(args.out.parent.glob("*.json"))]
         lines = [line for each in results for line in result_lines(each)]
-        pages.keep("aft-study", "results", "\n".join(lines))
+        pages.keep("results/aft-study", "results", "\n".join(lines))
 
 
 def _short(card: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Measure every family of methods with TFT, on three networks, for docs/results.md.
+"""Measure every family of methods with TFT, on three networks, for docs/results/tables.md.
 
     python -m benchmarks attributions DATA [--out DIR] [--images N]
 
@@ -290,5 +290,5 @@ def main() -> None:
         if part == "picture":
             picture(out)
         if part == "page":
-            pages.keep("results", "attributions_machine", machine())
-            pages.keep("results", "attributions", "\n".join(tables(out)).rstrip())
+            pages.keep("results/tables", "attributions_machine", machine())
+            pages.keep("results/tables", "attributions", "\n".join(tables(out)).rstrip())

@@ -1,4 +1,4 @@
-"""Tables of docs/results.md that the benchmark attributions has measured the figures of."""
+"""Tables of docs/results/tables.md that the benchmark attributions has measured the figures of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from aftcli.core.methods import METHODS
 from aftcli.evaluation.tables import Difference, Table3Row
-from aftcli.report.grids import READINGS
+from aftcli.pages.grids import READINGS
 
 NETWORKS = ("efficientnet_lite0", "resnet50", "vgg16")
 MEASURED = "average_increase,average_drop,area,energy,pointing"

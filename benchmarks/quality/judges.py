@@ -14,7 +14,7 @@ images, and by other networks, with the controls. It runs
 in this process, and reads the values of each image from the results, to divide them into two test
 sets: every second image, and the others. Images of VOC are of networks with a new last layer
 (`aft finetune --no-masks`), and so are their judges. What is there already is found and used.
---page makes the results the figures of docs/judges.md.
+--page makes the results the figures of docs/results/judges.md.
 """
 
 from __future__ import annotations
@@ -271,11 +271,11 @@ def main() -> None:
 def keep_page(results: dict[str, Any]) -> None:
     """Keep results as the figures of the page."""
     on = [f"{name}: {where}" for name, where in results["machine"].items()]
-    pages.keep("judges", "machine", f"Measured on: {'; '.join(on)}.")
+    pages.keep("results/judges", "machine", f"Measured on: {'; '.join(on)}.")
     for name in SETS:
         if name in results:
-            pages.keep("judges", name, tables(results, name))
-            pages.keep("judges", f"{name}_gains", gains(results, name))
+            pages.keep("results/judges", name, tables(results, name))
+            pages.keep("results/judges", f"{name}_gains", gains(results, name))
 
 
 if __name__ == "__main__":

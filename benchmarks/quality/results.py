@@ -3,8 +3,8 @@
     python -m benchmarks results DATA [--out DIR]
 
 DATA holds `imagenet/` (with train/, val/ and val_boxes.csv), `voc/VOCdevkit` and
-`weights/squeezenet1_0.pth`. Every step is a command of aft's, printed on docs/results.md; each
-resumes and reuses what is done, so the second run takes a minute.
+`weights/squeezenet1_0.pth`. Every step is a command of aft's, printed on docs/results/tables.md;
+each resumes and reuses what is done, so the second run takes a minute.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from aftcli.evaluation.tables import (
     Tables,
 )
 from aftcli.evaluation.trials import Table5Row
-from aftcli.report.formats import markdown_lines
-from aftcli.report.grids import Shown, grids
+from aftcli.pages.grids import Shown, grids
+from aftcli.pages.printed import markdown_lines
 from benchmarks import pages
 
 CAMS = ("gradcam", "gradcam++", "ablationcam", "layercam")
@@ -46,7 +46,7 @@ PAPER = ("average_increase", "average_drop")
 IMAGES = {"ImageNet, 1,281,167 images": 1_281_167, "VOC, 1464 images": 1464}
 EVALUATED = {"ImageNet, 1,281,167 images": 10_000, "VOC, 1464 images": 1449}
 EPOCHS = 10
-# Equation 8 alone; what the defaults reach is in docs/aft-study.md.
+# Equation 8 alone; what the defaults reach is in docs/results/aft-study.md.
 PLAIN = "--lam 1 --consistency 0 --classification labels --blend 1 --lr 1e-4 --epochs 10"
 COSTS = """\
 What it costs are passes of the network: TFT scores {least:.1f} to {most:.1f} masked images an image
@@ -267,5 +267,5 @@ def main() -> None:
         for command in study.commands:
             run(command, arguments.out)
         made.append((study, json.loads(run(f"{evaluation(study)} --format json", arguments.out))))
-    pages.keep("results", "machine", machine(made[0][1]["settings"]))
-    pages.keep("results", "tables", "\n".join(tables(arguments.out, made)).rstrip())
+    pages.keep("results/tables", "machine", machine(made[0][1]["settings"]))
+    pages.keep("results/tables", "tables", "\n".join(tables(arguments.out, made)).rstrip())

@@ -5,7 +5,7 @@
 It draws images whose deciding pixels are known (synthetic_data.py), trains a small network on them,
 makes maps of 200 other images by each method, and compares maps and measures with the truth. DIR
 keeps the values of every image; a second run reuses them. --page makes the results the figures of
-docs/synthetic.md and draws its picture. Needs the extra `attributions`, and no data.
+docs/results/synthetic.md and draws its picture. Needs the extra `attributions`, and no data.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ def main() -> None:
     print("\n\n".join(parts.values()))
     if arguments.page:
         for part, text in parts.items():
-            pages.keep("synthetic", part, text)
+            pages.keep("results/synthetic", part, text)
         model = network()
         model.load_state_dict(torch.load(weights, weights_only=True))
         picture(model.eval(), images("test", arguments.images))

@@ -1,4 +1,4 @@
-"""Tables of docs/synthetic.md: maps against the truth, and measures against the same."""
+"""Tables of docs/results/synthetic.md: maps against the truth, and measures against the same."""
 
 from __future__ import annotations
 

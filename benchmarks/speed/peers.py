@@ -3,8 +3,9 @@
     python -m benchmarks peers --images DATA/imagenet --out peers.json --page
 
 Contestants take turns in each run, another one first each time. What the file has is not measured
-again. --page makes the file's figures those of docs/benchmarks.md, also without --images. The calls
-are in peers_calls.py; this process imports no torch, which would count in its children's memory.
+again. --page makes the file's figures those of docs/results/speed.md, also without --images. The
+calls are in peers_calls.py; this process imports no torch, which would count in its children's
+memory.
 """
 
 from __future__ import annotations
@@ -394,4 +395,4 @@ def main() -> None:
     if args.images:
         measure_all(record, args)
     if args.page:
-        pages.keep("benchmarks", "peers", page(record).strip())
+        pages.keep("results/speed", "peers", page(record).strip())

@@ -156,7 +156,7 @@ def imported() -> None:
     from aftcli.aft import run as finetune  # noqa: F401
     from aftcli.cli import app as cli  # noqa: F401
     from aftcli.engine import onnx as engine_onnx  # noqa: F401
-    from aftcli.report import formats as report_evaluate  # noqa: F401
+    from aftcli.pages import evaluated, printed  # noqa: F401
     from aftcli.report import masks as report_masks  # noqa: F401
     from aftcli.report import tuned as report_tuned  # noqa: F401
     from aftcli.tft import generate  # noqa: F401

@@ -545,7 +545,8 @@ def test_the_zero_level_is_the_default_where_masks_allow_it():
     few = finetune_defaults.SITUATIONS["few"].settings
     assert without(job) == Recipe(**{**few, "epochs": 3})
     assert without.choose(job).note == (
-        "the masks' method has no sign; the default is mask consistency, see docs/zero-level.md"
+        "the masks' method has no sign; the default is mask consistency, "
+        "see docs/method/zero-level.md"
     )
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from aftcli import attribution_map, load_classifier, read_image, to_input
 from aftcli.cli.app import with_table
-from aftcli.cli.evaluate import Format, tables
+from aftcli.cli.evaluate import Format
 from aftcli.core.methods import METHODS
 from aftcli.data.images import view_of
 from aftcli.data.objects import Objects
@@ -24,7 +24,8 @@ from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError
 from aftcli.evaluation.measures import CONTROLLED, TABLE3, VARIANTS
 from aftcli.evaluation.trials import randomised, sanity, similarity
-from aftcli.report.formats import FORMATS
+from aftcli.options.read import tables
+from aftcli.pages.printed import FORMATS
 from tests.helpers.command import aft, usage_error
 from tests.reference import metrics as slow
 

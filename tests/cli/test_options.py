@@ -12,7 +12,7 @@ from PIL import Image
 
 from aftcli.cli.app import app
 from aftcli.data.images import read_image, to_input
-from aftcli.report.grids import Tables
+from aftcli.pages.grids import Tables
 from tests.helpers.command import aft, leftovers, usage_error
 from tests.helpers.stored import NAMES, small_float
 
@@ -48,7 +48,7 @@ def idle_commands(monkeypatch):
     """Commands that take their options and have nothing to do."""
     monkeypatch.setattr("aftcli.evaluation.study.find_studies", lambda *_: [])
     monkeypatch.setattr("aftcli.cli.evaluate.evaluated", lambda *_: Tables())
-    monkeypatch.setattr("aftcli.report.formats.write_figures", lambda *_: None)
+    monkeypatch.setattr("aftcli.pages.evaluated.write_figures", lambda *_: None)
     monkeypatch.setattr("aftcli.aft.jobs.control_jobs", lambda *_: [])
     monkeypatch.setattr("aftcli.aft.jobs.mask_jobs", lambda *_: [])
     monkeypatch.setattr("aftcli.report.masks.show_store", lambda *_: None)
@@ -186,7 +186,7 @@ def test_an_error_is_told_alone_and_notes_beside_images_that_failed():
 
 
 def test_the_table_of_dependent_options_knows_the_commands():
-    from aftcli.cli.app import IDLE
+    from aftcli.options.idle import IDLE
 
     assert set(IDLE) <= set(COMMANDS)
     for name, rules in IDLE.items():

@@ -1,7 +1,7 @@
 """Grad-CAM and Layer-CAM against two other libraries, where those are right.
 
-Their Grad-CAM++ and Ablation-CAM are not (docs/decisions.md), so they do not appear here. The
-libraries' epsilons differ, so raw maps are taken and scaled here.
+Their Grad-CAM++ and Ablation-CAM are not (docs/method/decisions.md), so they do not appear here.
+The libraries' epsilons differ, so raw maps are taken and scaled here.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Probabilities of a network's outputs: softmax, sigmoid, or none to make (docs/decisions.md)."""
+"""Probabilities of a network's outputs: softmax, sigmoid, or none (docs/method/decisions.md)."""
 
 import copy
 import math

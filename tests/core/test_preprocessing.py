@@ -179,7 +179,8 @@ def test_a_size_that_the_network_takes_is_found(side):
     notes = []
     f = cut_classifier(Sized(side), "conv+relu", note=notes.append)
     assert f.preprocessing.size == (side, side) and f.preprocessing.resize == round(side * 8 / 7)
-    assert f"guessed: 3 x {side} x {side} values" in notes[0] and "docs/own-network.md" in notes[0]
+    assert f"guessed: 3 x {side} x {side} values" in notes[0]
+    assert "docs/guides/own-network.md" in notes[0]
 
 
 def test_a_network_that_takes_no_size_says_why():

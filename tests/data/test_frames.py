@@ -9,8 +9,8 @@ from aftcli.core.classes import Preprocessing
 from aftcli.data.images import read_image, to_input
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
-from aftcli.data.voc import VOC_CLASSES
 from aftcli.errors import AftError
+from aftcli.formats.voc import VOC_CLASSES
 from tests.helpers.stored import small_float
 from tests.helpers.voc import annotation, make_voc
 

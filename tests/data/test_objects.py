@@ -7,8 +7,8 @@ from aftcli.core.classes import Preprocessing
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
 from aftcli.data.text import read_xml
-from aftcli.data.voc import VOC_CLASSES
 from aftcli.errors import AftError
+from aftcli.formats.voc import VOC_CLASSES
 from tests.helpers import bombs, mutants
 from tests.helpers.stored import make_images, small_float
 

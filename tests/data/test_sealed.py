@@ -15,7 +15,7 @@ HEAD = {"identity": {"model": "é", "t": [0.5, None]}, "broken": [["a.png", "tor
 
 
 def seal_by_hand(text):
-    """The hash as docs/formats.md has it, with the bytes of the tensors written out."""
+    """The hash as docs/reference/files.md has it, with the bytes of the tensors written out."""
     a = b"a (2,) torch.int64" + struct.pack("<2q", 3, 2**40)
     b = b"b/x (1, 3) torch.float32" + struct.pack("<3f", 1.5, -2.0, float("nan"))
     return hashlib.sha256((text + hashlib.sha256(a + b).hexdigest()).encode()).hexdigest()

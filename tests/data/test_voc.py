@@ -8,8 +8,8 @@ from PIL import Image
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
-from aftcli.data.voc import VOC_CLASSES
 from aftcli.errors import AftError
+from aftcli.formats.voc import VOC_CLASSES
 from tests.helpers.command import aft
 from tests.helpers.stored import small_float
 from tests.helpers.voc import annotation, make_voc

@@ -491,7 +491,8 @@ def test_explain_says_the_same_on_each_engine(name, plain):
         for tau, a, b in zip(
             one["tft"]["thresholds"], one["tft"]["rpi"], other["tft"]["rpi"], strict=True
         ):
-            # Layer-CAM of chelsea has a pixel at this threshold to six digits (docs/decisions.md).
+            # Layer-CAM of chelsea has a pixel at this threshold to six digits
+            # (docs/method/decisions.md).
             at_pixel = ("chelsea" in one["image"], one["cam"], tau) == (True, "layercam", 0.5)
             near = {"abs": 0.05} if at_pixel else {"rel": 1e-3, "abs": 1e-4}
             assert a == pytest.approx(b, **near), tau

@@ -61,7 +61,7 @@ def test_the_graph_says_what_it_is(exported):
 
 
 def test_the_example_of_the_docs_runs_without_torch(exported, tuned, tmp_path):
-    page = (ROOT / "docs/serving.md").read_text("utf-8")
+    page = (ROOT / "docs/guides/serving.md").read_text("utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
     assert len(example.splitlines()) <= 16
     blocked = "import sys\nsys.modules.update(torch=None, aftcli=None)\n"

@@ -15,7 +15,7 @@ from aftcli.evaluation.measures import BASELINES, CONTROLLED, CONTROLS, SOURCES,
 from aftcli.evaluation.results import Unit, Wanted, measure
 from aftcli.evaluation.run import evaluate_study
 from aftcli.evaluation.tables import Difference, Tables, differences, table3, table4
-from aftcli.report.grids import Shown, grids
+from aftcli.pages.grids import Shown, grids
 from aftcli.settings import MODES, Search
 from aftcli.tft.judges import Judge
 from aftcli.tft.threshold import FILLS, MASKINGS

@@ -33,8 +33,8 @@ from aftcli.evaluation.tables import (
     table3,
     table4,
 )
-from aftcli.report.formats import FORMATS
-from aftcli.report.grids import LOOKS, Cell, Grid, Shown
+from aftcli.pages.grids import LOOKS, Cell, Grid, Shown
+from aftcli.pages.printed import FORMATS
 from aftcli.settings import MODES, Search
 from aftcli.tft.threshold import MASKINGS, rises
 from tests.helpers.stored import NAMES, make_images, small_float

@@ -25,8 +25,8 @@ from tests.helpers.small import small
 from tests.peers.networks import of_grad_cam, plain, resnet, scaled, tiny, tiny_cut
 from tests.reference import paper as reference
 
-# Theirs that compute what the papers say (docs/decisions.md): Eigen-CAM is centred there, and
-# Score-CAM's masks are stretched from corner to corner.
+# Theirs that compute what the papers say (docs/method/decisions.md): Eigen-CAM is centred there,
+# and Score-CAM's masks are stretched from corner to corner.
 EQUAL = {
     "gradcam": theirs.GradCAM,
     "gradcam++": theirs.GradCAMPlusPlus,

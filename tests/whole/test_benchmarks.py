@@ -14,7 +14,7 @@ from benchmarks import pages
 
 ROOT = Path(tool.__file__).parents[1]
 FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *FILES]
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *FILES]
 
 
 @pytest.mark.parametrize("page", pages.PAGES)
@@ -84,12 +84,13 @@ def test_a_wrong_name_is_told_with_the_names_there_are():
 
 
 def test_pages_are_written_by_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results").mkdir()
     monkeypatch.setattr(pages, "DOCS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "pages", "benchmarks"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "pages", "results/speed"])
     assert tool.main() is None
-    assert capsys.readouterr().out == "docs/benchmarks.md\n"
-    (written,) = tmp_path.iterdir()
-    assert written.read_bytes() == (ROOT / "docs" / "benchmarks.md").read_bytes()
+    assert capsys.readouterr().out == "docs/results/speed.md\n"
+    (written,) = tmp_path.rglob("*.md")
+    assert written.read_bytes() == (ROOT / "docs/results/speed.md").read_bytes()
 
 
 def test_a_benchmark_gets_the_words_behind_its_name(monkeypatch, capsys):

@@ -75,7 +75,8 @@ def test_a_method_without_a_sign_is_trained_and_the_reason_said(colours):
     assert said == [
         "aft: small-gradcam: --epochs without effect: the default learns one number, the zero "
         "level; --objective tuner trains the network",
-        f"aft: small-layercam: {reason}; the default is mask consistency, see docs/zero-level.md",
+        f"aft: small-layercam: {reason}; the default is mask consistency, "
+        "see docs/method/zero-level.md",
     ]
     cards = {cam: read_card(Path(f"aft-run/tuned/small-{cam}.safetensors")) for cam in BOTH}
     assert [cards[cam]["objective"] for cam in BOTH] == ["zero-level", "tuner"]

@@ -12,7 +12,7 @@ from aftcli.core.methods import CAMS
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -21,8 +21,9 @@ def test_command_line_reference_is_fresh():
     spec = importlib.util.spec_from_file_location("make_cli_reference", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    stored = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert stored == script.reference(), "run python docs/make_cli_reference.py > docs/cli.md"
+    stored = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
+    command = "python docs/make_cli_reference.py > docs/reference/cli.md"
+    assert stored == script.reference(), f"run {command}"
 
 
 def test_method_table_is_the_registry():
@@ -31,7 +32,7 @@ def test_method_table_is_the_registry():
 
 
 def test_table_of_further_methods_is_the_registry():
-    page = (ROOT / "docs" / "attributions.md").read_text("utf-8")
+    page = (ROOT / "docs/guides/choose-a-method.md").read_text("utf-8")
     rows = re.findall(r"^\| `([a-z][\w-]+)` \| (.+?) \| (.+?) \|", page, re.M)
     assert rows == [
         (name, entry.title, entry.source) for name, entry in METHODS.items() if name not in CAMS

@@ -20,9 +20,9 @@ from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.evaluation.tables import Table3Row, Table4Row
 from aftcli.models.checkpoint import read_card, restore
-from aftcli.report import formats as report_evaluate
+from aftcli.pages import printed as tables
+from aftcli.pages.grids import Shown, Tables
 from aftcli.report import terminal as foreign
-from aftcli.report.grids import Shown, Tables
 from tests.helpers.command import aft, usage_error
 from tests.whole.test_trust import sealed_again
 
@@ -242,7 +242,7 @@ def rows_of(dataset):
 
 
 def formatted(name, dataset, capsys):
-    report_evaluate.FORMATS[name](rows_of(dataset), Shown(ci=True))
+    tables.FORMATS[name](rows_of(dataset), Shown(ci=True))
     text = capsys.readouterr().out
     assert not OBEYED.search(text.replace("\r\n", "\n"))
     return text

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aftcli.cli.explain import OUTPUTS
 from aftcli.core.classes import Classes
 from aftcli.data.images import read_image
 from aftcli.data.maps import read_map
 from aftcli.data.text import read_classes, read_xml
 from aftcli.errors import AftError
+from aftcli.options.read import OUTPUTS
 from aftcli.report import terminal as foreign
 from aftcli.report.masks import summarise
 from aftcli.settings import read_thresholds

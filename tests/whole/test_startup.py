@@ -13,15 +13,16 @@ import torch
 
 from aftcli import settings
 from aftcli.aft import features, loss
-from aftcli.cli import evaluate, explain, finetune, options
+from aftcli.cli import evaluate, finetune
 from aftcli.cli.process import kept_from_collector
 from aftcli.engine import accelerate
 from aftcli.errors import AftError
 from aftcli.evaluation import measures, tables
 from aftcli.models.load import find_device
 from aftcli.models.sources import imagenet_classes
+from aftcli.options import groups, read
+from aftcli.pages.printed import FORMATS
 from aftcli.report import explain as report
-from aftcli.report.formats import FORMATS
 from aftcli.tft import search
 from aftcli.tft import threshold as tft
 from tests.helpers.command import Result, usage_error
@@ -129,11 +130,11 @@ def test_names_known_without_torch_are_those_of_the_registries():
     assert settings.SEARCHES == tuple(search.SEARCHES)
     assert get_args(evaluate.Format) == tuple(FORMATS)
     assert get_args(evaluate.Readings) == ("both", *settings.MASKINGS)
-    assert explain.OUTPUTS == tuple(report.OUTPUTS)
+    assert read.OUTPUTS == tuple(report.OUTPUTS)
     asked = set().union(*(table.asked for table in tables.TABLES.values()))
     assert asked == {*map(str, measures.TABLES), "sanity"}
-    assert get_args(options.Engine) == accelerate.CHOICES
-    assert get_args(options.Precision) == tuple(accelerate.TOLERANCES)
+    assert get_args(groups.Engine) == accelerate.CHOICES
+    assert get_args(groups.Precision) == tuple(accelerate.TOLERANCES)
     assert get_args(finetune.Objective) == tuple(loss.OBJECTIVES) == tuple(settings.OBJECTIVES)
     assert get_args(finetune.Classification) == loss.CLASSIFICATIONS
     assert get_args(finetune.Cache) == features.CACHES

@@ -127,8 +127,9 @@ def test_values_survive_being_kept(few, monkeypatch):
 
 
 def stored(part):
-    """The rows of a table of docs/synthetic.md."""
-    tables = [block for block in pages.figures("synthetic")[part] if isinstance(block, dict)]
+    """The rows of a table of docs/results/synthetic.md."""
+    blocks = pages.figures("results/synthetic")[part]
+    tables = [block for block in blocks if isinstance(block, dict)]
     return {row[0]: row[1:] for row in tables[0]["rows"]}
 
 

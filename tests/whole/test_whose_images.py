@@ -12,15 +12,15 @@ from aftcli.aft.loss import in_situation
 from aftcli.aft.run import Options, Tuned, fine_tune
 from aftcli.aft.training import choose_held_out
 from aftcli.cli.evaluate import TableOutput, evaluated
-from aftcli.cli.options import EvaluateRun
 from aftcli.data.blocks import Processes, content_of, pack, unpack
 from aftcli.errors import AftError
 from aftcli.evaluation import study as evaluate_jobs
 from aftcli.evaluation.run import Plan
 from aftcli.evaluation.study import Asked, find_studies
 from aftcli.models.checkpoint import read_card
-from aftcli.report.formats import as_csv, as_dict, as_text
-from aftcli.report.grids import Shown
+from aftcli.options.groups import EvaluateRun
+from aftcli.pages.grids import Shown
+from aftcli.pages.printed import as_csv, as_dict, as_text
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.stores import Source
 from tests.helpers.stored import generate, small_float

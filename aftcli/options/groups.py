@@ -1,21 +1,17 @@
-"""Options of the commands in groups: a dataclass holds what one panel of the help shows."""
+"""Options that several commands have, in groups: a dataclass holds one panel of the help."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+from typing import Annotated, ClassVar, Literal
 
 import typer
-from typer.models import OptionInfo
 
 from aftcli.core.methods import FAMILIES, METHODS, check_device, named
 from aftcli.errors import AftError
+from aftcli.options.make import number, option, usage, words
 from aftcli.settings import (
-    RANGES,
     Fill,
     Fuse,
     Masking,
@@ -30,81 +26,6 @@ from aftcli.settings import (
 # As in aftcli.engine.accelerate.
 Engine = Literal["auto", "torch", "compile", "onnxruntime"]
 Precision = Literal["no", "bf16", "fp16"]
-
-
-METHODS_HELP = (
-    "--cam takes "
-    + "; ".join(
-        f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
-        for family in FAMILIES
-    )
-    + "; all for every CAM, or a family."
-)
-
-
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each field of the dataclasses that it takes."""
-    groups: dict[str, Any] = {}
-    parameters = []
-    hints = get_type_hints(command, include_extras=True)
-    for name, parameter in inspect.signature(command).parameters.items():
-        if not is_dataclass(hints[name]):
-            parameters.append(
-                parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
-            )
-            continue
-        group = groups[name] = hints[name]
-        types = get_type_hints(group, include_extras=True)
-        for field in fields(group):
-            (info,) = types[field.name].__metadata__
-            if isinstance(info, OptionInfo):
-                info.rich_help_panel = group.PANEL
-            of = {"default": field.default, "annotation": types[field.name]}
-            parameters.append(inspect.Parameter(field.name, parameter.KEYWORD_ONLY, **of))
-
-    @functools.wraps(command)
-    def called(**given: Any) -> None:  # noqa: ANN401 - what the options hold
-        built = {n: g(**{f.name: given.pop(f.name) for f in fields(g)}) for n, g in groups.items()}
-        command(**given, **built)
-
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    called.__annotations__ = {each.name: each.annotation for each in parameters}
-    return called
-
-
-def usage(read: Callable[[Any], object]) -> Callable[[Any], Any]:
-    """Make a callback to which what a reader refuses is a usage error; it reads no None."""
-
-    def checked(value: Any) -> Any:  # noqa: ANN401 - of any option
-        try:
-            if value is not None:
-                read(value)
-        except AftError as error:
-            raise typer.BadParameter(str(error)) from error
-        return value
-
-    return checked
-
-
-def option(names: str, metavar: str, help: str, **more: Any) -> Any:  # noqa: ANN401
-    """Make an option of typer's; metavar is empty for a flag."""
-    return typer.Option(*names.split(), metavar=metavar, help=help, **more)
-
-
-def number(names: str, metavar: str, field: str, help: str, **more: Any) -> Any:  # noqa: ANN401
-    """Make an option of a number; RANGES names its field."""
-    return option(names, metavar, help, callback=usage(RANGES[field].check), **more)
-
-
-def words(names: str, of: Any, help: str, default: bool = True, **more: Any) -> Any:  # noqa: ANN401
-    """Make an option that takes a word of a Literal type, whose first may be the default.
-
-    Words that say enough need no help.
-    """
-    first, *rest = get_args(of)
-    listed = ", ".join([f"{first} (default)" if default else first, *rest])
-    text = f"{listed}: {help}" if help else f"{listed}."
-    return option(names, "WORD", text, show_default=False, **more)
 
 
 def _check_methods(words: list[str] | None) -> None:
