@@ -1,4 +1,4 @@
-"""Cut the tiny data set docs/demo out of four free photographs.
+"""Cut the tiny data set docs/demo out of four free photographs, and draw docs/images/demo.webp.
 
     python docs/make_demo.py
 
@@ -41,8 +41,20 @@ def crop(photo: Image.Image, x: int, y: int, rng: np.random.Generator) -> Image.
     return square.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
+def sheet() -> Image.Image:
+    """Return all crops: a row for each class, first those of train."""
+    side, across = SIDE // 2, sum(COUNTS.values())
+    drawn = Image.new("RGB", (across * side, len(PHOTOS) * side))
+    for row, name in enumerate(PHOTOS):
+        files = [f for split in COUNTS for f in sorted((DOCS / "demo" / split / name).iterdir())]
+        for column, file in enumerate(files):
+            with Image.open(file) as picture:
+                drawn.paste(picture.resize((side - 2, side - 2)), (column * side, row * side))
+    return drawn
+
+
 def main() -> None:
-    """Write train and val; pictures of val are mirrored, so that none is one of train."""
+    """Write train, val and the sheet; crops of val are mirrored, so that none is one of train."""
     rng = np.random.default_rng(SEED)
     for split, count in COUNTS.items():
         shutil.rmtree(DOCS / "demo" / split, ignore_errors=True)
@@ -56,6 +68,7 @@ def main() -> None:
                 if split == "val":
                     picture = ImageOps.mirror(picture)
                 picture.save(folder / f"{number}.jpg", quality=80, optimize=True)
+    sheet().save(DOCS / "images/demo.webp", quality=80)
 
 
 if __name__ == "__main__":
