@@ -31,7 +31,7 @@ LEFT_OUT = "..."
 SHELL = re.compile(r"[|&;<>$`(]")
 # Said once on a machine, whatever the command.
 ONCE = re.compile(r"^aft: exporting .* once: .*\n", re.M)
-INSTALL = re.compile(r"python3 -m venv|(\.venv/bin/)?(pip |pytest|ruff|mypy)|git clone|apt")
+INSTALL = re.compile(r"python3 -m venv|source |(\.venv/bin/)?(pip |pytest|ruff|mypy)|git clone|apt")
 
 
 class Block(NamedTuple):
