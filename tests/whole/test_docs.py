@@ -18,9 +18,11 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Whose blocks are run. Those of one row are run one after the other, in one folder.
-CHAIN = tuple(
-    f"docs/{page}.md"
-    for page in ("get-started/fine-tune", "get-started/evaluate", "guides/serving", "guides/clusters")
+CHAIN = (
+    "docs/get-started/fine-tune.md",
+    "docs/get-started/evaluate.md",
+    "docs/guides/serving.md",
+    "docs/guides/clusters.md",
 )
 GUIDES = [
     str(page.relative_to(ROOT))
