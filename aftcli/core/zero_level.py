@@ -173,7 +173,7 @@ def fold(f: Classifier, v: Tensor) -> bool:
     split = f.linear_head
     if split is None or not (split.is_last and split.is_mean):
         return False
-    split.linear.weight += v
+    split.linear.weight.add_(v)
     return True
 
 

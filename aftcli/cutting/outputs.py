@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from aftcli.cutting.networks import SameModules
 from aftcli.errors import AftError, first_line, nearest
 
-PUBLISHED = ("torchvision.", "timm.", "transformers.")  # their networks treat images alone
+# Networks of these treat images alone.
+PUBLISHED = ("torchvision.", "timm.", "transformers.", "aftcli.networks.lite")
 
 NESTED = 3  # structures in structures that are searched for logits
 

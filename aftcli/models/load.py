@@ -19,8 +19,8 @@ from aftcli.core.methods import check_device
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError, first_line
 from aftcli.models.checkpoint import card_classes, read_card, restore
-from aftcli.models.own import CODE
-from aftcli.models.sources import (
+from aftcli.networks.own import CODE
+from aftcli.networks.sources import (
     DEFAULT_MODEL,
     LAYERS,
     Network,
@@ -31,7 +31,7 @@ from aftcli.models.sources import (
     is_model,
     refuse_unnamed,
 )
-from aftcli.models.weights import (
+from aftcli.networks.weights import (
     check_weights,
     class_count,
     load_weights,

@@ -1,4 +1,4 @@
-"""The mask store: TFT's results for a data set, in HDF5 (docs/reference/masks-format.md).
+"""The mask store: TFT's results for a data set, in HDF5 (docs/reference/files.md).
 
 A store grows as a folder of small files, each written whole or not at all, and is joined into
 one file at the end; so whatever stops a run, the files on disk are right.
@@ -152,7 +152,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
 
     Attributes:
         path: of the file.
-        settings: what the masks were made with (docs/reference/masks-format.md).
+        settings: what the masks were made with (docs/reference/files.md).
         broken: images that could not be read.
     """
 

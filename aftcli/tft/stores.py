@@ -18,7 +18,7 @@ from aftcli.data.sets import DataSet, Sample, open_data_set, spread
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import load_classifier
-from aftcli.models.sources import is_model, refuse_unnamed
+from aftcli.networks.sources import is_model, refuse_unnamed
 from aftcli.settings import AUTO, SOFTMAX
 from aftcli.tft.hdf5 import Rows
 from aftcli.tft.masks import MaskStore, differences

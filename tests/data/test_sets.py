@@ -24,7 +24,7 @@ from aftcli.data.sets import (
     open_data_set,
     validation_of,
 )
-from aftcli.models.sources import imagenet_classes
+from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import Search
 from aftcli.tft.generate import store_settings
 from tests.helpers.command import aft

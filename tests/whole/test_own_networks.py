@@ -17,7 +17,7 @@ from aftcli.evaluation.study import Asked, find_studies
 from aftcli.files import write_tensors
 from aftcli.models.checkpoint import checkpoint_of, read_card
 from aftcli.models.load import load_classifier
-from aftcli.models.sources import Network
+from aftcli.networks.sources import Network
 from aftcli.tft.masks import MaskStore
 from tests.helpers.command import aft
 from tests.helpers.trained import make_colours

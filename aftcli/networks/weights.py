@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint
-from aftcli.models.names import INSTALLED
+from aftcli.networks.names import INSTALLED
 
 # Heads of torchvision's GoogLeNet and Inception that only its training looks at.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from aftcli.errors import AftError
-from aftcli.models.weights import CONTAINERS, own_names, read_state_dict
+from aftcli.networks.weights import CONTAINERS, own_names, read_state_dict
 
 
 def network(seed=0):
