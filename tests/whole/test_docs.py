@@ -5,11 +5,12 @@ import importlib.util
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from aftcli import METHODS, Search, explain
+from aftcli import METHODS, Search, explain, open_data_set, read_image
 from aftcli.core.methods import CAMS
 from tests.helpers.blocks import Reader, blocks, commands
 
@@ -97,6 +98,20 @@ def test_commands_named_in_tables_are_run():
     run = {command.line for block in found if not block.reason for command in commands(block)}
     named = re.findall(r"^\|.*?`(aft [^`]+)`", README.read_text("utf-8"), re.M)
     assert len(named) >= 5 and not set(named) - run
+
+
+@pytest.mark.parametrize("split, count", [("train", 6), ("val", 3)])
+def test_demo_has_pictures_of_four_classes_of_imagenet(split, count, lite0):
+    data = open_data_set(ROOT / "docs/demo", split, lite0.classes)
+    names = [lite0.classes.name(sample.label) for sample in data.samples]
+    assert Counter(names) == dict.fromkeys(("tiger cat", "missile", "tripod", "espresso"), count)
+    pictures = [read_image(data.root / sample.name) for sample in data.samples]
+    assert {picture.size for picture in pictures} == {(224, 224)}
+    assert len({picture.tobytes() for picture in pictures}) == len(pictures)
+
+
+def test_demo_is_small():
+    assert sum(f.stat().st_size for f in (ROOT / "docs/demo").rglob("*") if f.is_file()) < 4e5
 
 
 PAGE = """
