@@ -105,7 +105,7 @@ def with_names_of_run(f: Classifier, run: Path, note: Callable[[str], None]) -> 
     cards = [c for c in map(read_card, paths) if c and c["start"] == weights]
     names = Source().named_by(stores, cards).known
     if len(names) == len(f.classes):
-        note(f"{run}: the classes are named as there: {', '.join(names)}")
+        note(f"{run}: class names are taken from its masks or checkpoints: {', '.join(names)}")
         f.classes = Classes(names)
     return f
 

@@ -368,7 +368,7 @@ def test_settings_of_a_store_may_name_classes_only_by_text(tmp_path):
     with h5py.File(path, "r+") as file:
         file.attrs["class_names"] = "[1]"
     sealed_again(path)
-    with pytest.raises(AftError, match="its classes are no names"):
+    with pytest.raises(AftError, match="its classes are not names"):
         MaskStore(path)
 
 
