@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aftcli.cli import setup
-from aftcli.cli.images import Files, Found, each_image, finish
+from aftcli.cli.images import Files, Found, each_image, nothing
 from aftcli.core.methods import named
 from aftcli.errors import AftError
 from aftcli.options.groups import LayeredNetwork, Run, TargetMaps, Thresholds
@@ -192,7 +192,7 @@ def _begin(
 
     found = Found(*find_images(images, output.out))
     if not found.paths:
-        finish([], found.problems, output.json)
+        nothing(found, output)
     return kinds, accelerate, found
 
 

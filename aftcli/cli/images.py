@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import typer
 
@@ -26,13 +27,18 @@ if TYPE_CHECKING:
 
     Explain = Callable[[Classifier, Subject], list[Report]]
 
+Format = Literal["table", "json", "csv", "jsonl"]  # as in aftcli.report.results
+
 
 @dataclass(frozen=True)
 class Files(Printed):
     """Options of what is printed and written."""
 
     PANEL: ClassVar[str] = Run.PANEL
+    PANELS: ClassVar[dict[str, str]] = {"colormap": "Map", "alpha": "Map"}
 
+    json: Annotated[bool, option("--json", "", "Print the result as JSON.", hidden=True)] = False
+    format_: Annotated[Format, words("--format", Format, "--json is json.")] = "table"
     out: Annotated[Path, option("--out", "DIR", "Where files go.")] = Path("aft-out")
     save: Annotated[
         str | None,
@@ -45,6 +51,11 @@ class Files(Printed):
     ] = None
     colormap: Annotated[Colormap, words("--colormap", Colormap, "")] = "viridis"
     alpha: Annotated[float, number("--alpha", "A", "alpha", "Opacity of the map.")] = 0.5
+
+    @property
+    def words(self) -> Format:
+        """The format of what is printed."""
+        return "json" if self.json else self.format_
 
 
 class Found(NamedTuple):
@@ -67,42 +78,50 @@ def each_image(
     from aftcli.pictures.overlay import Subject
     from aftcli.report import explain as report
     from aftcli.report.names import stems
+    from aftcli.report.results import FORMATS, STREAMED
     from aftcli.report.terminal import progress
 
     keep_freed_memory()
-    called = stems(found.paths)
-    results: list[dict[str, Any]] = []
+    called, count = stems(found.paths), len(found.paths)
     report.output_folder(output.out)
     f = ready()
-    for path in progress(found.paths, "explaining", len(found.paths), run.quiet):
-        try:
-            picture = read_image(path)
-            view = view_of(picture.size, f.preprocessing)
-            reports = explain_image(f, Subject(path, called[path], picture, view))
-            # Numbers instead of the maps: a folder may hold very many images.
-            results += [report.as_dict(f, each, settings) for each in reports]
-        except AftError as error:
-            found.problems.append(str(error))
-            if run.debug:
-                say_traceback(*sys.exc_info())
-    finish(results, found.problems, output.json)
+    # Lines on a terminal show progress themselves.
+    quiet = run.quiet or (output.words in STREAMED and sys.stdout.isatty())
+    with ExitStack() as stack:
+        stack.callback(_complain, found.problems)
+        add = stack.enter_context(FORMATS[output.words](output.out, count))
+        for path in progress(found.paths, "explaining", count, quiet):
+            try:
+                picture = read_image(path)
+                view = view_of(picture.size, f.preprocessing)
+                reports = explain_image(f, Subject(path, called[path], picture, view))
+                # Numbers instead of the maps: a folder may hold very many images.
+                results = [report.as_dict(f, each, settings) for each in reports]
+            except AftError as error:
+                found.problems.append(str(error))
+                if run.debug:
+                    say_traceback(*sys.exc_info())
+            else:
+                add(results)
+    _end(found)
 
 
-def finish(results: list[dict[str, Any]], problems: list[str], json: bool) -> None:
-    """Print the results, then what is wrong; any problem makes the exit code 1."""
-    try:
-        if results:
-            from aftcli.report import explain as report
+def nothing(found: Found, output: Files) -> None:
+    """Print that there are no results, and why."""
+    from aftcli.report.results import FORMATS
 
-            (report.print_json if json else report.print_table)(results)
-        elif json:
-            print("[]", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise AftError(f"the result can't be printed ({error.strerror})") from error
-    finally:
-        for problem in problems:
-            complain(problem)
-    if problems:
+    with ExitStack() as stack:
+        stack.callback(_complain, found.problems)
+        stack.enter_context(FORMATS[output.words](output.out, 0))
+    _end(found)
+
+
+def _complain(problems: list[str]) -> None:
+    for problem in problems:
+        complain(problem)
+
+
+def _end(found: Found) -> None:
+    """Exit with code 1 if there were problems."""
+    if found.problems:
         raise typer.Exit(1)

@@ -155,6 +155,9 @@ class Maps(Methods):
 class TargetMaps(Maps):
     """The maps, and the classes that they explain."""
 
+    # Of the layers that are named there.
+    PANELS: ClassVar[dict[str, str]] = {"fuse": Weights.PANEL}
+
     target: Annotated[
         list[str] | None,
         option("--target", "CLASS", "Name or index; repeatable. Default: predicted."),

@@ -102,6 +102,7 @@ def _without_probabilities(given: Values) -> bool:
 OF_IMAGES = (
     Idle(("--engine",), _with("--target-fn")),
     Idle(("--colormap", "--alpha"), When("without pictures in --save", undrawn)),
+    Idle(("--format",), _with("--json")),
     _cells(),
 )
 

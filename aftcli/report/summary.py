@@ -1,0 +1,124 @@
+"""The results of many images in few numbers: means, tau*, the most common classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+MOST_TAUS = 11  # columns of a distribution; more thresholds are counted in tenths
+
+COMMON = 5  # classes that a summary names
+
+
+class Numbers(NamedTuple):
+    """The numbers of a result; None where it has none.
+
+    Attributes:
+        probability: y^c of the whole input.
+        tau: tau*, or the fixed threshold.
+        rpi: the RPI at tau*.
+        masked: y_hat^c of what is kept.
+        kept: the share of pixels kept.
+    """
+
+    probability: float
+    tau: float | None = None
+    rpi: float | None = None
+    masked: float | None = None
+    kept: float | None = None
+
+
+def numbers_of(result: Mapping[str, Any]) -> Numbers:
+    """Return the numbers of a result as `aftcli.report.explain.as_dict` gives it."""
+    y = result["probability"]
+    if found := result.get("tft"):
+        at = found["thresholds"].index(found["tau"])
+        return Numbers(y, found["tau"], found["rpi"][at], found["probability"], found["area"])
+    if found := result.get("fixed"):
+        return Numbers(y, found["threshold"], None, found["probability"], found["area"])
+    return Numbers(y)
+
+
+def label_of(result: Mapping[str, Any]) -> str:
+    """Name the class of a result for people: its name and its index."""
+    return f"{result['class_name']} ({result['class_index']})"
+
+
+class Means:
+    """Means over the results of one method; RPI without those of a probability of 0."""
+
+    def __init__(self) -> None:
+        self.results = 0
+        self.sums: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+
+    def add(self, numbers: Numbers) -> None:
+        """Add one result."""
+        self.results += 1
+        for name, value in numbers._asdict().items():
+            # RPI divides by the probability.
+            if value is not None and (name != "rpi" or numbers.probability):
+                self.sums[name] += value
+                self.counts[name] += 1
+
+    def of(self, name: str) -> float | None:
+        """Return the mean of a field of Numbers; None where no result has it."""
+        return self.sums[name] / self.counts[name] if self.counts[name] else None
+
+
+class Summary:
+    """Sums and counts of results, of a size that does not grow with the number of images."""
+
+    def __init__(self) -> None:
+        self.results = 0
+        self.images = 0
+        self.files = 0
+        self.means: dict[tuple[str, str], Means] = {}  # by model and method
+        self.taus: dict[tuple[str, str], Counter[float]] = {}
+        self.classes: Counter[str] = Counter()
+        self._last: str | None = None
+        self._labels: set[str] = set()  # of the last image
+
+    def add(self, results: Iterable[Mapping[str, Any]]) -> None:
+        """Add results; those of one image follow each other."""
+        for result in results:
+            numbers, place = numbers_of(result), (result["model"], result["cam"])
+            self.results += 1
+            if result["image"] != self._last:
+                self.images += 1
+                self._last, self._labels = result["image"], set()
+            self.files += len(result["outputs"])
+            self.means.setdefault(place, Means()).add(numbers)
+            if (label := label_of(result)) not in self._labels:
+                self.classes[label] += 1
+                self._labels.add(label)
+            if "tft" in result:
+                self.taus.setdefault(place, Counter())[numbers.tau or 0.0] += 1
+
+    def common(self) -> list[tuple[str, int]]:
+        """Return the most common classes and in how many images each is explained."""
+        return self.classes.most_common(COMMON)
+
+    def named(self) -> Iterator[tuple[tuple[str, str], str]]:
+        """Yield models and methods with a name for each pair, the model's where there are some."""
+        several = len({model for model, _ in self.means}) > 1
+        for model, cam in self.means:
+            yield (model, cam), f"{cam}, {model}" if several else cam
+
+    def thresholds(self) -> list[tuple[float, dict[tuple[str, str], int]]]:
+        """Return how many results of each model and method have each tau*, in tenths of many."""
+        known = {tau for taus in self.taus.values() for tau in taus}
+        in_tenths = len(known) > MOST_TAUS
+        found: dict[float, Counter[tuple[str, str]]] = {}
+        for place, taus in self.taus.items():
+            for tau, count in taus.items():
+                # 0.3 is a little less than 3 tenths.
+                start = int(tau * 10 + 1e-9) / 10 if in_tenths else tau
+                found.setdefault(start, Counter())[place] += count
+        return [(tau, dict(found[tau])) for tau in sorted(found)]
+
+    @property
+    def in_tenths(self) -> bool:
+        """True where thresholds are counted in tenths: [0, 0.1), [0.1, 0.2) and so on."""
+        return len({tau for taus in self.taus.values() for tau in taus}) > MOST_TAUS
