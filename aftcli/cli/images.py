@@ -21,6 +21,7 @@ from aftcli.settings import Colormap
 
 if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
+    from aftcli.pages.explained import Page
     from aftcli.pictures.overlay import Subject
     from aftcli.report.explain import Report
     from aftcli.settings import Search
@@ -39,6 +40,7 @@ class Files(Printed):
 
     json: Annotated[bool, option("--json", "", "Print the result as JSON.", hidden=True)] = False
     format_: Annotated[Format, words("--format", Format, "--json is json.")] = "table"
+    html: Annotated[bool, option("--html", "", "Write OUT/index.html, a page of all.")] = False
     out: Annotated[Path, option("--out", "DIR", "Where files go.")] = Path("aft-out")
     save: Annotated[
         str | None,
@@ -89,12 +91,14 @@ def each_image(
     quiet = run.quiet or (output.words in STREAMED and sys.stdout.isatty())
     with ExitStack() as stack:
         stack.callback(_complain, found.problems)
+        page = _page(output, found.problems, stack)
         add = stack.enter_context(FORMATS[output.words](output.out, count))
         for path in progress(found.paths, "explaining", count, quiet):
             try:
                 picture = read_image(path)
                 view = view_of(picture.size, f.preprocessing)
-                reports = explain_image(f, Subject(path, called[path], picture, view))
+                subject = Subject(path, called[path], picture, view)
+                reports = explain_image(f, subject)
                 # Numbers instead of the maps: a folder may hold very many images.
                 results = [report.as_dict(f, each, settings) for each in reports]
             except AftError as error:
@@ -103,7 +107,20 @@ def each_image(
                     say_traceback(*sys.exc_info())
             else:
                 add(results)
+                if page:
+                    page.add(subject, reports, results)
     _end(found)
+
+
+def _page(output: Files, problems: list[str], stack: ExitStack) -> Page | None:
+    """Begin the page of the results, if one is wanted; it is written when all have been printed."""
+    if not output.html:
+        return None
+    from aftcli.pages.explained import page
+    from aftcli.pictures.colours import Look
+
+    look = Look(output.colormap, output.alpha)
+    return stack.enter_context(page(output.out, look, problems, output.words != "table"))
 
 
 def nothing(found: Found, output: Files) -> None:

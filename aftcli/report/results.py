@@ -79,7 +79,7 @@ def _summed_up(out: Path) -> Iterator[Add]:
         lines: list[Lines] = []
 
         def add(results: Sequence[Result]) -> None:
-            with _writing(path):
+            with writing(path):
                 if results and not lines:
                     temporary = stack.enter_context(replacing(path))
                     # As on stdout, a name that is no text is written with escapes.
@@ -90,7 +90,7 @@ def _summed_up(out: Path) -> Iterator[Add]:
             summary.add(results)
 
         yield add
-        with _writing(path):
+        with writing(path):
             stack.close()
     if summary.results:
         with printing():
@@ -102,7 +102,8 @@ def _summed_up(out: Path) -> Iterator[Add]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Write a file of results; an error of the system is AftError."""
     try:
         yield
     except OSError as error:
