@@ -160,7 +160,9 @@ def _new_figure(across: int, down: int) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.6 * across, 3.4 * down), dpi=110, layout="constrained")
+    # A page shows 11 inches without making letters smaller.
+    side = min(3.6, 11 / across)
+    figure = Figure(figsize=(side * across, (side - 0.2) * down), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -22,6 +22,9 @@ code { font-size: 0.85rem; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { padding: 0.25rem 0.6rem; text-align: right; }
 th { border-bottom: 2px solid #444; vertical-align: bottom; } td { border-bottom: 1px solid #ddd; }
+.dense table { font-size: 0.8rem; } .dense th, .dense td { padding: 0.25rem 0.35rem; }
+.interval { white-space: nowrap; font-size: 0.85em; }
+.long td.text { white-space: nowrap; }
 .long th { position: sticky; top: 0; background: #fff; }
 .text { text-align: left; } p.note, .note { color: #555; font-size: 0.85rem; }
 .settings th { border-bottom: 1px solid #ddd; font-weight: normal; color: #555; }
@@ -30,7 +33,10 @@ figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; border:
 figcaption { color: #555; font-size: 0.85rem; }
 summary { cursor: pointer; margin: 0.5rem 0; }
 .thumb { max-width: 112px; max-height: 84px; vertical-align: middle; }
+details .thumb { max-height: 60px; } summary h2 { display: inline; }
 """
+
+MANY = 10  # columns; tables of more have smaller letters
 
 THUMB = 128  # pixels, the longer side of a picture in a table
 
@@ -76,7 +82,8 @@ def table(
         kind = ' class="text"' if i < left else ""
         return f"<{name}{kind}>{text}</{name}>"
 
-    yield f'<div class="wide{" long" * long}"><table>'
+    dense = len(header) > MANY
+    yield f'<div class="wide{" long" * long}{" dense" * dense}"><table>'
     heads = (tag(i, "th", html(name)) for i, name in enumerate(header))
     yield f"<thead><tr>{''.join(heads)}</tr></thead><tbody>"
     for row in rows:

@@ -76,6 +76,7 @@ class Summary:
         self.files = 0
         self.means: dict[tuple[str, str], Means] = {}  # by model and method
         self.taus: dict[tuple[str, str], Counter[float]] = {}
+        self.searched: set[float] = set()  # the thresholds of all searches
         self.classes: Counter[str] = Counter()
         self._last: str | None = None
         self._labels: set[str] = set()  # of the last image
@@ -94,7 +95,8 @@ class Summary:
                 self.classes[label] += 1
                 self._labels.add(label)
             if "tft" in result:
-                self.taus.setdefault(place, Counter())[numbers.tau or 0.0] += 1
+                self.taus.setdefault(place, Counter())[result["tft"]["tau"]] += 1
+                self.searched.update(result["tft"]["thresholds"])
 
     def common(self) -> list[tuple[str, int]]:
         """Return the most common classes and in how many images each is explained."""
@@ -108,17 +110,16 @@ class Summary:
 
     def thresholds(self) -> list[tuple[float, dict[tuple[str, str], int]]]:
         """Return how many results of each model and method have each tau*, in tenths of many."""
-        known = {tau for taus in self.taus.values() for tau in taus}
-        in_tenths = len(known) > MOST_TAUS
-        found: dict[float, Counter[tuple[str, str]]] = {}
+        tenths = [i / 10 for i in range(11)]
+        known = tenths if self.in_tenths else sorted(self.searched)
+        found: dict[float, Counter[tuple[str, str]]] = {tau: Counter() for tau in known}
         for place, taus in self.taus.items():
             for tau, count in taus.items():
                 # 0.3 is a little less than 3 tenths.
-                start = int(tau * 10 + 1e-9) / 10 if in_tenths else tau
-                found.setdefault(start, Counter())[place] += count
-        return [(tau, dict(found[tau])) for tau in sorted(found)]
+                found[int(tau * 10 + 1e-9) / 10 if self.in_tenths else tau][place] += count
+        return [(tau, dict(counts)) for tau, counts in found.items()]
 
     @property
     def in_tenths(self) -> bool:
         """True where thresholds are counted in tenths: [0, 0.1), [0.1, 0.2) and so on."""
-        return len({tau for taus in self.taus.values() for tau in taus}) > MOST_TAUS
+        return len(self.searched) > MOST_TAUS
