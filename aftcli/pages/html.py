@@ -18,7 +18,11 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 96re
   color: #1b1b1b; background: #fff; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 code { font-size: 0.85rem; overflow-wrap: anywhere; }
-.wide { overflow: auto; } .long { max-height: 40rem; border-bottom: 1px solid #bbb; }
+.wide { overflow: auto; background: linear-gradient(to right, #fff 40%, transparent) local,
+  linear-gradient(to left, #fff 40%, transparent) right local,
+  linear-gradient(to right, #0004, transparent), linear-gradient(to left, #0004, transparent) right;
+  background-repeat: no-repeat; background-size: 40px 100%, 40px 100%, 10px 100%, 10px 100%; }
+.long { max-height: 40rem; border-bottom: 1px solid #bbb; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
 th, td { padding: 0.25rem 0.6rem; text-align: right; }
 th { border-bottom: 2px solid #444; vertical-align: bottom; } td { border-bottom: 1px solid #ddd; }
