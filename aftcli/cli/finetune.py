@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
-from aftcli.core.methods import named
+from aftcli.core.methods import named, spelled
 from aftcli.errors import AftError
+from aftcli.options import complete
 from aftcli.options.groups import Data, Methods, Printed, StudyRun, Weights, check_layers
 from aftcli.options.make import number, option, usage, words
 
@@ -36,6 +37,7 @@ class TunedNetwork(Weights):
             "NAME",
             "Repeatable; the last, and default: the masks'.",
             callback=usage(check_layers),
+            autocompletion=complete.layers,
         ),
     ] = None
 
@@ -131,6 +133,16 @@ class Training:
 class TunedMaps(Methods):
     """The maps that are tuned."""
 
+    cam: Annotated[
+        list[str] | None,
+        option(
+            "--cam --method",
+            "METHOD",
+            "Of the masks; repeatable. Default: all of them.",
+            callback=usage(spelled),
+            autocompletion=complete.methods,
+        ),
+    ] = None
     gauge: Annotated[
         Gauge,
         words("--gauge", Gauge, "one number, or weights too."),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import typer
 
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
     from aftcli.pages.explained import Page
     from aftcli.pictures.overlay import Subject
+    from aftcli.report.compared import Grids
     from aftcli.report.explain import Report
+    from aftcli.report.manifest import Manifest
     from aftcli.settings import Search
 
     Explain = Callable[[Classifier, Subject], list[Report]]
 
-Format = Literal["table", "json", "csv", "jsonl"]  # as in aftcli.report.results
+Format = Literal["table", "json", "csv", "jsonl"]  # as in aftcli.pages.results
 
 
 @dataclass(frozen=True)
@@ -67,69 +69,114 @@ class Found(NamedTuple):
     problems: list[str]
 
 
+class Job(NamedTuple):
+    """A network that explains each image."""
+
+    ready: Callable[[], Classifier]
+    explain: Explain
+
+
 def each_image(
-    ready: Callable[[], Classifier],
+    jobs: Sequence[Job],
     found: Found,
-    explain_image: Explain,
     settings: Search,
     output: Files,
     run: Run,
+    grids: Grids,
+    manifest: Manifest | None,
 ) -> None:
     """Explain every image that can be read; say of each other one what is wrong with it."""
     from aftcli.data.images import read_image, view_of
+    from aftcli.pages.results import FORMATS, STREAMED
     from aftcli.pictures.overlay import Subject
     from aftcli.report import explain as report
     from aftcli.report.names import stems
-    from aftcli.report.results import FORMATS, STREAMED
-    from aftcli.report.terminal import progress
+    from aftcli.report.terminal import progress, say
 
     keep_freed_memory()
-    called, count = stems(found.paths), len(found.paths)
     report.output_folder(output.out)
-    f = ready()
+    called, count = stems(found.paths), len(found.paths)
+    streamed = output.words in STREAMED
     # Lines on a terminal show progress themselves.
-    quiet = run.quiet or (output.words in STREAMED and sys.stdout.isatty())
-    with ExitStack() as stack:
-        stack.callback(_complain, found.problems)
-        page = _page(output, found.problems, stack)
-        add = stack.enter_context(FORMATS[output.words](output.out, count))
+    quiet = run.quiet or (streamed and sys.stdout.isatty())
+    with ExitStack() as ending:
+        ending.callback(_complain, found.problems)
+        if manifest:
+            called = manifest.names(called)
+            ending.enter_context(_closed(manifest, found, run))
+        page = _page(output, found.problems, manifest, ending)
+        add = ending.enter_context(FORMATS[output.words](output.out, count, manifest))
+        ready = [(job.ready(), job.explain) for job in jobs]
+        last: list[dict[str, Any]] = []
         for path in progress(found.paths, "explaining", count, quiet):
-            try:
-                picture = read_image(path)
-                view = view_of(picture.size, f.preprocessing)
-                subject = Subject(path, called[path], picture, view)
-                reports = explain_image(f, subject)
+            results: list[dict[str, Any]] = []
+            with _told(found, run):
+                picture, made = read_image(path), []
+                for f, explain in ready:
+                    view = view_of(picture.size, f.preprocessing)
+                    subject = Subject(path, called[path], picture, view)
+                    made += [(f, subject, each) for each in explain(f, subject)]
+                if (grid := grids.of_image()) and made:
+                    made[-1][2].outputs["grid"] = grid
                 # Numbers instead of the maps: a folder may hold very many images.
-                results = [report.as_dict(f, each, settings) for each in reports]
-            except AftError as error:
-                found.problems.append(str(error))
-                if run.debug:
-                    say_traceback(*sys.exc_info())
-            else:
+                results = [report.as_dict(f, each, settings) for f, _, each in made]
+            grids.drop()
+            if results:
                 add(results)
+                last = results
+            if page and results:
+                page.add([(subject, each) for _, subject, each in made], results)
+        with _told(found, run):
+            if (overview := grids.overview()) and last:
+                # A list of results is printed at the end only.
+                last[-1]["outputs"]["overview"] = str(overview)
                 if page:
-                    page.add(subject, reports, results)
+                    page.overview = str(overview)
+                if streamed:
+                    say(f"wrote {overview}", aside=True)
     _end(found)
 
 
-def _page(output: Files, problems: list[str], stack: ExitStack) -> Page | None:
+@contextmanager
+def _told(found: Found, run: Run) -> Iterator[None]:
+    """Keep what is wrong for the end, so that it stops nothing else."""
+    try:
+        yield
+    except AftError as error:
+        found.problems.append(str(error))
+        if run.debug:
+            say_traceback(*sys.exc_info())
+
+
+@contextmanager
+def _closed(manifest: Manifest, found: Found, run: Run) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with _told(found, run):
+            manifest.close()
+
+
+def _page(
+    output: Files, problems: list[str], manifest: Manifest | None, ending: ExitStack
+) -> Page | None:
     """Begin the page of the results, if one is wanted; it is written when all have been printed."""
     if not output.html:
         return None
     from aftcli.pages.explained import page
     from aftcli.pictures.colours import Look
 
-    look = Look(output.colormap, output.alpha)
-    return stack.enter_context(page(output.out, look, problems, output.words != "table"))
+    look, aside = Look(output.colormap, output.alpha), output.words != "table"
+    return ending.enter_context(page(output.out, look, problems, manifest, aside))
 
 
 def nothing(found: Found, output: Files) -> None:
     """Print that there are no results, and why."""
-    from aftcli.report.results import FORMATS
+    from aftcli.pages.results import FORMATS
 
-    with ExitStack() as stack:
-        stack.callback(_complain, found.problems)
-        stack.enter_context(FORMATS[output.words](output.out, 0))
+    with ExitStack() as ending:
+        ending.callback(_complain, found.problems)
+        ending.enter_context(FORMATS[output.words](output.out, 0, None))
     _end(found)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftcli.cli.process import kept_from_collector
-from aftcli.core.methods import METHODS, named
+from aftcli.core.methods import METHODS, named, spelled
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint, check_folder
 from aftcli.options.groups import Network, TargetMaps, Weights
@@ -110,6 +112,7 @@ def classifiers(
     quiet: bool,
     fuse: str | None = None,
     target: str | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[Classifier, ...]:
     """Load the network once for each layer that was asked for, cut there, on its device.
 
@@ -123,7 +126,7 @@ def classifiers(
     layers: Sequence[str | None] = network.layers or (None,)
     if fuse and len(layers) < 2:
         raise AftError(f"--fuse {fuse} takes the maps of two layers or more: repeat --layer")
-    where, note = find_device(device), noting(quiet)
+    where, note = find_device(device), note or noting(quiet)
     from aftcli.models.targets import load_target, with_target
 
     files, own = (network.model, network.checkpoint), names(network.classes)
@@ -131,6 +134,61 @@ def classifiers(
     score = load_target(target) if target else None
     found = (read(*files, layer, classes=own, device=where, note=note) for layer in layers)
     return tuple(with_target(f, score) if score else f for f in found)
+
+
+def networks(
+    each: Sequence[Network],
+    device: str,
+    quiet: bool,
+    fuse: str | None = None,
+    target: str | None = None,
+) -> list[tuple[Classifier, ...]]:
+    """Load several networks, each as `classifiers` does; notes and errors name theirs.
+
+    Raises:
+        AftError: see `classifiers`.
+    """
+    if len(each) == 1:
+        return [classifiers(each[0], device, quiet, fuse, target)]
+    found = [_one_of(network, device, quiet, fuse, target) for network in each]
+    same = Counter((f.name, f.checkpoint) for f, *_ in found)
+    if twice := [name for (name, _), count in same.items() if count > 1]:
+        raise AftError(f"{twice[0]} is named twice; name each network once")
+    weights = {id(p): p.nbytes for cuts in found for f in cuts for p in f.parameters()}
+    megabytes = sum(weights.values()) / 1e6
+    noting(quiet)(f"{len(found)} networks are in memory at once: {megabytes:.0f} MB of weights")
+    return found
+
+
+def _one_of(
+    network: Network, device: str, quiet: bool, fuse: str | None, target: str | None
+) -> tuple[Classifier, ...]:
+    called = title(network)
+
+    def note(text: str) -> None:
+        noting(quiet)(text if called in text else f"{called}: {text}")
+
+    with naming(called):
+        return classifiers(network, device, quiet, fuse, target, note)
+
+
+def title(network: Weights) -> str:
+    """Name a network for messages, as its options do."""
+    from aftcli.models.sources import DEFAULT_MODEL
+
+    model = network.model or ("" if network.checkpoint else DEFAULT_MODEL)
+    return " ".join(filter(None, [model, str(network.checkpoint or "")]))
+
+
+@contextmanager
+def naming(called: str) -> Iterator[None]:
+    """Name the network in errors, where there are several; "" for one."""
+    try:
+        yield
+    except AftError as error:
+        if called in str(error):
+            raise
+        raise AftError(f"{called}: {error}") from error
 
 
 def source(
@@ -184,7 +242,7 @@ def methods(
     from aftcli.tft.explain import fits
 
     methods = named(asked or [f.cam or default])
-    if "all" not in (asked or []):
+    if "all" not in spelled(asked or []):
         return methods
     return [m for m in methods if all(fits(each, m) for each in (f, *others))]
 

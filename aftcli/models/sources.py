@@ -15,8 +15,9 @@ from aftcli.core.classes import Classes, Preprocessing, preprocessing_of_timm
 from aftcli.cutting.networks import input_channels
 from aftcli.errors import AftError, nearest
 from aftcli.models.hub import hub_classes, hub_model, hub_preprocessing, place_of
+from aftcli.models.names import INSTALLED, spelled
 from aftcli.models.own import CODE, full_code_name, own_model, same_code
-from aftcli.models.weights import INSTALLED, installed_weights, read_state_dict
+from aftcli.models.weights import installed_weights, read_state_dict
 
 DEFAULT_MODEL = "efficientnet_lite0"
 
@@ -169,14 +170,18 @@ def find_source(name: str) -> Source:
 
 
 def full_name(name: str) -> str:
-    """Return a model's name with the whole path of its file or folder, as runs and cards keep it.
+    """Return a model's name as runs and cards keep it: as its library spells it, with whole paths.
 
-    >>> full_name("timm:resnet18"), full_name("/nets/mine.py:small")
-    ('timm:resnet18', '/nets/mine.py:small')
+    >>> full_name("timm:ResNet18"), full_name("/nets/mine.py:small"), full_name("VGG-16")
+    ('timm:resnet18', '/nets/mine.py:small', 'vgg16')
     """
     if name.startswith("hf:"):
         return f"hf:{place_of(name)}"
-    return full_code_name(name) if CODE.fullmatch(name) else name
+    if name.startswith("timm:"):
+        return name.lower()
+    if CODE.fullmatch(name):
+        return full_code_name(name)
+    return name if ":" in name or name.endswith(".py") else spelled(name)
 
 
 def refuse_unnamed(name: str, of: str | Path) -> None:

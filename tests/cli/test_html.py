@@ -21,8 +21,7 @@ from PIL import Image
 
 from aftcli.data.images import view_of
 from aftcli.pages.explained import Page
-from aftcli.pages.histogram import histogram, of_values
-from aftcli.pages.html import flat, jpeg, thumb, thumb_size
+from aftcli.pages.html import flat, histogram, jpeg, of_values, thumb, thumb_size
 from aftcli.pictures.colours import LOOK
 from aftcli.pictures.overlay import Subject
 from aftcli.report.explain import Report
@@ -152,8 +151,10 @@ def test_rows_are_the_results_of_json(options, heads):
         picture = row[0]["links"][-1]
         opened = result["outputs"].get("figure") or result["outputs"].get("overlay")
         assert row[0]["links"][:-1] == ([os.path.basename(opened)] if opened else [])
-        files = [os.path.basename(path) for path in result["outputs"].values()]
-        assert row[1]["links"] == files
+        outputs = {k: os.path.basename(path) for k, path in result["outputs"].items()}
+        overview = outputs.pop("overview", None)
+        assert row[1]["links"] == list(outputs.values())
+        assert (f'<a href="{overview}">All images' in page.text) == (overview is not None)
         data = base64.b64decode(picture.removeprefix("data:image/jpeg;base64,"))
         assert Image.open(io.BytesIO(data)).size == (60, 44)
 
@@ -276,11 +277,11 @@ def test_a_page_of_thousands_of_images_holds_none_of_them(f):
     result |= {"class_name": "pear", "probability": 0.5}
     with tempfile.TemporaryFile("w+") as spool:
         page = Page(Path("index.html"), spool, LOOK)
-        page.add(subject, [report], [{**result, "image": "first"}])
+        page.add([(subject, report)], [{**result, "image": "first"}])
         tracemalloc.start()
         try:
             for i in range(150):
-                page.add(subject, [report], [{**result, "image": f"{i}.png"}])
+                page.add([(subject, report)], [{**result, "image": f"{i}.png"}])
             held, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from aftcli.cli.images import Format
-from aftcli.report import results as printed
+from aftcli.pages import results as printed
+from aftcli.pages.results import COLUMNS, FORMATS, MOST, STREAMED, elided, line_of
 from aftcli.report.explain import OUTPUTS
-from aftcli.report.results import COLUMNS, FORMATS, MOST, STREAMED, elided, line_of
 from aftcli.report.summary import Summary
 from tests.helpers.command import aft, leftovers
 from tests.helpers.stored import small_float

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import logging
 import sys
 import warnings
@@ -41,8 +42,16 @@ def aft(*arguments, stdout=None):
 
 
 def leftovers(folder):
-    """Files in a folder that no command should have left there."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    """Files in a folder that no command should have left there.
+
+    A manifest is none of them: it lists all files beside it.
+    """
+    found = {path for path in folder.rglob("*") if path.is_file()}
+    for manifest in [path for path in found if path.name == "manifest.json"]:
+        beside = {path.name for path in manifest.parent.iterdir() if path.is_file()}
+        assert {"manifest.json", *json.loads(manifest.read_text())["files"]} == beside
+        found.remove(manifest)
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def usage_error(result):

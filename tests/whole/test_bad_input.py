@@ -185,7 +185,7 @@ OPTIONS = {
 }
 # Wrong words are wrong usage: exit code 2.
 WORDS = {
-    "--cam grad-cam": "unknown method 'grad-cam'; nearest: gradcam, xgradcam",
+    "--cam grad-kam": "unknown method 'grad-kam'; nearest: gradcam, xgradcam",
     "--cam": "unknown method ''; nearest: ",
     "--save nonsense": "unknown output 'nonsense' in --save; there are overlay, figure, map, mask",
     "--save overlay,nonsense": "unknown output 'nonsense'",

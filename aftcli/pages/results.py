@@ -16,7 +16,8 @@ from rich.table import Table
 
 from aftcli.errors import AftError
 from aftcli.files import replacing
-from aftcli.report.summary import Summary, label_of, numbers_of
+from aftcli.report.manifest import Manifest
+from aftcli.report.summary import Summary, label_of, network_labels, network_of, numbers_of
 from aftcli.report.terminal import cell, csv_cell, plain, say, stdout_console
 
 Result = dict[str, Any]  # what `aftcli.report.explain.as_dict` gives
@@ -29,9 +30,19 @@ SHORTEST = 8  # columns that an image's name keeps
 
 # Of CSV, in every call the same.
 COLUMNS = (
-    *("image", "model", "layer", "layers", "fuse", "cam", "class_index", "class_name"),
+    *(
+        "image",
+        "model",
+        "checkpoint",
+        "layer",
+        "layers",
+        "fuse",
+        "cam",
+        "class_index",
+        "class_name",
+    ),
     *("probability", "tau", "threshold", "rpi", "masked_probability", "area", "masking", "fill"),
-    *("threshold_mode", "search", "smooth", "zero_level", "cells", "target"),
+    *("threshold_mode", "search", "smooth", "zero_level", "cells", "target", "contrast"),
     *("overlay", "figure", "map", "mask", "grid"),
 )
 
@@ -53,15 +64,16 @@ def line_of(result: Result) -> dict[str, Any]:
     line = {name: value for name, value in {**cut, **result}.items() if name in COLUMNS}
     line |= {"tau": numbers.tau if "tft" in result else None, "rpi": numbers.rpi}
     line |= {"masked_probability": numbers.masked, "layers": ";".join(result.get("layers", ()))}
+    line["contrast"] = result.get("contrast", {}).get("class_name")
     line |= {kind: path for kind, path in result["outputs"].items() if kind in COLUMNS}
     return {name: csv_cell("" if value is None else value) for name, value in line.items()}
 
 
 @contextmanager
-def as_table(out: Path, images: int) -> Iterator[Add]:
+def as_table(out: Path, images: int, manifest: Manifest | None) -> Iterator[Add]:
     """Print a table at the end and the files written; of many images a summary."""
     if images > MOST:
-        with _summed_up(out) as add:
+        with _summed_up(out, manifest) as add:
             yield add
         return
     results: list[Result] = []
@@ -72,15 +84,17 @@ def as_table(out: Path, images: int) -> Iterator[Add]:
 
 
 @contextmanager
-def _summed_up(out: Path) -> Iterator[Add]:
+def _summed_up(out: Path, manifest: Manifest | None) -> Iterator[Add]:
     """Write a CSV file of results as they come; print a summary at the end."""
     summary, path = Summary(), out / "results.csv"
     with ExitStack() as stack:
         lines: list[Lines] = []
 
         def add(results: Sequence[Result]) -> None:
-            with writing(path):
+            with unwritable(path):
                 if results and not lines:
+                    if manifest:
+                        manifest.add(path, {}, {"kind": "results"})
                     temporary = stack.enter_context(replacing(path))
                     # As on stdout, a name that is no text is written with escapes.
                     file = temporary.open("w", -1, "utf-8", "backslashreplace", "")
@@ -90,7 +104,7 @@ def _summed_up(out: Path) -> Iterator[Add]:
             summary.add(results)
 
         yield add
-        with writing(path):
+        with unwritable(path):
             stack.close()
     if summary.results:
         with printing():
@@ -102,8 +116,8 @@ def _summed_up(out: Path) -> Iterator[Add]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Write a file of results; an error of the system is AftError."""
+def unwritable(path: Path) -> Iterator[None]:
+    """Tell that a file can't be written where the system says so."""
     try:
         yield
     except OSError as error:
@@ -131,7 +145,7 @@ class Lines:
 
 
 @contextmanager
-def as_json(out: Path, images: int) -> Iterator[Add]:
+def as_json(out: Path, images: int, manifest: Manifest | None) -> Iterator[Add]:
     """Print a list at the end, one object per image, method and class."""
     results: list[Result] = []
     yield results.extend
@@ -140,7 +154,7 @@ def as_json(out: Path, images: int) -> Iterator[Add]:
 
 
 @contextmanager
-def as_csv(out: Path, images: int) -> Iterator[Add]:
+def as_csv(out: Path, images: int, manifest: Manifest | None) -> Iterator[Add]:
     """Print the head of a CSV table, and each result as it comes."""
     with printing():
         lines = Lines(sys.stdout)
@@ -153,7 +167,7 @@ def as_csv(out: Path, images: int) -> Iterator[Add]:
 
 
 @contextmanager
-def as_json_lines(out: Path, images: int) -> Iterator[Add]:
+def as_json_lines(out: Path, images: int, manifest: Manifest | None) -> Iterator[Add]:
     """Print each result as it comes, a line of JSON."""
     # A progress bar takes stdout while it is shown.
     stream = sys.stdout
@@ -166,7 +180,7 @@ def as_json_lines(out: Path, images: int) -> Iterator[Add]:
     yield add
 
 
-FORMATS: dict[str, Callable[[Path, int], AbstractContextManager[Add]]] = {
+FORMATS: dict[str, Callable[[Path, int, Manifest | None], AbstractContextManager[Add]]] = {
     "table": as_table,
     "json": as_json,
     "csv": as_csv,
@@ -202,20 +216,21 @@ def _columns(results: Sequence[Result]) -> list[tuple[str, bool]]:
     """List the titles of columns, and if they are of text."""
     tft = any("tft" in result for result in results)
     fixed = any("fixed" in result for result in results)
-    several = len({result["model"] for result in results}) > 1
+    several = len(set(map(network_of, results))) > 1
     zero = ("zero",) if any("zero_level" in result for result in results) else ()
     searched, cut = ("tau*", "RPI") if tft else (), ("masked", "kept") if tft or fixed else ()
-    texts = ("image", *["model"] * several, "cam", "class")
+    texts = ("image", *["network"] * several, "cam", "class")
     return [(t, True) for t in texts] + [(t, False) for t in ("prob.", *zero, *searched, *cut)]
 
 
 def _rows(results: Sequence[Result]) -> Iterator[list[str]]:
     sharing = Counter(Path(image).name for image in {result["image"] for result in results})
-    several = len({result["model"] for result in results}) > 1
-    for result in results:
+    networks = network_labels(list(map(network_of, results)))
+    several = len(set(networks)) > 1
+    for network, result in zip(networks, results, strict=True):
         name, numbers = Path(result["image"]).name, numbers_of(result)
         image = name if sharing[name] == 1 else result["image"]
-        cells = [image, *[result["model"]] * several, result["cam"], label_of(result)]
+        cells = [image, *[network] * several, result["cam"], label_of(result)]
         cells.append(f"{numbers.probability:.4f}")
         if "zero_level" in result:
             cells.append(f"{result['zero_level']:g}")
