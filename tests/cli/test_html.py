@@ -329,3 +329,33 @@ def test_a_browser_sorts_and_filters(folder):
     with Image.open("page.png") as shot:
         assert shot.size == (1200, 900)
         assert np.asarray(shot.convert("L")).std() > 10  # something is there
+
+
+def test_networks_are_named_where_there_are_several(monkeypatch):
+    def load(model, *_, **__):
+        f = small_float()
+        f.name = model
+        return f
+
+    monkeypatch.setattr("aftcli.models.load.load_classifier", load)
+    draw("in/a.png")
+    draw("in/b.png", 1)
+    models = ("--quiet", "--model", "vgg16", "--model", "resnet18")
+    page, results = page_and_results("in", *models, "--save", "overlay")
+    assert page.heads == ["image", "class", "network", "method", "probability"]
+    assert page.column("network") == ["vgg16", "resnet18"] * 2
+    assert [float(y) for y in page.column("probability")] == [r["probability"] for r in results]
+    assert "<td>2</td>" in page.text and "layercam, vgg16" in page.text
+    lines = aft("explain", "in", *models, "--save", "none").out.splitlines()
+    assert lines[0].split()[:2] == ["image", "network"]
+    assert [line.split()[1] for line in lines[1:]] == ["vgg16", "resnet18"] * 2
+    lines = aft("explain", "in", *models, "--save", "none", "--format", "csv").out.splitlines()
+    assert [line.split(",")[1] for line in lines] == ["model", *["vgg16", "resnet18"] * 2]
+
+
+def test_the_manifest_lists_the_page_and_what_it_replaces_is_no_surprise():
+    draw("a.png")
+    for _ in range(2):  # the second time over the first one's, without a note
+        page_and_results("a.png", "--save", "overlay")
+    listed = json.loads(Path("aft-out/manifest.json").read_text())["files"]
+    assert listed["index.html"]["kind"] == "page"
