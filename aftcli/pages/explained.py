@@ -9,7 +9,7 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 from urllib.parse import quote
@@ -139,7 +139,8 @@ def page(
         AftError: it can't be written.
     """
     path = out / NAME
-    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=out) as spool:
+    spool = tempfile.TemporaryFile("w+", encoding="utf-8", dir=out)  # noqa: SIM115
+    try:
         made = Page(path, spool, look)
         yield made
         if made.summary.results:
@@ -149,6 +150,9 @@ def page(
                 with temporary.open("w", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in _lines(made, out, problems))
             say(f"wrote {path}", aside)
+    finally:
+        with suppress(OSError):  # of a full disk, which is said already
+            spool.close()
 
 
 def _lines(made: Page, out: Path, problems: Sequence[str]) -> Iterator[str]:

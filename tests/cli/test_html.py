@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import tempfile
 import tracemalloc
@@ -359,3 +360,18 @@ def test_the_manifest_lists_the_page_and_what_it_replaces_is_no_surprise():
         page_and_results("a.png", "--save", "overlay")
     listed = json.loads(Path("aft-out/manifest.json").read_text())["files"]
     assert listed["index.html"]["kind"] == "page"
+
+
+@pytest.mark.parametrize("images", [1, 21])
+def test_a_full_disk_leaves_no_half_page(folder, images):
+    for seed in range(images):
+        draw(f"in/{seed}.png", seed)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150, limits[1]))
+    try:
+        result = aft("explain", "in", "--html", "--save", "none", "--json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.code == 1
+    assert re.fullmatch(r"aft: aft-out/index\.html: can't be written \(.+\)\n", result.err)
+    assert leftovers(folder / "aft-out") == []
