@@ -96,18 +96,19 @@ def test_all_formats_have_the_same_numbers(options):
 def test_results_are_printed_as_they_come(form, monkeypatch):
     """Each image's line is there before the next image is read."""
     draw(3)
-    seen, stdout = [], io.StringIO()
+    seen, written = [], io.BytesIO()
+    stdout = io.TextIOWrapper(written, encoding="utf-8", newline="")  # keeps what is not flushed
     from aftcli.data.images import read_image
 
     def read(path):
-        seen.append(stdout.getvalue().count("\n"))
+        seen.append(written.getvalue().count(b"\n"))
         return read_image(path)
 
     monkeypatch.setattr("aftcli.data.images.read_image", read)
     assert aft("explain", "in", "--save", "none", "--format", form, stdout=stdout).code == 0
     head = form == "csv"
     assert seen == [head, head + 1, head + 2]
-    assert stdout.getvalue().count("\n") == head + 3
+    assert written.getvalue().count(b"\n") == head + 3
 
 
 @pytest.mark.parametrize("form", STREAMED)
