@@ -35,7 +35,7 @@ class TunedNetwork(Weights):
         option(
             "--layer",
             "NAME",
-            "Repeatable; the last, and default: the masks'.",
+            "Layers to tune; default and last: the masks'.",
             callback=usage(check_layers),
             autocompletion=complete.layers,
         ),
@@ -56,7 +56,7 @@ class TrainingData(Data):
     ] = False
     held_out: Annotated[
         float,
-        number("--held-out", "SHARE", "held_out", "Share kept to choose the epoch."),
+        number("--held-out", "SHARE", "held_out", "Share that chooses the epoch."),
     ] = 0.1
     augment: Annotated[bool, option("--augment", "", "Flip and crop at random; uses no cache.")] = (
         False
@@ -78,9 +78,9 @@ class Training:
         words(
             "--objective",
             Objective,
-            "what fits the masks (paper: tuner). "
-            "Default: zero-level where the method has a sign, otherwise tuner.",
+            "Fit to the masks",
             default=False,
+            more_help="Default: zero-level if the method has a sign, otherwise tuner (paper).",
         ),
     ] = None
     consistency: Annotated[
@@ -97,8 +97,9 @@ class Training:
         words(
             "--classification",
             Classification,
-            "learn the labels (paper), or the original probabilities.",
+            "Learn from",
             default=False,
+            more_help="Paper: labels; distillation is from the untuned network.",
         ),
     ] = None
     blend: Annotated[
@@ -145,7 +146,7 @@ class TunedMaps(Methods):
     ] = None
     gauge: Annotated[
         Gauge,
-        words("--gauge", Gauge, "one number, or weights too."),
+        words("--gauge", Gauge, "Learn t, or v and t"),
     ] = "t"
 
 
@@ -165,11 +166,11 @@ class TuneRun(StudyRun):
 
     precision: Annotated[
         MixedPrecision,
-        words("--precision", MixedPrecision, "auto as launched."),
+        words("--precision", MixedPrecision, "Mixed precision", more_help="auto: as launched."),
     ] = "auto"
     cache: Annotated[
         Cache,
-        words("--cache", Cache, "where to keep the frozen layers' outputs."),
+        words("--cache", Cache, "Keep the frozen layers' outputs in"),
     ] = "auto"
 
 

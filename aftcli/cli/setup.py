@@ -174,7 +174,7 @@ def _one_of(
 
 def title(network: Weights) -> str:
     """Name a network for messages, as its options do."""
-    from aftcli.models.sources import DEFAULT_MODEL
+    from aftcli.networks.sources import DEFAULT_MODEL
 
     model = network.model or ("" if network.checkpoint else DEFAULT_MODEL)
     return " ".join(filter(None, [model, str(network.checkpoint or "")]))

@@ -20,7 +20,7 @@ from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.outputs import Logits
 from aftcli.errors import AftError, first_line
-from aftcli.models.own import run_file
+from aftcli.networks.own import run_file
 from aftcli.settings import NONE
 
 Target = Callable[[Any], Tensor]

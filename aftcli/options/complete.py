@@ -24,7 +24,7 @@ def methods(incomplete: str) -> list[str]:
 
 def models(incomplete: str) -> list[str]:
     """Complete names of torchvision's networks, and of timm's behind `timm:`."""
-    from aftcli.models.names import INSTALLED, registered
+    from aftcli.networks.names import INSTALLED, registered
 
     if incomplete.startswith("timm:"):
         return _beginning((f"timm:{name}" for name in registered("timm")), incomplete)
@@ -33,7 +33,7 @@ def models(incomplete: str) -> list[str]:
 
 def layers(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete the modules of the network that the command line names; no user's code is run."""
-    from aftcli.models import own, sources
+    from aftcli.networks import own, sources
 
     name = _last(ctx.params.get("models")) or sources.DEFAULT_MODEL
     if own.CODE.fullmatch(name) or name.startswith("hf:"):
@@ -49,7 +49,7 @@ def layers(ctx: typer.Context, incomplete: str) -> list[str]:
 def classes(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete names of --classes FILE, otherwise of ImageNet's classes."""
     from aftcli.data.text import read_classes
-    from aftcli.models.sources import imagenet_classes
+    from aftcli.networks.sources import imagenet_classes
 
     file = ctx.params.get("classes")
     try:

@@ -58,7 +58,7 @@ def check_checkpoint(paths: list[Path]) -> None:
         raise AftError("give --checkpoint once; aft explain compares several")
 
 
-LowerPrecision = Annotated[Precision, words("--precision", Precision, "fast, less exact.")]
+LowerPrecision = Annotated[Precision, words("--precision", Precision, "Faster, less exact")]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Weights:
         option(
             "--model",
             "NAME",
-            "Default efficientnet_lite0; of torchvision; timm:NAME; hf:DIR; FILE.py:NAME runs "
-            "your code.",
+            "Of torchvision, timm:NAME, hf:DIR or FILE.py:NAME (runs your code). "
+            "Default: efficientnet_lite0.",
             callback=usage(check_model),
             autocompletion=complete.models,
         ),
@@ -83,7 +83,7 @@ class Weights:
         option(
             "--checkpoint",
             "FILE",
-            "From aft finetune, or a state dict of the model.",
+            "Weights: of aft finetune, or a state dict.",
             callback=usage(check_checkpoint),
         ),
     ] = None
@@ -93,7 +93,7 @@ class Weights:
     ] = None
     output: Annotated[
         Output,
-        words("--output", Output, "last step."),
+        words("--output", Output, "Last step"),
     ] = "auto"
     output_key: Annotated[
         str | None,
@@ -146,7 +146,7 @@ class LayeredNetwork(Network):
             autocompletion=complete.layers,
         ),
     ] = None
-    precision: Annotated[Precision, words("--precision", Precision, "fast, less exact.")] = "no"
+    precision: Annotated[Precision, words("--precision", Precision, "Faster, less exact")] = "no"
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class ComparedNetworks(LayeredNetwork):
         option(
             "--model",
             "NAME",
-            "Repeatable. Default efficientnet_lite0; timm:NAME; torchvision; hf:DIR; FILE.py:NAME "
-            "runs your code.",
+            "Repeatable: torchvision's, timm:NAME, hf:DIR, your code, FILE.py:NAME. "
+            "Default: efficientnet_lite0.",
             autocompletion=complete.models,
         ),
     ] = None
@@ -239,11 +239,11 @@ class TargetMaps(Maps):
     ] = None
     target_fn: Annotated[
         str | None,
-        option("--target-fn", "FN", "Run FILE.py:NAME, your score of the output."),
+        option("--target-fn", "FN", "Explain your score: runs FILE.py:NAME."),
     ] = None
-    top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N most likely.")] = 1
-    smooth: Annotated[Smooth, words("--smooth", Smooth, "of the map.")] = "none"
-    fuse: Annotated[Fuse | None, words("--fuse", Fuse, "of several layers.")] = None
+    top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N likeliest classes.")] = 1
+    smooth: Annotated[Smooth, words("--smooth", Smooth, "Smooth the map")] = "none"
+    fuse: Annotated[Fuse | None, words("--fuse", Fuse, "Combine layers by")] = None
 
     @property
     def fusion(self) -> Fuse:
@@ -263,19 +263,19 @@ class Thresholds:
     ] = "0:1:0.1"
     masking: Annotated[
         Masking,
-        words("--masking", Masking, "times mask or map."),
+        words("--masking", Masking, "Masks"),
     ] = "binary"
     fill: Annotated[
         Fill,
-        words("--fill", Fill, "of muted pixels."),
+        words("--fill", Fill, "Muted pixels"),
     ] = "mean"
     mode: Annotated[
         Mode,
-        words("--threshold-mode", Mode, "of the scores."),
+        words("--threshold-mode", Mode, "Cut scores by"),
     ] = "value"
     search: Annotated[
         SearchKind,
-        words("--search", SearchKind, "all, or coarse to fine."),
+        words("--search", SearchKind, "Try all or few"),
     ] = "exact"
 
     def settings(self) -> Search:
@@ -308,7 +308,7 @@ class Data:
         option(
             "--split",
             "NAME",
-            "Its split. Default: train, or val to evaluate.",
+            "Split to use. Default: train; val to evaluate.",
         ),
     ] = None
     limit: Annotated[
@@ -364,7 +364,7 @@ class StudyRun(Run):
 
     run: Annotated[
         Path,
-        option("--run", "DIR", "With masks/, tuned/, results/."),
+        option("--run", "DIR", "Has masks/, tuned/, results/."),
     ] = Path("aft-run")
     overwrite: Annotated[bool, option("--overwrite", "", "Start again instead of resuming.")] = (
         False
@@ -384,6 +384,4 @@ class StudyRun(Run):
 class EvaluateRun(StudyRun):
     """Options of how an evaluation runs."""
 
-    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in a pass of the stem.")] = (
-        16
-    )
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images that pass at once.")] = 16

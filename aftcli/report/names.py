@@ -10,8 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from aftcli.models.names import spelled
-from aftcli.models.sources import DEFAULT_MODEL
+from aftcli.networks.names import spelled
+from aftcli.networks.sources import DEFAULT_MODEL
 from aftcli.pictures.colours import LOOK, Look
 from aftcli.settings import AUTO, Search
 

@@ -135,7 +135,7 @@ def explain(
     layers = cuts(f)
     if target is not None:
         if isinstance(targets, int) or targets or top_k != 1:
-            raise AftError("a target takes the place of classes: leave targets and top_k out")
+            raise AftError("a target replaces the classes: leave targets and top_k out")
         layers = tuple(with_target(each, target) for each in layers)
     first = layers[0]
     check_classes(first)

@@ -324,7 +324,7 @@ def test_the_parts_of_earlier_layers_are_the_stem(names):
 def test_layers_that_are_not_before_are_refused():
     f, _ = examples_of("mlp")
     for name in ("conv2", "fc1", "nothing"):
-        with pytest.raises(AftError, match=rf"layer '{name}' can't be tuned together with conv2"):
+        with pytest.raises(AftError, match=rf"layer '{name}' can't be tuned with conv2"):
             earlier_layers(f, [name])
 
 

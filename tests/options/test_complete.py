@@ -12,8 +12,8 @@ import torchvision.models
 from aftcli.core.classes import Classes
 from aftcli.core.methods import CAMS, FAMILIES, METHODS, named, spelled
 from aftcli.errors import AftError
-from aftcli.models import names
-from aftcli.models.sources import full_name, imagenet_classes
+from aftcli.networks import names
+from aftcli.networks.sources import full_name, imagenet_classes
 from aftcli.options import complete
 
 

@@ -422,11 +422,11 @@ CHECKPOINTS = {
     "none.pth": (lambda _: torch.save({}, "none.pth"), NO_STATE),
     "numbers.pth": (
         lambda _: torch.save({"a": 1}, "numbers.pth"),
-        "other things than dense tensor",
+        "entries that are not dense tensor",
     ),
     "sparse.pth": (
         changed("sparse.pth", "classifier.weight", torch.Tensor.to_sparse),
-        "other things than dense tensors",
+        "entries that are not dense tensors",
     ),
     "nan.pth": (
         changed(

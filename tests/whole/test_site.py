@@ -1,5 +1,7 @@
 """The built site: offline, whole, and no wider than a window."""
 
+import ast
+import importlib.util
 import json
 import os
 import queue
@@ -120,6 +122,16 @@ def test_what_a_page_loads_is_found(tmp_path):
 
 
 @pytest.mark.slow
+def test_lists_and_tables_are_not_run_into_paragraphs(site):
+    """GitHub begins them behind any line, the site behind an empty one."""
+    found = {}
+    for page in site.rglob("*.html"):
+        paragraphs = re.findall(r"<p>(.*?)</p>", page.read_text("utf-8"), re.S)
+        found[page.name] = [p for p in paragraphs if re.search(r"^(- |\d+\. |\|)", p, re.M)]
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.slow
 def test_each_public_name_is_explained(site):
     text = (site / "reference/python.html").read_text("utf-8")
     ids = re.findall(r'<h\d id="aftcli\.(\w+)" class="doc doc-heading"', text)
@@ -186,3 +198,41 @@ def probed(site, tmp_path):
         browser.wait(20)
         server.shutdown()
         server.server_close()
+
+
+def strings_of(tree):
+    """The texts of a module, each with "\0" for the values in it."""
+    inner = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            inner.update(id(part) for part in ast.walk(node) if part is not node)
+            parts = (p.value if isinstance(p, ast.Constant) else "\0" for p in node.values)
+            yield "".join(parts)
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner
+        ):
+            yield node.value
+
+
+def test_messages_that_are_explained_are_those_of_the_code():
+    page = (ROOT / "docs/guides/troubleshooting.md").read_text("utf-8")
+    messages = re.findall(r"^```text\n(.+)\n```$", page, re.M)
+    files = (ROOT / "aftcli").rglob("*.py")
+    known = [text for path in files for text in strings_of(ast.parse(path.read_text("utf-8")))]
+    assert len(messages) == len(set(messages)) == page.count("\n### ") == 20
+    for message in messages:
+        pattern = re.compile(".*".join(map(re.escape, message.split("..."))), re.S)
+        assert any(map(pattern.search, known)), message
+
+
+def test_the_gallery_shows_the_commands_of_its_pictures():
+    spec = importlib.util.spec_from_file_location("make_gallery", ROOT / "docs/make_gallery.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (ROOT / "docs/guides/gallery.md").read_text("utf-8")
+    commands = {command for _, _, command in script.PICTURES.values()}
+    assert set(re.findall(r"^\$ (.+)$", page, re.M)) == commands
+    pictures = {f"../images/gallery/{name}.jpg" for name in script.PICTURES}
+    assert {p for p in re.findall(r"\]\((.+?)\)", page) if "/gallery/" in p} == pictures
+    paths = [ROOT / "docs/guides" / path for path in pictures]
+    assert sum(path.stat().st_size for path in paths) < 1_500_000

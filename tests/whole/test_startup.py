@@ -19,7 +19,7 @@ from aftcli.engine import accelerate
 from aftcli.errors import AftError
 from aftcli.evaluation import measures, tables
 from aftcli.models.load import find_device
-from aftcli.models.sources import imagenet_classes
+from aftcli.networks.sources import imagenet_classes
 from aftcli.options import groups, read
 from aftcli.pages.printed import FORMATS
 from aftcli.report import explain as report

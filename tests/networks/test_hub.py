@@ -16,13 +16,13 @@ from aftcli.core.inputs import find_preprocessing
 from aftcli.data.images import to_input
 from aftcli.errors import AftError
 from aftcli.models.load import load_classifier
-from aftcli.models.sources import find_source, full_name, imagenet_classes
+from aftcli.networks.sources import find_source, full_name, imagenet_classes
 from tests.helpers.command import aft
 from tests.helpers.compare import assert_near
 
 transformers = pytest.importorskip("transformers")
 
-from aftcli.models.hub import hub_classes, read_processor  # noqa: E402
+from aftcli.networks.hub import hub_classes, read_processor  # noqa: E402
 
 CHELSEA = Path(__file__).parents[2] / "docs/images/chelsea.jpg"
 

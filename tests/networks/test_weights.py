@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from aftcli.errors import AftError
-from aftcli.models.weights import CONTAINERS, own_names, read_state_dict
+from aftcli.networks.weights import CONTAINERS, own_names, read_state_dict
 
 
 def network(seed=0):
@@ -183,5 +183,5 @@ def test_other_objects_are_refused_with_how_to_save_the_weights(value, named, tm
 
 def test_a_stand_in_is_no_weight(tmp_path):
     torch.save({"state_dict": EXPECTED | {"a": Path("/b")}}, tmp_path / "w.pth")
-    with pytest.raises(AftError, match="holds other things than dense tensors"):
+    with pytest.raises(AftError, match="holds entries that are not dense tensors"):
         read_state_dict(tmp_path / "w.pth")

@@ -176,7 +176,7 @@ def test_changed_code_is_run_again_and_the_same_code_once(home):
         ("nets/net.py:number", "is a int; name a function that returns an nn.Module"),
         ("nets/net.py:wrong", r"net.py:wrong: raises ValueError: no such file; run with --debug"),
         ("nets/net.py:leaves", "raises SystemExit: usage: net.py"),
-        ("nets/net.py:torn", r"returns a network without numbers"),
+        ("nets/net.py:torn", r"returns a network without weights"),
         ("netz.net:make", "there is no module 'netz', here or installed"),
         ("nets.no:make", "there is no module 'nets.no', here or installed"),
         ("tim:resnet18", "there is no module 'tim'.*timm:NAME"),

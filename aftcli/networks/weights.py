@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint
-from aftcli.models.names import INSTALLED
+from aftcli.networks.names import INSTALLED
 
 # Heads of torchvision's GoogLeNet and Inception that only its training looks at.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
@@ -119,7 +119,7 @@ def read_state_dict(path: Path, note: Callable[[str], None] = warnings.warn) -> 
     if not isinstance(saved, Mapping) or not saved:
         raise AftError(f"{path}: holds no state dict; save model.state_dict()")
     if not all(isinstance(v, Tensor) and _is_dense(v) for v in saved.values()):
-        raise AftError(f"{path}: holds other things than dense tensors; save model.state_dict()")
+        raise AftError(f"{path}: holds entries that are not dense tensors; save model.state_dict()")
     # torch.compile writes it before the names of a part too.
     return {str(key).replace("._orig_mod.", "."): value for key, value in saved.items()}
 
