@@ -17,7 +17,7 @@ from aftcli.cli.images import Format
 from aftcli.pages import results as printed
 from aftcli.pages.results import COLUMNS, FORMATS, MOST, STREAMED, elided, line_of
 from aftcli.report.explain import OUTPUTS
-from aftcli.report.summary import Summary
+from aftcli.report.summary import Summary, label_of
 from tests.helpers.command import aft, leftovers
 from tests.helpers.stored import small_float
 
@@ -278,3 +278,22 @@ def test_a_line_holds_no_nothing():
     assert set(line) <= set(COLUMNS) and None not in line.values()
     assert torch.finfo(torch.float32).max == line_of(result(0, 3.4028234663852886e38))["rpi"]
     assert sys.getsizeof(line) < 10_000
+
+
+def test_a_contrast_is_named():
+    contrast = {"class_index": 7, "class_name": "plum", "probability": 0.1}
+    found = {**result(0.25, 1.5), "contrast": contrast}
+    assert label_of(found) == "pear (0), not plum (7)"
+    assert line_of(found)["contrast"] == "plum" and line_of(result(0.25))["contrast"] == ""
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_picture_of_all_images_is_named_once_they_are_done(form):
+    draw(2)
+    result = aft("explain", "in", "--format", form)
+    [overview] = map(str, Path("aft-out").glob("*-overview.png"))
+    assert result.code == 0
+    if form in STREAMED:  # whose last line was there before
+        assert result.err == f"wrote {overview}\n" and overview not in result.out
+    else:
+        assert result.err == "" and result.out.count(overview) == 1
