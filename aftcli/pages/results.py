@@ -202,8 +202,8 @@ def print_table(results: Sequence[Result]) -> None:
         table.add_column(title, justify="left" if is_text else "right", width=width)
     for row in rows:
         row[0] = elided(row[0], widths[0])
-        words = row[texts - 1].split(" ")
-        row[texts - 1] = " ".join(elided(word, widths[texts - 1]) for word in words)
+        for i in range(1, texts):
+            row[i] = " ".join(elided(word, widths[i]) for word in row[i].split(" "))
         table.add_row(*map(cell, row))
     console.print(table)
     for result in results:
@@ -244,15 +244,17 @@ def _rows(results: Sequence[Result]) -> Iterator[list[str]]:
 def _widths(
     rows: Sequence[Sequence[str]], titles: Sequence[str], texts: int, total: int
 ) -> list[int]:
-    """Share the console's columns: a class may have several lines, an image's name is elided."""
+    """Share the console's columns: names that are too long for theirs are elided or wrapped."""
     found = [
         max(cell_len(row[i]) for row in [*rows, titles] if i < len(row)) for i in range(len(titles))
     ]
-    label = texts - 1
-    free = total - (sum(found) - found[0] - found[label] + 2 * (len(titles) - 1))
-    free = max(free, 2 * SHORTEST)
-    found[label] = min(found[label], max(free // 2, free - found[0]))
-    found[0] = min(free - found[label], found[0])
+    shared = sorted((i for i in range(texts) if titles[i] != "cam"), key=found.__getitem__)
+    free = total - sum(found) + sum(found[i] for i in shared) - 2 * (len(titles) - 1)
+    free = max(free, SHORTEST * len(shared))
+    # What the shorter ones leave goes to the longer ones.
+    for left, i in zip(range(len(shared), 0, -1), shared, strict=True):
+        found[i] = min(found[i], free // left)
+        free -= found[i]
     return found
 
 

@@ -13,9 +13,11 @@ STYLE = """
   cursor: pointer; text-align: inherit; }
 .results th[aria-sort=ascending] button::after { content: " \\25b2"; }
 .results th[aria-sort=descending] button::after { content: " \\25bc"; }
-.results input { width: 4.5rem; font-size: 0.8rem; box-sizing: border-box; }
-.results .text input { width: 100%; min-width: 5rem; }
-.results th[data-name=image] { min-width: 17rem; }
+.results input { width: 4rem; font-size: 0.8rem; box-sizing: border-box; }
+.results th, .results td { padding: 0.25rem 0.4rem; } .overview td.text { overflow-wrap: anywhere; }
+.results .text input { width: 100%; min-width: 4rem; }
+.results th[data-name=image] { min-width: 15rem; }
+.results th[data-name=network] { min-width: 9rem; }
 .results input[aria-invalid=true] { outline: 2px solid #c33; }
 """
 

@@ -256,6 +256,23 @@ def test_a_table_breaks_no_word_and_elides_names_in_the_middle(width, monkeypatc
         assert len([line for line in lines if "0.5000" in line]) == 4
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_table_of_networks_fits(width, monkeypatch, capsys):
+    found = [
+        {**result(0.3), "model": model, "checkpoint": f"runs/{'x' * 20}/tuned.pth", "image": image}
+        for model in ("efficientnet_lite0", "tf_efficientnetv2_b3")
+        for image in ("a.png", "ILSVRC2012_val_00000293.JPEG")
+    ]
+    monkeypatch.setattr(printed, "stdout_console", lambda _: console(width))
+    printed.print_table(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width and lines[0].split()[:3] == ["image", "network", "cam"]
+    assert len([line for line in lines if "0.5000" in line]) == 4
+    words = " ".join(lines).split()
+    assert words.count("cam") == 5 and words.count("0.3") == 4 and words.count("pear") == 4
+    assert ("efficientnet_lite0" in words) == (width == 120)
+
+
 def console(width):
     from rich.console import Console
 
