@@ -552,7 +552,7 @@ def test_version_and_help():
     assert done(aft("--version")) == f"aft {aftcli.__version__}\n"
     assert "explain" in done(aft("--help"))
     help_ = done(aft("explain", "-h"))
-    assert all(option in help_ for option in ("--cam", "--tft", "--target", "--mute", "--json"))
+    assert all(option in help_ for option in ("--cam", "--tft", "--target", "--mute", "--format"))
 
 
 def test_debug_shows_the_traceback(f):
