@@ -13,7 +13,7 @@ from aftcli.core.classes import Preprocessing
 from aftcli.errors import AftError
 from aftcli.report import compared
 from tests.cli.test_explain import draw, folder, objects  # noqa: F401 - a fixture
-from tests.helpers.command import aft, without_chance, leftovers, usage_error
+from tests.helpers.command import aft, leftovers, usage_error, without_chance
 from tests.helpers.stored import small_float
 
 SIDE, GAP, STEP = 224, 12, 20
