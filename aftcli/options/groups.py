@@ -158,8 +158,8 @@ class ComparedNetworks(LayeredNetwork):
         option(
             "--model",
             "NAME",
-            "Repeatable: torchvision's, timm:NAME, hf:DIR, FILE.py:NAME (runs your code). "
-            "Default: efficientnet_lite0.",
+            "Repeatable. Default efficientnet_lite0; timm:NAME, hf:DIR, torchvision's, "
+            "FILE.py:NAME (runs code).",
             autocompletion=complete.models,
         ),
     ] = None

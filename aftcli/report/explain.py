@@ -21,8 +21,8 @@ from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
 from aftcli.models.targets import Targeted
 from aftcli.pictures.colours import LOOK, Look
-from aftcli.pictures.figure import Shown, best, caption, figure
-from aftcli.pictures.overlay import Subject, captioned
+from aftcli.pictures.figure import Shown, best, figure, overlaid, shown_as
+from aftcli.pictures.overlay import Subject
 from aftcli.report.compared import labels
 from aftcli.report.manifest import Manifest, writing
 from aftcli.report.names import PLAIN, Suffixes
@@ -79,10 +79,9 @@ def write_outputs(
             f"{subject.path}: {f.name} gives NaN or infinite numbers for it; its weights may be "
             "damaged"
         )
-    name = class_name(f, explanation)
-    slug = _slug(name)
-    if [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1:
-        slug += f"_{explanation.class_index}"
+    slug = _class_slug(f, explanation.class_index)
+    if explanation.contrast is not None:
+        slug += f"-not-{_class_slug(f, explanation.contrast)}"
     shown = shown_of(f, subject, explanation, look)
     files = {}
     for kind in kinds:
@@ -124,10 +123,14 @@ def written(
 
 def shown_of(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
     """Return an explanation with what pictures say of it."""
-    is_score = isinstance(f, Targeted)
-    likeliest = [] if is_score else [(f.classes.name(i), y) for i, y in explanation.likeliest]
-    name = class_name(f, explanation)
-    return Shown(subject, explanation, name, likeliest, is_score, look)
+    return shown_as(f.classes, isinstance(f, Targeted), subject, explanation, look)
+
+
+def _class_slug(f: Classifier, index: int) -> str:
+    """Name a class in file names, with its index where others would have the same name."""
+    slug = _slug(f.classes.name(index))
+    shared = [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1
+    return f"{slug}_{index}" if shared else slug
 
 
 def made_by(f: Classifier, explanation: Explanation) -> dict[str, Any]:
@@ -140,6 +143,19 @@ def made_by(f: Classifier, explanation: Explanation) -> dict[str, Any]:
         "cam": explanation.cam,
         "class_index": explanation.class_index,
         "class_name": class_name(f, explanation),
+        **_contrasted(f, explanation),
+    }
+
+
+def _contrasted(f: Classifier, explanation: Explanation) -> dict[str, Any]:
+    if explanation.contrast is None:
+        return {}
+    return {
+        "contrast": {
+            "class_index": explanation.contrast,
+            "class_name": f.classes.name(explanation.contrast),
+            "probability": explanation.contrast_probability,
+        }
     }
 
 
@@ -153,8 +169,7 @@ def class_name(f: Classifier, explanation: Explanation) -> str:
 
 
 def _write_overlay(path: Path, shown: Shown) -> None:
-    painted = captioned(shown.subject, shown.plain, shown.kept, caption(shown), shown.look)
-    painted.save(path, format="PNG", compress_level=3)
+    overlaid(shown).save(path, format="PNG", compress_level=3)
 
 
 def _write_map(path: Path, shown: Shown) -> None:
@@ -197,6 +212,8 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         name = Path(result["image"]).name
         image = name if sharing[name] == 1 else result["image"]
         named = f"{result['class_name']} ({result['class_index']})"
+        if other := result.get("contrast"):
+            named += f", not {other['class_name']} ({other['class_index']})"
         of = [network] if several else []
         cells = [image, *of, result["cam"], named, f"{result['probability']:.4f}"]
         if "zero_level" in result:

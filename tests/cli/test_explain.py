@@ -304,9 +304,19 @@ def test_targets(real, target, index):
     assert found["probability"] == close(y[index].item())
 
 
+UNLIKELY = (("plum", "6.8e-04"), ("apple", "5.3e-04"))
+
+
 def test_several_targets_and_the_likeliest(f):
     draw("a.png")
-    named = objects("explain", "a.png", "--target", "plum", "--target", "0", "--target", "PLUM")
+    result = aft(
+        *("explain", "a.png", "--json", "--target", "plum", "--target", "0", "--target", "PLUM")
+    )
+    # Both are unlikely here, which is said; nothing else is.
+    chance = "less than chance (1/3); its map says little"
+    said = [f"aft: a.png: {n} has a probability of {p}, {chance}" for n, p in UNLIKELY]
+    assert (result.code, result.err.splitlines()) == (0, said)
+    named = json.loads(result.out)
     assert [found["class_name"] for found in named] == ["plum", "apple"]
     likeliest = objects("explain", "a.png", "--top-k", "3")
     probabilities = [found["probability"] for found in likeliest]
