@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aftcli.cli import setup
-from aftcli.cli.images import Files, Found, Job, each_image, finish
+from aftcli.cli.images import Files, Found, Job, each_image, nothing
 from aftcli.core.methods import named
 from aftcli.errors import AftError
 from aftcli.options.groups import ComparedNetworks, LayeredNetwork, Run, TargetMaps, Thresholds
@@ -103,7 +103,7 @@ def explain(
     output: Files,
     run: Run,
 ) -> None:
-    """Show where the model looked, in pictures, folders or globs of them."""
+    """Show where a model (default: efficientnet_lite0) looked in pictures or folders."""
     tft = thresholds.tft
     cut = muting(thresholds.threshold, thresholds.mute, tft)
     if maps.contrast is not None and maps.target_fn:
@@ -242,7 +242,7 @@ def _begin(
 
     found = Found(*find_images(images, output.out))
     if not found.paths:
-        finish([], found.problems, output.json)
+        nothing(found, output)
     return kinds, accelerate, found
 
 

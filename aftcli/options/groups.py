@@ -158,8 +158,7 @@ class ComparedNetworks(LayeredNetwork):
         option(
             "--model",
             "NAME",
-            "Repeatable. Default efficientnet_lite0; timm:NAME, hf:DIR, torchvision's, "
-            "FILE.py:NAME (runs code).",
+            "NAME, timm:NAME, hf:DIR, FILE.py:NAME; repeatable.",
             autocompletion=complete.models,
         ),
     ] = None
@@ -224,6 +223,9 @@ class Maps(Methods):
 @dataclass(frozen=True)
 class TargetMaps(Maps):
     """The maps, and the classes that they explain."""
+
+    # Of the layers that are named there.
+    PANELS: ClassVar[dict[str, str]] = {"fuse": Weights.PANEL}
 
     target: Annotated[
         list[str] | None,

@@ -1,12 +1,10 @@
-"""Output of `aft explain` and `aft tft`: pictures and other files, a table, JSON."""
+"""Output of `aft explain` and `aft tft`: pictures and other files, plain values."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.table import Table
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
@@ -23,10 +20,8 @@ from aftcli.models.targets import Targeted
 from aftcli.pictures.colours import LOOK, Look
 from aftcli.pictures.figure import Shown, best, figure, overlaid, shown_as
 from aftcli.pictures.overlay import Subject
-from aftcli.report.compared import labels
 from aftcli.report.manifest import Manifest, writing
 from aftcli.report.names import PLAIN, Suffixes
-from aftcli.report.terminal import cell, say, stdout_console
 from aftcli.settings import Search
 from aftcli.tft.explain import Explanation
 
@@ -192,48 +187,6 @@ OUTPUTS: dict[str, tuple[str, Callable[[Path, Shown], None]]] = {
     "map": (".npy", _write_map),
     "mask": (".png", _write_mask),
 }
-
-
-def print_table(results: Sequence[dict[str, Any]]) -> None:
-    """Print what `as_dict` gives as a table, then the files written."""
-    tft = any("tft" in result for result in results)
-    fixed = any("fixed" in result for result in results)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    networks = labels([(r["model"], r.get("checkpoint", "")) for r in results])
-    several = ("network",) if len(set(networks)) > 1 else ()
-    for column in ("image", *several, "cam", "class"):
-        table.add_column(column, overflow="fold")
-    zero = ("zero",) if any("zero_level" in result for result in results) else ()
-    searched, cut = ("tau*", "RPI") if tft else (), ("masked", "kept") if tft or fixed else ()
-    for column in ("prob.", *zero, *searched, *cut):
-        table.add_column(column, justify="right")
-    sharing = Counter(Path(image).name for image in {result["image"] for result in results})
-    for network, result in zip(networks, results, strict=True):
-        name = Path(result["image"]).name
-        image = name if sharing[name] == 1 else result["image"]
-        named = f"{result['class_name']} ({result['class_index']})"
-        if other := result.get("contrast"):
-            named += f", not {other['class_name']} ({other['class_index']})"
-        of = [network] if several else []
-        cells = [image, *of, result["cam"], named, f"{result['probability']:.4f}"]
-        if "zero_level" in result:
-            cells.append(f"{result['zero_level']:g}")
-        if found := result.get("tft"):
-            at = found["thresholds"].index(found["tau"])
-            cells += [f"{found['tau']:g}", f"{found['rpi'][at]:.3f}"]
-        if found := result.get("tft") or result.get("fixed"):
-            cells += [f"{found['probability']:.4f}", f"{found['area']:.1%}"]
-        table.add_row(*map(cell, cells))
-    stdout_console(1000).print(table)
-    for result in results:
-        for path in result["outputs"].values():
-            say(f"wrote {path}")
-    print(end="", flush=True)
-
-
-def print_json(results: Sequence[dict[str, Any]]) -> None:
-    """Print what `as_dict` gives as JSON, one object per image, method and class."""
-    print(json.dumps(results, indent=2), flush=True)
 
 
 def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
