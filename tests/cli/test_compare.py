@@ -42,6 +42,8 @@ def networks(monkeypatch):
     return by_name
 
 
+TORCH = ("--engine", "torch")  # whatever the number of images
+
 BOTH = ("--model", "efficientnet_lite0", "--model", "resnet50")
 
 
@@ -62,7 +64,7 @@ def compared_objects(*arguments):
 def test_two_networks_find_and_write_what_each_finds_alone():
     draw("a.png"), draw("b.png", (50, 70), seed=1)
     images = ("explain", "a.png", "b.png")
-    options = (*images, "--tft", "--cam", "gradcam,layercam", "--save", "overlay,map")
+    options = (*images, "--tft", "--cam", "gradcam,layercam", "--save", "overlay,map", *TORCH)
     together = compared_objects(*options, *BOTH, "--out", "both")
     one = objects(*options, "--out", "one")
     two = objects(*options, "--model", "resnet50", "--out", "two")
@@ -124,7 +126,7 @@ def test_a_grid_of_two_networks_holds_the_pictures_of_each_alone(cut):
 def test_an_overview_holds_the_rows_of_the_images():
     for seed, name in enumerate("abc"):
         draw(f"{name}.png", seed=seed)
-    options = ("explain", "--cam", "gradcam,layercam", "--tft", "--save", "overlay")
+    options = ("explain", "--cam", "gradcam,layercam", "--tft", "--save", "overlay", *TORCH)
     *others, last = objects(*options, "a.png", "b.png", "c.png", "--out", "all")
     assert not any("overview" in found["outputs"] for found in others)
     overview = read(last["outputs"]["overview"])
