@@ -29,7 +29,7 @@ from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft import explain as engine
 from aftcli.tft.explain import Explanation
 from aftcli.tft.search import TftResult
-from tests.helpers.command import aft, leftovers, usage_error
+from tests.helpers.command import aft, leftovers, usage_error, without_chance
 from tests.helpers.stored import NAMES, small_float
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,9 @@ def done(result):
 
 
 def objects(*arguments):
-    return json.loads(done(aft(*arguments, "--json")))
+    result = aft(*arguments, "--json")
+    assert (result.code, without_chance(result.err)) == (0, "")
+    return json.loads(result.out)
 
 
 def close(expected):
