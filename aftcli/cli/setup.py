@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from aftcli.engine.accelerate import Accelerate
     from aftcli.pictures.overlay import Subject
     from aftcli.settings import Search
+    from aftcli.tft.explain import Explanation
     from aftcli.tft.stores import Source
 
 
@@ -267,6 +268,50 @@ def targets(f: Classifier, maps: TargetMaps) -> list[int]:
     if maps.top_k > len(f.classes):
         raise AftError(f"--top-k {maps.top_k}: {f.name} has {len(f.classes)} classes")
     return list(dict.fromkeys(f.classes.index(name) for name in maps.target or []))
+
+
+def contrast(
+    f: Classifier,
+    other: str,
+    asked: list[str] | None,
+    methods: list[str],
+    targets: Sequence[int],
+) -> tuple[list[str], int]:
+    """Find the class of --contrast, and the methods that can contrast: of `--cam all` those.
+
+    Raises:
+        AftError: the class is unknown, is explained itself, or a method named can't contrast.
+    """
+    from aftcli.attributions.maps import takes_target
+
+    found = f.classes.index(other)
+    if found in targets:
+        raise AftError(f"--contrast {other}: it is the class explained; give another one")
+    fitting = [name for name in methods if takes_target(name)]
+    refused = [name for name in methods if name not in fitting and name in (asked or [])]
+    if refused or not fitting:
+        raise AftError(
+            f"--contrast: {', '.join(refused or methods)} can't explain a difference of classes; "
+            f"take one of {', '.join(name for name in METHODS if takes_target(name))}"
+        )
+    return fitting, found
+
+
+def warn_of_chance(
+    f: Classifier, subject: Subject, explained: Sequence[Explanation], quiet: bool
+) -> None:
+    """Say which classes explained are less likely than chance; scores of targets are no chances."""
+    from aftcli.models.targets import Targeted
+
+    if isinstance(f, Targeted):
+        return
+    chance = 1 / len(f.classes)
+    unlikely = {e.class_index: e.probability for e in explained if e.probability < chance}
+    for index, probability in unlikely.items():
+        noting(quiet)(
+            f"{subject.path}: {f.classes.name(index)} has a probability of {probability:.1e}, less "
+            f"than chance (1/{len(f.classes)}); its map says little"
+        )
 
 
 def input_of(f: Classifier, subject: Subject) -> Tensor:

@@ -156,8 +156,7 @@ class ComparedNetworks(LayeredNetwork):
         option(
             "--model",
             "NAME",
-            "Repeatable: torchvision's, timm:NAME, hf:DIR, FILE.py:NAME (runs your code). "
-            "Default: efficientnet_lite0.",
+            "NAME, timm:NAME, hf:DIR, FILE.py:NAME; repeatable.",
             autocompletion=complete.models,
         ),
     ] = None
@@ -222,6 +221,9 @@ class Maps(Methods):
 @dataclass(frozen=True)
 class TargetMaps(Maps):
     """The maps, and the classes that they explain."""
+
+    # Of the layers that are named there.
+    PANELS: ClassVar[dict[str, str]] = {"fuse": Weights.PANEL}
 
     target: Annotated[
         list[str] | None,

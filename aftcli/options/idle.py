@@ -108,7 +108,8 @@ def _without_probabilities(given: Values) -> bool:
 
 OF_IMAGES = (
     Idle(("--engine",), _with("--target-fn")),
-    Idle(("--colormap", "--alpha"), When("without pictures in --save", undrawn)),
+    Idle(("--colormap", "--alpha"), When("without pictures in --save, or --html", undrawn)),
+    Idle(("--format",), _with("--json")),
     _cells(),
 )
 

@@ -161,7 +161,11 @@ def _new_figure(across: int, down: int) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.6 * across, 3.4 * down), dpi=110, layout="constrained")
+    # A page shows 11 inches without making letters smaller; titles and labels have one a row.
+    side = min(3.2, 11 / across - 0.1)
+    figure = Figure(
+        figsize=((side + 0.1) * across, (side + 0.6) * down), dpi=110, layout="constrained"
+    )
     FigureCanvasAgg(figure)
     return figure
 
