@@ -14,7 +14,7 @@ from aftcli.options.data import Data, LabelsOption, ValShare
 from aftcli.options.groups import EvaluateRun, LowerPrecision, Methods, Network, Printed, Thresholds
 from aftcli.options.make import number, option, words
 
-Exported = Literal["table", "json", "csv", "parquet"]  # as in aftcli.report.export
+Exported = Literal["table", "json", "csv", "parquet"]  # as in aftcli.report.masks
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ def _show(output: MaskOutput) -> None:
     if output.show is None:
         raise AftError("name a DATASET to make masks of, or --show FILE to see what a file holds")
 
-    from aftcli.report.export import export_store
-    from aftcli.report.masks import show_store
+    from aftcli.report.masks import export_store, show_store
 
     if output.json or output.format_ == "table":
         show_store(output.show, output.json)

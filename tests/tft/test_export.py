@@ -13,7 +13,7 @@ from aftcli import MaskStore
 from aftcli.core.classes import Preprocessing
 from aftcli.data.images import read_image, to_input
 from aftcli.data.objects import from_rle
-from aftcli.report.export import ImageRow
+from aftcli.report.masks import ImageRow
 from tests.helpers.command import aft, usage_error
 from tests.helpers.stored import NAMES, generate, make_images
 
