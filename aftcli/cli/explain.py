@@ -103,7 +103,7 @@ def explain(
     output: Files,
     run: Run,
 ) -> None:
-    """Show where a model (default: efficientnet_lite0) looked in pictures or folders."""
+    """Show where a model (efficientnet_lite0 by default) looked in a picture."""
     tft = thresholds.tft
     cut = muting(thresholds.threshold, thresholds.mute, tft)
     if maps.contrast is not None and maps.target_fn:

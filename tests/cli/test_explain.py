@@ -29,7 +29,7 @@ from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft import explain as engine
 from aftcli.tft.explain import Explanation
 from aftcli.tft.search import TftResult
-from tests.helpers.command import aft, leftovers, usage_error
+from tests.helpers.command import aft, leftovers, usage_error, without_chance
 from tests.helpers.stored import NAMES, small_float
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,9 @@ def done(result):
 
 
 def objects(*arguments):
-    return json.loads(done(aft(*arguments, "--json")))
+    result = aft(*arguments, "--json")
+    assert (result.code, without_chance(result.err)) == (0, "")
+    return json.loads(result.out)
 
 
 def close(expected):
@@ -552,7 +554,7 @@ def test_version_and_help():
     assert done(aft("--version")) == f"aft {aftcli.__version__}\n"
     assert "explain" in done(aft("--help"))
     help_ = done(aft("explain", "-h"))
-    assert all(option in help_ for option in ("--cam", "--tft", "--target", "--mute", "--json"))
+    assert all(option in help_ for option in ("--cam", "--tft", "--target", "--mute", "--format"))
 
 
 def test_debug_shows_the_traceback(f):
