@@ -3,8 +3,8 @@
     python -m benchmarks first_map [--runs 11] [--page]
 
 Each contestant is a process of its own; they take turns, another one first each time. The
-photograph is docs/images/chelsea.jpg, the network efficientnet_lite0, the method Layer-CAM. Goal: at
-most 1.6 times the time of `python -c "import torch"`. --page keeps the figures for
+photograph is docs/images/chelsea.jpg, the network efficientnet_lite0, the method Layer-CAM. The
+goal is at most 1.6 times the time of `python -c "import torch"`. --page keeps the figures for
 docs/results/speed.md.
 """
 
