@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,6 +30,10 @@ HELD = {errno.EACCES, errno.EAGAIN}  # answers of a lock that another process ho
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 LONGEST = 4096  # bytes that are read of a lock
+
+
+class BusyError(AftError):
+    """A file that another process holds."""
 
 
 def check_folder(path: Path) -> None:
@@ -224,8 +229,10 @@ def make_folder(path: Path) -> Path:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
+def locked(target: Path) -> Iterator[int]:
     """Hold a file in the making: a second process on it is refused.
+
+    Yields the descriptor of the lock's file.
 
     The lock goes with the process, however it ends. Where the file system has no locks, as on NFS
     or Lustre, a file that names the process takes its place, and AftWarning says so.
@@ -234,7 +241,7 @@ def locked(target: Path) -> Iterator[None]:
         target: the file; the lock lies beside it, hidden.
     """
     try:
-        lock = open(target.with_name(f".{target.stem}.lock"), "a", opener=_no_link)
+        lock = open(_lock_of(target), "a", opener=_no_link)
     except OSError as error:
         raise _unwritable(target, error) from error
     with lock as file, ExitStack() as held:
@@ -250,6 +257,40 @@ def locked(target: Path) -> Iterator[None]:
         elif _own_lock_of(target).exists():
             # Another machine may have mounted the same folder without locks.
             _clear_stale(_own_lock_of(target), target)
+        yield file.fileno()
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f".{target.stem}.lock")
+
+
+@contextmanager
+def waiting(target: Path, seconds: float = 30.0) -> Iterator[None]:
+    """Hold a file as `locked` does, for a moment: wait for others, and leave no lock behind.
+
+    Args:
+        target: the file.
+        seconds: how long to wait.
+
+    Raises:
+        BusyError: another process still holds it.
+    """
+    lock, end = _lock_of(target), time.monotonic() + seconds
+    with ExitStack() as held:
+        while True:
+            try:
+                descriptor = held.enter_context(locked(target))
+            except BusyError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
+                continue
+            with suppress(FileNotFoundError):
+                # Who held it before may have removed the file that is locked now.
+                if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                    break
+            held.close()
+        held.callback(lock.unlink, missing_ok=True)
         yield
 
 
@@ -271,7 +312,7 @@ def _without_locks(descriptor: int, target: Path) -> str | None:
         if error.errno in NO_LOCKS:
             return error.strerror or str(error)
         if error.errno in HELD:
-            raise AftError(
+            raise BusyError(
                 f"{target}: another process is writing this file; wait for it or choose another "
                 "--run"
             ) from error
@@ -325,9 +366,9 @@ def _read_holder(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
 
 
-def _busy(path: Path, target: Path, holder: Mapping[str, Any]) -> AftError:
+def _busy(path: Path, target: Path, holder: Mapping[str, Any]) -> BusyError:
     who = f"process {holder['pid']} on {holder.get('host')}" if holder else "another process"
-    return AftError(
+    return BusyError(
         f"{target}: {who} is writing this file, as {path.name} beside it says; wait for it, or "
         f"delete {path.name} if that process no longer runs"
     )

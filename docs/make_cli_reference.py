@@ -59,7 +59,10 @@ def _command(name: str, command: Any) -> Iterator[str]:  # noqa: ANN401 - click'
     if options:
         yield _table("option", ((f"`{_spelling(p)}`", _meaning(p)) for p in options))
     if command.epilog:
-        yield f"{_prose(command.epilog)}\n"
+        words, _, examples = command.epilog.rpartition("\n\n")
+        if words:
+            yield f"{_prose(words)}\n"
+        yield f"```text\n{examples}\n```\n"
 
 
 def _table(what: str, rows: Any) -> str:  # noqa: ANN401

@@ -121,8 +121,8 @@ class _Files:
         self.identity = json.loads(json.dumps(identity))
         if job.f.checkpoint and Path(job.f.checkpoint) == self.path.resolve():
             raise AftError(
-                f"{self.path}: is what the training starts from; give another --run, so that it "
-                "is not overwritten"
+                f"{self.path}: the training starts from this file and would overwrite it; give "
+                "another --run"
             )
 
     def start_again(self) -> None:

@@ -158,8 +158,8 @@ def earlier_layers(f: Classifier, names: Sequence[str]) -> Earlier:
     for name in names:
         if name.split("+")[-1] not in ordered:
             raise AftError(
-                f"layer {name!r} can't be tuned together with {f.layer_name}, which the masks are "
-                f"of: it does not come before it; nearest that does: {nearest(name, ordered)}"
+                f"layer {name!r} can't be tuned with {f.layer_name}, the masks' layer: it does "
+                f"not come before it; nearest that does: {nearest(name, ordered)}"
             )
     in_order = sorted(names, key=lambda name: ordered.index(name.split("+")[-1]))
     parts: list[nn.Module] = [f.stem]

@@ -163,8 +163,8 @@ def _check_w0_alone(f: Classifier, earlier: Earlier | None) -> None:
     trained = (*(earlier.parts if earlier else ()), f.layer, f.head)
     if any(id(p) in frozen for part in trained for p in part.parameters()):
         raise AftError(
-            f"{f.layer_name}: layers before it use the same weights as layers from it on, so "
-            "these can't be trained alone; choose another --layer"
+            f"{f.layer_name}: shares weights with layers before it, so it can't be trained alone; "
+            "choose another --layer"
         )
 
 

@@ -70,12 +70,12 @@ def check_job(job: Job, augment: bool) -> None:
     check_learnable(job.f)
     if (job.made or {}).get("masking") == "soft":
         raise AftError(
-            f"{job.name}: a zero level is learned from binary masks, these were searched with soft "
-            "masking, which rewards high scores and not the support (on ImageNet the average "
-            "increase fell from .337 to .270); make masks with aft gen-masks --masking binary"
+            f"{job.name}: a zero level needs binary masks, and these are soft, which rewards high "
+            "scores, not the kept region (on ImageNet the average increase fell from .337 to "
+            ".270); make masks with aft gen-masks --masking binary"
         )
     if job.earlier:
-        raise AftError("--objective zero-level is of one layer, the masks'; give one --layer")
+        raise AftError("--objective zero-level tunes one layer, the masks'; give --layer once")
     if augment:
         raise AftError("--objective zero-level trains on maps of whole images; leave --augment out")
 

@@ -215,7 +215,7 @@ def signal_takes_all() -> Hook:
             if (signal.numel() > gate.numel()) == (gate.numel() > signal.numel()):
                 raise AftError(
                     f"no rule of relevance propagation for the product of two activations of "
-                    f"shape {tuple(signal)}: which of them is the gate?; {INSTEAD}"
+                    f"shape {tuple(signal)}: it is unclear which one is the gate; {INSTEAD}"
                 )
             r = grad_output[0]
             zeros = [torch.zeros(shape).to(r) for shape in (signal, gate)]

@@ -11,6 +11,7 @@ explained one by one, which bounds memory and keeps each image's random numbers 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from aftcli.attributions.canonical import canonical
 from aftcli.core.classifier import Classifier
-from aftcli.errors import AftError
+from aftcli.errors import AftError, AftWarning
 
 BATCH = 16  # images in one pass with gradients
 
@@ -32,6 +33,8 @@ NOISY = 48  # images of SmoothGrad (its paper: 50) and of GradientSHAP
 NOISE = 0.15  # standard deviation as a share of the input's range: 10 to 20 % in SmoothGrad's paper
 
 SEED = 0
+
+MISSING = 0.05  # of the change of the score, from which on DeepLIFT says it
 
 # What DeepLIFT's rescale rule knows in captum.
 RESCALED = (nn.ReLU, nn.ELU, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.Softplus)
@@ -138,9 +141,30 @@ def signed_deep_lift(f: Classifier, class_index: Tensor, x: Tensor) -> Tensor:
                 "integratedgradients or gradientshap"
             )
     method = DeepLift(network)
-    return _each(
+    found = _each(
         lambda x_n, c: method.attribute(x_n, torch.zeros_like(x_n), target=c), x, class_index
     )
+    _say_what_is_missing(f, class_index, x, found)
+    return found
+
+
+@torch.no_grad()
+def _say_what_is_missing(f: Classifier, class_index: Tensor, x: Tensor, found: Tensor) -> None:
+    """Warn where contributions do not sum to Delta y^c: captum passes over what it has no rule for.
+
+    Such are products, LayerNorm, GroupNorm, clamp and a softmax within the network.
+    """
+    *scores, mean = f(torch.cat([x, torch.zeros_like(x[:1])]))
+    change = torch.stack(scores).gather(1, class_index[:, None])[:, 0] - mean[class_index]
+    missing = ((found.flatten(1).sum(1) - change).abs() / change.abs()).max()
+    if missing > MISSING:
+        warnings.warn(
+            f"deeplift: its contributions to {f.name} miss up to {float(missing):.0%} of the "
+            "change of the score: the network has steps that its rule does not know, such as "
+            "LayerNorm or products; integratedgradients misses less",
+            AftWarning,
+            stacklevel=2,
+        )
 
 
 def _without_overlap(network: nn.Module) -> nn.Module:

@@ -78,8 +78,8 @@ def find_metric(name: str) -> Metric:
         )
     if name in NO_VALUE:
         raise AftError(
-            f"--metrics quantus:{name} {NO_VALUE[name]}, so it has no value of one image and its "
-            "map; leave it out"
+            f"--metrics quantus:{name} {NO_VALUE[name]}, so it has no value for a single image; "
+            "leave it out"
         )
     return known[name]
 

@@ -1,6 +1,6 @@
 """The command line: `aft` with its commands, and how each of them ends.
 
-A note on stderr says which options have no effect beside others (aftcli.options.idle).
+Options that have no effect beside others are refused (aftcli.options.idle).
 
 Torch is imported by the commands that need it.
 """
@@ -26,14 +26,14 @@ from aftcli.cli.process import INTERRUPTED, Stopping, flush, what_is_wrong
 from aftcli.errors import AftError, AftWarning
 from aftcli.evaluation.measures import TABLES
 from aftcli.options.groups import Run
-from aftcli.options.help import EPILOGS
+from aftcli.options.help import epilog
 from aftcli.options.idle import idle
 from aftcli.options.make import grouped
 from aftcli.report.terminal import complain, say_traceback
 
 
 class Command(TyperCommand):
-    """A command that says on stderr, at its end, which of the options given had no effect."""
+    """A command that refuses options without effect, and says which ask for what is so anyway."""
 
     def get_help_option(self, ctx: typer.Context) -> Any:  # type: ignore[override] # noqa: ANN401
         """Return --help, shown among the options of how the command runs."""
@@ -55,16 +55,24 @@ class Command(TyperCommand):
             raise
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override] # noqa: ANN401
-        """Run the command, then say it; an error is told alone."""
+        """Run the command if each option has an effect; notes follow its end, and no error.
+
+        Raises:
+            UsageError: options have no effect.
+        """
+        refusals, notes = idle(str(self.name), *self._given(ctx))
+        if refusals:
+            ctx.fail("; ".join(refusals))
         try:
             result = super().invoke(ctx)
         except typer.Exit:
-            self._say(ctx)
+            _say(ctx, notes)
             raise
-        self._say(ctx)
+        _say(ctx, notes)
         return result
 
-    def _say(self, ctx: typer.Context) -> None:
+    def _given(self, ctx: typer.Context) -> tuple[dict[str, Any], set[str]]:
+        """Return all options' values, and the spellings of those on the command line."""
         values, given = {}, set()
         for parameter in self.params:
             name = str(parameter.name)
@@ -76,10 +84,14 @@ class Command(TyperCommand):
             # Not of the environment: what is set there is meant for all commands.
             if source is not None and source.name == "COMMANDLINE":
                 given.add(spelling)
-        # One process speaks for all of a run.
-        if not ctx.params.get("quiet") and os.environ.get("RANK", "0") == "0":
-            for sentence in idle(str(self.name), values, given):
-                complain(sentence)
+        return values, given
+
+
+def _say(ctx: typer.Context, notes: list[str]) -> None:
+    """Print notes; one process speaks for all of a run."""
+    if not ctx.params.get("quiet") and os.environ.get("RANK", "0") == "0":
+        for sentence in notes:
+            complain(sentence)
 
 
 app = typer.Typer(
@@ -109,8 +121,8 @@ def root(
 for command in (explain, tft, gen_masks, finetune, evaluate):
     # Typer keeps the line breaks of all paragraphs but the first.
     text = "\n\n".join(" ".join(part.split()) for part in str(command.__doc__).split("\n\n"))
-    epilog = EPILOGS[command.__name__]
-    app.command(cls=Command, help=text, epilog=epilog)(grouped(command))
+    below = epilog(command.__name__)
+    app.command(cls=Command, help=text, epilog=below)(grouped(command))
 
 
 def main() -> None:

@@ -69,12 +69,12 @@ class StoredThresholds:
     ] = None
     masking: Annotated[
         Readings,
-        words("--masking", Readings, "a table of each, multiply by the mask, or by the map."),
+        words("--masking", Readings, "Masks", more_help="Each has a table."),
     ] = "both"
-    fill: Annotated[Fill | None, words("--fill", Fill, "of muted pixels.", default=False)] = None
+    fill: Annotated[Fill | None, words("--fill", Fill, "Muted pixels", default=False)] = None
     mode: Annotated[
         Mode | None,
-        words("--threshold-mode", Mode, "of the scores.", default=False),
+        words("--threshold-mode", Mode, "Cut scores by", default=False),
     ] = None
 
     @property
@@ -97,7 +97,7 @@ class TableOutput(Printed):
             callback=usage(tables),
         ),
     ] = None
-    format_: Annotated[Format, words("--format", Format, "how to print.")] = "table"
+    format_: Annotated[Format, words("--format", Format, "Print as")] = "table"
     metrics: Annotated[
         str | None,
         option(
@@ -113,14 +113,14 @@ class TableOutput(Printed):
         option(
             "--baselines",
             "",
-            "Add columns of Table 1's cut-offs, and of controls that keep as much as TFT and AFT.",
+            "Add Table 1's cut-offs, and controls that keep as much as TFT and AFT.",
         ),
     ] = False
     ci: Annotated[
         bool, option("--ci", "", "Show 95 % intervals (bootstrap) and the columns' differences.")
     ] = False
     sanity: Annotated[
-        bool, option("--sanity", "", "Also compare with maps of networks with random weights.")
+        bool, option("--sanity", "", "Compare with maps of the network with random weights.")
     ] = False
     figures: Annotated[
         bool, option("--figures", "", "Draw figures and a page of all in RUN/results.")

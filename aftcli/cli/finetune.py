@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
-from aftcli.core.methods import named
+from aftcli.core.methods import named, spelled
 from aftcli.errors import AftError
+from aftcli.options import complete
 from aftcli.options.groups import Data, Methods, Printed, StudyRun, ValShare, Weights, check_layers
 from aftcli.options.make import number, option, usage, words
 
@@ -34,8 +35,9 @@ class TunedNetwork(Weights):
         option(
             "--layer",
             "NAME",
-            "Repeatable; the last, and default: the masks'.",
+            "Layers to tune; default and last: the masks'.",
             callback=usage(check_layers),
+            autocompletion=complete.layers,
         ),
     ] = None
 
@@ -54,7 +56,7 @@ class TrainingData(Data):
     ] = False
     held_out: Annotated[
         float,
-        number("--held-out", "SHARE", "held_out", "Share kept to choose the epoch."),
+        number("--held-out", "SHARE", "held_out", "Share that chooses the epoch."),
     ] = 0.1
     val_share: ValShare = None
     augment: Annotated[bool, option("--augment", "", "Flip and crop at random; uses no cache.")] = (
@@ -77,9 +79,9 @@ class Training:
         words(
             "--objective",
             Objective,
-            "what fits the masks (paper: tuner). "
-            "Default: zero-level where the method has a sign, otherwise tuner.",
+            "Fit to the masks",
             default=False,
+            more_help="Default: zero-level if the method has a sign, otherwise tuner (paper).",
         ),
     ] = None
     consistency: Annotated[
@@ -96,8 +98,9 @@ class Training:
         words(
             "--classification",
             Classification,
-            "learn the labels (paper), or the original probabilities.",
+            "Learn from",
             default=False,
+            more_help="Paper: labels; distillation is from the untuned network.",
         ),
     ] = None
     blend: Annotated[
@@ -132,9 +135,19 @@ class Training:
 class TunedMaps(Methods):
     """The maps that are tuned."""
 
+    cam: Annotated[
+        list[str] | None,
+        option(
+            "--cam --method",
+            "METHOD",
+            "Of the masks; repeatable. Default: all of them.",
+            callback=usage(spelled),
+            autocompletion=complete.methods,
+        ),
+    ] = None
     gauge: Annotated[
         Gauge,
-        words("--gauge", Gauge, "one number, or weights too."),
+        words("--gauge", Gauge, "Learn t, or v and t"),
     ] = "t"
 
 
@@ -154,11 +167,11 @@ class TuneRun(StudyRun):
 
     precision: Annotated[
         MixedPrecision,
-        words("--precision", MixedPrecision, "auto as launched."),
+        words("--precision", MixedPrecision, "Mixed precision", more_help="auto: as launched."),
     ] = "auto"
     cache: Annotated[
         Cache,
-        words("--cache", Cache, "where to keep the frozen layers' outputs."),
+        words("--cache", Cache, "Keep the frozen layers' outputs in"),
     ] = "auto"
 
 

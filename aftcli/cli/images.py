@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
@@ -21,7 +22,9 @@ from aftcli.settings import Colormap
 if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
     from aftcli.pictures.overlay import Subject
+    from aftcli.report.compared import Grids
     from aftcli.report.explain import Report
+    from aftcli.report.manifest import Manifest
     from aftcli.settings import Search
 
     Explain = Callable[[Classifier, Subject], list[Report]]
@@ -54,13 +57,21 @@ class Found(NamedTuple):
     problems: list[str]
 
 
+class Job(NamedTuple):
+    """A network that explains each image."""
+
+    ready: Callable[[], Classifier]
+    explain: Explain
+
+
 def each_image(
-    ready: Callable[[], Classifier],
+    jobs: Sequence[Job],
     found: Found,
-    explain_image: Explain,
     settings: Search,
     output: Files,
     run: Run,
+    grids: Grids,
+    manifest: Manifest | None,
 ) -> None:
     """Explain every image that can be read; say of each other one what is wrong with it."""
     from aftcli.data.images import read_image, view_of
@@ -70,22 +81,51 @@ def each_image(
     from aftcli.report.terminal import progress
 
     keep_freed_memory()
+    report.output_folder(output.out)
     called = stems(found.paths)
     results: list[dict[str, Any]] = []
-    report.output_folder(output.out)
-    f = ready()
-    for path in progress(found.paths, "explaining", len(found.paths), run.quiet):
-        try:
-            picture = read_image(path)
-            view = view_of(picture.size, f.preprocessing)
-            reports = explain_image(f, Subject(path, called[path], picture, view))
-            # Numbers instead of the maps: a folder may hold very many images.
-            results += [report.as_dict(f, each, settings) for each in reports]
-        except AftError as error:
-            found.problems.append(str(error))
-            if run.debug:
-                say_traceback(*sys.exc_info())
+    with ExitStack() as ending:
+        if manifest:
+            called = manifest.names(called)
+            ending.enter_context(_closed(manifest, found, run))
+        ready = [(job.ready(), job.explain) for job in jobs]
+        for path in progress(found.paths, "explaining", len(found.paths), run.quiet):
+            with _told(found, run):
+                picture = read_image(path)
+                reports = []
+                for f, explain in ready:
+                    view = view_of(picture.size, f.preprocessing)
+                    explained = explain(f, Subject(path, called[path], picture, view))
+                    reports += [(f, each) for each in explained]
+                if (grid := grids.of_image()) and reports:
+                    reports[-1][1].outputs["grid"] = grid
+                # Numbers instead of the maps: a folder may hold very many images.
+                results += [report.as_dict(f, each, settings) for f, each in reports]
+            grids.drop()
+        with _told(found, run):
+            if (overview := grids.overview()) and results:
+                results[-1]["outputs"]["overview"] = str(overview)
     finish(results, found.problems, output.json)
+
+
+@contextmanager
+def _told(found: Found, run: Run) -> Iterator[None]:
+    """Keep what is wrong for the end, so that it stops nothing else."""
+    try:
+        yield
+    except AftError as error:
+        found.problems.append(str(error))
+        if run.debug:
+            say_traceback(*sys.exc_info())
+
+
+@contextmanager
+def _closed(manifest: Manifest, found: Found, run: Run) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with _told(found, run):
+            manifest.close()
 
 
 def finish(results: list[dict[str, Any]], problems: list[str], json: bool) -> None:

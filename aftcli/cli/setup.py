@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftcli.cli.process import kept_from_collector
-from aftcli.core.methods import METHODS, named
+from aftcli.core.methods import METHODS, named, spelled
 from aftcli.data.text import check_data_set
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from aftcli.engine.accelerate import Accelerate
     from aftcli.pictures.overlay import Subject
     from aftcli.settings import Search
+    from aftcli.tft.explain import Explanation
     from aftcli.tft.stores import Source
 
 
@@ -111,6 +114,7 @@ def classifiers(
     quiet: bool,
     fuse: str | None = None,
     target: str | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> tuple[Classifier, ...]:
     """Load the network once for each layer that was asked for, cut there, on its device.
 
@@ -124,7 +128,7 @@ def classifiers(
     layers: Sequence[str | None] = network.layers or (None,)
     if fuse and len(layers) < 2:
         raise AftError(f"--fuse {fuse} takes the maps of two layers or more: repeat --layer")
-    where, note = find_device(device), noting(quiet)
+    where, note = find_device(device), note or noting(quiet)
     from aftcli.models.targets import load_target, with_target
 
     files, own = (network.model, network.checkpoint), names(network.classes)
@@ -132,6 +136,61 @@ def classifiers(
     score = load_target(target) if target else None
     found = (read(*files, layer, classes=own, device=where, note=note) for layer in layers)
     return tuple(with_target(f, score) if score else f for f in found)
+
+
+def networks(
+    each: Sequence[Network],
+    device: str,
+    quiet: bool,
+    fuse: str | None = None,
+    target: str | None = None,
+) -> list[tuple[Classifier, ...]]:
+    """Load several networks, each as `classifiers` does; notes and errors name theirs.
+
+    Raises:
+        AftError: see `classifiers`.
+    """
+    if len(each) == 1:
+        return [classifiers(each[0], device, quiet, fuse, target)]
+    found = [_one_of(network, device, quiet, fuse, target) for network in each]
+    same = Counter((f.name, f.checkpoint) for f, *_ in found)
+    if twice := [name for (name, _), count in same.items() if count > 1]:
+        raise AftError(f"{twice[0]} is named twice; name each network once")
+    weights = {id(p): p.nbytes for cuts in found for f in cuts for p in f.parameters()}
+    megabytes = sum(weights.values()) / 1e6
+    noting(quiet)(f"{len(found)} networks are in memory at once: {megabytes:.0f} MB of weights")
+    return found
+
+
+def _one_of(
+    network: Network, device: str, quiet: bool, fuse: str | None, target: str | None
+) -> tuple[Classifier, ...]:
+    called = title(network)
+
+    def note(text: str) -> None:
+        noting(quiet)(text if called in text else f"{called}: {text}")
+
+    with naming(called):
+        return classifiers(network, device, quiet, fuse, target, note)
+
+
+def title(network: Weights) -> str:
+    """Name a network for messages, as its options do."""
+    from aftcli.networks.sources import DEFAULT_MODEL
+
+    model = network.model or ("" if network.checkpoint else DEFAULT_MODEL)
+    return " ".join(filter(None, [model, str(network.checkpoint or "")]))
+
+
+@contextmanager
+def naming(called: str) -> Iterator[None]:
+    """Name the network in errors, where there are several; "" for one."""
+    try:
+        yield
+    except AftError as error:
+        if called in str(error):
+            raise
+        raise AftError(f"{called}: {error}") from error
 
 
 def source(
@@ -185,7 +244,7 @@ def methods(
     from aftcli.tft.explain import fits
 
     methods = named(asked or [f.cam or default])
-    if "all" not in (asked or []):
+    if "all" not in spelled(asked or []):
         return methods
     return [m for m in methods if all(fits(each, m) for each in (f, *others))]
 
@@ -209,6 +268,50 @@ def targets(f: Classifier, maps: TargetMaps) -> list[int]:
     if maps.top_k > len(f.classes):
         raise AftError(f"--top-k {maps.top_k}: {f.name} has {len(f.classes)} classes")
     return list(dict.fromkeys(f.classes.index(name) for name in maps.target or []))
+
+
+def contrast(
+    f: Classifier,
+    other: str,
+    asked: list[str] | None,
+    methods: list[str],
+    targets: Sequence[int],
+) -> tuple[list[str], int]:
+    """Find the class of --contrast, and the methods that can contrast: of `--cam all` those.
+
+    Raises:
+        AftError: the class is unknown, is explained itself, or a method named can't contrast.
+    """
+    from aftcli.attributions.maps import takes_target
+
+    found = f.classes.index(other)
+    if found in targets:
+        raise AftError(f"--contrast {other}: it is the class explained; give another one")
+    fitting = [name for name in methods if takes_target(name)]
+    refused = [name for name in methods if name not in fitting and name in (asked or [])]
+    if refused or not fitting:
+        raise AftError(
+            f"--contrast: {', '.join(refused or methods)} can't explain a difference of classes; "
+            f"take one of {', '.join(name for name in METHODS if takes_target(name))}"
+        )
+    return fitting, found
+
+
+def warn_of_chance(
+    f: Classifier, subject: Subject, explained: Sequence[Explanation], quiet: bool
+) -> None:
+    """Say which classes explained are less likely than chance; scores of targets are no chances."""
+    from aftcli.models.targets import Targeted
+
+    if isinstance(f, Targeted):
+        return
+    chance = 1 / len(f.classes)
+    unlikely = {e.class_index: e.probability for e in explained if e.probability < chance}
+    for index, probability in unlikely.items():
+        noting(quiet)(
+            f"{subject.path}: {f.classes.name(index)} has a probability of {probability:.1e}, less "
+            f"than chance (1/{len(f.classes)}); its map says little"
+        )
 
 
 def input_of(f: Classifier, subject: Subject) -> Tensor:

@@ -2,7 +2,7 @@
 
 Each method is a function of (classifier, activation, class_index, x) and returns I_pre, shape
 (N, h, w), after the outer ReLU, before scaling. Only methods that perturb the input look at x.
-The score y^c is the pre-softmax one (docs/method/decisions.md).
+The score y^c is the pre-softmax one (docs/method/decisions/network.md).
 """
 
 from __future__ import annotations

@@ -211,7 +211,8 @@ class Classes:
         known = [synonym for i in count for synonym in self.synonyms(i)]
         # A long name is not near to a word that it contains.
         within = [name for name in known if wanted and f" {wanted} " in f" {_plain(name)} "]
-        named = ", ".join(dict.fromkeys(within[:MOST_NAMED])) or nearest(target, known)
+        within += [name for name in known if len(wanted) > 2 and wanted in _plain(name)]
+        named = ", ".join([*dict.fromkeys(within)][:MOST_NAMED]) or nearest(target, known)
         raise AftError(f"unknown class {target!r}; nearest: {named}")
 
     def match(self, names: Sequence[str]) -> list[int | None]:

@@ -288,8 +288,8 @@ def cut_classifier(
             meant = output_of(lambda x: parts.head(*parts.flow(x)), x, logits, output)
     if named and rest and not others and not moves_output(parts.head, activation, rest):
         note(
-            f"no cell of layer {layer} moves the output, as of tokens of which only the class's is "
-            "read, so its maps are 0 everywhere; leave the layer out, or name an earlier one"
+            f"layer {layer} does not move the output (as where only the class token is read), so "
+            "its maps are 0 everywhere; leave the layer out, or name an earlier one"
         )
     name = name or type(model).__name__
     if meant.guess:

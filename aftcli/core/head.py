@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointError
 
@@ -46,12 +47,39 @@ def gradient_of(layer: str, y: Tensor, activation: Tensor, create_graph: bool) -
         ) from error
 
 
+class Pointwise(nn.Module):
+    """A convolution of one cell as the linear layer that it is; the weights are the same tensor."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution = convolution
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights, a view of shape (D, K)."""
+        return self.convolution.weight.flatten(1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, shape (D,)."""
+        return self.convolution.bias
+
+    @property
+    def out_features(self) -> int:
+        """The number of outputs, D."""
+        return self.convolution.out_channels
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return its outputs of features, shape (N, K): shape (N, D)."""
+        return functional.linear(features, self.weight, self.bias)
+
+
 class LinearHead(NamedTuple):
     """head(A) = rest(linear(pool(A))), where pool mixes no channels.
 
     Attributes:
         pool: from A, shape (N, K, h, w), to features, shape (N, K * m), channel by channel.
-        linear: the first linear layer, K * m features in.
+        linear: the first linear layer, K * m features in; or a convolution of one cell.
         rest: from the linear layer's output to the logits.
         is_last: the linear layer's outputs are the logits: rest is the identity, or turns the only
             output into the columns of both classes.
@@ -59,7 +87,7 @@ class LinearHead(NamedTuple):
     """
 
     pool: nn.Module
-    linear: nn.Linear
+    linear: nn.Linear | Pointwise
     rest: nn.Module
     is_last: bool
     is_mean: bool
@@ -68,7 +96,7 @@ class LinearHead(NamedTuple):
     def weight(self) -> Tensor:
         """The weights of each class, shape (C, K * m), if the linear layer is last."""
         own = self.linear.weight
-        return torch.cat([-own, own]) if _is_both(self.rest, self.linear) else own
+        return torch.cat([-own, own]) if _is_both(self) else own
 
 
 def linear_head(head: nn.Module, shape: tuple[int, int, int]) -> LinearHead | None:
@@ -80,11 +108,15 @@ def linear_head(head: nn.Module, shape: tuple[int, int, int]) -> LinearHead | No
         if name is None:
             return None
         pool, _, rest = cut(head, name)
-        linear: nn.Linear = head.get_submodule(name)  # type: ignore[assignment]
-        is_last = _is_identity(rest) or _is_both(rest, linear)
-        split = LinearHead(pool, linear, rest, is_last, False)
+        linear: nn.Module = head.get_submodule(name)
+        if isinstance(linear, nn.Conv2d):
+            pool, linear = nn.Sequential(pool, nn.Flatten()), Pointwise(linear)
+            rest = nn.Sequential(nn.Unflatten(1, (-1, 1, 1)), rest)
+        split = LinearHead(pool, linear, rest, False, False)  # type: ignore[arg-type]
         if not _is_channelwise(split, shape):
             return None
+        is_last = _is_identity(rest) or _is_both(split) or _changes_nothing(split)
+        split = split._replace(is_last=is_last)
         return split._replace(is_mean=_is_mean(split, shape))
     finally:
         head.train(was_training)
@@ -92,9 +124,27 @@ def linear_head(head: nn.Module, shape: tuple[int, int, int]) -> LinearHead | No
 
 def _first_linear(head: nn.Module) -> str | None:
     try:
-        return next((n for n, m in cut_modules(head) if isinstance(m, nn.Linear)), None)
+        return next((n for n, m in cut_modules(head) if _is_linear(m)), None)
     except Exception:  # noqa: BLE001 - a head that fx can't open has no linear form
         return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Tell a linear layer, or a convolution that is one where its input is one cell."""
+    if not isinstance(module, nn.Conv2d):
+        return isinstance(module, nn.Linear)
+    single = module.kernel_size == module.stride == module.dilation == (1, 1)
+    return single and module.groups == 1 and module.padding in (0, (0, 0))
+
+
+@torch.no_grad()
+def _changes_nothing(split: LinearHead) -> bool:
+    """Tell if what follows a convolution hands on all outputs as they are, negative ones too."""
+    if not isinstance(split.linear, Pointwise):
+        return False
+    outputs = torch.randn(5, split.linear.out_features, generator=torch.Generator().manual_seed(0))
+    outputs = outputs.to(split.linear.weight)
+    return torch.equal(split.rest(outputs), outputs)
 
 
 def _is_identity(rest: nn.Module) -> bool:
@@ -107,12 +157,12 @@ def _is_identity(rest: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _is_both(rest: nn.Module, linear: nn.Linear) -> bool:
+def _is_both(split: LinearHead) -> bool:
     """Tell if rest turns the linear layer's only output y into columns -y and y."""
-    if linear.out_features != 1 or not hasattr(rest, BOTH):
+    if split.linear.out_features != 1 or not hasattr(split.rest, BOTH):
         return False
-    y = torch.linspace(-9, 9, 19)[:, None].to(linear.weight)
-    return torch.equal(rest(y), torch.cat([-y, y], 1))
+    y = torch.linspace(-9, 9, 19)[:, None].to(split.linear.weight)
+    return torch.equal(split.rest(y), torch.cat([-y, y], 1))
 
 
 @torch.no_grad()
@@ -128,6 +178,8 @@ def _is_channelwise(split: LinearHead, shape: tuple[int, int, int]) -> bool:
         features = split.pool(activation)
         if features.dim() != 2 or features.shape[1] % channels:
             return False
+        if isinstance(split.linear, Pointwise) and features.shape[1] != channels:
+            return False  # it is applied to several cells
         blocks = features.view(channels, -1), zero.view(channels, -1)
         expected = torch.where(kept[:, None], *blocks).view(1, -1)
         ablated = split.pool(activation * kept.view(-1, *[1] * (len(shape) - 1)))

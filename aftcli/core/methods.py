@@ -6,6 +6,7 @@ function instead of importing it, so that `aft --help` does not import torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -82,6 +83,11 @@ class Entry:
         """Return whether its map scores pixels one by one: a threshold leaves single pixels."""
         return self.family in ("gradient", "decomposition")
 
+    @property
+    def of_signed(self) -> bool:
+        """Return whether it attributes with signs: I_pre is the positive part of what it gives."""
+        return self.reduction == "positive"
+
     def load(self) -> Method:
         """Import the method's function."""
         self.check_installed()
@@ -98,6 +104,21 @@ class Entry:
     def load_signed(self) -> Method:
         """Import the function of the map before its ReLU; only where `signed` names one."""
         return _imported(self.signed)  # type: ignore[no-any-return]
+
+    def load_before_relu(self) -> Method | None:
+        """Import the function whose ReLU is I_pre, shape (N, h, w); None where signs are lost."""
+        if self.signed:
+            return self.load_signed()
+        if not self.of_signed:
+            return None
+        self.check_installed()
+        function = _imported(self.function)
+
+        def summed(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+            signed = function(f, class_index, x, *self.given)
+            return signed.sum(1) if signed.dim() == 4 else signed  # type: ignore[no-any-return]
+
+        return summed
 
     def check_installed(self) -> None:
         """Check that what the method needs is installed, without importing it."""
@@ -259,25 +280,49 @@ def check_device(name: str) -> None:
         raise AftError(f"unknown device {name!r}; there are auto, cpu, cuda, cuda:N and mps")
 
 
+def spelled(words: Iterable[str]) -> list[str]:
+    """Return words as METHODS and FAMILIES spell them, or `all`.
+
+    A word may list several, joined by commas. Names are taken as people write them.
+
+    Raises:
+        AftError: there is no such method; the message names the nearest.
+
+    >>> spelled(["Grad-CAM++,layer_cam", "All"])
+    ['gradcam++', 'layercam', 'all']
+    """
+    known = {_squeezed(name): name for name in ("all", *FAMILIES, *METHODS)}
+    found = []
+    for part in (part.strip() for word in words for part in word.split(",")):
+        if _squeezed(part) not in known:
+            families = [family for family in FAMILIES if family not in METHODS]
+            raise AftError(
+                f"unknown method {part!r}; nearest: {nearest(part, [*METHODS, *families])}; all: "
+                f"{', '.join(METHODS)}; `all` for every CAM, or a family: {', '.join(families)}"
+            )
+        found.append(known[_squeezed(part)])
+    return found
+
+
 def named(words: Iterable[str]) -> list[str]:
     """Return the methods that words stand for: names, `all` for every CAM, or a family's."""
     found: list[str] = []
-    families = [family for family in FAMILIES if family not in METHODS]
-    for word in words:
+    for word in spelled(words):
         if word == "all":
             found += CAMS
-        elif word in families:
-            found += (name for name, entry in METHODS.items() if entry.family == word)
         elif word in METHODS:
             found.append(word)
         else:
-            raise AftError(
-                f"unknown method {word!r}; nearest: {nearest(word, [*METHODS, *families])}; all: "
-                f"{', '.join(METHODS)}; `all` for every CAM, or a family: {', '.join(families)}"
-            )
+            found += (name for name, entry in METHODS.items() if entry.family == word)
     for name in found:
         METHODS[name].check_installed()
     return list(dict.fromkeys(found))
+
+
+def _squeezed(name: str) -> str:
+    """Strip a name of its case, hyphens, underscores and spaces."""
+    plain = re.sub(r"[-_\s]+", "", name.lower())
+    return re.sub("(plusplus|pp)$", "++", plain)
 
 
 def method(name: str) -> Entry:

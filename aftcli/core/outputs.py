@@ -1,4 +1,4 @@
-"""The meaning of a network's outputs, and their probabilities (docs/method/decisions.md)."""
+"""Meaning of a network's outputs, and their probabilities (docs/method/decisions/network.md)."""
 
 from __future__ import annotations
 

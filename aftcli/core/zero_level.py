@@ -173,7 +173,7 @@ def fold(f: Classifier, v: Tensor) -> bool:
     split = f.linear_head
     if split is None or not (split.is_last and split.is_mean):
         return False
-    split.linear.weight += v
+    split.linear.weight.add_(v)
     return True
 
 
@@ -322,8 +322,8 @@ def above(attribution: Tensor, share: float, activation: Tensor, name: str) -> T
     RANGES["zero_level"].check(share)
     if attribution.shape[1:] != activation.shape[2:]:
         raise AftError(
-            f"{name}: a zero level is of maps of cells, this one is of pixels; average it over "
-            "the layer's cells (--cells), or mute scores by --threshold"
+            f"{name}: a zero level needs a map of cells, and this one is of pixels; average it "
+            "over the layer's cells (--cells), or mute scores by --threshold"
         )
     maximum = attribution.amax(tuple(range(1, attribution.dim())), keepdim=True)
     return (attribution - share * maximum).relu()
@@ -381,7 +381,7 @@ def check_signed(cam: str) -> None:
     if not METHODS[cam].signed:
         able = ", ".join(name for name, entry in METHODS.items() if entry.signed)
         raise AftError(
-            f"the map of {cam} has no zero level to learn: no term that all logits share moves it, "
-            f"for it has no sign; take one of {able}, or cut the map without training: aft explain "
+            f"the map of {cam} has no sign, so it has no zero level to learn; take one of {able}, "
+            "or cut the map without training: aft explain "
             "--zero-level T"
         )

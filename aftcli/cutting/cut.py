@@ -31,14 +31,14 @@ class Parts(NamedTuple):
     head: nn.Module
 
     def flow(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Run an input up to the layer, and return A and what passes the layer by.
+        """Run an input up to the layer, and return A and what bypasses the layer.
 
         Raises:
             Untraceable: one of these values is not a tensor.
         """
         flow = flow_of(self.layer(self.stem(x)))
         if not all(isinstance(each, Tensor) for each in flow):
-            raise Untraceable("what leaves the layer are no tensors, but structures of some")
+            raise Untraceable("the layer returns a structure, not a tensor")
         if isinstance(self.head, fx.GraphModule):
             taken = sum(node.op == "placeholder" for node in self.head.graph.nodes)
             if taken != len(flow):
@@ -273,7 +273,7 @@ def _known(
         if isinstance(a, Tensor):
             rows = a.shape[:1] + b.shape[:1]
             if rows != (2, 3) or a.shape[1:] != b.shape[1:]:
-                raise Untraceable(f"{node} passes the layer by without a row for each image")
+                raise Untraceable(f"{node} bypasses the layer without a row for each image")
             tensors.add(node)
         else:
             sizes[node] = _size(a, b)
@@ -294,7 +294,7 @@ def _size(two: Any, three: Any) -> Any:  # noqa: ANN401 - numbers, nested
         return two
     if isinstance(two, int) and (two, three) == (2, 3):
         return BATCH
-    raise Untraceable(f"a {type(two).__name__} passes the layer by")
+    raise Untraceable(f"a {type(two).__name__} bypasses the layer")
 
 
 def _with_layout(parts: Parts, layout: Layout) -> Parts:

@@ -27,7 +27,7 @@ class Divided(NamedTuple):
 
     Attributes:
         parts: w0, w1, w2.
-        flow: A, and what passes the layer by.
+        flow: A, and what bypasses the layer.
         out: the network's output.
     """
 
@@ -85,7 +85,7 @@ def moves_output(head: nn.Module, activation: Tensor, rest: Sequence[Tensor]) ->
     Args:
         head: w2.
         activation: A, shape (1, K, h, w).
-        rest: what passes the layer by.
+        rest: what bypasses the layer.
     """
     with torch.enable_grad():
         a = activation.detach().requires_grad_()
@@ -119,7 +119,7 @@ def _checked(
     if not same_output(out, expected, tolerance):
         raise Untraceable(f"cutting at {layer!r} changes the logits; cut at another layer")
     if not all(map(torch.equal, before, flow)):
-        raise Untraceable(f"what follows {layer!r} writes into its output; cut at another layer")
+        raise Untraceable(f"a module after {layer!r} writes into its output; cut at another layer")
     return Divided(parts, flow, out)
 
 

@@ -13,7 +13,10 @@ from torch import Tensor, fx, nn
 from aftcli.cutting.networks import SameModules
 from aftcli.errors import AftError, first_line, nearest
 
-PUBLISHED = ("torchvision.", "timm.", "transformers.")  # their networks treat images alone
+# Networks of these treat images alone.
+PUBLISHED = ("torchvision.", "timm.", "transformers.", "aftcli.networks.lite")
+
+FLAT = ".flatten"  # the last step to logits of shape (N, C, 1, 1); no name, which has no dot first
 
 NESTED = 3  # structures in structures that are searched for logits
 
@@ -99,14 +102,14 @@ def check_logits(model: nn.Module, tried: Tried, note: Callable[[str], None]) ->
         again = at_path(whole(x), model.path) if isinstance(model, Logits) else model(x)
         if not torch.equal(again, logits):
             raise AftError(
-                f"{name} returns other values each time for the same input: it draws random "
-                "numbers (dropout in training mode?), or keeps what it has seen; switch that off "
-                "in its forward"
+                f"{name} returns different values each time for the same input: it draws random "
+                "numbers (dropout in training mode?) or keeps state; switch that off in its "
+                "forward"
             )
         note(
-            f"what {name} returns for an image depends on the other images of the batch, as by a "
-            "batch norm in training mode: maps of several images, and thresholds, for which masked "
-            "copies of an image are run together, are not those of one image alone"
+            f"the output of {name} depends on the other images of the batch (a batch norm in "
+            "training mode?), so maps of several images differ from those of each alone; so do "
+            "thresholds, which run masked copies of an image together"
         )
 
 
@@ -122,7 +125,7 @@ class Output(NamedTuple):
     @property
     def name(self) -> str:
         """The path as `--output-key` takes it."""
-        return ".".join(map(str, self.path))
+        return ".".join(str(key) for key in self.path if key != FLAT)
 
 
 def find_output(
@@ -133,7 +136,7 @@ def find_output(
     Args:
         out: a tensor, or tuples, lists, mappings and objects of tensors.
         key: the name of an entry, its number in a tuple, or several of them joined by dots;
-            default `logits`, otherwise the first tensor of shape (N, C).
+            default `logits`, otherwise the first tensor of shape (N, C), or (N, C, 1, 1).
         note: is told which one was taken, if there are several.
 
     Raises:
@@ -141,17 +144,18 @@ def find_output(
     """
     tensors = dict(_tensors(out))
     if key is None and isinstance(out, Tensor):
-        return Output(())
+        return Output(_flattened((), out))
     named = {Output(path).name: path for path in tensors}
     if key is not None:
         under = [path for name, path in named.items() if f"{name}.".startswith(f"{key}.")]
         if not under:
             known = nearest(key, named) if any(named) else "none, it returns one tensor"
             raise AftError(f"unknown output {key!r} of the network; nearest: {known}")
-        return Output(under[0])
+        return Output(_flattened(under[0], tensors[under[0]]))
     # A list of mappings has one for each image, as detectors give: none holds logits (N, C).
     for_each = isinstance(out, list) and all(isinstance(part, Mapping) for part in out)
     fit = [path for path, tensor in tensors.items() if tensor.dim() == 2 and not for_each]
+    fit = fit or [path for path, tensor in tensors.items() if _has_sides(tensor) and not for_each]
     if not fit:
         shapes = ", ".join(f"{name} {tuple(tensors[path].shape)}" for name, path in named.items())
         raise AftError(
@@ -165,7 +169,16 @@ def find_output(
             f"the network returns several tensors: {Output(chosen).name} is taken for the logits, "
             f"not {others}; --output-key KEY takes another"
         )
-    return Output(chosen)
+    return Output(_flattened(chosen, tensors[chosen]))
+
+
+def _has_sides(tensor: Tensor) -> bool:
+    """Tell if a tensor has one cell a channel: (N, C, 1, 1), as of a convolution after pooling."""
+    return tensor.dim() > 2 and all(side == 1 for side in tensor.shape[2:])
+
+
+def _flattened(path: tuple[str | int, ...], tensor: Tensor) -> tuple[str | int, ...]:
+    return (*path, FLAT) if _has_sides(tensor) else path
 
 
 def _tensors(out: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[Any, Tensor]]:
@@ -191,6 +204,8 @@ def _tensors(out: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[An
 def at_path(out: Any, path: Sequence[str | int]) -> Any:  # noqa: ANN401 - a structure of anything
     """Follow a path into what a network returns, which torch.fx may trace."""
     for i, key in enumerate(path):
+        if key == FLAT:
+            return out.flatten(1)
         if isinstance(out, fx.Proxy):
             return out.tracer.create_proxy("call_function", at_path, (out, tuple(path[i:])), {})
         inside = isinstance(out, Mapping) or (isinstance(out, list | tuple) and type(key) is int)
@@ -258,7 +273,7 @@ def with_logits(
     own = at_path(tried.out, output.path)
     if not torch.equal(logits(tried.x), own) and own.isfinite().all():
         raise AftError(
-            f"{type(model).__name__} returns other values each time, or hooks of its own change "
+            f"{type(model).__name__} returns different values each time, or its own hooks change "
             "them; remove the hooks, or let its forward do what they do"
         )
     return logits

@@ -262,6 +262,11 @@ def read_image(path: str | Path | Picture) -> Image.Image:
         return _rgb(image)
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened picture as `read_image` does: upright, 8 bits, RGB, over white."""
+    return _rgb(ImageOps.exif_transpose(image))
+
+
 def read_turn(path: Path) -> Turn:
     """Read how a picture is turned upright."""
     with open_picture(path) as image:

@@ -31,7 +31,7 @@ ENGINES = {
 
 CHOICES = ("auto", *ENGINES)
 
-ENOUGH = 500  # passes of the network, from which on exporting it pays (docs/method/decisions.md)
+ENOUGH = 500  # passes of the network from which an export pays (docs/method/decisions/network.md)
 
 TOLERANCES = {"no": 1e-4, "bf16": 0.1, "fp16": 0.1}  # of the largest value, by precision
 
@@ -78,7 +78,7 @@ def accelerated(
         made = getattr(import_module(module), kind)(f, note, precision)
         return checked(f, made, TOLERANCES[precision])
     except Unfit as unfit:
-        note(f"{f.name} can't run by {name} ({unfit}); it runs by torch as it is")
+        note(f"{f.name} can't run by {name} ({unfit}); plain torch runs it")
         return f
 
 

@@ -95,7 +95,7 @@ def traced(f: Classifier, method: str) -> nn.Module:
     from torch._decomp import core_aten_decompositions
 
     if find_method(method).family != "cam":
-        raise _not_exportable(f, method, AftError("only CAMs are a graph of the network's own"))
+        raise _not_exportable(f, method, AftError("only CAMs can be part of the network's graph"))
     explain = find_method(method).load()
     # Cached before tracing, since finding it runs the head.
     _ = f.linear_head

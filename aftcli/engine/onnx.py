@@ -205,5 +205,5 @@ def onnx_program(module: nn.Module, x: Tensor, outputs: Sequence[str]) -> ONNXPr
         logger.setLevel(level)
     assert program is not None
     if not program.model_proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
-        raise ValueError("it would take one number of images only")
+        raise ValueError("it would take a fixed number of images only")
     return program

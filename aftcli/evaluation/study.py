@@ -225,8 +225,8 @@ def _start(stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Classif
         other = card["start"] != weights and not _is_start(path, f) and card["cam"]
         if other or card.get("output", SOFTMAX) != f.output:
             raise AftError(
-                f"{path}: was tuned from other weights or another --output than those of the masks "
-                "or of --checkpoint; tune it again with aft finetune --overwrite, or pass the "
+                f"{path}: was tuned from other weights, or with another --output, than the masks "
+                "or --checkpoint; tune it again with aft finetune --overwrite, or pass the "
                 "--checkpoint and --output that it was tuned from"
             )
     return f
@@ -260,9 +260,9 @@ def _check_pairs(f: Classifier, tuned: list[_Made]) -> None:
     for control, one in product(controls, others):
         if other := _trained_otherwise(control.card, one.card):
             raise AftError(
-                f"{control.path}: is no control of {one.path.name}, which was trained otherwise: "
-                f"{'; '.join(other)}; train it again with aft finetune --no-masks --overwrite and "
-                "the other's options, or move it away"
+                f"{control.path}: is no control of {one.path.name}, which was trained with other "
+                f"settings: {'; '.join(other)}; train it again with aft finetune --no-masks "
+                "--overwrite and the other's options, or move it away"
             )
 
 
@@ -321,8 +321,8 @@ def _made_of(
                 for d in (first, other)
             ]
             raise AftError(
-                f"{run}: what it holds was made of different data sets ({'; '.join(named)}); name "
-                "the one to evaluate on: aft evaluate DATASET, or choose with --cam"
+                f"{run}: its masks and networks are of different data sets ({'; '.join(named)}); "
+                "name the one to evaluate on: aft evaluate DATASET, or choose with --cam"
             )
     return first.made
 

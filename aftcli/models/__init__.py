@@ -1,1 +1,1 @@
-"""Classifiers by name and from files: sources, weights, checkpoints (§4.2)."""
+"""Classifiers: networks loaded, cut, tuned (§4.2), and given other targets."""

@@ -101,15 +101,15 @@ def _check_form(path: Path, card: Any) -> None:  # noqa: ANN401 - what JSON give
         plain = [card["model"], card["layer"], card["digest"], card["cam"] or "", *names]
         plain.append(card.get("output_key", ""))
         if not card["classes"]["names"] or not all(isinstance(value, str) for value in plain):
-            raise ValueError("names are no text")
+            raise ValueError("names are not text")
         check_name("CAM method", card["cam"] or "gradcam", METHODS)
         check_name("tuner", card.get("tuner", "linear"), TUNERS)
         check_name("output", card.get("output", SOFTMAX), OUTPUTS[1:])
         if card.get("outputs", 1) != 1 or ("outputs" in card and len(names) != 2):
-            raise ValueError("one output is of two classes")
+            raise ValueError("one output needs two classes")
     except (AftError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise AftError(
-            f"{path}: does not say what it is a checkpoint of ({first_line(error)}); write it "
+            f"{path}: does not say which network it belongs to ({first_line(error)}); write it "
             "again with aft finetune"
         ) from error
 
@@ -176,7 +176,7 @@ class Tuner(nn.Module):
     """Two 1x1 convolutions, K -> 3 -> 1, with weights w'; space keeps its size.
 
     The paper names no activation function between them, so by default there is none: f_tuner(A)
-    is linear in A (docs/method/decisions.md).
+    is linear in A (docs/method/decisions/fine-tuning.md).
 
     Args:
         channels: K of A.

@@ -19,8 +19,8 @@ from aftcli.core.methods import check_device
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError, first_line
 from aftcli.models.checkpoint import card_classes, read_card, restore
-from aftcli.models.own import CODE
-from aftcli.models.sources import (
+from aftcli.networks.own import CODE
+from aftcli.networks.sources import (
     DEFAULT_MODEL,
     LAYERS,
     Network,
@@ -31,7 +31,7 @@ from aftcli.models.sources import (
     is_model,
     refuse_unnamed,
 )
-from aftcli.models.weights import (
+from aftcli.networks.weights import (
     check_weights,
     class_count,
     load_weights,
@@ -201,7 +201,7 @@ def _tuned(
     source = find_source(name)
     needed = sum(value.numel() for value in _sketch(source, name, count).parameters())
     if needed > path.stat().st_size:
-        raise AftError(f"{path}: is no checkpoint of {name}: it holds too few numbers")
+        raise AftError(f"{path}: is not a checkpoint of {name}: it holds too few numbers")
     preprocessing = Preprocessing.from_dict(card["preprocessing"])
     meant = _given(classes) if classes else own
     network = Network(source(name, False, count).model, preprocessing, meant)
@@ -216,7 +216,7 @@ def with_new_head(f: Classifier, classes: tuple[str, ...], seed: int = 0) -> Cla
     """Give a classifier outputs for other classes; all other weights stay.
 
     The new weights are small, so that all classes begin about equally likely
-    (docs/method/decisions.md).
+    (docs/method/decisions/fine-tuning.md).
     The new classes of a network that had one output exclude each other.
     """
     with torch.random.fork_rng(devices=[]):

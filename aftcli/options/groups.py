@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import typer
 
-from aftcli.core.methods import FAMILIES, METHODS, check_device, named
+from aftcli.core.methods import check_device, spelled
 from aftcli.data.text import check_format
 from aftcli.errors import AftError
+from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
 from aftcli.settings import (
     Fill,
@@ -28,10 +29,7 @@ from aftcli.settings import (
 Engine = Literal["auto", "torch", "compile", "onnxruntime"]
 Precision = Literal["no", "bf16", "fp16"]
 
-
-def _check_methods(words: list[str] | None) -> None:
-    """Refuse unknown words; what is not installed is no matter of usage."""
-    named(word for word in words or [] if word not in (*METHODS, *FAMILIES))
+NO_CHECKPOINT = "none"  # the published weights, beside checkpoints of the same model
 
 
 def check_layers(names: list[str]) -> None:
@@ -49,7 +47,19 @@ def check_layer(names: list[str]) -> None:
         raise AftError("give --layer once; aft explain and aft tft fuse the maps of several")
 
 
-LowerPrecision = Annotated[Precision, words("--precision", Precision, "fast, less exact.")]
+def check_model(names: list[str]) -> None:
+    """Refuse several networks where one is read."""
+    if len(names) > 1:
+        raise AftError("give --model once; aft explain compares several networks")
+
+
+def check_checkpoint(paths: list[Path]) -> None:
+    """Refuse several checkpoints where one is read."""
+    if len(paths) > 1:
+        raise AftError("give --checkpoint once; aft explain compares several")
+
+
+LowerPrecision = Annotated[Precision, words("--precision", Precision, "Faster, less exact")]
 
 
 @dataclass(frozen=True)
@@ -58,21 +68,24 @@ class Weights:
 
     PANEL: ClassVar[str] = "Network"
 
-    model: Annotated[
-        str | None,
+    models: Annotated[
+        list[str] | None,
         option(
             "--model",
             "NAME",
-            "Default efficientnet_lite0; of torchvision; timm:NAME; hf:DIR; FILE.py:NAME runs "
-            "your code.",
+            "Of torchvision, timm:NAME, hf:DIR or FILE.py:NAME (runs your code). "
+            "Default: efficientnet_lite0.",
+            callback=usage(check_model),
+            autocompletion=complete.models,
         ),
     ] = None
-    checkpoint: Annotated[
-        Path | None,
+    checkpoints: Annotated[
+        list[Path] | None,
         option(
             "--checkpoint",
             "FILE",
-            "From aft finetune, or a state dict of the model.",
+            "Weights: of aft finetune, or a state dict.",
+            callback=usage(check_checkpoint),
         ),
     ] = None
     classes: Annotated[
@@ -81,12 +94,22 @@ class Weights:
     ] = None
     output: Annotated[
         Output,
-        words("--output", Output, "last step."),
+        words("--output", Output, "Last step"),
     ] = "auto"
     output_key: Annotated[
         str | None,
         option("--output-key", "KEY", "Name of the output that has the logits."),
     ] = None
+
+    @property
+    def model(self) -> str | None:
+        """The first model; None for the default one."""
+        return self.models[0] if self.models else None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The first checkpoint; None for the published weights."""
+        return self.checkpoints[0] if self.checkpoints else None
 
 
 @dataclass(frozen=True)
@@ -100,6 +123,7 @@ class Network(Weights):
             "NAME",
             "Name or names, a+b. Default: automatic.",
             callback=usage(check_layer),
+            autocompletion=complete.layers,
         ),
     ] = None
 
@@ -120,9 +144,54 @@ class LayeredNetwork(Network):
             "NAME",
             "Name or a+b; repeat to fuse. Default: automatic.",
             callback=usage(check_layers),
+            autocompletion=complete.layers,
         ),
     ] = None
-    precision: Annotated[Precision, words("--precision", Precision, "fast, less exact.")] = "no"
+    precision: Annotated[Precision, words("--precision", Precision, "Faster, less exact")] = "no"
+
+
+@dataclass(frozen=True)
+class ComparedNetworks(LayeredNetwork):
+    """The networks that explain each image, and what they have in common."""
+
+    models: Annotated[
+        list[str] | None,
+        option(
+            "--model",
+            "NAME",
+            "Repeatable. Default efficientnet_lite0; timm:NAME, hf:DIR, torchvision's, "
+            "FILE.py:NAME (runs code).",
+            autocompletion=complete.models,
+        ),
+    ] = None
+    checkpoints: Annotated[
+        list[Path] | None,
+        option("--checkpoint", "FILE", "Tuned, or a state dict, or none; repeatable."),
+    ] = None
+
+    def each(self) -> list[LayeredNetwork]:
+        """List the networks: one for each model, or for each checkpoint.
+
+        Raises:
+            AftError: a network is named twice, or checkpoints are given for several models.
+        """
+        models, files = self.models or [], self.checkpoints or []
+        for option_, given in (("--model", models), ("--checkpoint", files)):
+            if twice := [each for i, each in enumerate(given) if each in given[:i]]:
+                raise AftError(f"{option_} names {twice[0]} twice; name each network once")
+        if len(models) > 1 and files:
+            raise AftError(
+                "--checkpoint belongs to one network: give --model once, or leave --checkpoint out"
+            )
+        shared = {each.name: getattr(self, each.name) for each in fields(self)}
+
+        def one(model: list[str], file: Path | None = None) -> LayeredNetwork:
+            own = [file] if file and str(file) != NO_CHECKPOINT else None
+            return LayeredNetwork(**{**shared, "models": model, "checkpoints": own})
+
+        if files:
+            return [one(models, file) for file in files]
+        return [one([model]) for model in models] or [one([])]
 
 
 @dataclass(frozen=True)
@@ -137,7 +206,8 @@ class Methods:
             "--cam --method",
             "METHOD",
             "Method or family, see below; repeatable.",
-            callback=usage(_check_methods),
+            callback=usage(spelled),
+            autocompletion=complete.methods,
         ),
     ] = None
 
@@ -158,15 +228,20 @@ class TargetMaps(Maps):
 
     target: Annotated[
         list[str] | None,
-        option("--target", "CLASS", "Name or index; repeatable. Default: predicted."),
+        option(
+            "--target",
+            "CLASS",
+            "Name or index; repeatable. Default: predicted.",
+            autocompletion=complete.classes,
+        ),
     ] = None
     target_fn: Annotated[
         str | None,
-        option("--target-fn", "FN", "Run FILE.py:NAME, your score of the output."),
+        option("--target-fn", "FN", "Explain your score: runs FILE.py:NAME."),
     ] = None
-    top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N most likely.")] = 1
-    smooth: Annotated[Smooth, words("--smooth", Smooth, "of the map.")] = "none"
-    fuse: Annotated[Fuse | None, words("--fuse", Fuse, "of several layers.")] = None
+    top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N likeliest classes.")] = 1
+    smooth: Annotated[Smooth, words("--smooth", Smooth, "Smooth the map")] = "none"
+    fuse: Annotated[Fuse | None, words("--fuse", Fuse, "Combine layers by")] = None
 
     @property
     def fusion(self) -> Fuse:
@@ -186,19 +261,19 @@ class Thresholds:
     ] = "0:1:0.1"
     masking: Annotated[
         Masking,
-        words("--masking", Masking, "times mask or map."),
+        words("--masking", Masking, "Masks"),
     ] = "binary"
     fill: Annotated[
         Fill,
-        words("--fill", Fill, "of muted pixels."),
+        words("--fill", Fill, "Muted pixels"),
     ] = "mean"
     mode: Annotated[
         Mode,
-        words("--threshold-mode", Mode, "of the scores."),
+        words("--threshold-mode", Mode, "Cut scores by"),
     ] = "value"
     search: Annotated[
         SearchKind,
-        words("--search", SearchKind, "all, or coarse to fine."),
+        words("--search", SearchKind, "Try all or few"),
     ] = "exact"
 
     def settings(self) -> Search:
@@ -227,18 +302,13 @@ class Data:
         Path | None,
         typer.Argument(
             metavar="[DATASET]",
-            help="Class folders, train/ and val/ of them, or VOCdevkit. Default: that of the "
-            "masks, if any.",
+            help="Class folders, VOCdevkit, COCO, CSV, *.tar, *.parquet or torchvision:NAME=DIR. "
+            "Default: the masks'.",
             show_default=False,
         ),
     ] = None
     split: Annotated[
-        str | None,
-        option(
-            "--split",
-            "NAME",
-            "Its split. Default: train, or val to evaluate.",
-        ),
+        str | None, option("--split", "NAME", "Split to use. Default: train; val to evaluate.")
     ] = None
     data_format: Annotated[
         str | None,
@@ -247,6 +317,7 @@ class Data:
             "NAME",
             "Name of its format. Default: by its content.",
             callback=usage(check_format),
+            autocompletion=complete.formats,
         ),
     ] = None
     limit: Annotated[
@@ -302,7 +373,7 @@ class StudyRun(Run):
 
     run: Annotated[
         Path,
-        option("--run", "DIR", "With masks/, tuned/, results/."),
+        option("--run", "DIR", "Has masks/, tuned/, results/."),
     ] = Path("aft-run")
     overwrite: Annotated[bool, option("--overwrite", "", "Start again instead of resuming.")] = (
         False
@@ -322,6 +393,4 @@ class StudyRun(Run):
 class EvaluateRun(StudyRun):
     """Options of how an evaluation runs."""
 
-    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in a pass of the stem.")] = (
-        16
-    )
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images that pass at once.")] = 16

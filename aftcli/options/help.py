@@ -1,4 +1,4 @@
-"""What stands below the options in the help of each command."""
+"""What stands below the options in the help of each command: words of options, examples."""
 
 from __future__ import annotations
 
@@ -6,26 +6,51 @@ from aftcli.core.methods import FAMILIES, METHODS
 from aftcli.evaluation.measures import by_group
 
 METHODS_HELP = (
-    "--cam takes "
+    "--cam takes all (CAMs), a family or its methods: "
     + "; ".join(
         f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
         for family in FAMILIES
     )
-    + "; all for every CAM, or a family."
+    + "."
 )
 
 METRICS_HELP = (
     "--metrics takes "
     + "; ".join(f"{group}: {', '.join(names)}" for group, names in by_group())
-    + "; or all. quantus:NAME takes a metric of Quantus, such as quantus:Sparseness."
+    + "; all; quantus:NAME."
 )
 
 DEFAULT = f"{METHODS_HELP} Default: a checkpoint's, or"
 
-EPILOGS = {
-    "explain": f"{DEFAULT} layercam.",
-    "tft": f"{DEFAULT} gradcam.",
-    "gen_masks": f"{DEFAULT} gradcam.",
-    "finetune": "--cam takes the methods of aft gen-masks. Default: those of all masks.",
-    "evaluate": f"{METHODS_HELP} Default: those of all masks.\n\n{METRICS_HELP}",
+# By command: words of options, then command lines that a user may start from.
+BELOW: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "explain": (
+        (f"{DEFAULT} layercam.",),
+        (
+            "aft explain cat.jpg --cam gradcam,layercam --tft",
+            "aft explain photos/ --model net.py:build --checkpoint net.pth",
+        ),
+    ),
+    "tft": (
+        (f"{DEFAULT} gradcam.",),
+        ("aft tft cat.jpg --map saliency.npy", "aft tft cat.jpg --threshold-mode percentile"),
+    ),
+    "gen_masks": (
+        (f"{DEFAULT} gradcam.",),
+        ("aft gen-masks imagenet/ --cam all", "aft gen-masks --show aft-run/masks/*.h5"),
+    ),
+    "finetune": (
+        (),
+        ("aft finetune photos/ --no-masks --epochs 20",),
+    ),
+    "evaluate": (
+        (f"{METHODS_HELP} Default: those of all masks.", METRICS_HELP),
+        ("aft evaluate --table --metrics all --figures",),
+    ),
 }
+
+
+def epilog(command: str) -> str:
+    """Return what stands below the options of a command's help; examples come last."""
+    words, examples = BELOW[command]
+    return "\n\n".join([*words, "\n".join(f"$ {line}" for line in examples)])

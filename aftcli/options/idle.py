@@ -25,10 +25,17 @@ class When(NamedTuple):
 
 
 class Idle(NamedTuple):
-    """Options that have no effect under a condition."""
+    """Options that have no effect under a condition.
+
+    Attributes:
+        options: their first spellings.
+        when: the condition.
+        refused: they can't be meant; otherwise what they ask for is so already, and a note says it.
+    """
 
     options: tuple[str, ...]
     when: When
+    refused: bool = True
 
 
 def _without(*others: str) -> When:
@@ -67,7 +74,7 @@ def _cells(only_named: bool = False) -> Idle:
         known = bool(methods) or not only_named
         return known and all(METHODS[name].family == "cam" for name in methods)
 
-    return Idle(("--cells",), When("on CAMs, which are of cells anyway", of_cams))
+    return Idle(("--cells",), When("on CAMs, which are of cells anyway", of_cams), refused=False)
 
 
 def _without_tables(*numbers: int, parts: tuple[str, ...] = ()) -> When:
@@ -105,7 +112,7 @@ OF_IMAGES = (
     _cells(),
 )
 
-# By command. What is refused together with another option is not here.
+# By command. Options that exclude each other are not here.
 IDLE: dict[str, tuple[Idle, ...]] = {
     "explain": (
         Idle(("--thresholds", "--threshold-mode", "--search"), _without("--tft")),
@@ -168,6 +175,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         Idle(
             ("--ci",),
             When("on JSON and CSV, which always hold the intervals", _in_long_form),
+            refused=False,
         ),
         Idle(("--paper",), When("without table 3, 4 or 5", _without_published)),
         _cells(only_named=True),
@@ -175,7 +183,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
 }
 
 
-def idle(command: str, values: Values, given: set[str]) -> list[str]:
+def idle(command: str, values: Values, given: set[str]) -> tuple[list[str], list[str]]:
     """Say which of the options given have no effect.
 
     Args:
@@ -184,17 +192,19 @@ def idle(command: str, values: Values, given: set[str]) -> list[str]:
         given: the spellings of those on the command line.
 
     Returns:
-        Sentences, each option in one at the most.
+        Sentences, each option in one at the most: those that refuse the command, and notes.
     """
-    said: list[str] = []
+    refusals: list[str] = []
+    notes: list[str] = []
     left = set(given)
-    for options, when in IDLE.get(command, ()):
+    for options, when, refused in IDLE.get(command, ()):
         named = [option for option in options if option in left]
         if named and _holds(when, values):
             left -= set(named)
             verb = "has" if len(named) == 1 else "have"
+            said = refusals if refused else notes
             said.append(f"{', '.join(named)} {verb} no effect {when.words}")
-    return said
+    return refusals, notes
 
 
 def _holds(when: When, values: Values) -> bool:

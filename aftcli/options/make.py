@@ -69,12 +69,19 @@ def number(names: str, metavar: str, field: str, help: str, **more: Any) -> Any:
     return option(names, metavar, help, callback=usage(RANGES[field].check), **more)
 
 
-def words(names: str, of: Any, help: str, default: bool = True, **more: Any) -> Any:  # noqa: ANN401
+def words(
+    names: str,
+    of: Any,  # noqa: ANN401
+    help: str,
+    default: bool = True,
+    more_help: str = "",
+    **more: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
     """Make an option that takes a word of a Literal type, whose first may be the default.
 
-    Words that say enough need no help.
+    The words stand behind the help, and before more of it. Words that say enough need none.
     """
     first, *rest = get_args(of)
     listed = ", ".join([f"{first} (default)" if default else first, *rest])
-    text = f"{listed}: {help}" if help else f"{listed}."
-    return option(names, "WORD", text, show_default=False, **more)
+    text = f"{help}: {listed}." if help else f"{listed}."
+    return option(names, "WORD", f"{text} {more_help}".strip(), show_default=False, **more)

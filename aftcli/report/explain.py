@@ -19,13 +19,13 @@ from torch import Tensor
 
 from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
-from aftcli.files import replacing
 from aftcli.models.targets import Targeted
 from aftcli.pictures.colours import LOOK, Look
-from aftcli.pictures.figure import Shown, best, caption, figure
-from aftcli.pictures.grid import grid
-from aftcli.pictures.overlay import Subject, captioned
-from aftcli.report.names import PLAIN, Setting, Suffixes, suffixes
+from aftcli.pictures.figure import Shown, best, figure, overlaid, shown_as
+from aftcli.pictures.overlay import Subject
+from aftcli.report.compared import labels
+from aftcli.report.manifest import Manifest, writing
+from aftcli.report.names import PLAIN, Suffixes
 from aftcli.report.terminal import cell, say, stdout_console
 from aftcli.settings import Search
 from aftcli.tft.explain import Explanation
@@ -60,6 +60,7 @@ def write_outputs(
     out: Path,
     settings: Suffixes = PLAIN,
     look: Look = LOOK,
+    manifest: Manifest | None = None,
 ) -> Report:
     """Write the files that show an explanation.
 
@@ -71,27 +72,25 @@ def write_outputs(
         out: the folder.
         settings: what the names say of them.
         look: colours of the map.
+        manifest: lists the files.
     """
     if not (math.isfinite(explanation.probability) and explanation.attribution.isfinite().all()):
         raise AftError(
             f"{subject.path}: {f.name} gives NaN or infinite numbers for it; its weights may be "
             "damaged"
         )
-    name = class_name(f, explanation)
-    slug = _slug(name)
-    if [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1:
-        slug += f"_{explanation.class_index}"
-    shown = _shown(f, subject, explanation, look)
+    slug = _class_slug(f, explanation.class_index)
+    if explanation.contrast is not None:
+        slug += f"-not-{_class_slug(f, explanation.contrast)}"
+    shown = shown_of(f, subject, explanation, look)
     files = {}
     for kind in kinds:
         ending, write = OUTPUTS[kind]
         said = settings.uncut if kind == "map" else settings.cut
         path = out / f"{subject.stem}-{slug}-{explanation.cam}{said}-{kind}{ending}"
-        try:
-            with replacing(path) as temporary:
-                write(temporary, shown)
-        except OSError as error:
-            raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
+        made = {"kind": kind, **made_by(f, explanation)}
+        with writing(manifest, path, {subject.stem: subject.path}, made) as temporary:
+            write(temporary, shown)
         files[kind] = path
     return Report(subject.path, explanation, files)
 
@@ -104,10 +103,9 @@ def written(
     out: Path,
     settings: Suffixes = PLAIN,
     look: Look = LOOK,
+    manifest: Manifest | None = None,
 ) -> list[Report]:
-    """Write what shows explanations of one picture, and a grid of several if pictures are wanted.
-
-    The last report names the grid among its files.
+    """Write what shows explanations of one picture.
 
     Args:
         f: the classifier.
@@ -117,29 +115,48 @@ def written(
         out: the folder.
         settings: what the names say of them.
         look: colours of the map.
+        manifest: lists the files.
     """
-    reports = [write_outputs(f, subject, e, kinds, out, settings, look) for e in explanations]
-    if len(reports) < 2 or not {"overlay", "figure"} & set(kinds):
-        return reports
-    pairs = [(each.explanation.cam, each.explanation.class_index) for each in reports]
-    classes = len({index for _, index in pairs})
-    of = Setting(f"{classes}x{len(pairs) // classes}", repr(pairs))
-    path = out / f"{subject.stem}{suffixes([of]).cut}{settings.cut}-grid.png"
-    shown = [_shown(f, subject, each.explanation, look) for each in reports]
-    try:
-        with replacing(path) as temporary:
-            grid(shown).savefig(temporary, format="png", pil_kwargs={"compress_level": 3})
-    except OSError as error:
-        raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
-    reports[-1].outputs["grid"] = path
-    return reports
+    asked = (kinds, out, settings, look, manifest)
+    return [write_outputs(f, subject, each, *asked) for each in explanations]
 
 
-def _shown(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
-    is_score = isinstance(f, Targeted)
-    likeliest = [] if is_score else [(f.classes.name(i), y) for i, y in explanation.likeliest]
-    name = class_name(f, explanation)
-    return Shown(subject, explanation, name, likeliest, is_score, look)
+def shown_of(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
+    """Return an explanation with what pictures say of it."""
+    return shown_as(f.classes, isinstance(f, Targeted), subject, explanation, look)
+
+
+def _class_slug(f: Classifier, index: int) -> str:
+    """Name a class in file names, with its index where others would have the same name."""
+    slug = _slug(f.classes.name(index))
+    shared = [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1
+    return f"{slug}_{index}" if shared else slug
+
+
+def made_by(f: Classifier, explanation: Explanation) -> dict[str, Any]:
+    """Return the network, layer, method and class of an explanation, as plain values."""
+    return {
+        "model": f.name,
+        **({"checkpoint": f.checkpoint} if f.checkpoint else {}),
+        "layer": f.layer_name,
+        **({"layers": list(explanation.layers)} if explanation.layers else {}),
+        "cam": explanation.cam,
+        "class_index": explanation.class_index,
+        "class_name": class_name(f, explanation),
+        **_contrasted(f, explanation),
+    }
+
+
+def _contrasted(f: Classifier, explanation: Explanation) -> dict[str, Any]:
+    if explanation.contrast is None:
+        return {}
+    return {
+        "contrast": {
+            "class_index": explanation.contrast,
+            "class_name": f.classes.name(explanation.contrast),
+            "probability": explanation.contrast_probability,
+        }
+    }
 
 
 def _slug(name: str) -> str:
@@ -152,8 +169,7 @@ def class_name(f: Classifier, explanation: Explanation) -> str:
 
 
 def _write_overlay(path: Path, shown: Shown) -> None:
-    painted = captioned(shown.subject, shown.plain, shown.kept, caption(shown), shown.look)
-    painted.save(path, format="PNG", compress_level=3)
+    overlaid(shown).save(path, format="PNG", compress_level=3)
 
 
 def _write_map(path: Path, shown: Shown) -> None:
@@ -183,18 +199,23 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
     tft = any("tft" in result for result in results)
     fixed = any("fixed" in result for result in results)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("image", "cam", "class"):
+    networks = labels([(r["model"], r.get("checkpoint", "")) for r in results])
+    several = ("network",) if len(set(networks)) > 1 else ()
+    for column in ("image", *several, "cam", "class"):
         table.add_column(column, overflow="fold")
     zero = ("zero",) if any("zero_level" in result for result in results) else ()
     searched, cut = ("tau*", "RPI") if tft else (), ("masked", "kept") if tft or fixed else ()
     for column in ("prob.", *zero, *searched, *cut):
         table.add_column(column, justify="right")
     sharing = Counter(Path(image).name for image in {result["image"] for result in results})
-    for result in results:
+    for network, result in zip(networks, results, strict=True):
         name = Path(result["image"]).name
         image = name if sharing[name] == 1 else result["image"]
         named = f"{result['class_name']} ({result['class_index']})"
-        cells = [image, result["cam"], named, f"{result['probability']:.4f}"]
+        if other := result.get("contrast"):
+            named += f", not {other['class_name']} ({other['class_index']})"
+        of = [network] if several else []
+        cells = [image, *of, result["cam"], named, f"{result['probability']:.4f}"]
         if "zero_level" in result:
             cells.append(f"{result['zero_level']:g}")
         if found := result.get("tft"):
@@ -220,11 +241,7 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
     e = report.explanation
     result: dict[str, Any] = {
         "image": str(report.image),
-        "model": f.name,
-        "layer": f.layer_name,
-        "cam": e.cam,
-        "class_index": e.class_index,
-        "class_name": class_name(f, e),
+        **made_by(f, e),
         "probability": e.probability,
         "outputs": {kind: str(path) for kind, path in report.outputs.items()},
     }
@@ -237,7 +254,7 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
     if e.smooth != "none":
         result["smooth"] = e.smooth
     if e.layers:
-        result |= {"layers": list(e.layers), "fuse": e.fuse}
+        result["fuse"] = e.fuse
     if e.tft:
         result["tft"] = {
             "thresholds": list(e.thresholds),

@@ -174,7 +174,7 @@ def _damaged(path: Path, what: str) -> AftError:
 
 def _classes_of(store: MaskStore) -> Classes:
     """Name the classes of a store's labels as it does, otherwise after their folders."""
-    from aftcli.models.sources import imagenet_classes
+    from aftcli.networks.sources import imagenet_classes
 
     settings = store.settings
     names = settings["classes"] or settings.get("class_names")

@@ -10,7 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from aftcli.models.sources import DEFAULT_MODEL
+from aftcli.networks.names import spelled
+from aftcli.networks.sources import DEFAULT_MODEL
 from aftcli.pictures.colours import LOOK, Look
 from aftcli.settings import AUTO, Search
 
@@ -86,6 +87,8 @@ def of_network(
 ) -> list[Setting]:
     """List settings of the network and its layers, as the options give them."""
     found = []
+    if model is not None and ":" not in model:
+        model = spelled(model)
     if model not in (None, DEFAULT_MODEL):
         # As run folders name it: no other model is called so.
         name = model.replace(":", "_").replace("/", "_")

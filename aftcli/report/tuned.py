@@ -19,9 +19,13 @@ from aftcli.aft.zero_level import Chosen, Searching
 from aftcli.files import durable
 from aftcli.report.terminal import PlainColumn, cell, say, stdout_console
 
+LINES = 20  # of epochs, about, after the first
+
+FEWEST = 32  # images that one trains on
+
 
 class _Watch:
-    """A display of events as they come; without a terminal, a line an epoch."""
+    """A display of events as they come; without a terminal, lines of epochs."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet, self.console = quiet, Console(stderr=True, highlight=False)
@@ -50,6 +54,9 @@ class _Watch:
             self.begun = event
             for line in _beginning(event):
                 self._say(line)
+            if event.train < FEWEST and event.settings.objective != ZERO_LEVEL:
+                images = "1 image is" if event.train == 1 else f"{event.train} images are"
+                self._say(f"aft: {images} no training set; what the network learns is these alone")
             for broken in event.broken[:20]:
                 self._say(f"left out {broken.path}: {broken.reason}")
         elif isinstance(event, Step):
@@ -66,12 +73,17 @@ class _Watch:
             self._close()
             self._say(_chosen_line(event))
         elif isinstance(event, Epoch):
-            if event.train or event.held_out:
+            if (event.train or event.held_out) and self._is_told(event.number):
                 self._say(_epoch_line(event))
         elif isinstance(event, Note):
             self._say(f"aft: {event.text}")
         else:
             self._close()
+
+    def _is_told(self, epoch: int) -> bool:
+        """Tell if an epoch gets a line: of very many, every so often one."""
+        total = self.begun.epochs if self.begun else 0
+        return epoch <= LINES // 2 or epoch == total or epoch % -(-total // LINES or 1) == 0
 
     def _update(self, what: str, done: int, total: int, losses: str) -> None:
         if self.task is None:
@@ -181,6 +193,13 @@ def print_tuned(tuned: list[Tuned], exported: list[Path], json_: bool) -> None:
         print(json.dumps(results, indent=2), flush=True)
         return
     stdout_console(200).print(_table(results))
+    for card in results:
+        if (share := card.get("blend", 1)) < 1:
+            name, epoch = card["cam"] or "control", card["metrics"]["epoch"]
+            say(
+                f"{name}: the row of epoch {epoch} is of the network as written, with {share:g} of "
+                "the training's change in weights (blend); the lines of epochs are of all of it"
+            )
     for each, result in zip(tuned, results, strict=True):
         done = "there already" if each.before else "wrote"
         say(f"{done} {result['path']}")

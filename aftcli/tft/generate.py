@@ -105,7 +105,7 @@ def store_path(run: Path, model: str, cam: str) -> Path:
 
 
 def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[str, Any]:
-    """Return a store's attributes but for the CAM: settings (docs/reference/masks-format.md)."""
+    """Return a store's attributes but for the CAM: settings (docs/reference/files.md)."""
     return {
         "format_version": FORMAT_VERSION,
         "aft_version": __version__,

@@ -99,7 +99,7 @@ def check_form(file: h5py.File) -> None:
     columns = [_dataset(file, name) for name in BROKEN]
     text = [h5py.check_string_dtype(c.dtype) is not None for c in columns]
     if text != [True, True, False] or len({c.shape for c in columns}) != 1:
-        raise ValueError("its broken images are no list")
+        raise ValueError("its broken images are not a list")
 
 
 def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
@@ -108,7 +108,7 @@ def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
         raise ValueError(f"{name} is a link")
     found = file[name]
     if not isinstance(found, h5py.Dataset):
-        raise ValueError(f"{name} is no dataset")
+        raise ValueError(f"{name} is not a dataset")
     made = found.id.get_create_plist()
     filters = {made.get_filter(i)[0] for i in range(made.get_nfilters())}
     elsewhere = made.get_layout() not in LAYOUTS or made.get_external_count()
@@ -132,19 +132,19 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
             raise ValueError(f"its attribute {key} is missing or of another type")
     thresholds, shape = settings["thresholds"], settings["activation_shape"]
     if not all(isinstance(tau, float | int) for tau in thresholds):
-        raise ValueError("its thresholds are no numbers")
+        raise ValueError("its thresholds are not numbers")
     names = settings.get("class_names", [])  # only where the network's user gave them
     if not isinstance(names, list):
-        raise ValueError("its class_names are no list")
+        raise ValueError("its class_names are not a list")
     if not isinstance(settings.get("output_key", ""), str):
-        raise ValueError("its output_key is no name")
+        raise ValueError("its output_key is not a name")
     if not isinstance(settings.get("every", False), bool | int):
         raise ValueError("its every is no truth value")
     check_held(settings.get("held"))
     if not all(isinstance(name, str) for name in (*settings["classes"], *names)):
-        raise ValueError("its classes are no names")
+        raise ValueError("its classes are not names")
     if settings.get("output", SOFTMAX) not in OUTPUTS[1:]:
-        raise ValueError("its output is none that a network has")
+        raise ValueError("its output is not one that a network has")
     try:
         Preprocessing.from_dict(settings["preprocessing"])
         Search(tuple(thresholds), *(settings[k] for k in ("masking", "fill", "threshold_mode")))
@@ -162,7 +162,7 @@ def check_values(rows: Mapping[str, np.ndarray]) -> None:
     """
     for name in ("label", "class_index"):
         if len(rows[name]) and not 0 <= rows[name].min() <= rows[name].max() < MOST_CLASSES:
-            raise ValueError(f"{name} has values that are no class")
+            raise ValueError(f"{name} has values that are not classes")
     for name in ("tau", "probability", "attribution"):
         if not ((rows[name] >= 0) & (rows[name] <= 1)).all():
             raise ValueError(f"{name} has values outside [0, 1]")
@@ -177,13 +177,13 @@ def read_settings(group: h5py.Group) -> dict[str, Any]:
     """Read the attributes of a store, with lists and dictionaries decoded.
 
     Raises:
-        ValueError: an attribute is no single value, or too long; the message names it.
+        ValueError: an attribute is not a single value, or is too long; the message names it.
     """
     settings: dict[str, Any] = {}
     for key in group.attrs:
         found = group.attrs.get_id(key)
         if found.shape != () or found.get_storage_size() > LONGEST:
-            raise ValueError(f"its attribute {key} is no single value")
+            raise ValueError(f"its attribute {key} is not a single value")
         value = group.attrs[key]
         plain = value.item() if isinstance(value, np.generic) else value
         if isinstance(plain, str) and plain.startswith(("[", "{")):

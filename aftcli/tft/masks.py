@@ -1,4 +1,4 @@
-"""The mask store: TFT's results for a data set, in HDF5 (docs/reference/masks-format.md).
+"""The mask store: TFT's results for a data set, in HDF5 (docs/reference/files.md).
 
 A store grows as a folder of small files, each written whole or not at all, and is joined into
 one file at the end; so whatever stops a run, the files on disk are right.
@@ -90,8 +90,8 @@ def refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[
     named_since = (found.get("labels"), wanted.get("labels")) == ("data set", "model")
     if named_since and NAMING.issuperset(_differing(found, wanted)):
         raise AftError(
-            f"{path}: was begun before the classes had names, which change no mask; leave "
-            "--classes out here and pass it to aft finetune and aft evaluate, or use --overwrite"
+            f"{path}: was begun without class names, which change no mask; leave --classes out "
+            "here and pass it to aft finetune and aft evaluate, or use --overwrite"
         )
     other = differences(found, wanted)
     if other:
@@ -169,7 +169,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
 
     Attributes:
         path: of the file.
-        settings: what the masks were made with (docs/reference/masks-format.md).
+        settings: what the masks were made with (docs/reference/files.md).
         broken: images that could not be read.
     """
 
@@ -181,7 +181,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
             self.settings = read_settings(self._file)
             if self.settings.get("format_version") != FORMAT_VERSION:
                 raise AftError(
-                    f"{self.path}: is no mask store of format {FORMAT_VERSION}; make it again "
+                    f"{self.path}: is not a mask store of format {FORMAT_VERSION}; make it again "
                     "with aft gen-masks"
                 )
             if not self.settings.get("complete"):
@@ -293,7 +293,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         """Read everything and compare with the digest that was stored with it.
 
         Raises:
-            AftError: the content is not what was written.
+            AftError: the content has changed since it was written.
         """
         for _ in self.verified():
             pass
@@ -307,7 +307,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
             yield rows
         if running.hexdigest() != self.settings["digest"]:
             raise AftError(
-                f"{self.path}: the content is not what was written; make it again with "
+                f"{self.path}: its content has changed since it was written; make it again with "
                 "aft gen-masks --overwrite"
             )
 

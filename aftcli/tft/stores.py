@@ -20,7 +20,7 @@ from aftcli.data.sets import DataSet, Sample, format_of, open_data_set
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import load_classifier
-from aftcli.models.sources import is_model, refuse_unnamed
+from aftcli.networks.sources import is_model, refuse_unnamed
 from aftcli.settings import AUTO, SOFTMAX
 from aftcli.tft.hdf5 import Rows
 from aftcli.tft.masks import MaskStore, differences
@@ -107,7 +107,7 @@ def with_names_of_run(f: Classifier, run: Path, note: Callable[[str], None]) -> 
     cards = [c for c in map(read_card, paths) if c and c["start"] == weights]
     names = Source().named_by(stores, cards).known
     if len(names) == len(f.classes):
-        note(f"{run}: the classes are named as there: {', '.join(names)}")
+        note(f"{run}: class names are taken from its masks or checkpoints: {', '.join(names)}")
         f.classes = Classes(names)
     return f
 

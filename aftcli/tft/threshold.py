@@ -14,7 +14,7 @@ BLUR_SIGMA = 10.0  # pixels
 
 # Rounding: a network gives the same image slightly different numbers in another batch, on another
 # engine, by another number of threads or on another CPU. No comparison may turn on that
-# (docs/method/decisions.md, Rounding).
+# (docs/method/decisions/search.md, Rounding).
 SCORE_ROUNDING = 2.0**-20  # of a map in [0, 1]: scores that differ by less are equal
 
 LOG_ODDS_ROUNDING = 1e-4  # of a probability: ten times what engines differed by

@@ -148,7 +148,7 @@ def result_lines(result: dict[str, Any]) -> list[str]:
         name = (
             f"AFT, {METHODS[cam].title}"
             if cam
-            else {"original": "as it was", "control": "control"}[variant]
+            else {"original": "untuned", "control": "control"}[variant]
         )
         lines.append(f"| {name} | {_range([r['accuracy'] for r in found])} |")
     lines.append("")

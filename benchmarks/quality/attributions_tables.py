@@ -12,7 +12,6 @@ from typing import Any
 
 from aftcli.core.methods import METHODS
 from aftcli.evaluation.tables import Difference, Table3Row
-from aftcli.pages.grids import READINGS
 
 NETWORKS = ("efficientnet_lite0", "resnet50", "vgg16")
 MEASURED = "average_increase,average_drop,area,energy,pointing"
@@ -33,7 +32,7 @@ def interval(value: float, ci: tuple[float, float] | None) -> str:
 
 def of_masking(documents: dict[str, Any], masking: str, kind: str) -> Iterator[str]:
     """Return a table: maps of one kind, a key of KINDS, under one reading of the paper."""
-    yield f"**{KINDS[kind]}: {READINGS[masking]}**"
+    yield f"**{KINDS[kind]}: {masking} masks**"
     yield ""
     kinds = ("Original", "TFT", "TFT - Original")
     columns = [f"{measure}, {kind}" for measure in ("inc", "drop") for kind in kinds]
@@ -98,17 +97,16 @@ def tables(out: Path) -> Iterator[str]:
         for masking in ("binary", "soft"):
             yield from of_masking(documents, masking, kind)
     yield (
-        "EfficientNet-Lite0, ImageNet's validation images, spread over the classes; intervals of "
-        "95 % by bootstrap over images; \\*: that of the paired difference excludes 0. inc: Average"
-        " Increase, more is better; drop: Average Drop, less is better; area: pixels kept."
+        "EfficientNet-Lite0, ImageNet's validation images, spread over the classes. "
+        "area: pixels kept."
     )
     yield ""
     yield "**Every method on three networks, from the command line**"
     yield ""
     yield (
-        "`aft explain docs/images/chelsea.jpg --cam METHOD --tft`: tau\\* and RPI; then, where "
-        "there is no +, `aft evaluate` on one image. ResNet-50 and VGG-16 have random weights. CAM "
-        "does not fit VGG-16."
+        "tau\\* and RPI of `aft explain docs/images/chelsea.jpg --cam METHOD --tft`; then `aft "
+        "evaluate` on one image, except at +. ResNet-50 and VGG-16 have random weights. CAM does "
+        "not fit VGG-16."
     )
     yield ""
     yield f"| method | {' | '.join(NETWORKS)} |"
@@ -118,7 +116,10 @@ def tables(out: Path) -> Iterator[str]:
         found = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
         yield f"| {entry.title} | {' | '.join(map(told, found))} |"
     yield ""
-    yield "**A map of EfficientNet-Lite0: processor seconds, one thread; memory beyond Grad-CAM's**"
+    yield (
+        "**Cost of a map of EfficientNet-Lite0: processor seconds on one thread, "
+        "memory beyond Grad-CAM's**"
+    )
     yield ""
     yield "| method | passes without gradients | seconds | MB |"
     yield "|---|--:|--:|--:|"

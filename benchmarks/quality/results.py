@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,15 +47,19 @@ PAPER = ("average_increase", "average_drop")
 IMAGES = {"ImageNet, 1,281,167 images": 1_281_167, "VOC, 1464 images": 1464}
 EVALUATED = {"ImageNet, 1,281,167 images": 10_000, "VOC, 1464 images": 1449}
 EPOCHS = 10
+MEASURES = ("Average Increase", "Average Drop")
+COLUMNS = ("Original", "TFT", "AFT", "Control")
 # Equation 8 alone; what the defaults reach is in docs/results/aft-study.md.
 PLAIN = "--lam 1 --consistency 0 --classification labels --blend 1 --lr 1e-4 --epochs 10"
 COSTS = """\
-What it costs are passes of the network: TFT scores {least:.1f} to {most:.1f} masked images an image
-and method here (equal masks are scored once), and the image itself. No GPU was at hand, so the rate
-is the paper's own: VGG-16 scores 11 masked images in {seconds:.3f} s on an RTX 2080 Ti (its Table
-5), {rate:.0f} images/s; ResNet-50 is taken to be faster by the factor measured on two cores,
-{factor:.1f}. An estimate, then, of hours on one such GPU for all four CAMs, without mixed
-precision; w0 is passed once an epoch for all of ImageNet, whose outputs no memory holds:"""
+An estimate of hours on one RTX 2080 Ti for all four CAMs, without mixed precision; no GPU was at
+hand. TFT scores the image and {least:.1f} to {most:.1f} masked images for each image and method.
+The paper's VGG-16 scores 11 masked images in {seconds:.3f} s (its Table 5), {rate:.0f} images/s;
+ResNet-50 counts as {factor:.1f} times as fast, as measured on two cores. For all of ImageNet, whose
+w0 outputs no memory holds, w0 runs once an epoch:"""
+# Captions of grids, which the head of the page has once.
+FACTORS = "In brackets: factor against Original; bold: better than Original; "
+INTERVALS = "95 % intervals; "
 
 
 class Study(NamedTuple):
@@ -174,13 +179,17 @@ def tables(folder: Path, made: list[tuple[Study, dict[str, Any]]]) -> Iterator[s
         yield from markdown_lines(
             grids(Tables({"table2": rows(Table2Row, document["table2"])}), Shown())
         )
+        yield "### The paper's measures"
+        yield ""
         paper = tables_of(document, PAPER)
         yield from markdown_lines(grids(paper, Shown(ci=True)))
-        yield "The published figures beside ours:"
+        yield "### Beside the published figures"
         yield ""
         yield from markdown_lines(
             grids(Tables({"table3": paper.rows["table3"]}, kinds=paper.kinds), Shown(paper=True))
         )
+        yield "### Accuracy and time"
+        yield ""
         yield from markdown_lines(
             grids(Tables({"table4": rows(Table4Row, document["table4"])}), Shown(ci=True))
         )
@@ -191,12 +200,68 @@ def tables(folder: Path, made: list[tuple[Study, dict[str, Any]]]) -> Iterator[s
             for r in document["table5"]
         ]
         yield from markdown_lines(grids(Tables({"table5": timed}), Shown(paper=True)))
-        yield "What the paper leaves out:"
+        yield "### Further measures"
         yield ""
         others = tuple(m for m in METRICS.split(",") if m not in PAPER)
         more = tables_of(document, others)
         yield from markdown_lines(grids(Tables({"table3": more.rows["table3"]}), Shown()))
     yield from hours(folder, made)
+
+
+def captioned(lines: Iterable[str]) -> Iterator[str]:
+    """Leave out captions that the head of the page has."""
+    before = ""
+    for line in lines:
+        kept = "" if line.startswith(INTERVALS) else line.replace(FACTORS, "")
+        if kept.startswith("**"):
+            kept = re.sub(r" masks, the (paper's text|authors' code)\*\*$", " masks**", kept)
+        if kept or before:
+            yield kept
+        before = kept
+
+
+def overview(blocks: Sequence[Any]) -> Iterator[str]:
+    """Return Grad-CAM's figures of each network, read from the tables of the page.
+
+    Args:
+        blocks: lines and tables, as `pages.taken_apart` gives them.
+    """
+    columns = [f"{short}, {of}" for short in ("inc", "drop") for of in COLUMNS]
+    found: list[str] = []
+    accuracy: list[str] = []
+    network = caption = ""
+    for block in blocks:
+        if isinstance(block, str):
+            network = block[3:] if block.startswith("## ") else network
+            caption = block.strip("*") if block.startswith("**") else caption
+            continue
+        cells = {
+            tuple(row[1:3]): dict(zip(block["head"], row, strict=True)) for row in block["rows"]
+        }
+        # The published figures stand in tables of their own.
+        ours = not any(str(name).startswith("paper") for name in block["head"])
+        both = [cells.get(("Grad-CAM", measure)) for measure in MEASURES]
+        if caption.startswith("Table 3") and ours and all(both):
+            values = [_number(row.get(of)) for row in both if row for of in COLUMNS]
+            found.append(
+                f"| {network} | {caption.split(': ')[1].split()[0]} | {' | '.join(values)} |"
+            )
+        if caption.startswith("Table 4"):
+            row = dict(zip(block["head"], block["rows"][0], strict=True))
+            values = [_number(row.get(of)) for of in ("Original", "AFT", "Control")]
+            accuracy.append(f"| {network} | {' | '.join(values)} |")
+    yield f"| Grad-CAM | masks | {' | '.join(columns)} |"
+    yield f"|---|---|{'--:|' * len(columns)}"
+    yield from found
+    yield ""
+    yield "| accuracy | Original | AFT, Grad-CAM | Control |"
+    yield "|---|--:|--:|--:|"
+    yield from accuracy
+
+
+def _number(cell: str | None) -> str:
+    """Return a cell's value without its interval and factor."""
+    return re.findall(r"\d\.\d+", cell)[0] if cell else "-"
 
 
 def muted() -> list[tuple[str, float | None]]:
@@ -268,4 +333,7 @@ def main() -> None:
             run(command, arguments.out)
         made.append((study, json.loads(run(f"{evaluation(study)} --format json", arguments.out))))
     pages.keep("results/tables", "machine", machine(made[0][1]["settings"]))
-    pages.keep("results/tables", "tables", "\n".join(tables(arguments.out, made)).rstrip())
+    lines = "\n".join(captioned(tables(arguments.out, made))).rstrip()
+    pages.keep("results/tables", "tables", lines)
+    shown_first = "\n".join(overview(pages.taken_apart(lines)))
+    pages.keep("results/tables", "overview", shown_first)

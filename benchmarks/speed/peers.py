@@ -45,7 +45,7 @@ CAMS: dict[str, dict[str, str]] = {
 SLOW = ("ablationcam", "scorecam")
 QUICK = tuple(method for method in CAMS if method not in SLOW)
 LONG_RUNS = 3  # at most, of masks and fine-tuning
-RATIOS = "Figures are medians; ratios are of medians (and the least .. largest ratio of a run)."
+RATIOS = "Ratios are of medians (least .. largest of a run)."
 TFT_IMAGES = 7  # that take turns
 SHAPES = {"one image": 1, "16 images": 16}
 MODELS = ("resnet50", "vgg16", "efficientnet_lite0")
@@ -212,25 +212,25 @@ class Section(NamedTuple):
 SECTIONS = {
     "cams": Section(
         "Maps",
-        "Seconds from the input to the map at its size; torchcam's and captum's are stretched.",
+        "Seconds from the input to the map at its size (torchcam's and captum's stretched).",
         measure_cams,
     ),
     "slow": Section(
         "Maps that cost the peers a pass for each channel",
-        "Seconds of one image, each in a process of its own, with the network's best batch size.",
+        "Seconds of one image in its own process, with the network's best batch size.",
         measure_slow,
     ),
     "tft": Section(
         "TFT of one image",
-        "Seconds of Algorithm 1 by Grad-CAM on real images that take turns. The serial loop takes "
-        "pytorch-grad-cam's map and passes the image and 11 masked images one by one; `search` is "
-        "the same without the map, from one that both are given.",
+        "Seconds of Algorithm 1 by Grad-CAM on real images that take turns. The serial loop passes "
+        "the image and 11 masked images one by one, with pytorch-grad-cam's map; `search` begins "
+        "with a given map.",
         measure_tft,
     ),
     "masks": Section(
         "Masks of a data set",
-        "Images a second, decoding and storing included. The floor is (1 + distinct masked images) "
-        "times the engine's best batch forward; the plain loop passes batches of 16 through "
+        "Images a second, with decoding and storing. The floor is (1 + distinct masked images) "
+        "times the engine's best batch forward. The plain loop passes batches of 16 through "
         "pytorch-grad-cam and the eager network, and stores nothing.",
         measure_masks,
         ("efficientnet_lite0", "resnet50"),
@@ -321,15 +321,26 @@ def _time_rows(section: Section, found: dict[str, Any], names: list[str]) -> Ite
 
 
 def _notes(found: dict[str, Any]) -> Iterator[str]:
-    for method, peers in found.get("agreement", {}).items():
-        words = ", ".join(f"{name} {mean(values):.3f}" for name, values in peers.items() if values)
-        yield f"Mean correlation with our map, {method}: {words}.  "
+    agreement = found.get("agreement", {})
+    if agreement:
+        names = list(max(agreement.values(), key=len))
+        yield from table(
+            ["mean correlation with our map", *names], _agreement_rows(agreement, names)
+        )
     if "same tau" in found:
         counts = ", ".join(f"{n} {v} of {found['images']}" for n, v in found["same tau"].items())
-        yield f"The same tau* as the serial loop, given the same map: {counts} images."
+        yield f"The same tau* as the serial loop from the same map: {counts} images."
     if "passes" in found:
         yield f"{found['images']} images, {found['passes']:.2f} passes an image."
     yield ""
+
+
+def _agreement_rows(
+    agreement: dict[str, dict[str, list[float]]], names: list[str]
+) -> Iterator[list[str]]:
+    for method, peers in agreement.items():
+        correlations = (peers.get(name) for name in names)
+        yield [method, *(f"{mean(values):.3f}" if values else "-" for values in correlations)]
 
 
 def page(record: dict[str, Any]) -> str:

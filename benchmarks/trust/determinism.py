@@ -203,7 +203,7 @@ def conditions(runs: Runs) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]
     plain = cache(lambda: runs.as_it_is("plain", cheap))
     for engine in ("torch", "onnxruntime"):
         yield (
-            f"engine {engine}, not the network as it is",
+            f"engine {engine}, not the network itself",
             lambda engine=engine: {
                 "stores": stores(plain(), runs.masks(engine, cheap, "--engine", engine))
             },

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from aftcli.models import load as models
-from aftcli.models.sources import imagenet_classes
+from aftcli.networks.sources import imagenet_classes
 from tests.helpers import mutants as m
 
 ROOT = Path(__file__).parents[2]

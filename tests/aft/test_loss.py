@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -323,7 +324,7 @@ def test_the_parts_of_earlier_layers_are_the_stem(names):
 def test_layers_that_are_not_before_are_refused():
     f, _ = examples_of("mlp")
     for name in ("conv2", "fc1", "nothing"):
-        with pytest.raises(AftError, match=rf"layer '{name}' can't be tuned together with conv2"):
+        with pytest.raises(AftError, match=rf"layer '{name}' can't be tuned with conv2"):
             earlier_layers(f, [name])
 
 
@@ -588,3 +589,39 @@ def test_nothing_is_said_of_epoch_0_where_nothing_was_measured(capsys):
     assert line == "epoch 1: cross-entropy 1.2500, mask 0.500, accuracy 75.0%"
     watch(iter([Epoch(0, None, measured)]), quiet=False)
     assert capsys.readouterr().err.startswith("before: held out: cross-entropy 1.2500")
+
+
+def begun(train, epochs, **settings):
+    job = SimpleNamespace(
+        f=SimpleNamespace(layer_name="l", classes=["a", "b"]),
+        name="small-gradcam",
+        new_head=False,
+        masks=object(),
+        earlier=None,
+        data_set=SimpleNamespace(samples=[SimpleNamespace(label=i % 2) for i in range(train)]),
+    )
+    return Begun(job, 0, epochs, train, 0, [], Recipe(**settings))
+
+
+def lines_of(capsys, events):
+    watch(iter(events), quiet=False)
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(("epochs", "lines"), [(3, 3), (20, 20), (40, 25), (300, 30)])
+def test_very_many_epochs_get_few_lines(capsys, epochs, lines):
+    measured = Measured(1.5, 1.25, 0.5, 0.75, 4)
+    all_of_them = [Epoch(i, measured, None) for i in range(1, epochs + 1)]
+    said = lines_of(capsys, [begun(100, epochs), *all_of_them])[2:]
+    numbers = [int(line.split(":")[0].removeprefix("epoch ")) for line in said]
+    assert len(numbers) == lines and numbers[0] == 1 and numbers[-1] == epochs
+    assert numbers == sorted(set(numbers))
+
+
+def test_a_handful_of_images_is_said_to_be_no_training_set(capsys):
+    few = "no training set; what the network learns is these alone"
+    assert lines_of(capsys, [begun(2, 1)])[-1] == f"aft: 2 images are {few}"
+    assert lines_of(capsys, [begun(1, 1)])[-1] == f"aft: 1 image is {few}"
+    assert few not in " ".join(lines_of(capsys, [begun(32, 1)]))
+    # A zero level is one number: it takes few images.
+    assert few not in " ".join(lines_of(capsys, [begun(2, 1, objective="zero-level")]))

@@ -583,14 +583,14 @@ def test_a_network_with_a_zero_level_is_not_tuned_further(run):
 
 @pytest.mark.parametrize("cam", WITHOUT)
 def test_a_map_without_a_sign_is_refused(cam):
-    with pytest.raises(AftError, match="has no zero level to learn.*--zero-level T"):
+    with pytest.raises(AftError, match="no sign, so it has no zero level to learn.*--zero-level T"):
         training_of(cam=cam)
 
 
 def test_what_does_not_fit_is_refused(run, tmp_path):
     generate(run / "data", tmp_path, ("gradcam",), Search(masking="soft"))
     settings = {"objective": ZERO_LEVEL}
-    with pytest.raises(AftError, match="soft masking.*--masking binary"):
+    with pytest.raises(AftError, match="these are soft.*--masking binary"):
         tune(run / "data", tmp_path, settings=settings)
     with pytest.raises(AftError, match="leave --augment out"):
         tune(run / "data", run / "run", options=Options(augment=True), settings=settings)
@@ -623,7 +623,7 @@ def test_a_share_of_the_maximum_becomes_zero(cam):
 def test_a_map_of_pixels_needs_cells():
     pytest.importorskip("captum")
     s = small("linear", 3)
-    with pytest.raises(AftError, match="a zero level is of maps of cells.*--cells"):
+    with pytest.raises(AftError, match="a zero level needs a map of cells.*--cells"):
         attribution_map(s.f, s.x, s.class_index, "integratedgradients", zero_level=0.2)
     kept = attribution_map(s.f, s.x, s.class_index, "integratedgradients", True, zero_level=0.2)
     whole = attribution_map(s.f, s.x, s.class_index, "integratedgradients", True)

@@ -1,5 +1,7 @@
 """Attributions by gradients: completeness, literal loops and other libraries."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from aftcli import AftError
 from aftcli.attributions import gradient
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
+from aftcli.errors import AftWarning
 
 
 def score(model, x, c):
@@ -232,3 +235,26 @@ def test_baselines_are_mean_black_and_white():
     pictures = gradient.baselines(s.f, s.x) * std + mean
     for picture, colour in zip(pictures, (mean, 0 * mean, 0 * mean + 1), strict=True):
         assert torch.allclose(picture, colour.expand_as(picture))
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [(nn.Identity(), False), (nn.GroupNorm(2, 8), True), (nn.LayerNorm((6, 6)), True)],
+)
+def test_deep_lift_says_what_its_rule_misses(step, said):
+    torch.manual_seed(2)
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(stem, step, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    own = Preprocessing((6, 6), None, "bilinear", (0.0,) * 3, (1.0,) * 3)
+    f = cut_classifier(model.double().eval(), "0", preprocessing=own)
+    x = torch.rand(2, 3, 6, 6, dtype=torch.double)
+    c = torch.tensor([1, 3])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", AftWarning)
+        found = gradient.signed_deep_lift(f, c, x).sum((1, 2, 3))
+    with torch.no_grad():
+        change = f(x).gather(1, c[:, None])[:, 0] - f(torch.zeros_like(x))[0, c]
+    missing = float(((found - change).abs() / change.abs()).max())
+    assert (missing > 0.1) if said else (missing < 1e-6)
+    texts = [str(each.message) for each in caught if each.category is AftWarning]
+    assert [f"up to {missing:.0%} of the change" in text for text in texts] == [True] * said

@@ -304,9 +304,19 @@ def test_targets(real, target, index):
     assert found["probability"] == close(y[index].item())
 
 
+UNLIKELY = (("plum", "6.8e-04"), ("apple", "5.3e-04"))
+
+
 def test_several_targets_and_the_likeliest(f):
     draw("a.png")
-    named = objects("explain", "a.png", "--target", "plum", "--target", "0", "--target", "PLUM")
+    result = aft(
+        *("explain", "a.png", "--json", "--target", "plum", "--target", "0", "--target", "PLUM")
+    )
+    # Both are unlikely here, which is said; nothing else is.
+    chance = "less than chance (1/3); its map says little"
+    said = [f"aft: a.png: {n} has a probability of {p}, {chance}" for n, p in UNLIKELY]
+    assert (result.code, result.err.splitlines()) == (0, said)
+    named = json.loads(result.out)
     assert [found["class_name"] for found in named] == ["plum", "apple"]
     likeliest = objects("explain", "a.png", "--top-k", "3")
     probabilities = [found["probability"] for found in likeliest]
@@ -490,7 +500,8 @@ def test_good_images_are_done_and_broken_ones_named(f, folder):
     assert first == "aft: gone.png: there is no such file or folder"
     assert second.startswith("aft: in/b.png: can't be read as a picture")
     assert third == "aft: in/zero.png: the file is empty"
-    written = [f"{n}-pear-layercam-overlay.png" for n in "ac"]
+    [overview] = Path("aft-out").glob("images-2x1-*-overview.png")
+    written = [*(f"{n}-pear-layercam-overlay.png" for n in "ac"), overview.name]
     assert leftovers(folder / "aft-out") == written
     again = aft("explain", "in", "gone.png", "--json", "--save", "none")
     assert (again.code, again.err) == (1, result.err)
@@ -637,7 +648,7 @@ app.main()
 """
 SMALL = SMALL.format(root=str(ROOT))
 AFT = [sys.executable, "-c", SMALL]
-# It is interrupted after its fourth file, whatever else the machine does.
+# It is interrupted after its fourth picture, whatever else the machine does.
 INTERRUPTED = SMALL.replace(
     "app.main()",
     """
@@ -645,7 +656,7 @@ import os, signal
 replace, written = os.replace, []
 def counted(*paths):
     replace(*paths)
-    written.append(paths)
+    written.extend(path for path in paths[1:] if path.suffix == ".png")
     if len(written) == 4:
         os.kill(os.getpid(), signal.SIGINT)
 os.replace = counted
@@ -674,7 +685,10 @@ def test_interrupted_by_a_signal(folder):
     done = subprocess.run(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "aft: interrupted\n")
     assert 4 <= len(list(Path("aft-out").iterdir())) < 40
+    assert leftovers(folder / "aft-out")
     for path in Path("aft-out").iterdir():
         assert not path.name.startswith(".")
+        if path.name == "manifest.json":
+            continue
         with Image.open(path) as image:
             image.load()

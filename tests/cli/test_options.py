@@ -70,15 +70,22 @@ ALONE = [
         "--thresholds, --search have no effect without --tft",
     ),
     (("--threshold-mode", "percentile"), "--threshold-mode has no effect without --tft"),
-    (("--cells", "--cam", "hirescam"), "--cells has no effect on CAMs, which are of cells anyway"),
+    (("--colormap", "jet", "--save", "map"), "--colormap has no effect without pictures in --save"),
 ]
 
 
-@pytest.mark.parametrize(("options", "note"), ALONE)
-def test_an_option_without_effect_is_named_and_changes_nothing(options, note):
+@pytest.mark.parametrize(("options", "refusal"), ALONE)
+def test_an_option_without_effect_is_refused(options, refusal):
+    assert refusal in usage_error(aft("explain", "a.png", *options, "--quiet"))
+    assert not Path("aft-out").exists()
+
+
+def test_an_option_that_asks_for_what_is_so_anyway_is_named_and_changes_nothing():
+    options = ("--cells", "--cam", "HiResCAM")
     result = aft("explain", "a.png", *options, "--json")
+    note = "--cells has no effect on CAMs, which are of cells anyway"
     assert (result.code, result.err) == (0, f"aft: {note}\n")
-    plain = objects("explain", "a.png", *(options[1:] if options[0] == "--cells" else ()))
+    plain = objects("explain", "a.png", "--cam", "hirescam")
     for one, two in zip(json.loads(result.out), plain, strict=True):
         del one["outputs"], two["outputs"]
         assert {**one, "cells": None} == {**two, "cells": None}
@@ -119,7 +126,6 @@ NO_EFFECT = [
         [
             "--image has no effect without --figures",
             "--format has no effect with --json",
-            "--ci has no effect on JSON and CSV, which always hold the intervals",
         ],
     ),
     (
@@ -146,8 +152,13 @@ NO_EFFECT = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "expected"), NO_EFFECT, ids=lambda each: str(each)[:60])
-def test_options_that_depend_on_others_are_named(idle_commands, arguments, expected):
-    assert notes(*arguments) == [f"aft: {each}" for each in expected]
+def test_options_that_depend_on_others_are_refused(idle_commands, arguments, expected):
+    assert usage_error(aft(*arguments)).endswith("; ".join(expected))
+
+
+def test_intervals_that_are_printed_anyway_are_named(idle_commands):
+    note = "--ci has no effect on JSON and CSV, which always hold the intervals"
+    assert notes(*EVALUATE, "--format", "csv", "--ci") == [f"aft: {note}"]
 
 
 @pytest.mark.slow
@@ -177,12 +188,13 @@ def test_an_error_is_told_alone_and_notes_beside_images_that_failed():
     assert "nonsense" in usage_error(wrong) and "no effect" not in wrong.err
     wrong = aft("evaluate", "--table", "9", "--metrics", "adcc", "--image", "x")
     assert "there is no table '9'" in usage_error(wrong) and "no effect" not in wrong.err
-    wrong = aft("explain", "a.png", "--masking", "soft", "--target", "cat", "--top-k", "2")
+    cells = ("--cells", "--cam", "hirescam")
+    wrong = aft("explain", "a.png", *cells, "--target", "cat", "--top-k", "2")
     assert wrong.code == 1 and wrong.err.count("\n") == 1 and "--top-k exclude" in wrong.err
-    some = aft("explain", "a.png", "gone.png", "--masking", "soft")
+    some = aft("explain", "a.png", "gone.png", *cells)
     gone, note = some.err.splitlines()
     assert some.code == 1 and "gone.png" in gone
-    assert note == "aft: --masking has no effect without --tft, --threshold or --mute"
+    assert note == "aft: --cells has no effect on CAMs, which are of cells anyway"
 
 
 def test_the_table_of_dependent_options_knows_the_commands():
@@ -346,17 +358,20 @@ def test_the_longest_name_with_settings_can_be_written():
 def test_help_shows_few_options_at_once(name, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = aft(name, "--help").out.splitlines()
-    assert len(lines) <= {"explain": 60, "finetune": 75}.get(name, 90)
+    assert len(lines) <= {"explain": 60, "finetune": 80}.get(name, 95)
     starts = [i for i, line in enumerate(lines) if line.startswith("╭─")]
     ends = [i for i, line in enumerate(lines) if line.startswith("╰─")]
     spans = zip(starts, ends, strict=True)
     panels = {lines[i].strip("╭─╮ "): lines[i + 1 : end] for i, end in spans}
-    assert 5 <= len(panels) <= 7 and "Options" not in panels
+    assert 4 <= len(panels) <= 7 and "Options" not in panels
     options = [[line for line in rows if line.startswith("│ --")] for rows in panels.values()]
     assert max(map(len, options)) <= 10
     known = [p for p in COMMANDS[name].params if p.param_type_name == "option"]
     assert sum(map(len, options)) == len(known) + 1  # --help
     # An option's name with two lines of help, and a default below.
-    del panels["Arguments"]
+    panels.pop("Arguments", None)
     rows = [row for rows in panels.values() for row in rows]
+    # Examples come last, each on a line of its own.
+    *_, example = [line for line in lines if line.strip()]
+    assert f"{example.rstrip()} ".startswith(f" $ aft {name} ")
     assert "   " not in "".join("-" if row.startswith("│ --") else " " for row in rows)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.cam import (
@@ -232,6 +233,63 @@ def test_small_heads_take_the_ways_they_are_meant_to_test():
     assert [kind for kind, head in heads.items() if head and head.is_last and head.is_mean] == [
         *POOL_LINEAR
     ]
+
+
+def pooled(*layers):
+    """A network whose head is mean pooling, then these layers."""
+    torch.manual_seed(3)
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(stem, nn.AdaptiveAvgPool2d(1), *layers).double().eval()
+    plain = Preprocessing((6, 6), None, "bilinear", (0.0,) * 3, (1.0,) * 3)
+    return model, cut_classifier(model, "0", preprocessing=plain)
+
+
+def test_a_convolution_of_one_cell_is_a_linear_layer():
+    x = torch.rand(2, 3, 6, 6, dtype=torch.double, generator=torch.Generator().manual_seed(4))
+    c = torch.tensor([0, 2])
+    last = pooled(nn.Conv2d(8, 4, 1), nn.Flatten())
+    inner = pooled(nn.Conv2d(8, 6, 1), nn.Hardswish(), nn.Flatten(), nn.Linear(6, 4))
+    relu = pooled(nn.Conv2d(8, 4, 1, bias=False), nn.ReLU(), nn.Flatten())
+    for (model, f), is_last in ((last, True), (inner, False), (relu, False)):
+        assert (f.linear_head.is_last, f.linear_head.is_mean) == (is_last, True)
+        expected = torch.tensor(
+            [
+                [reference.ablated_score(model, "0", x[n : n + 1], int(c[n]), k) for k in range(8)]
+                for n in range(2)
+            ],
+            dtype=torch.double,
+        )
+        activation = f.activation(x)
+        assert_near(ablated_scores(f, activation, c), expected)
+        assert_near(ablated_by_batches(f, activation, c), expected)
+    model, f = last
+    alpha = model[2].weight[c, :, 0, 0].detach()
+    expected = torch.einsum("nk,nkij->nij", alpha, f.activation(x)).relu()
+    assert_near(CAMS["cam"].load()(f, f.activation(x), c, x), expected)
+    # The weights are the network's own: what is trained later counts.
+    own, before = f.head.get_submodule("2").weight, f.linear_head.weight.clone()
+    with torch.no_grad():
+        own.mul_(2)
+    assert torch.equal(f.linear_head.weight, own.flatten(1))
+    assert torch.equal(f.linear_head.weight, 2 * before)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        [nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()],  # of many cells
+        [nn.AdaptiveAvgPool2d(2), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(16, 4)],
+        [nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1, groups=2), nn.Flatten()],
+        [nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1, padding=1), nn.Flatten(), nn.Linear(36, 4)],
+    ],
+)
+def test_other_convolutions_are_none(head):
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+    plain = Preprocessing((6, 6), None, "bilinear", (0.0,) * 3, (1.0,) * 3)
+    assert (
+        cut_classifier(nn.Sequential(stem, *head).eval(), "0", preprocessing=plain).linear_head
+        is None
+    )
 
 
 def compare_ablations(f, model, layer, x, count):

@@ -380,7 +380,7 @@ def test_a_module_that_writes_into_the_activation_is_run_as_it_is():
     notes = []
     f = cut_classifier(model, "0", preprocessing=Preprocessing(SIZE), note=notes.append)
     assert len(notes) == 1
-    assert "what follows '0' writes into its output" in notes[0]
+    assert "a module after '0' writes into its output" in notes[0]
     x = torch.randn(2, 3, *SIZE)
     assert_bit_identical(f, model.eval(), x)
     g, activation = f.at(x)

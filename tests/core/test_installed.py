@@ -7,7 +7,8 @@ import torch
 
 from aftcli.data.images import read_image, to_input
 from aftcli.models.load import load_classifier
-from aftcli.models.weights import INSTALLED, installed_weights
+from aftcli.networks.names import INSTALLED
+from aftcli.networks.weights import installed_weights
 from tests.conftest import PHOTOS, ROOT
 from tests.helpers.command import aft
 

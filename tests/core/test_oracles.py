@@ -1,6 +1,6 @@
 """Grad-CAM and Layer-CAM against two other libraries, where those are right.
 
-Their Grad-CAM++ and Ablation-CAM are not (docs/method/decisions.md), so they do not appear here.
+Their Grad-CAM++ and Ablation-CAM are not (docs/method/decisions/maps.md), so they are not here.
 The libraries' epsilons differ, so raw maps are taken and scaled here.
 """
 

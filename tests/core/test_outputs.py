@@ -1,4 +1,4 @@
-"""Probabilities of a network's outputs: softmax, sigmoid, or none (docs/method/decisions.md)."""
+"""Probabilities of outputs: softmax, sigmoid, or none (docs/method/decisions/network.md)."""
 
 import copy
 import math
@@ -369,7 +369,7 @@ UNFIT = {
     "returns 'cat'": lambda x, y: "cat",
     "a row for each": lambda x, y: y.mean(0, keepdim=True),
     "not two at once": lambda x, y: y.view(1, 5),
-    "other values each time": lambda x, y: F.dropout(y, training=True),
+    "different values each time": lambda x, y: F.dropout(y, training=True),
 }
 
 

@@ -486,7 +486,7 @@ def test_a_layer_whose_cells_move_nothing_is_said(layer, said):
     f = cut_classifier(model, layer, preprocessing=PREPROCESSING, note=notes.append)
     assert len(notes) == said
     if said:
-        assert notes[0].startswith("no cell of layer norm moves the output")
+        assert notes[0].startswith("layer norm does not move the output")
     x = torch.randn(1, 3, *SIZE)
     assert bool(attribution_map(f, x, 1, "layercam").any()) == (not said)
 

@@ -6,7 +6,6 @@ from benchmarks.coverage.users import NETWORKS, checked
 
 # What is not right yet: networks by name, and the reason.
 KNOWN = {
-    "logits_with_sides": "its output is no tensor of logits (N, C)",
     "volumes": "A needs two dimensions",
     "checkpointed": "its activations, computed again, are not those that a hook has replaced",
 }

@@ -131,7 +131,7 @@ def test_several_layers_are_tuned_together_by_the_command(study, tmp_path):
     [
         (("--no-masks", "--lam", "2"), "--lam and --no-masks exclude each other"),
         (("--no-masks", "--consistency", "2"), "--consistency and --no-masks exclude each other"),
-        (("--layer", "fc", "--layer", "conv_head+bn2"), "can't be tuned together with conv_head"),
+        (("--layer", "fc", "--layer", "conv_head+bn2"), "can't be tuned with conv_head"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(study, options, message):
@@ -164,7 +164,8 @@ def test_the_start_is_not_overwritten(tuned, study):
         *("finetune", study / "data", "--no-masks", "--checkpoint", own),
         *("--run", study / "run", "--overwrite"),
     )
-    assert done.code == 1 and "is what the training starts from; give another --run" in done.err
+    said = "the training starts from this file and would overwrite it; give another --run"
+    assert done.code == 1 and said in done.err
     assert own.read_bytes() == before
     own.unlink()
 

@@ -20,7 +20,7 @@ from aftcli.data.images import LONGEST, read_image, to_input, view_of
 from aftcli.data.maps import fit_map, read_map
 from aftcli.data.text import find_images, read_classes
 from aftcli.errors import AftError
-from aftcli.models.sources import find_source
+from aftcli.networks.sources import find_source
 
 IMAGES = Path(__file__).parents[2] / "docs/images"
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1)}

@@ -23,7 +23,7 @@ from aftcli.data.sets import (
     open_data_set,
     validation_of,
 )
-from aftcli.models.sources import imagenet_classes
+from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import Search
 from aftcli.tft.generate import store_settings
 from tests.helpers.command import aft
@@ -367,7 +367,7 @@ def test_settings_of_a_store_may_name_classes_only_by_text(tmp_path):
     with h5py.File(path, "r+") as file:
         file.attrs["class_names"] = "[1]"
     sealed_again(path)
-    with pytest.raises(AftError, match="its classes are no names"):
+    with pytest.raises(AftError, match="its classes are not names"):
         MaskStore(path)
 
 

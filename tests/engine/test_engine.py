@@ -267,7 +267,7 @@ def test_an_engine_with_other_results_is_not_used(monkeypatch):
     f, _ = network()
     notes = []
     assert accelerated(f, "torch", note=notes.append) is f
-    assert "differ by 3.0e-04" in notes[0] and "torch as it is" in notes[0]
+    assert "differ by 3.0e-04" in notes[0] and "plain torch runs it" in notes[0]
 
 
 def test_an_engine_that_fails_is_not_used(monkeypatch):
@@ -493,7 +493,7 @@ def test_explain_says_the_same_on_each_engine(name, plain):
             one["tft"]["thresholds"], one["tft"]["rpi"], other["tft"]["rpi"], strict=True
         ):
             # Layer-CAM of chelsea has a pixel at this threshold to six digits
-            # (docs/method/decisions.md).
+            # (docs/method/decisions/search.md).
             at_pixel = ("chelsea" in one["image"], one["cam"], tau) == (True, "layercam", 0.5)
             near = {"abs": 0.05} if at_pixel else {"rel": 1e-3, "abs": 1e-4}
             assert a == pytest.approx(b, **near), tau

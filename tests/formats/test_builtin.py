@@ -15,7 +15,7 @@ from aftcli.data.parts import Reading
 from aftcli.data.sets import data_name, open_data_set, validation_of
 from aftcli.formats import builtin as module
 from aftcli.formats.builtin import SETS
-from aftcli.models.sources import imagenet_classes
+from aftcli.networks.sources import imagenet_classes
 from tests.helpers.command import aft
 from tests.helpers.stored import generate
 

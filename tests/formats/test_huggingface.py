@@ -12,7 +12,7 @@ from aftcli.core.classes import Classes  # noqa: E402
 from aftcli.data.blocks import content_of  # noqa: E402
 from aftcli.data.sets import data_name, open_data_set, validation_of  # noqa: E402
 from aftcli.formats import huggingface as module  # noqa: E402
-from aftcli.models.sources import imagenet_classes  # noqa: E402
+from aftcli.networks.sources import imagenet_classes  # noqa: E402
 from tests.formats.test_shards import labels, png  # noqa: E402
 from tests.helpers.archives import make_tables, save_table, table_of  # noqa: E402
 from tests.helpers.stored import NAMES, generate, make_images  # noqa: E402

@@ -13,7 +13,7 @@ from aftcli.core.classes import Classes, Preprocessing
 from aftcli.data.objects import Objects
 from aftcli.data.parts import Reading
 from aftcli.data.sets import data_name, open_data_set, validation_of
-from aftcli.models.sources import imagenet_classes
+from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import Search
 from tests.helpers.command import aft
 from tests.helpers.stored import NAMES, generate, make_images

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import io
+import json
 import logging
 import sys
 import warnings
@@ -20,9 +21,9 @@ class Result(NamedTuple):
     err: str
 
 
-def aft(*arguments, stdout=None):
+def aft(*arguments, stdout=None, stderr=None):
     """Run `aft` with these arguments; output as it is without a terminal."""
-    out, err = stdout or io.StringIO(), io.StringIO()
+    out, err = stdout or io.StringIO(), stderr or io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["aft", *map(str, arguments)]),
         contextlib.redirect_stdout(out),
@@ -37,12 +38,20 @@ def aft(*arguments, stdout=None):
             code = end.code
         finally:
             logging.disable(logging.NOTSET)
-    return Result(code, "" if stdout else out.getvalue(), err.getvalue())
+    return Result(code, "" if stdout else out.getvalue(), "" if stderr else err.getvalue())
 
 
 def leftovers(folder):
-    """Files in a folder that no command should have left there."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    """Files in a folder that no command should have left there.
+
+    A manifest is none of them: it lists all files beside it.
+    """
+    found = {path for path in folder.rglob("*") if path.is_file()}
+    for manifest in [path for path in found if path.name == "manifest.json"]:
+        beside = {path.name for path in manifest.parent.iterdir() if path.is_file()}
+        assert {"manifest.json", *json.loads(manifest.read_text())["files"]} == beside
+        found.remove(manifest)
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def usage_error(result):

@@ -3,7 +3,7 @@
 Each test names the peer and the test whose behaviour it checks, as in
 `torchcam: test_methods_gradient.py::test_img_cams`. The tests are our own: small networks, the
 peer's numbers where it is installed (pytorch-grad-cam 1.5.7, torchcam 0.5.0, captum 0.9,
-zennit 0.5), otherwise a literal loop in float64. What is to come is in `pending.py`.
+zennit 0.5), otherwise a literal loop in float64.
 
 What aft refuses on purpose, so that no test asks for it:
 

@@ -25,7 +25,7 @@ from tests.helpers.small import small
 from tests.peers.networks import of_grad_cam, plain, resnet, scaled, tiny, tiny_cut
 from tests.reference import paper as reference
 
-# Theirs that compute what the papers say (docs/method/decisions.md): Eigen-CAM is centred there,
+# Theirs that compute what the papers say (docs/method/decisions/maps.md): Eigen-CAM is centred,
 # and Score-CAM's masks are stretched from corner to corner.
 EQUAL = {
     "gradcam": theirs.GradCAM,

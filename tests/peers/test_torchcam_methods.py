@@ -16,7 +16,6 @@ from aftcli.core.cam import normalise
 from tests.helpers.compare import assert_near
 from tests.helpers.small import small
 from tests.peers.networks import of_torchcam, plain, raw, scaled, tiny, tiny_cut
-from tests.peers.pending import pending
 from tests.reference import paper as reference
 
 CAMS = ("gradcam", "gradcam++", "layercam", "xgradcam", "hirescam", "ablationcam", "scorecam")
@@ -148,7 +147,6 @@ def test_score_cam_inside_a_published_block(mobilenet):
     assert_near(raw(f, x, c, "scorecam"), expected, 1e-4)
 
 
-@pending("convolution")
 def test_cam_of_a_convolution_as_the_last_layer():
     """torchcam: test_methods_activation.py::test_cam_conv1x1"""
     model = tiny(head=[nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 3, 1), nn.Flatten()]).eval()

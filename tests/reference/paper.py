@@ -309,7 +309,7 @@ def fill_of(x, fill, mean, std):
 def thresholded(attribution, tau, mode):
     """Eq. 4; by rank, tau is the share of the map's pixels below the cut.
 
-    A score less than 2^-20 below the cut is at it (docs/method/decisions.md, Rounding).
+    A score less than 2^-20 below the cut is at it (docs/method/decisions/search.md, Rounding).
     """
     cut = {"value": tau, "percentile": np.percentile(attribution, 100 * tau)}[mode]
     kind = attribution.dtype.type
@@ -329,7 +329,7 @@ def masked_images(x, attribution, thresholds, masking, fill, mode, mean, std):
 
 
 def rounding(y):
-    """By how much probabilities around y may be wrong (docs/method/decisions.md, Rounding)."""
+    """By how much probabilities around y may be wrong (docs/method/decisions/search.md)."""
     return y * (1e-4 * (1 - y) + 2**-21)
 
 

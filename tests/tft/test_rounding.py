@@ -152,7 +152,7 @@ def test_a_difference_within_rounding_has_no_star():
 
 
 def test_the_tolerance_is_what_decisions_say():
-    page = (ROOT / "docs/method/decisions.md").read_text("utf-8")
+    page = (ROOT / "docs/method/decisions/search.md").read_text("utf-8")
     assert "2^-20" in page and SCORE_ROUNDING == 2.0**-20
     assert "log-odds rise by more than 1e-4" in page and LOG_ODDS_ROUNDING == 1e-4
 

@@ -185,7 +185,7 @@ OPTIONS = {
 }
 # Wrong words are wrong usage: exit code 2.
 WORDS = {
-    "--cam grad-cam": "unknown method 'grad-cam'; nearest: gradcam, xgradcam",
+    "--cam grad-kam": "unknown method 'grad-kam'; nearest: gradcam, xgradcam",
     "--cam": "unknown method ''; nearest: ",
     "--save nonsense": "unknown output 'nonsense' in --save; there are overlay, figure, map, mask",
     "--save overlay,nonsense": "unknown output 'nonsense'",
@@ -422,11 +422,11 @@ CHECKPOINTS = {
     "none.pth": (lambda _: torch.save({}, "none.pth"), NO_STATE),
     "numbers.pth": (
         lambda _: torch.save({"a": 1}, "numbers.pth"),
-        "other things than dense tensor",
+        "entries that are not dense tensor",
     ),
     "sparse.pth": (
         changed("sparse.pth", "classifier.weight", torch.Tensor.to_sparse),
-        "other things than dense tensors",
+        "entries that are not dense tensors",
     ),
     "nan.pth": (
         changed(

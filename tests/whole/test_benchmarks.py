@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import __main__ as tool
 from benchmarks import pages
+from benchmarks.quality import results
+from benchmarks.speed import peers
 
 ROOT = Path(tool.__file__).parents[1]
 FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
@@ -61,6 +63,58 @@ def test_each_cell_of_a_table_is_a_value():
     }
     assert (text, rest) == ("one", ["", "| no | table |"])
     assert pages.rendered([text, table, *rest]) == markdown
+
+
+def test_the_overview_has_the_figures_of_the_tables_below_it():
+    parts = pages.figures("results/tables")
+    overview, accuracy = (b for b in parts["overview"] if isinstance(b, dict))
+    text = pages.rendered(parts["tables"])
+    networks = [s.partition("\n") for s in text.split("\n## ")[1:] if "**Table 3" in s]
+    rows = iter(overview["rows"])
+    for network, _, section in networks:
+        for masks in ("binary", "soft"):
+            (first, *_) = re.findall(
+                rf"^\*\*Table 3 .*: {masks} masks[^#]+?\n\n\|[^#]+", section, re.M
+            )
+            expected = [network, masks]
+            for measure in ("Average Increase", "Average Drop"):
+                line = re.search(rf"^\| \S+ \| Grad-CAM \| {measure} \|(.+)\|$", first, re.M)[1]
+                values = [re.search(r"\d\.\d+", cell)[0] for cell in line.split("|")]
+                del values[1]  # fixed cut-offs
+                expected += [*values, *["-"] * (4 - len(values))]
+            assert next(rows) == expected
+    assert next(rows, None) is None
+    assert [row[:2] for row in accuracy["rows"]] == [
+        [network, re.search(r"Table 4[^#]+?Grad-CAM \| (\d\.\d+)", section)[1]]
+        for network, _, section in networks
+    ]
+    assert pages.taken_apart("\n".join(results.overview(parts["tables"]))) == parts["overview"]
+
+
+def test_captions_that_the_head_has_are_left_out():
+    lines = ["| 1 |", "", f"{results.FACTORS}9 images.", "", f"{results.INTERVALS}bold.", ""]
+    titles = ["**Table 3: soft masks, the authors' code**", "**T: binary masks, the paper's text**"]
+    kept = ["| 1 |", "", "9 images.", "", "**Table 3: soft masks**", "**T: binary masks**"]
+    assert list(results.captioned([*lines, *titles])) == kept
+
+
+def test_how_far_maps_of_peers_agree_is_a_table():
+    found = {
+        "times": {"one image": {"gradcam": {peers.AFT: [1.0], peers.GRAD_CAM: [2.0]}}},
+        "memory": {},
+        "agreement": {
+            "eigencam": {peers.TORCHCAM: []},
+            "gradcam": {peers.GRAD_CAM: [0.5, 0.75], peers.TORCHCAM: [1.0]},
+        },
+    }
+    text = "\n".join(peers.section_lines(peers.SECTIONS["cams"], {"resnet50": found}))
+    rows = [
+        f"| mean correlation with our map | {peers.GRAD_CAM} | {peers.TORCHCAM} |",
+        "| --- | --: | --: |",
+        "| eigencam | - | - |",
+        "| gradcam | 0.625 | 1.000 |",
+    ]
+    assert "\n".join(rows) in text
 
 
 def run(*words):

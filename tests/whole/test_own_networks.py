@@ -17,7 +17,7 @@ from aftcli.evaluation.study import Asked, find_studies
 from aftcli.files import write_tensors
 from aftcli.models.checkpoint import checkpoint_of, read_card
 from aftcli.models.load import load_classifier
-from aftcli.models.sources import Network
+from aftcli.networks.sources import Network
 from aftcli.tft.masks import MaskStore
 from tests.helpers.command import aft
 from tests.helpers.trained import make_colours
@@ -95,7 +95,8 @@ def test_class_names_are_given_once(folder):
         right = [ORDER[int(model(x).argmax())] == name for name, x in val_images()]
     done("gen-masks", "data", *OWN, "--classes", "names.txt", *QUICK)
     named = done("gen-masks", "data", *OWN, "--cam", "eigencam", *QUICK).err
-    assert "aft: aft-run: the classes are named as there: plum, apple, pear" in named
+    names = "class names are taken from its masks or checkpoints: plum, apple, pear"
+    assert f"aft: aft-run: {names}" in named
     for cam in ("gradcam", "eigencam"):
         made = MaskStore(f"aft-run/masks/tiny-{cam}.h5").settings
         assert (made["class_names"], made["labels"]) == (list(ORDER), "model")

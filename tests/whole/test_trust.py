@@ -23,7 +23,7 @@ from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
 from aftcli.data.text import find_images
 from aftcli.files import durable, inside, locked, tensors_hash
-from aftcli.models.weights import read_state_dict
+from aftcli.networks.weights import read_state_dict
 from aftcli.tft.hdf5 import SEAL, Rows, fold_rows, read_settings, seal_of
 from tests.helpers.command import aft
 from tests.helpers.stored import generate, make_images, small_float
@@ -477,7 +477,7 @@ def test_downloads_are_checked_by_their_hash(monkeypatch):
 
     monkeypatch.setattr(builder, "load_state_dict_from_url", download)
     monkeypatch.setattr(builder, "load_state_dict_from_hf", download)
-    monkeypatch.setattr("aftcli.models.sources._go_offline_if_unreachable", lambda: None)
+    monkeypatch.setattr("aftcli.networks.sources._go_offline_if_unreachable", lambda: None)
     with pytest.raises(AftError, match="published weights"):
         load_classifier("timm:resnet18")
     assert builder._CHECK_HASH

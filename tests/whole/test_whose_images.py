@@ -118,7 +118,7 @@ def test_a_control_trained_otherwise_is_refused_and_the_difference_named(images,
     assert "images 18 and 6;" in said and "--no-masks --overwrite" in said
     (job,) = control_jobs(run, Source())
     for settings, named in (
-        ({"seed": 1}, "otherwise: seed 1 and 0;"),
+        ({"seed": 1}, "trained with other settings: seed 1 and 0;"),
         ({"held_out": 0.5, "batch": 2}, "held-out share 0.5 and 0.2; batch size 2 and 5;"),
         ({"learning_rate": 0.01}, "learning rate 0.01 and 0.001;"),
     ):
@@ -139,7 +139,7 @@ def test_two_data_sets_in_one_run_are_not_evaluated_as_one(images, tmp_path, tun
         if tuned:
             train(mask_job(store, small_float()), run)
             store.path.unlink()
-    said = r"made of different data sets \(.*gradcam.* of colours, train; .*layercam.* of other, "
+    said = r"different data sets \(.*gradcam.* of colours, train; .*layercam.* of other, "
     with pytest.raises(AftError, match=rf"{said}train\); name .* aft evaluate DATASET"):
         find_studies(run, Asked(Source()))
     (study,) = find_studies(run, Asked(Source(), ["layercam"]))

@@ -1,0 +1,1 @@
+"""Networks by name, before they are cut: sources, code, weights."""
