@@ -187,12 +187,14 @@ def _classes_of(store: MaskStore) -> Classes:
         for label, place in zip(labels.tolist(), places.tolist(), strict=True):
             folders[label] = os.fsdecode(bytes(paths[place])).partition("/")[0]
     known = imagenet_classes()
+    count = max(folders, default=0) + 1
+    if settings.get("imagenet") is True and count <= len(known):
+        return known
     # Labels are ImageNet's classes by wnid only.
     if all(known.wnids[i : i + 1] == (name,) for i, name in folders.items()):
         return known
     if not format_of(settings["data_kind"]).named_by_folder:
         folders = {}
-    count = max(folders, default=0) + 1
     return Classes(tuple(folders.get(i, f"class {i}") for i in range(count)))
 
 

@@ -43,7 +43,16 @@ FORMAT_VERSION = 2
 # Recorded, but not compared: a store may be resumed by another version of aft or from a moved
 # data set, and class names, which older stores lack, change no number.
 INFORMATION = frozenset(
-    {"aft_version", "checkpoint", "class_names", "data_set", "complete", "digest", "seal"}
+    {
+        "aft_version",
+        "checkpoint",
+        "class_names",
+        "data_set",
+        "complete",
+        "digest",
+        "imagenet",
+        "seal",
+    }
 )
 
 # Settings that are written only where they are not the default.
