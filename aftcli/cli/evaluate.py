@@ -123,7 +123,7 @@ class TableOutput(Printed):
         bool, option("--sanity", "", "Compare with maps of the network with random weights.")
     ] = False
     figures: Annotated[
-        bool, option("--figures", "", "Draw figures and write one page, in RUN/results.")
+        bool, option("--figures", "", "Draw figures and a page of all in RUN/results.")
     ] = False
     image: Annotated[
         list[str] | None,
@@ -149,6 +149,7 @@ def evaluate(
     setup.check(network, data.dataset)
     values = read_thresholds(thresholds.thresholds) if thresholds.thresholds else None
 
+    from aftcli.data.parts import Reading
     from aftcli.evaluation.study import Asked, find_studies
     from aftcli.pages import evaluated as page
     from aftcli.pages import printed
@@ -159,6 +160,7 @@ def evaluate(
     source = setup.source(network, network.layer, setup.device(device), setup.noting(quiet))
     searched = (values, thresholds.fill, thresholds.mode)
     asked = Asked(source, cams, data.dataset, data.split, data.limit, *searched, maps.cells)
+    asked = asked._replace(reading=Reading(data.data_format))
     columns = (tables(output.table), measures(output.metrics), thresholds.maskings)
     if 3 in columns[0] and any(MEASURES[name].of_probabilities for name in columns[1]):
         asked = asked._replace(judges=judges(network.judge))

@@ -18,8 +18,9 @@ from aftcli.options.groups import (
     Network,
     Printed,
     Thresholds,
+    ValShare,
 )
-from aftcli.options.make import option
+from aftcli.options.make import number, option
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class MaskedData(Data):
     """The data set to make masks of."""
 
     strict: Annotated[bool, option("--strict", "", "Stop at an image that can't be read.")] = False
+    val_share: ValShare = None
+    seed: Annotated[
+        int | None, number("--seed", "N", "seed", "Seed of the choice. Default: 0.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -68,15 +73,18 @@ def gen_masks(
     accelerate = setup.engine(run.engine, run.precision, quiet)
     f = setup.classifier(network, device, quiet)
 
+    from aftcli.data.parts import Reading
     from aftcli.data.sets import open_data_set
     from aftcli.report.masks import print_stores, watch
     from aftcli.tft.explain import passes
     from aftcli.tft.generate import generate_masks, store_path
-    from aftcli.tft.stores import with_names_of_run
+    from aftcli.tft.stores import choose_held, with_names_of_run
 
     keep_freed_memory()
     f = with_names_of_run(f, run.run, setup.noting(quiet))
-    images = open_data_set(data.dataset, data.split, f.classes).limited(data.limit)
+    held = choose_held(run.run, f, data.dataset, data.val_share, data.seed)
+    reading = Reading(data.data_format, held=held)
+    images = open_data_set(data.dataset, data.split, f.classes, reading=reading).limited(data.limit)
     for text in images.notes:
         setup.noting(quiet)(text)
     methods = setup.methods(f, maps.cam, "gradcam")

@@ -126,7 +126,7 @@ def evaluate_study(
     known_in = folder / f".contents-{processes.index}.json"
 
     def contents() -> str:
-        return content_hash([*study.data_set.files(), *objects.files()], known_in)
+        return content_hash([*study.data_set.pictures(), *objects.files()], known_in)
 
     images = contents()
     found: dict[tuple[str, Unit], Result] = {}
@@ -194,7 +194,7 @@ def _check_segmentations(study: Study, plan: Plan, objects: Objects) -> None:
 
 
 def _seen(study: Study, known_in: Path) -> dict[tuple[str, str | None], int]:
-    contents = [c for c in contents_of(study.data_set.files(), known_in) if c != GONE]
+    contents = [c for c in contents_of(study.data_set.pictures(), known_in) if c != GONE]
     return {
         (v.name, v.cams[0] if v.name == "aft" else None): sum(c in v.trained for c in contents)
         for v in study.variants

@@ -131,7 +131,7 @@ def table2(studies: Sequence[Study]) -> list[Table2Row]:
         data = study.data_set
         classes = len({sample.label for sample in data.samples})
         train = study.train[2] if study.train and study.train[0] == study.data_name else None
-        rows.append(Table2Row(study.data_name, classes, data.split, train, len(data.samples)))
+        rows.append(Table2Row(study.data_name, classes, data.part, train, len(data.samples)))
     return list(dict.fromkeys(rows))
 
 

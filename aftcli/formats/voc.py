@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 
 from aftcli.core.classes import Classes
 from aftcli.data.images import image_labels, open_picture
-from aftcli.data.sets import Annotations, DataSet, Format, Listed, Marks, Sample, map_to_model
+from aftcli.data.picture import Listed, Marks
+from aftcli.data.sets import Annotations, DataSet, Format, Sample, map_to_model
 from aftcli.data.text import read_text, read_xml, reason
 from aftcli.errors import AftError
 from aftcli.files import inside

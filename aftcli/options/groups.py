@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import typer
 
 from aftcli.core.methods import check_device, spelled
+from aftcli.data.text import check_format
 from aftcli.errors import AftError
 from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
@@ -287,6 +288,12 @@ class Thresholds:
         return Search(values, self.masking, self.fill, self.mode, self.search)
 
 
+ValShare = Annotated[
+    float | None,
+    number("--val-share", "SHARE", "val_share", "Held out if there is no val. Default: 0.2."),
+]
+
+
 @dataclass(frozen=True)
 class Data:
     """The data set."""
@@ -297,17 +304,22 @@ class Data:
         Path | None,
         typer.Argument(
             metavar="[DATASET]",
-            help="Class folders, train/ and val/ of them, or VOCdevkit. Default: that of the "
-            "masks, if any.",
+            help="Class folders, VOCdevkit, COCO, CSV, *.tar, *.parquet or torchvision:NAME=DIR. "
+            "Default: the masks'.",
             show_default=False,
         ),
     ] = None
     split: Annotated[
+        str | None, option("--split", "NAME", "Split to use. Default: train; val to evaluate.")
+    ] = None
+    data_format: Annotated[
         str | None,
         option(
-            "--split",
+            "--data-format",
             "NAME",
-            "Split to use. Default: train; val to evaluate.",
+            "Name of its format. Default: by its content.",
+            callback=usage(check_format),
+            autocompletion=complete.formats,
         ),
     ] = None
     limit: Annotated[

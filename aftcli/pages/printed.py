@@ -59,7 +59,7 @@ def settings_of(sources: Sources, maskings: Sequence[str]) -> dict[str, Any]:
                 "layer": study.f.layer_name,
                 "weights": study.variants[0].weights,
                 "dataset": study.data_name,
-                "split": study.data_set.split,
+                "split": study.data_set.part,
                 "images": len(study.data_set.samples),
                 "cams": list(study.cams),
                 "thresholds": list(study.search.thresholds),

@@ -381,7 +381,7 @@ def test_what_is_kept_is_what_tft_saw(tmp_path):
     from aftcli import attribution_map, read_image, to_input
 
     for i in (0, 7, 17):
-        x = to_input(read_image(job.data_set.path(i)), f.preprocessing)
+        x = to_input(read_image(job.data_set.picture(i)), f.preprocessing)
         c = torch.tensor([store[i].class_index])
         assert int(job.masks.class_index[i]) == int(c)
         result = fine_tune_threshold(f, x, attribution_map(f, x, c, "layercam"), c)
