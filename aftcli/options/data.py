@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import typer
 
 from aftcli.data.text import check_format
+from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
 
 ValShare = Annotated[
@@ -35,8 +36,8 @@ class Data:
         Path | None,
         typer.Argument(
             metavar="[DATASET]",
-            help="Class folders, train/ and val/ of them, VOCdevkit, COCO, shards, a list "
-            "(.csv). Default: that of the masks.",
+            help="Class folders, VOCdevkit, COCO, CSV, *.tar, *.parquet or torchvision:NAME=DIR. "
+            "Default: the masks'.",
             show_default=False,
         ),
     ] = None
@@ -55,6 +56,7 @@ class Data:
             "NAME",
             "Name of its format. Default: by its content.",
             callback=usage(check_format),
+            autocompletion=complete.formats,
         ),
     ] = None
     limit: Annotated[

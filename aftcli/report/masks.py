@@ -59,18 +59,19 @@ class StoreSummary:
     synonyms: bool
 
 
-def summarise(store: MaskStore) -> StoreSummary:
+def summarise(store: MaskStore, verify: bool = False) -> StoreSummary:
     """Sum up a store, a piece at a time.
 
     Args:
         store: of `aft gen-masks`.
+        verify: also do what `MaskStore.verify` does, in the same pass.
     """
     classes = _classes_of(store)
     names = classes.names
     totals = np.zeros(4)
     labels = np.zeros(max(len(names), 1), dtype=np.int64)
-    for start in range(0, len(store), 4096):
-        rows = store.rows(start, start + 4096)
+    pieces = (store.rows(start, start + 4096) for start in range(0, len(store), 4096))
+    for rows in store.verified() if verify else pieces:
         rpi, y = torch.from_numpy(rows.rpi), torch.from_numpy(rows.probability)
         best = rpi.gather(1, first_maximum(rpi, y)[:, None]) if len(rpi) else rpi.new_zeros(0)
         helped = raised(rpi, y).any(1)
@@ -149,12 +150,11 @@ def print_stores(paths: list[Path], watched: Watched, json_: bool) -> None:
 def show_store(path: Path, json_: bool) -> None:
     """Print what a mask store holds, after checking its content against its digest."""
     with MaskStore(path) as store:
-        store.verify()
         settings = store.settings
         missing = {"classes", "cam"} - set(settings)
         if missing or not isinstance(settings["classes"], list):
             raise _damaged(path, f"its settings have no {min(missing, default='classes')}")
-        summary = summarise(store)
+        summary = summarise(store, verify=True)
     if json_:
         result = {"settings": settings, **_summary_dict(summary)}
         try:
@@ -185,17 +185,19 @@ def _classes_of(store: MaskStore) -> Classes:
         return Classes(tuple(names))
     folders: dict[int, str] = {}
     for start in range(0, len(store), 4096):
-        rows = store.rows(start, start + 4096)
-        labels, places = np.unique(rows.label, return_index=True)
+        paths, column = store.columns(("path", "label"), start, start + 4096)
+        labels, places = np.unique(column, return_index=True)
         for label, place in zip(labels.tolist(), places.tolist(), strict=True):
-            folders[label] = os.fsdecode(bytes(rows.path[place])).partition("/")[0]
+            folders[label] = os.fsdecode(bytes(paths[place])).partition("/")[0]
     known = imagenet_classes()
+    count = max(folders, default=0) + 1
+    if settings.get("imagenet") is True and count <= len(known):
+        return known
     # Labels are ImageNet's classes by wnid only.
     if all(known.wnids[i : i + 1] == (name,) for i, name in folders.items()):
         return known
     if not format_of(settings["data_kind"]).named_by_folder:
         folders = {}
-    count = max(folders, default=0) + 1
     return Classes(tuple(folders.get(i, f"class {i}") for i in range(count)))
 
 

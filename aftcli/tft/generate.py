@@ -24,6 +24,7 @@ from aftcli.data.blocks import Loaded, Processes, batches, load_blocks, spans_of
 from aftcli.data.sets import DataSet, not_its_classes
 from aftcli.errors import AftError
 from aftcli.files import file_stem, locked, make_folder
+from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
 from aftcli.tft.masks import FORMAT_VERSION, MaskStore, changed_images, refuse_other_settings
@@ -135,6 +136,7 @@ def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[s
         **({"output": f.output} if f.output != SOFTMAX else {}),
         **({"output_key": f.output_key} if f.output_key else {}),
         **({"class_names": list(f.classes.own)} if f.classes.own else {}),
+        **({"imagenet": True} if _are_imagenets(f, data_set) else {}),
         "preprocessing": f.preprocessing.as_dict(),
         "data_set": str(data_set.root.resolve()),
         "data_kind": data_set.kind,
@@ -144,6 +146,12 @@ def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[s
         "images": len(data_set.samples),
         "images_hash": data_set.fingerprint(),
     }
+
+
+def _are_imagenets(f: Classifier, data_set: DataSet) -> bool:
+    """Tell if labels are ImageNet's classes, where the names of images do not say so."""
+    named = data_set.format.named_by_folder or not data_set.mapped
+    return not named and f.classes == imagenet_classes()
 
 
 class _Store:

@@ -27,6 +27,7 @@ from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
 from aftcli.settings import SOFTMAX
 from aftcli.tft.hdf5 import (
+    APPENDED,
     ROWS,
     Rows,
     check_form,
@@ -45,7 +46,16 @@ FORMAT_VERSION = 2
 # Recorded, but not compared: a store may be resumed by another version of aft or from a moved
 # data set, and class names, which older stores lack, change no number.
 INFORMATION = frozenset(
-    {"aft_version", "checkpoint", "class_names", "data_set", "complete", "digest", "seal"}
+    {
+        "aft_version",
+        "checkpoint",
+        "class_names",
+        "data_set",
+        "complete",
+        "digest",
+        "imagenet",
+        "seal",
+    }
 )
 
 # Settings that are written only where they are not the default.
@@ -121,7 +131,17 @@ def _unreadable(path: Path, what: str, error: Exception) -> AftError:
     )
 
 
-def changed_images(data_set: DataSet, rows: Rows | None, broken: Sequence[Broken]) -> list[str]:
+class Used(NamedTuple):
+    """Images that results were computed of: path, content and stamp as of `Rows`."""
+
+    path: np.ndarray
+    content: np.ndarray
+    stamp: np.ndarray
+
+
+def changed_images(
+    data_set: DataSet, rows: Rows | Used | None, broken: Sequence[Broken]
+) -> list[str]:
     """Name the images of a data set that have changed since results were computed.
 
     Args:
@@ -208,13 +228,24 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         Raises:
             AftError: the file is damaged there.
         """
+        rows = Rows(*self.columns(Rows._fields, start, stop))
+        try:
+            check_values(rows._asdict())
+        except ValueError as error:
+            raise _unreadable(self.path, "is damaged", error) from error
+        return rows
+
+    def columns(self, names: Sequence[str], start: int, stop: int) -> list[np.ndarray]:
+        """Return some fields of `rows`, which costs less than all, unchecked.
+
+        Raises:
+            AftError: the file is damaged there.
+        """
         try:
             file = self._file
             # Kept open: HDF5 caches the chunks of open datasets.
             self._columns = self._columns or {name: file[name] for name in Rows._fields}
-            rows = Rows(*(self._columns[name][start:stop] for name in Rows._fields))
-            check_values(rows._asdict())
-            return rows
+            return [self._columns[name][start:stop] for name in names]
         except (OSError, KeyError, ValueError) as error:
             raise _unreadable(self.path, "is damaged", error) from error
 
@@ -298,8 +329,9 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         named, places = [], np.array(indices, np.int64)
         for start in range(0, len(self), ROWS):
             own = places[(places >= start) & (places < start + ROWS)] - start
-            rows = self.rows(start, min(start + ROWS, len(self)))
-            named += changed_images(data_set, Rows(*(column[own] for column in rows)), [])
+            if len(own):
+                used = self.columns(Used._fields, start, start + ROWS)
+                named += changed_images(data_set, Used(*(column[own] for column in used)), [])
         return named + changed_images(data_set, None, self.broken)
 
     def verify(self) -> None:
@@ -308,9 +340,16 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         Raises:
             AftError: the content has changed since it was written.
         """
+        for _ in self.verified():
+            pass
+
+    def verified(self) -> Iterator[Rows]:
+        """Yield all rows, some thousand at a time, and at the end do what `verify` does."""
         running = hashlib.sha256()
-        for start in range(0, len(self), ROWS):
-            fold_rows(running, self.rows(start, min(start + ROWS, len(self))))
+        for start in range(0, len(self), APPENDED):
+            rows = self.rows(start, start + APPENDED)
+            fold_rows(running, rows)
+            yield rows
         if running.hexdigest() != self.settings["digest"]:
             raise AftError(
                 f"{self.path}: its content has changed since it was written; make it again with "

@@ -9,14 +9,20 @@ import warnings
 
 import pytest
 from PIL import Image
+from torch import nn
 
 from aftcli import AftError, MaskStore, read_image
-from aftcli.core.classes import Classes
+from aftcli.core.classes import Classes, Preprocessing
+from aftcli.core.classifier import cut_classifier
 from aftcli.data.blocks import GONE, content_of
 from aftcli.data.parts import Reading
 from aftcli.data.sets import data_name, open_data_set, validation_of
 from aftcli.data.text import unbraced
 from aftcli.formats import shards as module
+from aftcli.networks.sources import imagenet_classes
+from aftcli.report.masks import summarise
+from aftcli.settings import Search
+from aftcli.tft.generate import generate_masks
 from tests.helpers.archives import add, make_shards, pictures_below
 from tests.helpers.stored import NAMES, generate, make_images
 from tests.helpers.trained import make_colours
@@ -368,6 +374,32 @@ def test_names_of_a_store_find_their_members_again(images, tmp_path):
         first.unlink()
         # What is gone is told by who reads it.
         assert store.changed(opened(tmp_path / "shards"), range(15)) == []
+
+
+def test_labels_are_shown_by_their_names_in_imagenet(tmp_path):
+    """Names of members do not say them, as those of class folders do."""
+    layers = (nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    prep = Preprocessing(size=(32, 32), resize=36)
+    f = cut_classifier(
+        nn.Sequential(*layers, nn.Linear(4, 1000)),
+        "0+1",
+        name="small",
+        preprocessing=prep,
+        classes=imagenet_classes(),
+    )
+    members = (("a.cls", b"n01440764"), ("a.png", png()), ("b.cls", b"217"), ("b.png", png()))
+    for name, taken, shown in (
+        ("wnids", members[:2], {"tench, Tinca tinca": 1}),
+        ("numbers", members[2:], {"English springer, English springer spaniel": 1}),
+    ):
+        data = opened(shard(tmp_path / name / "a.tar", *taken), classes=f.classes)
+        for _ in generate_masks(f, data, ["gradcam"], tmp_path / f"run-{name}", Search()):
+            pass
+        with MaskStore(tmp_path / f"run-{name}/masks/small-gradcam.h5") as store:
+            assert summarise(store).labels == shown
+            store.settings.pop("imagenet")
+            # Stores of before: the classes are numbered.
+            assert summarise(store).labels == {f"class {store[0].label}": 1}
 
 
 def test_links_out_of_the_folder_are_not_followed(images, tmp_path, monkeypatch):
