@@ -176,6 +176,6 @@ def there(root: Path, entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry
 
 def missing_note(file: Path, missing: Sequence[Entry]) -> str:
     """Say which listed pictures are missing."""
-    named = ", ".join(f"{e.name} ({e.where})" for e in missing[:MOST_NAMED])
+    named = ", ".join(f"{e.name[:200]} ({e.where})" for e in missing[:MOST_NAMED])
     more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
     return f"{file}: skipped entries whose picture is missing: {named}{more}"

@@ -66,6 +66,7 @@ def test_labels_are_names_ordered_by_class_and_name(root):
         ("labels.CSV", ("id,path,label", "7,a.png,pear", "", "8,a.png,pear"), ["1 lines repeat"]),
         ("labels.csv", ("\ufeffpath,label", '"a.png"," pear "'), []),
         ("labels.csv", ("path,label", "./a.png,Pear"), []),
+        ("labels.csv", ("path;label;;", "a.png;pear;;", ";;;", " ;;;"), ["separated by ';'"]),
     ],
 )
 def test_usual_spellings_are_read_and_guesses_said(root, name, lines, notes):
@@ -112,6 +113,8 @@ def test_names_may_be_any_text(root):
         (("path,label,x,y,w,h", "a.png,pear,1,2,3,b"), "line 2: could not convert"),
         (("path,label,split", "a.png,pear,train", "b.png,pear,"), "line 3: has no split"),
         (("path,label,split", "a.png,pear,one"), "has no split 'train'; there are one"),
+        (("path,label,label", "a.png,pear,plum"), "has the columns 'label' and 'label'; rename"),
+        (("path,Label,label", "a.png,pear,plum"), "has the columns 'Label' and 'label'; rename"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(root, lines, wrong):
@@ -198,6 +201,13 @@ def test_a_column_says_the_split(root):
         open_data_set(path, "dev2", FRUIT)
 
 
+def test_the_case_of_a_split_does_not_matter(root):
+    lines = ("a.png,pear,Train", "b.png,pear,train", "sub/c.png,pear,TRAIN", "d.png,plum,Val")
+    path = manifest(root, "path,label,split", *lines)
+    assert [name for name, _ in listing(path)] == ["a.png", "b.png", "sub/c.png"]
+    assert listing(path, "val") == listing(path, "VAL") == [("d.png", 2)]
+
+
 def test_classes_are_those_of_all_splits(root):
     path = manifest(root, "path,label,split", "a.png,w,train", "b.png,v,val")
     assert open_data_set(path, "train", FRUIT).classes == ("v", "w")
@@ -257,7 +267,7 @@ def test_a_parquet_file_is_read_as_a_csv_is(root):
         "x": [1.0, None],
         "y": [2, None],
         "w": [8, None],
-        "h": [4, None],
+        "h": [4, float("nan")],
         "thumbnail": [b"1", b"2"],
     }
     path = root / "list.parquet"
