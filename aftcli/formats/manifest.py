@@ -24,6 +24,7 @@ from aftcli.formats.listed import (
     label_classes,
     missing_note,
     samples_of,
+    slash_hint,
     there,
 )
 
@@ -167,7 +168,7 @@ def _open(
         first = missing[0]
         raise AftError(
             f"{path}: {first.where}: there is no {path.parent / first.name}, nor any other picture "
-            "that it lists; paths are relative to the folder of this file"
+            f"that it lists; paths are relative to the folder of this file{slash_hint(missing)}"
         )
     chosen = choose_labels(
         found, every, lambda entry, why: AftError(f"{path}: {entry.where}: {why}")

@@ -103,6 +103,8 @@ def test_names_may_be_any_text(root):
         (("path,label", "a.png,pear,7"), "line 2: has 3 values, but the first line names 2"),
         (("path,label", 'a.png,"pear'), "can't be read as a list of pictures"),
         (("path,label", "x.png,pear"), "line 2: there is no .*x.png, nor any other picture"),
+        (("path,label", "sub\\c.png,pear"), r"line 2: there is no .*; write paths with / in place"),
+        (("path,label", "a.png,pear", "b.png,PEAR"), "line 3: 'PEAR' .*'PEAR' and 'pear'"),
         (("path,label",), "lists no picture"),
         (
             ("picture,label", "a.png,pear"),
@@ -147,6 +149,13 @@ def test_missing_pictures_are_skipped_and_said(root):
     assert data.notes == (
         f"{path}: skipped entries whose picture is missing: x.png (line 3), y.png (line 4)",
     )
+
+
+def test_paths_of_windows_and_labels_in_two_cases_are_said(root):
+    path = manifest(root, "path,label", "a.png,x", "b.png,X", "sub\\c.png,y")
+    said, missing = open_data_set(path, None, FRUIT).notes
+    assert said.endswith("differ in case alone are taken as several classes: 'X' and 'x'")
+    assert missing.endswith("sub\\c.png (line 4); write paths with / in place of \\")
 
 
 def test_labels_map_as_class_folders_do(root):
