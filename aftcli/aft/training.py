@@ -174,7 +174,8 @@ def choose_held_out(
     """Divide training images into those trained on and those that choose the epoch.
 
     Every n-th image in the order of the classes, within a class in an order that depends on
-    the name and the seed only: the held-out images are spread over the classes.
+    the name and the seed only: the held-out images are spread over the classes. An image may have
+    several samples, one for each label, which are all on the same side.
 
     Returns:
         Positions of those to train on and of those held out, each ascending.
@@ -186,8 +187,10 @@ def choose_held_out(
 
     order = sorted(range(len(names)), key=rank)
     count = int(len(order) * share)
-    picked = {order[(2 * i + 1) * len(order) // (2 * count)] for i in range(count)}
-    return [i for i in range(len(names)) if i not in picked], sorted(picked)
+    picked = {names[order[(2 * i + 1) * len(order) // (2 * count)]] for i in range(count)}
+    train = [i for i, name in enumerate(names) if name not in picked]
+    # Where one image has all of the labels, none is held out.
+    return (train, sorted({*order} - {*train})) if train else (sorted(order), [])
 
 
 def shuffled(indices: Sequence[int], seed: int, epoch: int) -> list[int]:

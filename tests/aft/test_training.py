@@ -249,6 +249,18 @@ def test_held_out_images_are_spread_over_the_classes_whatever_the_order(seed):
     assert {names[::-1][i] for i in turned} == {names[i] for i in held_out}
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_all_labels_of_an_image_are_held_out_or_none(seed):
+    rng = np.random.default_rng(seed)
+    rows = [(f"{i}.jpg", c) for i in range(30) for c in range(4) if rng.uniform() < 0.5]
+    names, labels = zip(*rows, strict=True)
+    train, held_out = choose_held_out(names, labels, 0.1, seed)
+    assert sorted(train + held_out) == list(range(len(rows)))
+    assert held_out and not {names[i] for i in train} & {names[i] for i in held_out}
+    one = choose_held_out(["a.jpg"] * 20, list(range(20)), 0.1, seed)
+    assert one == (list(range(20)), [])
+
+
 def test_orders_are_permutations_that_differ_by_epoch_and_seed():
     orders = [shuffled(range(50), seed, epoch) for seed in (0, 1) for epoch in (1, 2)]
     assert all(sorted(order) == list(range(50)) for order in orders)
