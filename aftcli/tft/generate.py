@@ -85,6 +85,7 @@ def tune_batch(f: Classifier, x: Tensor, methods: Sequence[str], settings: Searc
     g, activation = f.at(x)
     y, class_index = f.probabilities(g.head(activation).float()).max(1)
     # The stored map is the one that is searched: I by cells, also for a map of pixels.
+    g = g.sharing(activation, class_index)
     maps = [scaled_map(g, activation, class_index, x, method, cells=True) for method in methods]
     low = torch.cat(maps)
     high = upsample(low, x)
