@@ -183,7 +183,8 @@ def measure_commands(model: str, scratch: Path) -> Iterator[tuple[str, dict[str,
         if words[0] in SAVES:
             words += ["--out", str(scratch / f"out-{i}")]
         peak, samples = watch(words, {"AFT_CACHE": str(scratch / f"cache-{i}")})
-        yield name, {"peak": peak, "together": round(max(s.own + s.files for s in samples))}
+        sampled = (round(s.own + s.files) for s in samples)
+        yield name, {"peak": peak, "together": max(peak, *sampled)}
 
 
 def measure_growth(images: int, scratch: Path) -> dict[str, Any]:
@@ -212,7 +213,7 @@ def growth(samples: Sequence[Sample], images: int) -> dict[str, Any]:
         `at`: MiB at each of SHARES, the mean over the 5 % of the images before it; `slope`: KiB
         for 1,000 images, by least squares, before blocks are joined; `samples`: some of them.
     """
-    most = max(s.images for s in samples)  # reached when blocks are joined
+    most = min(images, max(s.images for s in samples))  # reached when blocks are joined
     at_work = [s for s in samples if 0 < s.images < most]
     later = [s for s in at_work if s.images >= SHARES[0] * images]
     line = linear_regression([s.images for s in later], [s.own for s in later])
