@@ -264,7 +264,7 @@ def page(record: dict[str, Any]) -> str:
     at = {f"at {share}": f"{mib:.0f} MiB" for share, mib in grown["at"].items()}
     row = {"images": f"{grown['images']:,}", **at}
     row["slope"] = f"{grown['slope']:+.0f} KiB for 1,000 images"
-    rule = "|--:" * len(row) + "|"
+    rule = "|---" + "|--:" * (len(row) - 1) + "|"
     lines += ["", f"| {' | '.join(row)} |", rule, f"| {' | '.join(row.values())} |"]
     return "\n".join(lines)
 
