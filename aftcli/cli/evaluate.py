@@ -103,7 +103,7 @@ class TableOutput(Printed):
         option(
             "--metrics",
             "LIST",
-            "Of Table 3, see below. Default: the paper's two.",
+            "Measures of Table 3, see below. Default: the paper's two.",
             callback=usage(measures),
         ),
     ] = None
@@ -123,7 +123,7 @@ class TableOutput(Printed):
         bool, option("--sanity", "", "Compare with maps of the network with random weights.")
     ] = False
     figures: Annotated[
-        bool, option("--figures", "", "Draw figures and a page of all in RUN/results.")
+        bool, option("--figures", "", "Draw figures and a page of all results in RUN/results.")
     ] = False
     image: Annotated[
         list[str] | None,

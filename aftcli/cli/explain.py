@@ -56,7 +56,7 @@ class ContrastedMaps(CutMaps):
     """The maps, and the class that they contrast others with."""
 
     contrast: Annotated[
-        str | None, option("--contrast", "CLASS", "Show why the class explained and not this one.")
+        str | None, option("--contrast", "CLASS", "Explain why the class and not this one.")
     ] = None
 
 
@@ -74,7 +74,7 @@ class GivenMap(TargetMaps):
         ),
     ] = None
     absolute: Annotated[
-        bool, option("--absolute", "", "Take its magnitudes; otherwise negatives become zero.")
+        bool, option("--absolute", "", "Use the map's magnitudes; otherwise negatives become 0.")
     ] = False
 
 
@@ -175,7 +175,7 @@ def tft(
     output: Files,
     run: Run,
 ) -> None:
-    """Fine-tune the threshold of an attribution map, our own or any other tool's."""
+    """Find the best threshold of an attribution map, made here or by any other tool."""
     kinds, accelerate, found = _begin([image], [network], maps, output, run, True)
     settings = thresholds.settings()
 

@@ -42,14 +42,16 @@ class Files(Printed):
 
     json: Annotated[bool, option("--json", "", "Print the result as JSON.", hidden=True)] = False
     format_: Annotated[Format, words("--format", Format, "Print")] = "table"
-    html: Annotated[bool, option("--html", "", "Write OUT/index.html, a page of all.")] = False
+    html: Annotated[bool, option("--html", "", "Write OUT/index.html, all results in a page.")] = (
+        False
+    )
     out: Annotated[Path, option("--out", "DIR", "Where files go.")] = Path("aft-out")
     save: Annotated[
         str | None,
         option(
             "--save",
             "LIST",
-            "Of overlay, figure, map, mask; or none alone.",
+            "Write overlay, figure, map, mask; or none.",
             callback=usage(outputs),
         ),
     ] = None

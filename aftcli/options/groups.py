@@ -290,7 +290,7 @@ class Thresholds:
 
 ValShare = Annotated[
     float | None,
-    number("--val-share", "SHARE", "val_share", "Held out if there is no val. Default: 0.2."),
+    number("--val-share", "SHARE", "val_share", "Share for val if there is none. Default: 0.2."),
 ]
 
 
@@ -395,4 +395,4 @@ class StudyRun(Run):
 class EvaluateRun(StudyRun):
     """Options of how an evaluation runs."""
 
-    batch: Annotated[int, number("--batch-size", "N", "batch", "Images that pass at once.")] = 16
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in one pass.")] = 16
