@@ -10,7 +10,8 @@ from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named, spelled
 from aftcli.errors import AftError
 from aftcli.options import complete
-from aftcli.options.groups import Data, Methods, Printed, StudyRun, ValShare, Weights, check_layers
+from aftcli.options.data import Data, ValShare
+from aftcli.options.groups import Methods, Printed, StudyRun, Weights, check_layers
 from aftcli.options.make import number, option, usage, words
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class TrainingData(Data):
         option(
             "--no-masks",
             "",
-            "Train a control; other classes get a new layer.",
+            "Train a control by plain cross-entropy. Other classes get a new last layer.",
         ),
     ] = False
     held_out: Annotated[

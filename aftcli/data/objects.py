@@ -157,6 +157,9 @@ def _covered(boxes: list[Box], size: tuple[int, int], view: View) -> Tensor | No
     return region if region.any() else None
 
 
+EDGES = 2**22  # of a polygon, times the picture's rows, that are looked at together
+
+
 def polygon_mask(corners: np.ndarray, size: Size) -> np.ndarray:
     """Find the pixels whose centre lies in a polygon, by the even-odd rule.
 
@@ -168,16 +171,19 @@ def polygon_mask(corners: np.ndarray, size: Size) -> np.ndarray:
         Shape (height, width), bool.
     """
     width, height = size
-    (x1, y1), (x2, y2) = corners.T, np.roll(corners, -1, axis=0).T
     centres = np.arange(height)[:, None] + 0.5
-    rows, edges = np.nonzero((y1 <= centres) != (y2 <= centres))
-    along = (rows + 0.5 - y1[edges]) / (y2 - y1)[edges]
-    across = x1[edges] + along * (x2 - x1)[edges]
-    # Each crossing of a row turns the pixels right of it from outside to inside, or back.
-    columns = np.ceil(across - 0.5).clip(0, width).astype(int)
-    turns = np.zeros((height, width + 1), int)
-    np.add.at(turns, (rows, columns), 1)
-    inside: np.ndarray = turns[:, :width].cumsum(1) % 2 == 1
+    turns = np.zeros((height, width + 1), np.uint8)
+    starts, ends = corners, np.roll(corners, -1, axis=0)
+    step = max(EDGES // height, 1)
+    for i in range(0, len(corners), step):
+        (x1, y1), (x2, y2) = starts[i : i + step].T, ends[i : i + step].T
+        rows, edges = np.nonzero((y1 <= centres) != (y2 <= centres))
+        along = (rows + 0.5 - y1[edges]) / (y2 - y1)[edges]
+        across = x1[edges] + along * (x2 - x1)[edges]
+        # Each crossing of a row turns the pixels right of it from outside to inside, or back.
+        columns = np.ceil(across - 0.5).clip(0, width).astype(int)
+        np.bitwise_xor.at(turns, (rows, columns), 1)
+    inside: np.ndarray = np.bitwise_xor.accumulate(turns[:, :width], axis=1).astype(bool)
     return inside
 
 

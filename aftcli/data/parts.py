@@ -38,12 +38,13 @@ class Reading(NamedTuple):
 
     Attributes:
         kind: the name of its format, a key of FORMATS; None recognises it by its content.
-        every: a sample for each image and class that it shows; otherwise one for each image.
+        every: a sample for each image and class that it shows; otherwise one for each image. None
+            is as masks were made, otherwise one.
         held: what is held out where there is no val split; None holds out nothing.
     """
 
     kind: str | None = None
-    every: bool = False
+    every: bool | None = None
     held: Held | None = None
 
     @classmethod
@@ -70,7 +71,7 @@ def check_held(values: object) -> None:
     """Check what a file records of held-out images.
 
     Raises:
-        ValueError: it is none of ours.
+        ValueError: it is not what this module records.
     """
     if values is None:
         return

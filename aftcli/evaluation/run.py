@@ -266,6 +266,7 @@ def _files(
                 "road": [*metrics.ROAD_SHARES, NOISE],
                 # Named where results without it were not made so.
                 **({"cells": True} if study.cells else {}),
+                **({"every": True} if study.data_set.every else {}),
                 **({"output": study.f.output} if study.f.output != SOFTMAX else {}),
                 **_library(plan),
             }
@@ -378,4 +379,4 @@ def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 def _images(study: Study, x: torch.Tensor, index: torch.Tensor, objects: Objects) -> Images:
     label = torch.tensor([study.data_set.samples[int(i)].label for i in index])
-    return Images(x, label, index, objects.regions)
+    return Images(x, label, index, objects.regions, study.data_set.every)

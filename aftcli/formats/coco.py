@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from aftcli.core.classes import Classes
+from aftcli.data.images import LARGEST
 from aftcli.data.objects import from_rle, polygon_mask
 from aftcli.data.parts import split_kind
 from aftcli.data.picture import FilePicture, Listed, Marks, Picture
@@ -167,7 +168,10 @@ def _mask(outline: Any, size: tuple[int, int]) -> np.ndarray:  # noqa: ANN401 - 
         return mask
     mask = np.zeros(size[::-1], bool)
     for polygon in outline or []:
-        mask |= polygon_mask(np.array(polygon, float).reshape(-1, 2), size)
+        corners = np.array(polygon, float).reshape(-1, 2)
+        if not np.isfinite(corners).all():
+            raise ValueError("it has corners that are not finite")
+        mask |= polygon_mask(corners, size)
     return mask
 
 
@@ -199,7 +203,7 @@ def _open(
     return DataSet(
         "coco",
         file,
-        _split(file),
+        _kind(file) or _split(file),
         labels.names,
         labels.mapped,
         samples_of(chosen, labels),
@@ -252,7 +256,7 @@ def _labels(file: Path, categories: Sequence[str], classes: Classes) -> Labels:
     others = [name for name in names if name not in known]
     notes = (
         (
-            f"{file}: {len(others)} of {len(names)} categories are no classes of the model and "
+            f"{file}: {len(others)} of {len(names)} categories are not classes of the model and "
             f"count for nothing: {_shown(others)}",
         )
         if others
@@ -287,7 +291,7 @@ def read_instances(file: Path) -> Instances:
     """Read a file of instances; the last ones stay in memory.
 
     Raises:
-        AftError: it is none, or damaged; the message names the entry.
+        AftError: it is not one, or damaged; the message names the entry.
     """
     try:
         stat = file.stat()
@@ -325,6 +329,8 @@ def _read(file: Path, size: int, changed: int) -> Instances:
         except AftError as error:
             raise ValueError(f"{where}: {error}") from error
         shape = int(each["width"]), int(each["height"])
+        if min(shape) < 1 or math.prod(shape) > LARGEST:
+            raise ValueError(f"{where} is of {shape[0]} x {shape[1]} pixels")
         pictures[name] = Seen(where, name, shape, by_image.get(each["id"], []))
     return Instances(tuple(dict.fromkeys(names.values())), pictures)
 

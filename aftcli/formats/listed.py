@@ -14,6 +14,8 @@ from aftcli.errors import AftError
 
 MOST_NAMED = 5  # of what a message names
 
+ODD = {"", ".", ".."}  # parts of a path that is not plain
+
 NUMBER = re.compile(r"[0-9]{1,6}")
 
 
@@ -59,13 +61,15 @@ def below(root: Path, text: str) -> str:
     Raises:
         AftError: it lies outside the root.
     """
+    if ODD.isdisjoint(text.split("/")) and "\0" not in text:
+        return text  # most are plain, and there may be millions
     path = Path(text)
     if path.is_absolute() and path.is_relative_to(root.absolute()):
         path = path.relative_to(root.absolute())
     if "\0" in text or path.is_absolute() or ".." in path.parts or not path.name:
         raise AftError(
-            f"{text[:200]!r} is no path of a picture below {root}, which paths are relative to; "
-            "move the picture there, or correct the path"
+            f"{text[:200]!r} is not a path below {root}, which paths are relative to; move the "
+            "picture there, or correct the path"
         )
     return path.as_posix()
 
@@ -92,8 +96,8 @@ def label_classes(
     if len(strange) < len(labels):
         raise refuse(
             strange[0],
-            f"{strange[0]!r} is no class of the model ({len(strange)} of {len(labels)} labels are "
-            "none); correct them, or take these pictures out",
+            f"{strange[0]!r} is not a class of the model ({len(strange)} of {len(labels)} labels "
+            "are not); correct them, or take these pictures out",
         )
     own = Labels(tuple(labels), {text: i for i, text in enumerate(labels)}, False)
     if not all(map(NUMBER.fullmatch, labels)):
@@ -165,7 +169,7 @@ def there(root: Path, entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry
     known: dict[str, bool] = {}
     for entry in entries:
         if entry.name not in known:
-            known[entry.name] = os.path.lexists(root / entry.name)
+            known[entry.name] = os.path.lexists(os.path.join(root, entry.name))
     found = [entry for entry in entries if known[entry.name]]
     return found, [entry for entry in entries if not known[entry.name]]
 

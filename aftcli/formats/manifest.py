@@ -128,7 +128,7 @@ class _Boxes(Annotations):
 
 
 def is_manifest(path: Path) -> bool:
-    """Tell a manifest by its ending; a folder is none."""
+    """Tell a manifest by its ending; a folder is not one."""
     return path.suffix.lower() in (*DELIMITERS, PARQUET) and path.is_file()
 
 
@@ -242,11 +242,12 @@ def read_rows(path: Path, note: Note = lambda text: None) -> Iterator[Row]:
         AftError: the file or a line can't be read; the message names the line.
     """
     columns: dict[str, str] = {}
+    root = path.parent
     try:
         for where, values in _parquet(path) if _is_parquet(path) else _text(path, note):
             columns = columns or _columns(path, values, note)
             try:
-                yield _row(path, where, values, columns)
+                yield _row(root, where, values, columns)
             except (AftError, ValueError) as error:
                 raise AftError(f"{path}: {where}: {error}") from error
     except (OSError, csv.Error) as error:
@@ -327,8 +328,8 @@ def _columns(path: Path, names: Iterable[str], note: Note) -> dict[str, str]:
             note(f"the column {known[usual[0]]!r} is taken as {column}")
     if not {"path", "label"} <= set(found):
         raise AftError(
-            f"{path}: is no list of pictures: its columns are {', '.join(known.values())[:200]}, "
-            "and path and label must be among them"
+            f"{path}: is not a list of pictures: path and label must be among its columns, which "
+            f"are {', '.join(known.values())[:200]}"
         )
     for group in (BOX, SIZE):
         if set(group) <= set(known):
@@ -336,7 +337,7 @@ def _columns(path: Path, names: Iterable[str], note: Note) -> dict[str, str]:
     return found
 
 
-def _row(path: Path, where: str, values: Mapping[str, str], columns: Mapping[str, str]) -> Row:
+def _row(root: Path, where: str, values: Mapping[str, str], columns: Mapping[str, str]) -> Row:
     """Check one line. What is wrong is said without its place."""
     text = {column: (values[name] or "").strip() for column, name in columns.items()}
     for column in COLUMNS:
@@ -350,5 +351,5 @@ def _row(path: Path, where: str, values: Mapping[str, str], columns: Mapping[str
         if not (w > 0 and h > 0):
             raise AftError(f"its box has a width of {w:g} and a height of {h:g}")
         box = Listed.read(map(str, (x, y, x + w - 1, y + h - 1)), size, first=0)
-    name = below(path.parent, text["path"])
+    name = below(root, text["path"])
     return Row(where, name, text["label"], text.get("split", ""), box)

@@ -6,10 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import typer
-
 from aftcli.core.methods import check_device, spelled
-from aftcli.data.text import check_format
 from aftcli.errors import AftError
 from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
@@ -286,46 +283,6 @@ class Thresholds:
         """
         values = read_thresholds(self.thresholds)
         return Search(values, self.masking, self.fill, self.mode, self.search)
-
-
-ValShare = Annotated[
-    float | None,
-    number("--val-share", "SHARE", "val_share", "Share for val if there is none. Default: 0.2."),
-]
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data set."""
-
-    PANEL: ClassVar[str] = "Data"
-
-    dataset: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[DATASET]",
-            help="Class folders, VOCdevkit, COCO, CSV, *.tar, *.parquet or torchvision:NAME=DIR. "
-            "Default: the masks'.",
-            show_default=False,
-        ),
-    ] = None
-    split: Annotated[
-        str | None, option("--split", "NAME", "Split to use. Default: train; val to evaluate.")
-    ] = None
-    data_format: Annotated[
-        str | None,
-        option(
-            "--data-format",
-            "NAME",
-            "Name of its format. Default: by its content.",
-            callback=usage(check_format),
-            autocompletion=complete.formats,
-        ),
-    ] = None
-    limit: Annotated[
-        int | None,
-        number("--limit", "N", "limit", "Take N images, spread over the classes."),
-    ] = None
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,8 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         *OF_IMAGES,
     ),
     "gen-masks": (
+        Idle(("--format",), _without("--show")),
+        Idle(("--format",), _with("--json")),
         Idle(
             (
                 *("DATASET", "--split", "--model", "--checkpoint", "--classes", "--layer"),
@@ -138,7 +140,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
                     "--fill",
                     "--threshold-mode",
                 ),
-                *("--val-share", "--seed"),
+                *("--labels", "--val-share", "--seed"),
                 *("--search", "--run", "--overwrite", "--strict", "--device", "--engine"),
                 *("--precision", "--batch-size", "--workers", "--output", "--output-key"),
             ),

@@ -139,7 +139,7 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
     if not isinstance(settings.get("output_key", ""), str):
         raise ValueError("its output_key is not a name")
     if not isinstance(settings.get("every", False), bool | int):
-        raise ValueError("its every is no truth value")
+        raise ValueError("its every is not a truth value")
     check_held(settings.get("held"))
     if not all(isinstance(name, str) for name in (*settings["classes"], *names)):
         raise ValueError("its classes are not names")

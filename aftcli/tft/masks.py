@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from aftcli.core.cam import stretch
+from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import Broken, changed
-from aftcli.data.picture import Picture
+from aftcli.data.images import view_of
+from aftcli.data.objects import to_rle
+from aftcli.data.picture import Picture, Size
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
 from aftcli.settings import SOFTMAX
@@ -279,6 +282,39 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         tau = attribution.new_tensor([self[index].tau])
         cut = cut_off(attribution, tau, self.settings["threshold_mode"])
         return mask_of(threshold_map(attribution, cut[:, 0]))[0]
+
+    def picture_mask(self, index: int, size: Size) -> np.ndarray:
+        """Return M_tau* of one image in its picture's pixels, (height, width), bool.
+
+        What the network does not see, as beside a centre crop, is False.
+
+        Args:
+            index: of the image.
+            size: width and height of the picture as it is shown: EXIF's turn is applied.
+        """
+        mask = self.full_mask(index).numpy()
+        view = view_of(size, Preprocessing.from_dict(self.settings["preprocessing"]))
+        left, top, right, bottom = view.crop
+        places = []
+        for length, scaled, start, count in (
+            (size[1], view.scaled[1], top, bottom - top),
+            (size[0], view.scaled[0], left, right - left),
+        ):
+            place = np.floor((np.arange(length) + 0.5) * scaled / length).astype(int) - start
+            places.append(np.where((place >= 0) & (place < count), place, count))
+        seen: np.ndarray = np.pad(mask, ((0, 1), (0, 1)))[np.ix_(*places)]
+        return seen
+
+    def rle(self, index: int, size: Size | None = None) -> dict[str, Any]:
+        """Return M_tau* of one image in COCO's run-length encoding, as pycocotools reads it.
+
+        Args:
+            index: of the image.
+            size: as for `picture_mask`; None for a mask of the model's input.
+        """
+        if size is None:
+            return to_rle(self.full_mask(index).numpy())
+        return to_rle(self.picture_mask(index, size))
 
     def changed(self, data_set: DataSet, indices: Sequence[int]) -> list[str]:
         """Name the images of a data set that have changed since their masks were made.

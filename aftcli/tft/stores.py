@@ -278,7 +278,9 @@ def _data_set(
         )
     named, notes = (given.named, given.notes) if given else (None, ())
     kind, split = made["data_kind"], made["split"]
-    return DataSet(kind, root, split, f.classes.names, True, samples, named, notes)
+    held = Held(**made["held"]) if made.get("held") else None
+    of = (kind, root, split, f.classes.names, True, samples, named, notes)
+    return DataSet(*of, every=bool(made.get("every")), held=held)
 
 
 VAL_SHARE = 0.2  # of a data set without a val split
@@ -335,9 +337,10 @@ def reread(
     if not made:
         return reading
     before = Reading.of(made)
+    every = before.every if reading.every is None else reading.every
     if data is None:
-        return before
-    reading = reading._replace(every=reading.every or before.every)
+        return before._replace(every=every)
+    reading = reading._replace(every=every)
     if before.held is None:
         return reading
     same = data.resolve() == _above(made)

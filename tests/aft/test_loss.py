@@ -622,6 +622,6 @@ def test_a_handful_of_images_is_said_to_be_no_training_set(capsys):
     few = "no training set; what the network learns is these alone"
     assert lines_of(capsys, [begun(2, 1)])[-1] == f"aft: 2 images are {few}"
     assert lines_of(capsys, [begun(1, 1)])[-1] == f"aft: 1 image is {few}"
-    assert few not in " ".join(lines_of(capsys, [begun(32, 1)]))
+    assert few not in " ".join(lines_of(capsys, [begun(10, 1)]))
     # A zero level is one number: it takes few images.
     assert few not in " ".join(lines_of(capsys, [begun(2, 1, objective="zero-level")]))

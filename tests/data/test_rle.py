@@ -64,6 +64,14 @@ def is_inside(x, y, corners):
     return inside
 
 
+def test_many_edges_are_looked_at_piece_by_piece(monkeypatch):
+    corners = np.random.default_rng(9).uniform(-5, 40, (30, 2))
+    whole = polygon_mask(corners, (30, 20))
+    for edges in (1, 60, 140):
+        monkeypatch.setattr("aftcli.data.objects.EDGES", edges)
+        assert np.array_equal(polygon_mask(corners, (30, 20)), whole)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_polygon_has_the_pixels_whose_centre_is_in_it(seed):
     # Corners beyond the picture too; none on the line of centres.

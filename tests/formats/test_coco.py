@@ -68,7 +68,7 @@ def path(tmp_path):
 
 def test_labels_are_those_of_the_largest_area(path):
     data = open_data_set(path, None, FRUIT)
-    assert (data.kind, data.root, data.split, data.mapped) == ("coco", path, "val2017", True)
+    assert (data.kind, data.root, data.split, data.mapped) == ("coco", path, "val", True)
     assert [tuple(s) for s in data.samples] == [
         ("val2017/c.png", 0),
         ("val2017/b.png", 1),
@@ -107,9 +107,10 @@ def test_a_folder_is_recognised_and_has_its_splits(path):
         open_data_set(root, None, FRUIT)
     coco(root, "train2017", x=[rectangle("pear", 0, 0, 8, 8)])
     train = open_data_set(root, None, FRUIT)
-    assert train.split == "train2017" and validation_of(train, FRUIT).data_set is None
+    assert train.split == "train" and validation_of(train, FRUIT).data_set.root == path
     found = open_data_set(train.root, "val", FRUIT)
-    assert found.root == path and found.split == "val2017"
+    assert found.root == path and found.split == "val"
+    assert open_data_set(root, "val2017", FRUIT).samples == found.samples
     coco(root, "val2014", y=[rectangle("pear", 0, 0, 8, 8)])
     with pytest.raises(AftError, match="several files of the split 'val'; there are .*2014.json"):
         open_data_set(root, "val", FRUIT)
@@ -184,7 +185,7 @@ def test_other_categories_count_for_nothing_or_are_classes(path):
         ("val2017/a.png", 0),
         ("val2017/b.png", 0),
     ]
-    assert "2 of 3 categories are no classes of the model and count for nothing" in data.notes[0]
+    assert "2 of 3 categories are not classes of the model and count for nothing" in data.notes[0]
     own = open_data_set(path, None, Classes(("x", "y")))
     assert own.classes == NAMES and not own.mapped
 
@@ -209,11 +210,15 @@ DAMAGES = {
     ),
     "outside": (
         lambda c: c["images"][1].update(file_name="../b.png"),
-        r"images\[1\]: '../b.png' is no path of a picture below",
+        r"images\[1\]: '../b.png' is not a path below",
     ),
     "box": (
         lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 4]),
         r"annotations\[0\] has the box",
+    ),
+    "size": (
+        lambda c: c["images"][1].update(width=10**9),
+        r"images\[1\] is of 1000000000 x 64 pixels",
     ),
     "no object": (lambda c: c["annotations"].insert(0, 5), r"annotations\[0\] has no category_id"),
 }
@@ -233,10 +238,21 @@ def test_text_that_is_no_json_is_refused(path):
         open_data_set(path, None, FRUIT)
 
 
-def test_a_damaged_outline_is_an_error_where_it_is_needed(tmp_path):
-    bad = rectangle("pear", 4, 6, 10, 20, segmentation={"size": [64, 64], "counts": [3]})
+@pytest.mark.parametrize(
+    ("outline", "wrong"),
+    [
+        ({"size": [64, 64], "counts": [3]}, "its runs do not fill 64 x 64"),
+        ({"size": [32, 64], "counts": [2048]}, "it is of 64 x 32 pixels"),
+        ([[1, 2, 3, 4, 5]], "cannot reshape"),
+        ([[1, 2, 3, float("inf"), 5, 6]], "it has corners that are not finite"),
+        ({"counts": [3]}, "'size'"),
+        (["abc"], "could not convert"),
+    ],
+)
+def test_a_damaged_outline_is_an_error_where_it_is_needed(tmp_path, outline, wrong):
+    bad = rectangle("pear", 4, 6, 10, 20, segmentation=outline)
     data = open_data_set(coco(tmp_path / "coco", a=[bad]), None, FRUIT)
-    with pytest.raises(AftError, match=r"annotations\[0\]: its segmentation is damaged: its runs"):
+    with pytest.raises(AftError, match=rf"annotations\[0\]: its segmentation is damaged: {wrong}"):
         Objects(data, WHOLE).regions(0, 1)
 
 

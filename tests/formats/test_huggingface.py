@@ -118,7 +118,7 @@ def test_what_is_wrong_is_said_with_its_row(tmp_path):
     refused(
         r"a\.parquet/1: its label '3' is none of 3 classes", table_of([(b"", 0), (b"", 3)], "abc")
     )
-    refused(r"a\.parquet/1: 'kiwi' is no class", table_of([(png(), "pear"), (png(), "kiwi")]))
+    refused(r"a\.parquet/1: 'kiwi' is not a class", table_of([(png(), "pear"), (png(), "kiwi")]))
     refused("no row of a.parquet has a label in 'label'", table_of([(png(), None)]))
     table = table_of([(png(), "pear")])
     refused("pictures in 'image', but no column of labels", table.drop_columns(["label"]))
@@ -127,7 +127,7 @@ def test_what_is_wrong_is_said_with_its_row(tmp_path):
         r"names files \(/home/me/a.png\) and does not hold their pictures",
         pa.table({"image": pa.array([path], table.schema.field("image").type), "label": ["pear"]}),
     )
-    with pytest.raises(AftError, match="is no list of pictures"):
+    with pytest.raises(AftError, match="is not a list of pictures"):
         opened(save_table(tmp_path / "b.parquet", table.drop_columns(["image"])))
 
 

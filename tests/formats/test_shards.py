@@ -222,7 +222,7 @@ def test_what_is_no_sample_is_skipped_and_named(tmp_path):
 
 def test_only_some_classes_of_the_model_are_refused_with_the_member(tmp_path):
     path = shard(tmp_path / "a.tar", ("apple/0.png", png()), ("kiwi/1.png", png()))
-    with pytest.raises(AftError, match=r"a\.tar/kiwi/1\.png: 'kiwi' is no class of the model"):
+    with pytest.raises(AftError, match=r"a\.tar/kiwi/1\.png: 'kiwi' is not a class of the model"):
         opened(path)
     own = opened(path, classes=Classes(("cat", "dog")))
     assert (own.classes, own.mapped) == (("apple", "kiwi"), False)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 
+import h5py
 import pytest
 
 from aftcli import AftError, MaskStore
@@ -11,8 +12,9 @@ from aftcli.core.classes import Classes
 from aftcli.data.parts import Held, Reading, held_names
 from aftcli.data.sets import open_data_set, validation_of
 from tests.helpers.command import aft
-from tests.helpers.stored import NAMES, make_images
+from tests.helpers.stored import NAMES, generate, make_images
 from tests.helpers.trained import make_colours
+from tests.whole.test_trust import sealed_again
 
 FRUIT = Classes(NAMES)
 HELD = Reading(held=Held(0.4, 1))
@@ -106,6 +108,26 @@ def test_one_image_a_class_leaves_nothing_to_hold_out(tmp_path):
     assert data.held is None and len(data.samples) == 3
 
 
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"share": 0.2, "seed": 0},
+        {"share": 2.0, "seed": 0, "part": "train"},
+        {"share": 0.2, "seed": "0", "part": "train"},
+        {"share": 0.2, "seed": 0, "part": "../x"},
+        [0.2, 0, "train"],
+    ],
+)
+def test_a_store_that_says_nonsense_of_what_was_held_out_is_refused(tmp_path, held):
+    generate(make_images(tmp_path / "fruit", each=1), tmp_path / "run", ("gradcam",))
+    path = tmp_path / "run/masks/small-gradcam.h5"
+    with h5py.File(path, "r+") as file:
+        file.attrs["held"] = json.dumps(held)
+    sealed_again(path)
+    with pytest.raises(AftError, match="its held is"):
+        MaskStore(path)
+
+
 @pytest.fixture
 def study(tmp_path):
     """Plain class folders, and a network of other classes."""
@@ -139,7 +161,10 @@ def test_the_chain_on_plain_class_folders_ends_in_tables(study):
     with MaskStore(path) as store:
         names, held = {record.path for record in store}, store.settings["held"]
     assert held == card["held"] and len(names) == 12
-    ran("finetune", *own, "--objective", "tuner", "--epochs", "1", *second)
+    (after,) = json.loads(
+        ran("finetune", *own, "--objective", "tuner", "--epochs", "1", *second, "--json").out
+    )
+    assert after["held"] == card["held"] and after["metrics"]["after"]["val"]["images"] == 3
     tables = ran("evaluate", *own, "--table", "2,4", *second, "--json")
     assert "3 of 15 images are held out" in tables.err and "only these are taken" in tables.err
     found = json.loads(tables.out)
