@@ -160,7 +160,7 @@ def explain(
             return reports
 
         ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
-        return Job(ready, explain_image)
+        return Job(ready, explain_image, setup.title(one) if loaded[1:] else "")
 
     jobs = [job(*each) for each in zip(networks, loaded, called, strict=True)]
     setup.advise(list(dict.fromkeys(advised)), thresholds.mode, maps.cells, run.quiet)

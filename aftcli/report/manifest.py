@@ -184,7 +184,8 @@ class Manifest:
             (self.outdated, f"made with another content of {changed}"),
         ):
             if names:
-                more = f" and {len(names) - 1} more files" if names[1:] else ""
+                left = len(names) - 1
+                more = f" and {left} more file{'s' * (left > 1)}" if left else ""
                 self.note(f"{self.path.parent}: overwrote {names[0]}{more}, {why}")
                 names.clear()
         self.save()

@@ -1,5 +1,6 @@
 """--contrast, pictures of maps with signs, and classes that are less likely than chance."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from aftcli.pictures.colours import DIVERGING, Look, bar, heat, palette
 from aftcli.pictures.figure import Shown, caption, figure
 from aftcli.pictures.grid import grid
 from aftcli.tft.explain import explain as explained
+from tests.cli.test_explain import draw
 from tests.cli.test_options import f, folder, objects  # noqa: F401 - fixtures
 from tests.cli.test_pictures import pixels, searched, subject_of, texts
-from tests.helpers.command import aft
+from tests.helpers.command import aft, without_chance
 from tests.helpers.stored import NAMES
 
 A, B = NAMES[1], NAMES[2]
@@ -133,6 +135,25 @@ def test_what_cannot_be_contrasted_is_refused(options, message):
     result = aft("explain", "a.png", *options)
     assert result.code == 1 and message in result.err
     assert not list(Path().glob("aft-out/*.png"))
+
+
+def test_an_image_that_cannot_be_contrasted_is_named_and_others_are_explained(folder):  # noqa: F811
+    predicted = {n: objects("explain", n)[0]["class_name"] for n in map(draw_seed, range(6))}
+    contrast = predicted["0.png"]
+    others = [name for name, found in predicted.items() if found != contrast]
+    result = aft("explain", *predicted, "--contrast", contrast, "--json")
+    assert result.code == 1
+    assert [found["image"] for found in json.loads(result.out)] == others
+    assert without_chance(result.err).splitlines() == [
+        f"aft: {name}: {contrast} is the class explained; contrast it with another one"
+        for name in predicted
+        if name not in others
+    ]
+
+
+def draw_seed(seed):
+    draw(f"{seed}.png", seed=seed)
+    return f"{seed}.png"
 
 
 def test_a_class_less_likely_than_chance_is_said():
