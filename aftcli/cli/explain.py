@@ -239,8 +239,9 @@ def _begin(
     accelerate = setup.engine(run.engine, precision, run.quiet)
 
     from aftcli.data.text import find_images
+    from aftcli.report.manifest import written_in
 
-    found = Found(*find_images(images, output.out))
+    found = Found(*find_images(images, output.out, written_in))
     if not found.paths:
         nothing(found, output)
     return kinds, accelerate, found

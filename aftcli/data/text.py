@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
+from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -15,15 +16,22 @@ from aftcli.files import inside
 
 SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jfif".split())
 
+Written = Callable[[Path], Container[str]]
+
 LARGEST_TEXT = 2**24  # bytes of class names, of a list, of an annotation
 
 
-def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list[Path], list[str]]:
+def find_images(
+    arguments: Iterable[str],
+    out: Path | None = None,
+    written: Written = lambda folder: (),
+) -> tuple[list[Path], list[str]]:
     """Turn files, folders and globs into image files.
 
     Args:
         arguments: names as the user gave them.
         out: where results go; a folder that holds it does not give them back as images.
+        written: gives the names of results in a folder; folders do not give them back either.
 
     Returns:
         The files, each once, those of a folder sorted; and what was wrong with arguments.
@@ -37,7 +45,7 @@ def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list
             if not path.is_dir():
                 images.append(path)
                 continue
-            for image in _images_in(path, out):
+            for image in _images_in(path, out, written):
                 try:
                     images.append(inside(path, str(image.relative_to(path))))
                 except AftError as error:
@@ -50,9 +58,10 @@ def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list
     return list(found), problems
 
 
-def _images_in(folder: Path, out: Path | None) -> list[Path]:
-    """List the images below a folder, sorted; none that is hidden or below `out`."""
+def _images_in(folder: Path, out: Path | None, written: Written) -> list[Path]:
+    """List the images below a folder, sorted; none that is hidden, below `out` or a result."""
     results = None
+    written = cache(written)
     if out and folder.resolve() in out.resolve().parents:
         results = folder / out.resolve().relative_to(folder.resolve())
     return sorted(
@@ -62,6 +71,7 @@ def _images_in(folder: Path, out: Path | None) -> list[Path]:
         and not path.is_dir()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and not (results and path.is_relative_to(results))
+        and path.name not in written(path.parent)
     )
 
 

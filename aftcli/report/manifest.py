@@ -300,6 +300,15 @@ class _Image:
         return bool(owner.get("sha256")) and owner["sha256"] == self.hash()
 
 
+def written_in(folder: Path) -> set[str]:
+    """Return the names of files that a folder's manifest lists; none if it can't be read."""
+    path = folder / NAME
+    try:
+        return set(_parsed(path.read_bytes()).files) if path.is_file() else set()
+    except (OSError, ValueError, RecursionError):
+        return set()
+
+
 def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
