@@ -1,6 +1,7 @@
 """--contrast, pictures of maps with signs, and classes that are less likely than chance."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+import aftcli
+from aftcli.core.outputs import has_chance
 from aftcli.pictures.colours import DIVERGING, Look, bar, heat, palette
 from aftcli.pictures.figure import Shown, caption, figure
 from aftcli.pictures.grid import grid
+from aftcli.report.explain import shown_of
 from aftcli.tft.explain import explain as explained
 from tests.cli.test_explain import draw
 from tests.cli.test_options import f, folder, objects  # noqa: F401 - fixtures
@@ -165,6 +169,20 @@ def test_a_class_less_likely_than_chance_is_said():
         assert ("less than chance (1/3)" in result.err) == (each is least)
         assert result.err.count(each["class_name"]) == (each is least)
     assert aft("explain", "a.png", "--target", least["class_name"], "--quiet").err == ""
+
+
+def test_labels_that_do_not_exclude_each_other_have_no_chance(f):  # noqa: F811 - a fixture
+    with torch.no_grad():
+        list(f.head.parameters())[-1].sub_(5)
+    options = ("explain", "a.png", "--target", A, "--target", B)
+    for output, is_said in (("softmax", True), ("sigmoid", False)):
+        f.output = output
+        assert ("less than chance (1/3)" in aft(*options, "--save", "none").err) == is_said
+        shown = shown_of(f, subject_of(), searched(y=0.01), Look())
+        assert shown.notes == ["less likely than chance, 1/3"] * is_said
+        [e, _] = aftcli.explain(f, "a.png", targets=[A, B])
+        assert replace(e, probability=0.01).shown().notes == shown.notes
+    assert has_chance("sigmoid", 2) and has_chance("none", 3)
 
 
 def test_aft_tft_says_it_too():
