@@ -122,7 +122,7 @@ def each_image(
                 picture, made = read_image(path), []
                 for f, job in ready:
                     # What one network can't explain, others may.
-                    with _told(found, run), naming(str(path)), naming(job.called):
+                    with _told(found, run), _naming(path, job.called):
                         view = view_of(picture.size, f.preprocessing)
                         subject = Subject(path, called[path], picture, view)
                         made += [(f, subject, each) for each in job.explain(f, subject)]
@@ -156,6 +156,18 @@ def _told(found: Found, run: Run) -> Iterator[None]:
         found.problems.append(str(error))
         if run.debug:
             say_traceback(*sys.exc_info())
+
+
+@contextmanager
+def _naming(path: Path, called: str) -> Iterator[None]:
+    """Name the image and the network in errors; a file that can't be written names itself."""
+    try:
+        yield
+    except AftError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        with naming(str(path)), naming(called):
+            raise
 
 
 @contextmanager
