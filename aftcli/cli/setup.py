@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from aftcli.cli.process import kept_from_collector
 from aftcli.core.methods import METHODS, named, spelled
+from aftcli.data.text import check_data_set
 from aftcli.errors import AftError
-from aftcli.files import check_checkpoint, check_folder
+from aftcli.files import check_checkpoint
 from aftcli.options.groups import Network, TargetMaps, Weights
 from aftcli.report.terminal import complain
 
@@ -37,7 +38,7 @@ def check(network: Weights, dataset: Path | None = None) -> None:
     if network.checkpoint:
         check_checkpoint(network.checkpoint)
     if dataset:
-        check_folder(dataset)
+        check_data_set(dataset)
     names(network.classes)
 
 

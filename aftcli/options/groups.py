@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import typer
-
 from aftcli.core.methods import check_device, spelled
 from aftcli.errors import AftError
 from aftcli.options import complete
@@ -285,35 +283,6 @@ class Thresholds:
         """
         values = read_thresholds(self.thresholds)
         return Search(values, self.masking, self.fill, self.mode, self.search)
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data set."""
-
-    PANEL: ClassVar[str] = "Data"
-
-    dataset: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[DATASET]",
-            help="Class folders, train/ and val/ of them, or VOCdevkit. Default: that of the "
-            "masks, if any.",
-            show_default=False,
-        ),
-    ] = None
-    split: Annotated[
-        str | None,
-        option(
-            "--split",
-            "NAME",
-            "Split to use. Default: train; val to evaluate.",
-        ),
-    ] = None
-    limit: Annotated[
-        int | None,
-        number("--limit", "N", "limit", "Take N images, spread over the classes."),
-    ] = None
 
 
 @dataclass(frozen=True)

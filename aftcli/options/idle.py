@@ -126,10 +126,21 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         *OF_IMAGES,
     ),
     "gen-masks": (
+        Idle(("--format",), _without("--show")),
+        Idle(("--format",), _with("--json")),
         Idle(
             (
                 *("DATASET", "--split", "--model", "--checkpoint", "--classes", "--layer"),
-                *("--cam", "--limit", "--thresholds", "--masking", "--fill", "--threshold-mode"),
+                *(
+                    "--cam",
+                    "--data-format",
+                    "--limit",
+                    "--thresholds",
+                    "--masking",
+                    "--fill",
+                    "--threshold-mode",
+                ),
+                *("--labels", "--val-share", "--seed"),
                 *("--search", "--run", "--overwrite", "--strict", "--device", "--engine"),
                 *("--precision", "--batch-size", "--workers", "--output", "--output-key"),
             ),
@@ -137,6 +148,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         ),
     ),
     "finetune": (
+        Idle(("--val-share",), _without("--no-masks")),
         Idle(("--objective", "--gauge"), _with("--no-masks")),
         Idle(
             ("--lam", "--consistency", "--classification", "--blend", "--patience"),

@@ -283,7 +283,7 @@ def _extremes(measured: Measured, masking: str, is_open: bool) -> Iterator[str]:
 def _pictured(study: Study, index: int) -> str:
     """Return a small picture; nothing where the file can't be read any more."""
     try:
-        picture = thumb(read_image(study.data_set.path(index)))
+        picture = thumb(read_image(study.data_set.picture(index)))
     except AftError:
         return ""
     return f'<img class="thumb" alt="" src="{jpeg(picture)}">'

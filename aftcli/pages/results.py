@@ -220,7 +220,8 @@ def _columns(results: Sequence[Result]) -> list[tuple[str, bool]]:
     zero = ("zero",) if any("zero_level" in result for result in results) else ()
     searched, cut = ("tau*", "RPI") if tft else (), ("masked", "kept") if tft or fixed else ()
     texts = ("image", *["network"] * several, "cam", "class")
-    return [(t, True) for t in texts] + [(t, False) for t in ("prob.", *zero, *searched, *cut)]
+    score = "score" if all("target" in result for result in results) else "prob."
+    return [(t, True) for t in texts] + [(t, False) for t in (score, *zero, *searched, *cut)]
 
 
 def _rows(results: Sequence[Result]) -> Iterator[list[str]]:

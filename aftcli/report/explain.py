@@ -22,7 +22,7 @@ from aftcli.pictures.figure import Shown, best, figure, overlaid, shown_as
 from aftcli.pictures.overlay import Subject
 from aftcli.report.manifest import Manifest, writing
 from aftcli.report.names import PLAIN, Suffixes
-from aftcli.settings import Search
+from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.explain import Explanation
 
 
@@ -198,6 +198,8 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
         "probability": e.probability,
         "outputs": {kind: str(path) for kind, path in report.outputs.items()},
     }
+    if f.output != SOFTMAX and not isinstance(f, Targeted):
+        result["output"] = f.output
     if e.cells:
         result["cells"] = True
     if e.zero_level:

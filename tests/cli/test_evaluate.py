@@ -85,7 +85,7 @@ class Seen:
 def test_tables_equal_a_literal_loop_over_the_images(document, study, tuned):
     original, own = load_classifier(), load_classifier(checkpoint=tuned)
     data = open_data_set(study / "data", "val", original.classes)
-    paths = [(data.path(i), data.samples[i].label) for i in range(3)]
+    paths = [(data.picture(i), data.samples[i].label) for i in range(3)]
     images = {
         "original": [Seen(original, *each) for each in paths],
         "aft": [Seen(own, *each) for each in paths],

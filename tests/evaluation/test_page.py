@@ -182,7 +182,7 @@ def test_few_images_stand_in_one_list_only():
 
 def test_an_image_that_is_gone_has_no_picture(measured, text, tmp_path):
     study = measured.study
-    lost = [study.data_set.path(i) for i in range(len(study.data_set.samples))]
+    lost = [study.data_set.picture(i).path for i in range(len(study.data_set.samples))]
     moved = [path.rename(f"{path}.moved") for path in lost]
     try:
         tables = Tables({}, {"maskings": ["binary"]}, {}, [measured])
