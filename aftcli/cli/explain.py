@@ -160,7 +160,7 @@ def explain(
             return reports
 
         ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
-        return Job(ready, explain_image)
+        return Job(ready, explain_image, setup.title(one) if loaded[1:] else "")
 
     jobs = [job(*each) for each in zip(networks, loaded, called, strict=True)]
     setup.advise(list(dict.fromkeys(advised)), thresholds.mode, maps.cells, run.quiet)
@@ -239,8 +239,9 @@ def _begin(
     accelerate = setup.engine(run.engine, precision, run.quiet)
 
     from aftcli.data.text import find_images
+    from aftcli.report.manifest import written_in
 
-    found = Found(*find_images(images, output.out))
+    found = Found(*find_images(images, output.out, written_in))
     if not found.paths:
         nothing(found, output)
     return kinds, accelerate, found
