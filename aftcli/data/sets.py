@@ -300,7 +300,7 @@ def _open(
         raise AftError(f"{path}: is {what}; --data-format takes {', '.join(FORMATS)}")
     data_set = replace(found, named=path if path.is_dir() else found.root)
     if not data_set.samples:
-        raise AftError(f"{data_set.root}: there is no image in its class folders")
+        raise AftError(f"{data_set.root}: there is no image of a class in it")
     return data_set
 
 

@@ -284,6 +284,8 @@ def _placed(file: Path) -> dict[str, Seen]:
             if os.path.lexists(folder / place / seen.name):
                 return {f"{place}{name}": each for name, each in found.items()}
     shown = ", ".join(str(folder / place) for place in places)
+    if not found:
+        raise AftError(f"{file}: lists no picture")
     raise AftError(f"{file}: none of its pictures is in {shown}; put them there")
 
 
@@ -310,29 +312,39 @@ def _read(file: Path, size: int, changed: int) -> Instances:
         raise ValueError(f"it has no lists {', '.join(KEYS)}")
     images, annotations, categories = lists
     names = {
-        each["id"]: _text(each, "name", where)
-        for where, each in _entries(categories, "categories", "id")
+        number: _text(each, "name", where)
+        for number, (where, each) in _by_id(categories, "categories").items()
     }
     by_image: dict[Any, list[Object]] = defaultdict(list)
-    known = {each["id"] for _, each in _entries(images, "images", "id", "width", "height")}
+    known = _by_id(images, "images", "width", "height")
     for where, each in _entries(annotations, "annotations", "category_id", "image_id"):
         if each["category_id"] not in names or each["image_id"] not in known:
             raise ValueError(f"{where} is of a category or image that is not listed")
         by_image[each["image_id"]].append(_object(where, each, names))
     pictures: dict[str, Seen] = {}
-    for where, each in _entries(images, "images"):
-        name = _text(each, "file_name", where)
-        if name in pictures:
-            raise ValueError(f"{where} has the file_name {name!r}, as another has")
+    for where, each in known.values():
         try:
-            name = below(_folder(file), name)
-        except AftError as error:
+            name = below(_folder(file), _text(each, "file_name", where))
+            shape = int(each["width"]), int(each["height"])
+        except (AftError, ValueError, OverflowError) as error:
             raise ValueError(f"{where}: {error}") from error
-        shape = int(each["width"]), int(each["height"])
+        if name in pictures:
+            first = pictures[name].where
+            raise ValueError(f"{where} has the file_name {name!r}, as another has ({first})")
         if min(shape) < 1 or math.prod(shape) > LARGEST:
             raise ValueError(f"{where} is of {shape[0]} x {shape[1]} pixels")
         pictures[name] = Seen(where, name, shape, by_image.get(each["id"], []))
     return Instances(tuple(dict.fromkeys(names.values())), pictures)
+
+
+def _by_id(entries: Sequence[Any], what: str, *numbers: str) -> dict[Any, tuple[str, Any]]:
+    """Return the place of each entry and the entry, by its id; refuse an id that is there twice."""
+    found: dict[Any, tuple[str, Any]] = {}
+    for where, each in _entries(entries, what, "id", *numbers):
+        first, _ = found.setdefault(each["id"], (where, each))
+        if first != where:
+            raise ValueError(f"{where} has the id {each['id']!r}, as another has ({first})")
+    return found
 
 
 def _entries(
@@ -356,13 +368,25 @@ def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
 def _object(where: str, entry: Mapping[str, Any], names: Mapping[Any, str]) -> Object:
     box = entry.get("bbox")
     if box is not None:
-        box = tuple(float(n) for n in box)
+        box = _floats(box)
         if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) < 0:
-            raise ValueError(f"{where} has the box {box}, not left, top, width and height")
+            raise ValueError(
+                f"{where} has the box {str(entry['bbox'])[:80]}, not left, top, width and height"
+            )
     area = entry.get("area")
     if area is None:
         area = box[2] * box[3] if box else 0
+    if not _floats([area]):
+        raise ValueError(f"{where} has the area {str(area)[:80]}, not a number of pixels")
     crowd = bool(entry.get("iscrowd"))
     outline = entry.get("segmentation") or None
     label = names[entry["category_id"]]
     return Object(where, label, float(area), box, outline, crowd)
+
+
+def _floats(values: Any) -> tuple[float, ...]:  # noqa: ANN401 - JSON
+    """Return a list of JSON as floats; none where it is no list of numbers."""
+    try:
+        return tuple(map(float, values))
+    except (ValueError, TypeError, OverflowError):
+        return ()

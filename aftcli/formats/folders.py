@@ -276,7 +276,8 @@ def choose_files(path: Path, found: Sequence[Path], split: str | None, default: 
     root = Path(os.path.commonpath([file.parent for file in found])) if named else path
     files = [file.relative_to(root).as_posix() for file in found]
     words = [_word_of_split(name) for name in files]
-    known = list(dict.fromkeys(filter(None, words)))
+    spelled = {word.lower(): word for word in reversed(words) if word}
+    known = list(reversed(spelled.values()))  # one of those that differ in case alone
     if not known:
         if split:
             raise AftError(
@@ -291,7 +292,7 @@ def choose_files(path: Path, found: Sequence[Path], split: str | None, default: 
         )
     wanted = known[0] if named and split is None and len(known) == 1 else split or default
     word = _choose(path, known, known, wanted)
-    chosen = [name for name, own in zip(files, words, strict=True) if own == word]
+    chosen = [n for n, own in zip(files, words, strict=True) if own.lower() == word.lower()]
     return Chosen(root, word, chosen)
 
 
@@ -310,3 +311,25 @@ def _word_of_split(name: str) -> str:
             if split_kind(word):
                 return word
     return ""
+
+
+def refuse_mixed(root: Path, members: Sequence[str]) -> None:
+    """Refuse archives with folders of several splits above those of classes.
+
+    Args:
+        root: the folder of the archives.
+        members: files in them: the archive, folders and the file's name, with forward slashes.
+
+    Raises:
+        AftError: there are such; taken as one they would mix training and evaluation.
+    """
+    found: dict[str, str] = {}
+    for member in members:
+        for part in member.split("/")[1:-2]:
+            if kind := split_kind(part):
+                found.setdefault(kind, member)
+    if len(found) > 1:
+        raise AftError(
+            f"{root}: holds several splits within its archives ({listed(list(found.values()))}); "
+            "write each split as archives of its own, called train-... and val-..."
+        )

@@ -128,12 +128,15 @@ def _data_set(chosen: Chosen, heads: Sequence[Head], classes: Classes) -> DataSe
     for file, other in zip(files, heads, strict=True):
         if other != head:
             raise AftError(f"{root / file}: has other columns or classes than {files[0]}")
-    _refuse_paths(root / files[0])
     if _are_of(head.names, classes):
         head = head._replace(names=classes.wnids)
-    names, labels = [], []
+    names: list[str] = []
+    labels: list[str | None] = []
     for file in files:
-        for row, value in enumerate(_values(root / file, head.label)):
+        values = _values(root / file, head.label)
+        if values and not names:
+            _refuse_paths(root / file)
+        for row, value in enumerate(values):
             names.append(f"{file}/{row}")
             labels.append(_text(root / names[-1], value, head.names))
     missing = [name for name, label in zip(names, labels, strict=True) if label is None]
@@ -189,6 +192,8 @@ def _text(where: Path, value: object, names: Sequence[str]) -> str | None:
         return str(value).strip() or None
     if isinstance(value, int) and 0 <= value < len(names):
         return names[value]
+    if not names:
+        raise AftError(f"{where}: its label {str(value)[:40]!r} is neither a name nor an integer")
     raise AftError(f"{where}: its label {str(value)[:40]!r} is none of {len(names)} classes")
 
 

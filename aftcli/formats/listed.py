@@ -94,12 +94,13 @@ def label_classes(
     matched = classes.match(labels)
     strange = [name for name, index in zip(labels, matched, strict=True) if index is None]
     if len(strange) < len(labels):
+        alike = "".join(f"; {note}" for note in _alike(labels))
         raise refuse(
             strange[0],
             f"{strange[0]!r} is not a class of the model ({len(strange)} of {len(labels)} labels "
-            "are not); correct them, or take these pictures out",
+            f"are not); correct them, or take these pictures out{alike}",
         )
-    own = Labels(tuple(labels), {text: i for i, text in enumerate(labels)}, False)
+    own = Labels(tuple(labels), {text: i for i, text in enumerate(labels)}, False, _alike(labels))
     if not all(map(NUMBER.fullmatch, labels)):
         return own
     numbers, count = list(map(int, labels)), len(classes)
@@ -113,6 +114,18 @@ def label_classes(
         "their own, not as indices of the model's; where they are indices, write names or wnids"
     )
     return own._replace(notes=(note,))
+
+
+def _alike(labels: Sequence[str]) -> tuple[str, ...]:
+    """Say which labels are classes of their own, though they seem to be one."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(label.casefold(), []).append(label)
+    found = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    if not found:
+        return ()
+    shown = "; ".join(found[:MOST_NAMED])
+    return (f"labels that differ in case alone are taken as several classes: {shown}",)
 
 
 def _number(text: str) -> int:
@@ -176,6 +189,12 @@ def there(root: Path, entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry
 
 def missing_note(file: Path, missing: Sequence[Entry]) -> str:
     """Say which listed pictures are missing."""
-    named = ", ".join(f"{e.name} ({e.where})" for e in missing[:MOST_NAMED])
+    named = ", ".join(f"{e.name[:200]} ({e.where})" for e in missing[:MOST_NAMED])
     more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
-    return f"{file}: skipped entries whose picture is missing: {named}{more}"
+    return f"{file}: skipped entries whose picture is missing: {named}{more}{slash_hint(missing)}"
+
+
+def slash_hint(missing: Iterable[Entry]) -> str:
+    """Return what to do about paths of Windows among those that are missing."""
+    found = any("\\" in entry.name for entry in missing)
+    return "; write paths with / in place of \\" if found else ""

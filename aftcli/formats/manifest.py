@@ -24,6 +24,7 @@ from aftcli.formats.listed import (
     label_classes,
     missing_note,
     samples_of,
+    slash_hint,
     there,
 )
 
@@ -151,8 +152,11 @@ def _open(
 
     labels = label_classes(list(lines), classes, refuse)
     if any(row.split for row in rows):
-        own = _choose(path, dict.fromkeys(row.split for row in rows), split or default)
-        rows = [row for row in rows if row.split == own]
+        spelled: dict[str, str] = {}
+        for row in rows:
+            spelled.setdefault(row.split.lower(), row.split)
+        own = _choose(path, spelled, split or default)
+        rows = [row for row in rows if row.split.lower() == own.lower()]
     elif split and not own:
         raise AftError(
             f"{path}: has no column split, so there is no split {split!r}; leave --split out, or "
@@ -164,7 +168,7 @@ def _open(
         first = missing[0]
         raise AftError(
             f"{path}: {first.where}: there is no {path.parent / first.name}, nor any other picture "
-            "that it lists; paths are relative to the folder of this file"
+            f"that it lists; paths are relative to the folder of this file{slash_hint(missing)}"
         )
     chosen = choose_labels(
         found, every, lambda entry, why: AftError(f"{path}: {entry.where}: {why}")
@@ -220,10 +224,11 @@ def _beside(path: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def _choose(path: Path, known: Iterable[str], wanted: str) -> str:
-    known = list(known)
-    if wanted in known:
-        return wanted
+def _choose(path: Path, spelled: Mapping[str, str], wanted: str) -> str:
+    """Choose a split whatever its case, which often changes within a column."""
+    if wanted.lower() in spelled:
+        return spelled[wanted.lower()]
+    known = list(spelled.values())
     same = [name for name in known if split_kind(name) == (split_kind(wanted) or None)]
     if len(same) == 1:
         return same[0]
@@ -271,6 +276,7 @@ def _text(path: Path, note: Note) -> Iterator[tuple[str, dict[str, str]]]:
             delimiter = other
         reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         header = [name.strip() for name in next(reader, [])]
+        _refuse_twice(path, header)
         number = reader.line_num + 1
         for values in reader:
             if len(values) not in (0, len(header)):
@@ -278,7 +284,7 @@ def _text(path: Path, note: Note) -> Iterator[tuple[str, dict[str, str]]]:
                     f"{path}: line {number}: has {len(values)} values, but the first line names "
                     f"{len(header)} columns; quote values that hold {delimiter!r}"
                 )
-            if values:
+            if any(map(str.strip, values)):  # spreadsheets write empty rows
                 yield f"line {number}", dict(zip(header, values, strict=True))
             number = reader.line_num + 1
 
@@ -307,13 +313,26 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         with parquet.ParquetFile(path) as file:
             known = {*COLUMNS, *itertools.chain(*COLUMNS.values()), *BOX, *SIZE}
             names = [name for name in file.schema_arrow.names if name.lower() in known]
+            _refuse_twice(path, names)
             for batch in file.iter_batches(columns=names):
                 for values in batch.to_pylist():
                     number += 1
-                    plain = {k: "" if v is None else str(v) for k, v in values.items()}
+                    # NaN, which no value equals, is how some writers leave one out.
+                    plain = {k: "" if v is None or v != v else str(v) for k, v in values.items()}
                     yield f"row {number}", plain
     except ArrowException as error:
         raise AftError(f"{path}: can't be read as a parquet file ({reason(error)})") from error
+
+
+def _refuse_twice(path: Path, names: Iterable[str]) -> None:
+    """Refuse a column that is there twice, in any case: which is meant can't be told."""
+    seen: dict[str, str] = {}
+    for name in filter(None, names):
+        if name.lower() in seen:
+            raise AftError(
+                f"{path}: has the columns {seen[name.lower()]!r} and {name!r}; rename one of them"
+            )
+        seen[name.lower()] = name
 
 
 def _columns(path: Path, names: Iterable[str], note: Note) -> dict[str, str]:

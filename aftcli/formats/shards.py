@@ -35,7 +35,7 @@ from aftcli.data.text import (
 )
 from aftcli.errors import AftError, AftWarning
 from aftcli.files import FOLLOW, cache_folder, inside, replacing
-from aftcli.formats.folders import Chosen, are_of_split, choose_files
+from aftcli.formats.folders import Chosen, are_of_split, choose_files, refuse_mixed
 from aftcli.formats.listed import label_classes
 
 ENDING = ".tar"
@@ -178,6 +178,8 @@ def _data_set(chosen: Chosen, indices: Sequence[Index], classes: Classes) -> Dat
         name for name, label in zip(names, labels, strict=True) if label is None
     ]
     notes = [f"{root}: {why}: {listed(n)}" for why, n in skipped.items() if n]
+    if not from_files:
+        refuse_mixed(root, names)
     known = dict.fromkeys(label for label in labels if label is not None)
     if not known:
         raise AftError(

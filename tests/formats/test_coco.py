@@ -220,6 +220,33 @@ DAMAGES = {
         lambda c: c["images"][1].update(width=10**9),
         r"images\[1\] is of 1000000000 x 64 pixels",
     ),
+    "twice, spelled otherwise": (
+        lambda c: c["images"][1].update(file_name="./a.png"),
+        r"images\[1\] has the file_name 'a.png', as another has \(images\[0\]\)",
+    ),
+    "one id for two pictures": (
+        lambda c: c["images"][1].update(id=0),
+        r"images\[1\] has the id 0, as another has \(images\[0\]\)",
+    ),
+    "one id for two categories": (
+        lambda c: c["categories"][2].update(id=7),
+        r"categories\[2\] has the id 7, as another has \(categories\[0\]\)",
+    ),
+    "box of a text": (
+        lambda c: c["annotations"][0].update(bbox={"x": 1}),
+        r"annotations\[0\] has the box {'x': 1}",
+    ),
+    "box beyond floats": (
+        lambda c: c["annotations"][0].update(bbox=[10**400, 0, 1, 1]),
+        r"annotations\[0\] has the box \[1000",
+    ),
+    "area": (lambda c: c["annotations"][0].update(area="x"), r"annotations\[0\] has the area x"),
+    "area beyond floats": (
+        lambda c: c["annotations"][0].update(area=10**400),
+        r"annotations\[0\] has the area 1000",
+    ),
+    "infinite size": (lambda c: c["images"][1].update(width=float("inf")), r"images\[1\]: "),
+    "size of a text": (lambda c: c["images"][1].update(width="wide"), r"images\[1\]: .*'wide'"),
     "no object": (lambda c: c["annotations"].insert(0, 5), r"annotations\[0\] has no category_id"),
 }
 

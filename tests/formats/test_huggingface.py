@@ -120,6 +120,9 @@ def test_what_is_wrong_is_said_with_its_row(tmp_path):
     )
     refused(r"a\.parquet/1: 'kiwi' is not a class", table_of([(png(), "pear"), (png(), "kiwi")]))
     refused("no row of a.parquet has a label in 'label'", table_of([(png(), None)]))
+    refused("no row of a.parquet has a label in 'label'", table_of([]))
+    floats = table_of([(png(), None)]).set_column(1, "label", pa.array([1.5]))
+    refused(r"a\.parquet/0: its label '1.5' is neither a name nor an integer", floats)
     table = table_of([(png(), "pear")])
     refused("pictures in 'image', but no column of labels", table.drop_columns(["label"]))
     path = {"bytes": None, "path": "/home/me/a.png"}

@@ -66,6 +66,7 @@ def test_labels_are_names_ordered_by_class_and_name(root):
         ("labels.CSV", ("id,path,label", "7,a.png,pear", "", "8,a.png,pear"), ["1 lines repeat"]),
         ("labels.csv", ("\ufeffpath,label", '"a.png"," pear "'), []),
         ("labels.csv", ("path,label", "./a.png,Pear"), []),
+        ("labels.csv", ("path;label;;", "a.png;pear;;", ";;;", " ;;;"), ["separated by ';'"]),
     ],
 )
 def test_usual_spellings_are_read_and_guesses_said(root, name, lines, notes):
@@ -102,6 +103,8 @@ def test_names_may_be_any_text(root):
         (("path,label", "a.png,pear,7"), "line 2: has 3 values, but the first line names 2"),
         (("path,label", 'a.png,"pear'), "can't be read as a list of pictures"),
         (("path,label", "x.png,pear"), "line 2: there is no .*x.png, nor any other picture"),
+        (("path,label", "sub\\c.png,pear"), r"line 2: there is no .*; write paths with / in place"),
+        (("path,label", "a.png,pear", "b.png,PEAR"), "line 3: 'PEAR' .*'PEAR' and 'pear'"),
         (("path,label",), "lists no picture"),
         (
             ("picture,label", "a.png,pear"),
@@ -112,6 +115,8 @@ def test_names_may_be_any_text(root):
         (("path,label,x,y,w,h", "a.png,pear,1,2,3,b"), "line 2: could not convert"),
         (("path,label,split", "a.png,pear,train", "b.png,pear,"), "line 3: has no split"),
         (("path,label,split", "a.png,pear,one"), "has no split 'train'; there are one"),
+        (("path,label,label", "a.png,pear,plum"), "has the columns 'label' and 'label'; rename"),
+        (("path,Label,label", "a.png,pear,plum"), "has the columns 'Label' and 'label'; rename"),
     ],
 )
 def test_what_is_wrong_is_said_with_its_line(root, lines, wrong):
@@ -144,6 +149,13 @@ def test_missing_pictures_are_skipped_and_said(root):
     assert data.notes == (
         f"{path}: skipped entries whose picture is missing: x.png (line 3), y.png (line 4)",
     )
+
+
+def test_paths_of_windows_and_labels_in_two_cases_are_said(root):
+    path = manifest(root, "path,label", "a.png,x", "b.png,X", "sub\\c.png,y")
+    said, missing = open_data_set(path, None, FRUIT).notes
+    assert said.endswith("differ in case alone are taken as several classes: 'X' and 'x'")
+    assert missing.endswith("sub\\c.png (line 4); write paths with / in place of \\")
 
 
 def test_labels_map_as_class_folders_do(root):
@@ -196,6 +208,13 @@ def test_a_column_says_the_split(root):
     assert found.reason == "" and found.data_set.split == "valid"
     with pytest.raises(AftError, match="no split 'dev2'; there are train, valid, test"):
         open_data_set(path, "dev2", FRUIT)
+
+
+def test_the_case_of_a_split_does_not_matter(root):
+    lines = ("a.png,pear,Train", "b.png,pear,train", "sub/c.png,pear,TRAIN", "d.png,plum,Val")
+    path = manifest(root, "path,label,split", *lines)
+    assert [name for name, _ in listing(path)] == ["a.png", "b.png", "sub/c.png"]
+    assert listing(path, "val") == listing(path, "VAL") == [("d.png", 2)]
 
 
 def test_classes_are_those_of_all_splits(root):
@@ -257,7 +276,7 @@ def test_a_parquet_file_is_read_as_a_csv_is(root):
         "x": [1.0, None],
         "y": [2, None],
         "w": [8, None],
-        "h": [4, None],
+        "h": [4, float("nan")],
         "thumbnail": [b"1", b"2"],
     }
     path = root / "list.parquet"

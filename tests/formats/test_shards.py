@@ -142,6 +142,24 @@ def test_splits_are_told_by_names_or_folders(tmp_path, by):
         opened(tmp_path / "fruit")
 
 
+def test_the_case_of_a_split_does_not_matter(tmp_path):
+    for name in ("Train-0.tar", "train-1.tar", "VAL-0.tar"):
+        shard(tmp_path / name, (f"{name[0]}.cls", b"pear"), (f"{name[0]}.png", png()))
+    assert list(labels(opened(tmp_path))) == ["Train-0.tar/T.png", "train-1.tar/t.png"]
+    assert list(labels(opened(tmp_path, "val"))) == ["VAL-0.tar/V.png"]
+
+
+def test_splits_within_a_shard_are_refused(tmp_path):
+    def packed(*folders):
+        return shard(tmp_path / "a.tar", *((f"{folder}/1.png", png()) for folder in folders))
+
+    with pytest.raises(AftError, match=r"several splits .*a.tar/train/pear/1.png, a.tar/val/pear"):
+        opened(packed("train/pear", "val/pear"))
+    assert len(opened(packed("train/pear", "train/plum")).samples) == 2
+    classes = opened(packed("train", "val")).classes  # they may be names of classes
+    assert classes == ("train", "val")
+
+
 def test_without_words_for_splits_there_is_none(images, tmp_path):
     make_shards(images, tmp_path / "shards")
     with pytest.raises(AftError, match="no name of a file says its split, so there is no 'val'"):
