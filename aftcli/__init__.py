@@ -42,9 +42,12 @@ if TYPE_CHECKING:
     from aftcli.models.targets import region_target as region_target
     from aftcli.models.targets import similarity_target as similarity_target
     from aftcli.models.targets import with_target as with_target
+    from aftcli.pictures.notebook import explain as explain
+    from aftcli.pictures.notebook import figure as figure
+    from aftcli.pictures.notebook import grid as grid
+    from aftcli.pictures.notebook import overlay as overlay
     from aftcli.settings import Search as Search
     from aftcli.tft.explain import Explanation as Explanation
-    from aftcli.tft.explain import explain as explain
     from aftcli.tft.generate import generate_masks as generate_masks
     from aftcli.tft.judges import Judge as Judge
     from aftcli.tft.masks import MaskStore as MaskStore
@@ -76,15 +79,18 @@ _HOMES = {
     "control_job": "aftcli.aft.jobs",
     "cut_classifier": "aftcli.core.classifier",
     "evaluate_study": "aftcli.evaluation.run",
-    "explain": "aftcli.tft.explain",
+    "explain": "aftcli.pictures.notebook",
+    "figure": "aftcli.pictures.notebook",
     "find_studies": "aftcli.evaluation.study",
     "fine_tune": "aftcli.aft.run",
     "fine_tune_threshold": "aftcli.tft.search",
     "generate_masks": "aftcli.tft.generate",
+    "grid": "aftcli.pictures.notebook",
     "load_classifier": "aftcli.models.load",
     "mask_job": "aftcli.aft.jobs",
     "open_data_set": "aftcli.data.sets",
     "output_target": "aftcli.models.targets",
+    "overlay": "aftcli.pictures.notebook",
     "read_card": "aftcli.models.checkpoint",
     "read_image": "aftcli.data.images",
     "region_target": "aftcli.models.targets",

@@ -48,6 +48,13 @@ def check_checkpoint(path: Path) -> None:
         raise AftError(f"{path}: there is no such checkpoint file")
 
 
+def cache_folder() -> Path:
+    """Return the folder of what is kept for later runs: $AFT_CACHE, or the user's cache/aft."""
+    own = os.environ.get("AFT_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own).expanduser() if own else Path(base).expanduser() / "aft"
+
+
 def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

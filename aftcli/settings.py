@@ -99,6 +99,7 @@ RANGES = {
     "consistency": Range("consistency", 0),
     "learning_rate": Range("the learning rate", 0, above=True),
     "held_out": Range("the held-out share", 0, 1, below=True),
+    "val_share": Range("the share of a val split", 0, 1, below=True),
     "blend": Range("the blend", 0, 1, above=True),
     "epochs": Range("the number of epochs", 1),
     "batch": Range("the batch size", 1),

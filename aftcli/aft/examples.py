@@ -252,7 +252,7 @@ class Gathering:
         cache.run = options.fast_stem(job.f, job.stem, None if how == "off" else total)
         for more in cache.fill():
             done += more
-            yield Cached(done, -(-total // count), how, data_set.split, masks is not None)
+            yield Cached(done, -(-total // count), how, data_set.part, masks is not None)
         cache.share_out(lambda t: accelerator.reduce(t, "sum"), accelerator.wait_for_everyone)
         if not masks:  # each job has its own, so they are not kept for the next
             self.caches[cache.key] = cache

@@ -272,7 +272,7 @@ def _key(f: Classifier, stem: nn.Module, data_set: DataSet, masks: Masks | None)
     for i, sample in enumerate(data_set.samples):
         digest.update(os.fsencode(sample.name))
         with contextlib.suppress(AftError):
-            size, changed = stamp_of(data_set.path(i))
+            size, changed = stamp_of(data_set.picture(i))
             digest.update(f" {size} {changed}".encode())
     return digest.hexdigest()[:16]
 

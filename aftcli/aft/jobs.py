@@ -19,13 +19,8 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.zero_level import no_softmax
 from aftcli.cutting.networks import outside_inference_mode
-from aftcli.data.sets import (
-    DataSet,
-    format_of,
-    not_its_classes,
-    open_data_set,
-    refuse_one_class,
-)
+from aftcli.data.parts import AS_FOUND, Reading
+from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set, refuse_one_class
 from aftcli.errors import AftError
 from aftcli.files import file_stem
 from aftcli.models.load import with_new_head
@@ -36,6 +31,7 @@ from aftcli.tft.stores import (
     StoredImages,
     advice,
     check_made_for,
+    choose_held,
     chunks_of,
     find_stores,
     open_stores,
@@ -98,6 +94,7 @@ def mask_jobs(
     cams: Sequence[str],
     data: Path | None = None,
     limit: int | None = None,
+    reading: Reading = AS_FOUND,
 ) -> list[Job]:
     """Make jobs of a run's mask stores, each with the classifier that it was made with.
 
@@ -109,7 +106,7 @@ def mask_jobs(
         own = source.of_masks(store.settings)
         if own not in loaded:
             loaded[own] = with_names_of_run(own.load(), run, source.note)
-        jobs.append(mask_job(store, loaded[own], data, limit, source.earlier))
+        jobs.append(mask_job(store, loaded[own], data, limit, source.earlier, reading))
     return jobs
 
 
@@ -120,6 +117,8 @@ def control_jobs(
     split: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    reading: Reading = AS_FOUND,
+    val_share: float | None = 0,
 ) -> list[Job]:
     """Make jobs without masks: of the images of a run's masks, or of another data set.
 
@@ -127,6 +126,7 @@ def control_jobs(
         run: where the study lives.
         source: of the classifiers.
         data: default the data sets of the masks, with their classifiers.
+        val_share: what is held out if there is no val split (`choose_held`).
     """
     models: dict[str, list[MaskStore]] = {}
     stores = (find_stores if data is None else open_stores)(run, source.model, [])
@@ -137,16 +137,20 @@ def control_jobs(
         made = own[0].settings
         f = source.of_masks(made).load()
         masked = [s for s in own if _has_control(s, f)]
-        if masked and (data is None or _holds(data, masked[0], f)):
-            jobs.append(_control_of_masks(masked, f, data, split, limit, source.earlier))
+        if masked and (data is None or _holds(data, reading, masked[0], f)):
+            given = (data, split, limit, source.earlier, reading)
+            jobs.append(_control_of_masks(masked, f, *given))
         elif data is None:
             root, part = Path(made["data_set"]), split or made["split"]
             above = format_of(made["data_kind"]).above(root, part)
-            jobs.append(control_job(f, above, part or None, limit, seed, source.earlier))
+            same = (seed, source.earlier, Reading.of(made))
+            jobs.append(control_job(f, above, part or None, limit, *same))
     if data is None or jobs:
         return jobs
     f = with_names_of_run(source.load(), run, source.note)
-    job = control_job(f, data, split, limit, seed, source.earlier)
+    if val_share != 0:
+        reading = reading._replace(held=choose_held(run, f, data, val_share, seed))
+    job = control_job(f, data, split, limit, seed, source.earlier, reading)
     for store in stores:
         if not job.new_head and _has_control(store, job.f):
             raise AftError(
@@ -164,10 +168,11 @@ def _has_control(store: MaskStore, f: Classifier) -> bool:
     return known and made["weights"] == f.weights_hash()
 
 
-def _holds(data: Path, store: MaskStore, f: Classifier) -> bool:
+def _holds(data: Path, reading: Reading, store: MaskStore, f: Classifier) -> bool:
     """Tell if a data set has the images of a mask store, wherever it is now."""
     try:
-        given = open_data_set(data, store.settings["split"] or None, f.classes)
+        whole = reading._replace(held=None)
+        given = open_data_set(data, store.settings["split"] or None, f.classes, reading=whole)
     except AftError:
         return False
     names = {sample.name for sample in given.samples}
@@ -183,6 +188,7 @@ def _control_of_masks(
     split: str | None,
     limit: int | None,
     earlier: Sequence[str],
+    reading: Reading,
 ) -> Job:
     """Make the control's job of the images that masks were made of; they must all have the same."""
     first = stores[0]
@@ -201,7 +207,7 @@ def _control_of_masks(
                 f"{first.path.parent}: the masks are of different images ({both}), so there is no "
                 "control of both; make them of the same ones, or move one to another --run"
             )
-    found = stored_images(first, f, data, limit)
+    found = stored_images(first, f, data, limit, reading)
     return Job(f, found.data_set, earlier=_earlier(f, earlier), contents=found.contents)
 
 
@@ -212,6 +218,7 @@ def mask_job(
     data: Path | None = None,
     limit: int | None = None,
     earlier: Sequence[str] = (),
+    reading: Reading = AS_FOUND,
 ) -> Job:
     """Make a job of a mask store.
 
@@ -221,6 +228,7 @@ def mask_job(
         data: where the data set is now; default where it was.
         limit: take so many images, spread over the store.
         earlier: layers before f's that are tuned with it.
+        reading: of `data`.
 
     Raises:
         AftError: the store is damaged, was made for another classifier, has labels of other
@@ -228,7 +236,7 @@ def mask_job(
     """
     made = store.settings
     check_made_for(store, f)
-    found = stored_images(store, f, data, limit)
+    found = stored_images(store, f, data, limit, reading)
     searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
     return Job(
         f,
@@ -294,6 +302,7 @@ def control_job(
     limit: int | None,
     seed: int = 0,
     earlier: Sequence[str] = (),
+    reading: Reading = AS_FOUND,
 ) -> Job:
     """Make a job without masks; a data set of other classes than f's gets a new head.
 
@@ -304,11 +313,12 @@ def control_job(
         limit: take so many images, spread over the classes.
         seed: of a new head.
         earlier: layers before f's that are tuned with it.
+        reading: of `data`.
 
     Raises:
         AftError: there is no such data set or split, or it has one class alone.
     """
-    data_set = open_data_set(data, split, f.classes).limited(limit)
+    data_set = open_data_set(data, split, f.classes, reading=reading).limited(limit)
     refuse_one_class(data_set)
     before = _earlier(f, earlier)
     if data_set.mapped:

@@ -79,7 +79,7 @@ def _identity(
     """Return all that decides the result: entries of the card."""
     contents = None  # of images with masks: these are checked against them
     if job.masks is None:
-        contents = content_hash(job.data_set.files(), _known_in(run, accelerator))
+        contents = content_hash(job.data_set.pictures(), _known_in(run, accelerator))
     return {
         "start": job.f.weights_hash(),
         "output": job.f.output,
@@ -88,7 +88,7 @@ def _identity(
         "masks": job.made,
         "images": len(job.data_set.samples),
         "images_hash": job.data_set.fingerprint(),
-        "split": job.data_set.split,
+        **job.data_set.record,
         "augment": options.augment,
         "precision": accelerator.mixed_precision,
         "contents": contents,
@@ -104,7 +104,7 @@ def _trained_contents(job: Job, usable: Sequence[int], known_in: Path) -> str:
     """Return the contents that f has learned from, those of what it started from included."""
     own = job.contents
     if own is None:
-        own = contents_of([job.data_set.path(i) for i in usable], known_in)
+        own = contents_of([job.data_set.picture(i) for i in usable], known_in)
     card = read_card(Path(job.f.checkpoint)) if job.f.checkpoint else None
     return pack({*own, *unpack((card or {}).get("trained_contents", ""))})
 

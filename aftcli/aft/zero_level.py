@@ -45,7 +45,7 @@ from aftcli.core.zero_level import (
     zero_level_loss,
 )
 from aftcli.cutting.networks import copied
-from aftcli.data.sets import spread
+from aftcli.data.parts import spread
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
 from aftcli.tft.search import level_probabilities

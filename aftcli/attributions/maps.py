@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +101,51 @@ def check_smooth(smooth: str, name: str) -> None:
         )
 
 
+class Signed(NamedTuple):
+    """Maps I, and what they were before the ReLU.
+
+    Attributes:
+        attribution: I, shape (N, H, W), in [0, 1].
+        signed: shape (N, H, W), in [-1, 1], the largest magnitude 1: positive speaks for the class;
+            None where the method has no sign, or its map was changed afterwards.
+    """
+
+    attribution: Tensor
+    signed: Tensor | None
+
+
+def signed_maps(
+    seen: Sequence[Seen],
+    class_index: Tensor,
+    x: Tensor,
+    name: str,
+    cells: bool = False,
+    zero_level: float = 0.0,
+    smooth: str = "none",
+    fuse: str = "max",
+) -> Signed:
+    """Compute maps as `map_of_layers` does, and their signs where they cost nothing more."""
+    before = METHODS[name].load_before_relu() if name in METHODS else None
+    if before is None or len(seen) > 1 or cells or zero_level or smooth != "none":
+        maps = map_of_layers(seen, class_index, x, name, cells, zero_level, smooth, fuse)
+        return Signed(maps, None)
+    kept: list[Tensor] = []
+
+    def compute(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+        kept.append(before(f, activation, class_index, x))
+        return kept[0].relu()
+
+    check_explains(seen, x, name)
+    maps = upsample(scaled_map(*seen[0], class_index, x, name, compute=compute), x)
+    return Signed(maps, upsample(symmetric(kept[0]), x))
+
+
+def symmetric(signed: Tensor) -> Tensor:
+    """Divide each map, shape (N, h, w), by its largest magnitude; a map of zeros stays zero."""
+    most = signed.abs().amax(tuple(range(1, signed.dim())), keepdim=True)
+    return torch.where(most > 0, signed / torch.where(most > 0, most, 1), 0)
+
+
 def layer_map(
     seen: Seen,
     class_index: Tensor,
@@ -156,6 +202,13 @@ def map_of_layers(
     fuse: str = "max",
 ) -> Tensor:
     """Compute I, shape (N, H, W), as `attribution_map` does, from known activations."""
+    check_explains(seen, x, name)
+    maps = [layer_map(each, class_index, x, name, cells, zero_level, smooth) for each in seen]
+    return upsample(fused(maps, fuse), x)
+
+
+def check_explains(seen: Sequence[Seen], x: Tensor, name: str) -> None:
+    """Check that a method explains these inputs, scores and layers."""
     if isinstance(seen[0][0], Targeted) and not takes_target(name):
         raise AftError(
             f"{method(name).title} explains classes only, not a target; take one of "
@@ -168,8 +221,6 @@ def map_of_layers(
             f"{method(name).title} gives the same map for every layer, so nothing can be fused; "
             "give one --layer, or a CAM"
         )
-    maps = [layer_map(each, class_index, x, name, cells, zero_level, smooth) for each in seen]
-    return upsample(fused(maps, fuse), x)
 
 
 def cuts(f: Layers) -> tuple[Classifier, ...]:

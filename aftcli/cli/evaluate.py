@@ -20,7 +20,8 @@ from aftcli.evaluation.measures import (
     judges,
     measures,
 )
-from aftcli.options.groups import Data, EvaluateRun, Maps, Network, Printed
+from aftcli.options.data import Data, LabelsOption
+from aftcli.options.groups import EvaluateRun, Maps, Network, Printed
 from aftcli.options.make import option, usage, words
 from aftcli.options.read import tables
 from aftcli.settings import Fill, Masking, Mode, read_thresholds
@@ -50,6 +51,13 @@ class Networks(Network):
             callback=usage(judges),
         ),
     ] = None
+
+
+@dataclass(frozen=True)
+class EvaluatedData(Data):
+    """The data set to evaluate on."""
+
+    labels: LabelsOption = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class TableOutput(Printed):
         option(
             "--metrics",
             "LIST",
-            "Of Table 3, see below. Default: the paper's two.",
+            "Measures of Table 3, see below. Default: the paper's two.",
             callback=usage(measures),
         ),
     ] = None
@@ -132,7 +140,7 @@ class TableOutput(Printed):
 
 
 def evaluate(
-    data: Data,
+    data: EvaluatedData,
     network: Networks,
     maps: Maps,
     thresholds: StoredThresholds,
@@ -149,6 +157,7 @@ def evaluate(
     setup.check(network, data.dataset)
     values = read_thresholds(thresholds.thresholds) if thresholds.thresholds else None
 
+    from aftcli.data.parts import Reading
     from aftcli.evaluation.study import Asked, find_studies
     from aftcli.pages import evaluated as page
     from aftcli.pages import printed
@@ -159,6 +168,7 @@ def evaluate(
     source = setup.source(network, network.layer, setup.device(device), setup.noting(quiet))
     searched = (values, thresholds.fill, thresholds.mode)
     asked = Asked(source, cams, data.dataset, data.split, data.limit, *searched, maps.cells)
+    asked = asked._replace(reading=Reading(data.data_format, data.labels and data.labels == "all"))
     columns = (tables(output.table), measures(output.metrics), thresholds.maskings)
     if 3 in columns[0] and any(MEASURES[name].of_probabilities for name in columns[1]):
         asked = asked._replace(judges=judges(network.judge))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aftcli.cli import setup
-from aftcli.cli.images import Files, Found, Job, each_image, finish
+from aftcli.cli.images import Files, Found, Job, each_image, nothing
 from aftcli.core.methods import named
 from aftcli.errors import AftError
 from aftcli.options.groups import ComparedNetworks, LayeredNetwork, Run, TargetMaps, Thresholds
@@ -52,6 +52,15 @@ class CutMaps(TargetMaps):
 
 
 @dataclass(frozen=True)
+class ContrastedMaps(CutMaps):
+    """The maps, and the class that they contrast others with."""
+
+    contrast: Annotated[
+        str | None, option("--contrast", "CLASS", "Explain why the class and not this one.")
+    ] = None
+
+
+@dataclass(frozen=True)
 class GivenMap(TargetMaps):
     """Our maps, or another tool's."""
 
@@ -65,7 +74,7 @@ class GivenMap(TargetMaps):
         ),
     ] = None
     absolute: Annotated[
-        bool, option("--absolute", "", "Take its magnitudes; otherwise negatives become zero.")
+        bool, option("--absolute", "", "Use the map's magnitudes; otherwise negatives become 0.")
     ] = False
 
 
@@ -89,18 +98,22 @@ def explain(
         list[str], typer.Argument(metavar="IMAGE", help="Files, folders or globs.", hidden=True)
     ],
     network: ComparedNetworks,
-    maps: CutMaps,
+    maps: ContrastedMaps,
     thresholds: WantedThresholds,
     output: Files,
     run: Run,
 ) -> None:
-    """Show where the model looked, in pictures, folders or globs of them."""
+    """Show where a model (efficientnet_lite0 by default) looked in a picture."""
     tft = thresholds.tft
     cut = muting(thresholds.threshold, thresholds.mute, tft)
+    if maps.contrast is not None and maps.target_fn:
+        raise AftError("--contrast and --target-fn exclude each other: a target is no class")
     networks = network.each()
     kinds, accelerate, found = _begin(images, networks, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
     loaded = setup.networks(networks, run.device, run.quiet, maps.fuse, maps.target_fn)
+    # Layer-CAM has no sign, which is what a contrast is about.
+    default = "layercam" if maps.contrast is None else "gradcam"
 
     from aftcli.pictures.colours import Look
     from aftcli.report import names
@@ -124,8 +137,11 @@ def explain(
     def job(one: LayeredNetwork, cuts: tuple[Classifier, ...], label: str) -> Job:
         f, *others = cuts
         with setup.naming(setup.title(one) if loaded[1:] else ""):
-            methods = setup.methods(f, maps.cam, "layercam", others)
+            methods = setup.methods(f, maps.cam, default, others)
             targets = setup.targets(f, maps)
+            contrast = None
+            if maps.contrast is not None:
+                methods, contrast = setup.contrast(f, maps.contrast, maps.cam, methods, targets)
         advised.extend(methods if tft else [])
         suffixes = names.suffixes([*_of_network(one, maps), *changed], of_cut)
         each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted, maps.smooth)
@@ -134,15 +150,17 @@ def explain(
             asked = (targets, maps.top_k, wanted, maps.cells, bool(cut), maps.zero_level)
             x, layers = setup.input_of(f, subject), (fast, *others)
             explained = explanation.explain(
-                layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion
+                layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion, contrast=contrast
             )
+            if targets:
+                setup.warn_of_chance(f, subject, explained, run.quiet)
             reports = written(f, subject, explained, kinds, output.out, suffixes, look, manifest)
             shown = [shown_of(f, subject, e, look) for e in explained]
             grids.add(shown, label if loaded[1:] else "")
             return reports
 
         ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
-        return Job(ready, explain_image)
+        return Job(ready, explain_image, setup.title(one) if loaded[1:] else "")
 
     jobs = [job(*each) for each in zip(networks, loaded, called, strict=True)]
     setup.advise(list(dict.fromkeys(advised)), thresholds.mode, maps.cells, run.quiet)
@@ -157,7 +175,7 @@ def tft(
     output: Files,
     run: Run,
 ) -> None:
-    """Fine-tune the threshold of an attribution map, our own or any other tool's."""
+    """Find the best threshold of an attribution map, made here or by any other tool."""
     kinds, accelerate, found = _begin([image], [network], maps, output, run, True)
     settings = thresholds.settings()
 
@@ -191,6 +209,8 @@ def tft(
         else:
             attribution = _fitted(values, maps, f, x, subject, run.quiet)
             explained = explanation.explain_map(fast, x, attribution, *asked)
+        if targets:
+            setup.warn_of_chance(f, subject, explained, run.quiet)
         grids.add([shown_of(f, subject, e, look) for e in explained])
         return written(f, subject, explained, kinds, output.out, called, look, manifest)
 
@@ -219,10 +239,11 @@ def _begin(
     accelerate = setup.engine(run.engine, precision, run.quiet)
 
     from aftcli.data.text import find_images
+    from aftcli.report.manifest import written_in
 
-    found = Found(*find_images(images, output.out))
+    found = Found(*find_images(images, output.out, written_in))
     if not found.paths:
-        finish([], found.problems, output.json)
+        nothing(found, output)
     return kinds, accelerate, found
 
 
@@ -244,11 +265,15 @@ def _manifest(
     settings = {
         name.strip("_"): [str(v) for v in value] if isinstance(value, list) else value
         for name, value in given.items()
-        if name not in ELSEWHERE and value not in (None, False, [])
+        if name not in ELSEWHERE and value is not None and value is not False and value != []
     }
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()}
     call = {"settings": plain, "command": shlex.join(["aft", *sys.argv[1:]])}
-    return Manifest(output.out, call, setup.noting(run.quiet))
+    code = [name.rpartition(":")[0] for name in [*(network.models or ()), maps.target_fn or ""]]
+    named = [*(network.checkpoints or ()), network.classes, getattr(maps, "map_", None)]
+    files = [*map(Path, filter(None, code)), *filter(None, named)]
+    inputs = [path for path in files if path.is_file()]
+    return Manifest(output.out, call, setup.noting(run.quiet), inputs)
 
 
 def _grids(

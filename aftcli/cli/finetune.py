@@ -10,7 +10,8 @@ from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named, spelled
 from aftcli.errors import AftError
 from aftcli.options import complete
-from aftcli.options.groups import Data, Methods, Printed, StudyRun, Weights, check_layers
+from aftcli.options.data import Data, ValShare
+from aftcli.options.groups import Methods, Printed, StudyRun, Weights, check_layers
 from aftcli.options.make import number, option, usage, words
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class TunedNetwork(Weights):
         option(
             "--layer",
             "NAME",
-            "Layers to tune; default and last: the masks'.",
+            "Layers to tune. Default, and last: the masks'.",
             callback=usage(check_layers),
             autocompletion=complete.layers,
         ),
@@ -56,8 +57,9 @@ class TrainingData(Data):
     ] = False
     held_out: Annotated[
         float,
-        number("--held-out", "SHARE", "held_out", "Share that chooses the epoch."),
+        number("--held-out", "SHARE", "held_out", "Share held out to choose the epoch."),
     ] = 0.1
+    val_share: ValShare = None
     augment: Annotated[bool, option("--augment", "", "Flip and crop at random; uses no cache.")] = (
         False
     )
@@ -89,7 +91,7 @@ class Training:
             "--consistency",
             "W",
             "consistency",
-            "Weight of a loss that teaches the network to read masked images; paper: 0.",
+            "Weight of the masked images' loss; paper: 0.",
         ),
     ] = None
     classification: Annotated[
@@ -117,7 +119,7 @@ class Training:
     epochs: Annotated[
         int | None, number("--epochs", "N", "epochs", "Number of epochs at most.")
     ] = None
-    batch: Annotated[int, number("--batch-size", "N", "batch", "Images a step.")] = 32
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in each step.")] = 32
     patience: Annotated[
         int | None,
         number(
@@ -182,7 +184,7 @@ def finetune(
     output: TunedOutput,
     run: TuneRun,
 ) -> None:
-    """Fine-tune the network so that its plain maps are as good as fine-tuned ones (AFT).
+    """Fine-tune the network so that its plain maps need no threshold search (AFT).
 
     Uses the masks in RUN/masks and writes RUN/tuned/MODEL-CAM.safetensors, which --checkpoint
     takes. Defaults depend on the data. If stopped, the same command resumes. torchrun and
@@ -195,6 +197,7 @@ def finetune(
     from aftcli.aft.jobs import control_jobs, mask_jobs
     from aftcli.aft.loss import in_situation
     from aftcli.aft.run import fine_tune
+    from aftcli.data.parts import Reading
     from aftcli.engine.export import check_onnx
     from aftcli.report.tuned import export, print_tuned, watch
 
@@ -209,11 +212,12 @@ def finetune(
     *earlier, last = network.layers or [""]
     source = setup.source(network, last, accelerator.device, note, tuple(earlier))
     keep_freed_memory()
+    reading = Reading(data.data_format)
     if data.no_masks:
-        own = (data.dataset, data.split, data.limit, training.seed)
+        own = (data.dataset, data.split, data.limit, training.seed, reading, data.val_share)
         jobs = control_jobs(run.run, source, *own)
     else:
-        jobs = mask_jobs(run.run, source, cams, data.dataset, data.limit)
+        jobs = mask_jobs(run.run, source, cams, data.dataset, data.limit, reading)
     events = fine_tune(jobs, run.run, settings, options, accelerator)
     tuned = watch(events, run.quiet or not first)
     if first:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import typer
 
 from aftcli.cli.process import keep_freed_memory
+from aftcli.cli.setup import naming
 from aftcli.errors import AftError
 from aftcli.options.groups import Printed, Run
 from aftcli.options.make import number, option, usage, words
@@ -21,6 +22,7 @@ from aftcli.settings import Colormap
 
 if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
+    from aftcli.pages.explained import Page
     from aftcli.pictures.overlay import Subject
     from aftcli.report.compared import Grids
     from aftcli.report.explain import Report
@@ -29,25 +31,38 @@ if TYPE_CHECKING:
 
     Explain = Callable[[Classifier, Subject], list[Report]]
 
+Format = Literal["table", "json", "csv", "jsonl"]  # as in aftcli.pages.results
+
 
 @dataclass(frozen=True)
 class Files(Printed):
     """Options of what is printed and written."""
 
     PANEL: ClassVar[str] = Run.PANEL
+    PANELS: ClassVar[dict[str, str]] = {"colormap": "Map", "alpha": "Map"}
 
+    json: Annotated[bool, option("--json", "", "Print the result as JSON.", hidden=True)] = False
+    format_: Annotated[Format, words("--format", Format, "Print")] = "table"
+    html: Annotated[bool, option("--html", "", "Write OUT/index.html, all results in a page.")] = (
+        False
+    )
     out: Annotated[Path, option("--out", "DIR", "Where files go.")] = Path("aft-out")
     save: Annotated[
         str | None,
         option(
             "--save",
             "LIST",
-            "Of overlay, figure, map, mask; or none alone.",
+            "Write overlay, figure, map, mask; or none.",
             callback=usage(outputs),
         ),
     ] = None
     colormap: Annotated[Colormap, words("--colormap", Colormap, "")] = "viridis"
     alpha: Annotated[float, number("--alpha", "A", "alpha", "Opacity of the map.")] = 0.5
+
+    @property
+    def words(self) -> Format:
+        """The format of what is printed."""
+        return "json" if self.json else self.format_
 
 
 class Found(NamedTuple):
@@ -58,10 +73,17 @@ class Found(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A network that explains each image."""
+    """A network that explains each image.
+
+    Attributes:
+        ready: makes it fast.
+        explain: explains an image by it.
+        called: its name in errors; "" where it is the only one.
+    """
 
     ready: Callable[[], Classifier]
     explain: Explain
+    called: str = ""
 
 
 def each_image(
@@ -75,37 +97,56 @@ def each_image(
 ) -> None:
     """Explain every image that can be read; say of each other one what is wrong with it."""
     from aftcli.data.images import read_image, view_of
+    from aftcli.pages.results import FORMATS, STREAMED
     from aftcli.pictures.overlay import Subject
     from aftcli.report import explain as report
     from aftcli.report.names import stems
-    from aftcli.report.terminal import progress
+    from aftcli.report.terminal import progress, say
 
     keep_freed_memory()
     report.output_folder(output.out)
-    called = stems(found.paths)
-    results: list[dict[str, Any]] = []
+    called, count = stems(found.paths), len(found.paths)
+    streamed = output.words in STREAMED
+    # Lines on a terminal show progress themselves.
+    quiet = run.quiet or (streamed and sys.stdout.isatty())
     with ExitStack() as ending:
+        ending.callback(_complain, found.problems)
         if manifest:
             called = manifest.names(called)
             ending.enter_context(_closed(manifest, found, run))
-        ready = [(job.ready(), job.explain) for job in jobs]
-        for path in progress(found.paths, "explaining", len(found.paths), run.quiet):
+        page = _page(output, found.problems, manifest, ending)
+        add = ending.enter_context(FORMATS[output.words](output.out, count, manifest))
+        ready = [(job.ready(), job) for job in jobs]
+        last: list[dict[str, Any]] = []
+        for path in progress(found.paths, "explaining", count, quiet):
+            results: list[dict[str, Any]] = []
             with _told(found, run):
-                picture = read_image(path)
-                reports = []
-                for f, explain in ready:
-                    view = view_of(picture.size, f.preprocessing)
-                    explained = explain(f, Subject(path, called[path], picture, view))
-                    reports += [(f, each) for each in explained]
-                if (grid := grids.of_image()) and reports:
-                    reports[-1][1].outputs["grid"] = grid
+                picture, made = read_image(path), []
+                for f, job in ready:
+                    # What one network can't explain, others may.
+                    with _told(found, run), _naming(path, job.called):
+                        view = view_of(picture.size, f.preprocessing)
+                        subject = Subject(path, called[path], picture, view)
+                        made += [(f, subject, each) for each in job.explain(f, subject)]
+                if (grid := grids.of_image()) and made:
+                    made[-1][2].outputs["grid"] = grid
                 # Numbers instead of the maps: a folder may hold very many images.
-                results += [report.as_dict(f, each, settings) for f, each in reports]
+                results = [report.as_dict(f, each, settings) for f, _, each in made]
             grids.drop()
+            if results:
+                add(results)
+                last = results
+            if page and results:
+                page.add([(subject, each) for _, subject, each in made], results)
         with _told(found, run):
-            if (overview := grids.overview()) and results:
-                results[-1]["outputs"]["overview"] = str(overview)
-    finish(results, found.problems, output.json)
+            if (overview := grids.overview()) and last:
+                # A list of results is printed at the end only.
+                last[-1]["outputs"]["overview"] = str(overview)
+                if page:
+                    page.overview = str(overview)
+                if streamed:
+                    say(f"wrote {overview}", aside=True)
+    _end(found)
 
 
 @contextmanager
@@ -120,6 +161,18 @@ def _told(found: Found, run: Run) -> Iterator[None]:
 
 
 @contextmanager
+def _naming(path: Path, called: str) -> Iterator[None]:
+    """Name the image and the network in errors; a file that can't be written names itself."""
+    try:
+        yield
+    except AftError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        with naming(str(path)), naming(called):
+            raise
+
+
+@contextmanager
 def _closed(manifest: Manifest, found: Found, run: Run) -> Iterator[None]:
     try:
         yield
@@ -128,21 +181,35 @@ def _closed(manifest: Manifest, found: Found, run: Run) -> Iterator[None]:
             manifest.close()
 
 
-def finish(results: list[dict[str, Any]], problems: list[str], json: bool) -> None:
-    """Print the results, then what is wrong; any problem makes the exit code 1."""
-    try:
-        if results:
-            from aftcli.report import explain as report
+def _page(
+    output: Files, problems: list[str], manifest: Manifest | None, ending: ExitStack
+) -> Page | None:
+    """Begin the page of the results, if one is wanted; it is written when all have been printed."""
+    if not output.html:
+        return None
+    from aftcli.pages.explained import page
+    from aftcli.pictures.colours import Look
 
-            (report.print_json if json else report.print_table)(results)
-        elif json:
-            print("[]", flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise AftError(f"the result can't be printed ({error.strerror})") from error
-    finally:
-        for problem in problems:
-            complain(problem)
-    if problems:
+    look, aside = Look(output.colormap, output.alpha), output.words != "table"
+    return ending.enter_context(page(output.out, look, problems, manifest, aside))
+
+
+def nothing(found: Found, output: Files) -> None:
+    """Print that there are no results, and why."""
+    from aftcli.pages.results import FORMATS
+
+    with ExitStack() as ending:
+        ending.callback(_complain, found.problems)
+        ending.enter_context(FORMATS[output.words](output.out, 0, None))
+    _end(found)
+
+
+def _complain(problems: list[str]) -> None:
+    for problem in problems:
+        complain(problem)
+
+
+def _end(found: Found) -> None:
+    """Exit with code 1 if there were problems."""
+    if found.problems:
         raise typer.Exit(1)

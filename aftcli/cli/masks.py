@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import AftError
-from aftcli.options.groups import (
-    Data,
-    EvaluateRun,
-    LowerPrecision,
-    Methods,
-    Network,
-    Printed,
-    Thresholds,
-)
-from aftcli.options.make import option
+from aftcli.options.data import Data, LabelsOption, ValShare
+from aftcli.options.groups import EvaluateRun, LowerPrecision, Methods, Network, Printed, Thresholds
+from aftcli.options.make import number, option, words
+
+Exported = Literal["table", "json", "csv", "parquet"]  # as in aftcli.report.masks
 
 
 @dataclass(frozen=True)
@@ -27,6 +22,11 @@ class MaskedData(Data):
     """The data set to make masks of."""
 
     strict: Annotated[bool, option("--strict", "", "Stop at an image that can't be read.")] = False
+    labels: LabelsOption = None
+    val_share: ValShare = None
+    seed: Annotated[
+        int | None, number("--seed", "N", "seed", "Seed that draws this share. Default: 0.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class MaskOutput(Printed):
     show: Annotated[
         Path | None, option("--show", "FILE", "Print what a mask file holds, and check it.")
     ] = None
+    format_: Annotated[
+        Exported, words("--format", Exported, "With --show, a summary or all images")
+    ] = "table"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def gen_masks(
     output: MaskOutput,
     run: MaskRun,
 ) -> None:
-    """Find the best masks of a whole data set: the auxiliary data of AFT.
+    """Find the best masks of a whole data set, from which AFT learns.
 
     Writes RUN/masks/MODEL-CAM.h5. If it is stopped, the same command resumes. torchrun and
     accelerate launch run it in several processes, also on several machines.
@@ -68,15 +71,18 @@ def gen_masks(
     accelerate = setup.engine(run.engine, run.precision, quiet)
     f = setup.classifier(network, device, quiet)
 
+    from aftcli.data.parts import Reading
     from aftcli.data.sets import open_data_set
     from aftcli.report.masks import print_stores, watch
     from aftcli.tft.explain import passes
     from aftcli.tft.generate import generate_masks, store_path
-    from aftcli.tft.stores import with_names_of_run
+    from aftcli.tft.stores import choose_held, with_names_of_run
 
     keep_freed_memory()
     f = with_names_of_run(f, run.run, setup.noting(quiet))
-    images = open_data_set(data.dataset, data.split, f.classes).limited(data.limit)
+    held = choose_held(run.run, f, data.dataset, data.val_share, data.seed)
+    reading = Reading(data.data_format, data.labels == "all", held)
+    images = open_data_set(data.dataset, data.split, f.classes, reading=reading).limited(data.limit)
     for text in images.notes:
         setup.noting(quiet)(text)
     methods = setup.methods(f, maps.cam, "gradcam")
@@ -104,6 +110,9 @@ def _show(output: MaskOutput) -> None:
     if output.show is None:
         raise AftError("name a DATASET to make masks of, or --show FILE to see what a file holds")
 
-    from aftcli.report.masks import show_store
+    from aftcli.report.masks import export_store, show_store
 
-    show_store(output.show, output.json)
+    if output.json or output.format_ == "table":
+        show_store(output.show, output.json)
+    else:
+        export_store(output.show, output.format_)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from aftcli.cli.process import kept_from_collector
 from aftcli.core.methods import METHODS, named, spelled
+from aftcli.data.text import check_data_set
 from aftcli.errors import AftError
-from aftcli.files import check_checkpoint, check_folder
+from aftcli.files import check_checkpoint
 from aftcli.options.groups import Network, TargetMaps, Weights
 from aftcli.report.terminal import complain
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from aftcli.engine.accelerate import Accelerate
     from aftcli.pictures.overlay import Subject
     from aftcli.settings import Search
+    from aftcli.tft.explain import Explanation
     from aftcli.tft.stores import Source
 
 
@@ -36,7 +38,7 @@ def check(network: Weights, dataset: Path | None = None) -> None:
     if network.checkpoint:
         check_checkpoint(network.checkpoint)
     if dataset:
-        check_folder(dataset)
+        check_data_set(dataset)
     names(network.classes)
 
 
@@ -266,6 +268,51 @@ def targets(f: Classifier, maps: TargetMaps) -> list[int]:
     if maps.top_k > len(f.classes):
         raise AftError(f"--top-k {maps.top_k}: {f.name} has {len(f.classes)} classes")
     return list(dict.fromkeys(f.classes.index(name) for name in maps.target or []))
+
+
+def contrast(
+    f: Classifier,
+    other: str,
+    asked: list[str] | None,
+    methods: list[str],
+    targets: Sequence[int],
+) -> tuple[list[str], int]:
+    """Find the class of --contrast, and the methods that can contrast: of `--cam all` those.
+
+    Raises:
+        AftError: the class is unknown, is explained itself, or a method named can't contrast.
+    """
+    from aftcli.attributions.maps import takes_target
+
+    found = f.classes.index(other)
+    if found in targets:
+        raise AftError(f"--contrast {other}: it is the class explained; give another one")
+    fitting = [name for name in methods if takes_target(name)]
+    refused = [name for name in methods if name not in fitting and name in (asked or [])]
+    if refused or not fitting:
+        raise AftError(
+            f"--contrast: {', '.join(refused or methods)} can't explain a difference of classes; "
+            f"take one of {', '.join(name for name in METHODS if takes_target(name))}"
+        )
+    return fitting, found
+
+
+def warn_of_chance(
+    f: Classifier, subject: Subject, explained: Sequence[Explanation], quiet: bool
+) -> None:
+    """Say which classes explained are less likely than chance; labels and targets have none."""
+    from aftcli.core.outputs import has_chance
+    from aftcli.models.targets import Targeted
+
+    if isinstance(f, Targeted) or not has_chance(f.output, len(f.classes)):
+        return
+    chance = 1 / len(f.classes)
+    unlikely = {e.class_index: e.probability for e in explained if e.probability < chance}
+    for index, probability in unlikely.items():
+        noting(quiet)(
+            f"{subject.path}: {f.classes.name(index)} has a probability of {probability:.1e}, less "
+            f"than chance (1/{len(f.classes)}); its map says little"
+        )
 
 
 def input_of(f: Classifier, subject: Subject) -> Tensor:

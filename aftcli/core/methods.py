@@ -83,6 +83,11 @@ class Entry:
         """Return whether its map scores pixels one by one: a threshold leaves single pixels."""
         return self.family in ("gradient", "decomposition")
 
+    @property
+    def of_signed(self) -> bool:
+        """Return whether it attributes with signs: I_pre is the positive part of what it gives."""
+        return self.reduction == "positive"
+
     def load(self) -> Method:
         """Import the method's function."""
         self.check_installed()
@@ -99,6 +104,21 @@ class Entry:
     def load_signed(self) -> Method:
         """Import the function of the map before its ReLU; only where `signed` names one."""
         return _imported(self.signed)  # type: ignore[no-any-return]
+
+    def load_before_relu(self) -> Method | None:
+        """Import the function whose ReLU is I_pre, shape (N, h, w); None where signs are lost."""
+        if self.signed:
+            return self.load_signed()
+        if not self.of_signed:
+            return None
+        self.check_installed()
+        function = _imported(self.function)
+
+        def summed(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
+            signed = function(f, class_index, x, *self.given)
+            return signed.sum(1) if signed.dim() == 4 else signed  # type: ignore[no-any-return]
+
+        return summed
 
     def check_installed(self) -> None:
         """Check that what the method needs is installed, without importing it."""

@@ -28,6 +28,7 @@ import torch
 
 from aftcli.core.classes import Preprocessing
 from aftcli.data.images import check_channels, read_image, to_input
+from aftcli.data.picture import Picture, picture_at
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError
 from aftcli.files import durable
@@ -86,10 +87,10 @@ class _Decoder:
         for i in self.spans[block]:
             name, content = self.data_set.samples[i].name, GONE
             try:
-                path = self.data_set.path(i)
+                picture = self.data_set.picture(i)
                 # Before it is decoded: of a file that changes meanwhile the old stamp is kept.
-                stamp, content = stamp_of(path), content_of(path)
-                inputs.append(to_input(read_image(path), self.preprocessing))
+                stamp, content = stamp_of(picture), content_of(picture)
+                inputs.append(to_input(read_image(picture), self.preprocessing))
                 indices.append(i)
                 seen.append((content, *stamp))
             except AftError as error:
@@ -238,19 +239,18 @@ def spans_of(count: int, block: int | None = None) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def stamp_of(path: Path) -> tuple[int, int]:
+def stamp_of(picture: Path | Picture) -> tuple[int, int]:
     """Return a file's size in bytes and time of the last change in ns; zeros if it is missing."""
     try:
-        found = path.stat()
+        return picture_at(picture).stat()
     except OSError:
         return (0, 0)
-    return found.st_size, found.st_mtime_ns
 
 
-def content_of(path: Path) -> int:
+def content_of(picture: Path | Picture) -> int:
     """Hash a file: the first 64 bits of its SHA-256, signed; GONE if it can't be read."""
     try:
-        return _short(_file_hash(path))
+        return _short(picture_at(picture).sha256())
     except OSError:
         return GONE
 
@@ -259,23 +259,25 @@ def _short(sha256: str) -> int:
     return int.from_bytes(bytes.fromhex(sha256)[:8], "little", signed=True)
 
 
-def changed(paths: Iterable[Path], contents: np.ndarray, stamps: np.ndarray) -> Iterator[int]:
+def changed(
+    pictures: Iterable[Path | Picture], contents: np.ndarray, stamps: np.ndarray
+) -> Iterator[int]:
     """Find the files whose content has changed; those of the same stamp are not read.
 
     Args:
-        paths: n files.
+        pictures: n files.
         contents: of each when it was used, shape (n,) int64.
         stamps: likewise, shape (n, 2) int64.
 
     Yields:
         Their places; not those of files that can't be read, which their reader reports.
     """
-    for i, (path, content, stamp) in enumerate(zip(paths, contents, stamps, strict=True)):
-        if stamp_of(path) != (stamp[0], stamp[1]) and content_of(path) not in (content, GONE):
+    for i, (picture, content, stamp) in enumerate(zip(pictures, contents, stamps, strict=True)):
+        if stamp_of(picture) != (stamp[0], stamp[1]) and content_of(picture) not in (content, GONE):
             yield i
 
 
-def content_hash(files: Iterable[Path], known_in: Path) -> str:
+def content_hash(files: Iterable[Path | Picture], known_in: Path) -> str:
     """Hash files' names and contents; a content is read again only if it changed.
 
     Args:
@@ -289,7 +291,7 @@ def content_hash(files: Iterable[Path], known_in: Path) -> str:
     return digest.hexdigest()
 
 
-def contents_of(files: Iterable[Path], known_in: Path) -> list[int]:
+def contents_of(files: Iterable[Path | Picture], known_in: Path) -> list[int]:
     """Return the content of each file (`content_of`); arguments as for `content_hash`."""
     return [_short(found) if found else GONE for _, found in _hashes(files, known_in)]
 
@@ -308,18 +310,18 @@ def unpack(text: str) -> frozenset[int]:
     return frozenset(np.frombuffer(base64.b64decode(text), "<i8").tolist())
 
 
-def _hashes(files: Iterable[Path], known_in: Path) -> list[tuple[Path, str]]:
+def _hashes(files: Iterable[Path | Picture], known_in: Path) -> list[tuple[Path, str]]:
     """Hash files by SHA-256, "" for those that can't be read; remember them in `known_in`."""
     known = _known(known_in)
     seen: dict[str, list[Any]] = {}
     found = []
-    for path in files:
+    for picture in map(picture_at, files):
+        path = Path(picture.name)
         name = str(path.absolute())
         try:
-            stat = path.stat()
-            at = [stat.st_size, stat.st_mtime_ns]
+            at = [*picture.stat()]
             old = known.get(name)
-            new = old if old and old[:2] == at else [*at, _file_hash(path)]
+            new = old if old and old[:2] == at else [*at, picture.sha256()]
         except OSError:
             new = [0, 0, "unreadable"]
         seen[name] = new
@@ -336,8 +338,3 @@ def _known(path: Path) -> dict[str, list[Any]]:
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,12 +18,9 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from aftcli.core.classes import Preprocessing
+from aftcli.data.picture import Box, FilePicture, Picture, Size, picture_at
 from aftcli.data.text import reason
 from aftcli.errors import AftError
-
-Size = tuple[int, int]  # width, height, pixels
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom, pixels of the picture
 
 # EXIF's orientations, and what turns the stored picture upright.
 TURNS = {
@@ -184,14 +181,17 @@ class _TooLargeError(Exception):
 
 
 @contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
+def open_picture(place: str | Path | Picture) -> Iterator[Image.Image]:
     """Open a picture; what is wrong is an AftError, also while its pixels are read later."""
+    path = picture_at(place)
     try:
-        if path.stat().st_size == 0:
+        if path.stat()[0] == 0:
             raise AftError(f"{path}: the file is empty")
+        # Pillow maps some files into memory, if it knows their paths.
+        known = path.path if isinstance(path, FilePicture) else path.open()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _quiet(path), Image.open(path, formats=FORMATS) as image:
+            with _quiet(path), Image.open(known, formats=FORMATS) as image:
                 _check_size(image, path)
                 yield image
     except AftError:
@@ -206,9 +206,9 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _quiet(path: Path) -> Iterator[None]:
+def _quiet(path: Picture) -> Iterator[None]:
     """Keep stderr from libtiff and its reader, which report as an error too."""
-    with path.open("rb") as file:
+    with path.open() as file:
         start = file.read(4)
     if start not in TIFF or sys.stderr is None:
         yield
@@ -224,7 +224,7 @@ def _quiet(path: Path) -> Iterator[None]:
         os.close(nothing)
 
 
-def _check_size(image: Image.Image, path: Path) -> None:
+def _check_size(image: Image.Image, path: Picture) -> None:
     most = LARGEST_OF.get(image.format or "", LARGEST)
     if math.prod(image.size) > most or max(image.size) > LONGEST_SIDE:
         raise _TooLargeError(
@@ -232,7 +232,7 @@ def _check_size(image: Image.Image, path: Path) -> None:
             f"{LONGEST_SIDE} a side are read"
         )
     if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
-        scans = path.read_bytes().count(b"\xff\xda")
+        scans = path.read().count(b"\xff\xda")
         if scans * math.prod(image.size) > SCANS:
             raise _TooLargeError(f"{image.width} x {image.height} pixels in {scans} scans")
 
@@ -247,19 +247,24 @@ def image_labels(segmentation: Image.Image, path: Path) -> Image.Image:
     return segmentation
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(path: str | Path | Picture) -> Image.Image:
     """Read a picture as people see it: upright, 8 bits, RGB, transparency over white.
 
     Args:
-        path: of a file in one of FORMATS and any mode of it.
+        path: of a file in one of FORMATS and any mode of it; or a picture of a data set.
 
     Raises:
         AftError: the file is missing, empty, damaged, no picture, or larger than LARGEST.
     """
-    with open_picture(Path(path)) as image:
+    with open_picture(path) as image:
         # In place: a copy of a large picture is hundreds of megabytes.
         ImageOps.exif_transpose(image, in_place=True)
         return _rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened picture as `read_image` does: upright, 8 bits, RGB, over white."""
+    return _rgb(ImageOps.exif_transpose(image))
 
 
 def read_turn(path: Path) -> Turn:

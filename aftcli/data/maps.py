@@ -15,7 +15,8 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from aftcli.core.cam import normalise, stretch, upsample
-from aftcli.data.images import Size, Turn, View, fitting, open_picture
+from aftcli.data.images import Turn, View, fitting, open_picture
+from aftcli.data.picture import Size
 from aftcli.data.text import reason
 from aftcli.errors import AftError
 

@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from aftcli.core.classes import Classes
-from aftcli.data.images import Box, Size
+from aftcli.data.parts import (
+    AS_FOUND,
+    Held,
+    Reading,
+    held_names,
+    held_note,
+    split_kind,
+    spread,
+)
+from aftcli.data.picture import FilePicture, Marks, Picture
+from aftcli.data.text import FORMATS, check_data_set, check_format
 from aftcli.errors import AftError
-from aftcli.files import check_folder, inside
-
-# Where each Format is, by the name that files keep it under. The last is tried first; class
-# folders take what is left.
-FORMATS = {
-    "folders": "aftcli.formats.folders:ClassFolders",
-    "voc": "aftcli.formats.voc:Voc",
-}
-
-# Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
-SPLITS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+from aftcli.files import inside
 
 
 class Sample(NamedTuple):
@@ -51,7 +46,7 @@ class DataSet:
 
     Attributes:
         kind: the name of its format, a key of FORMATS.
-        root: the folder that names are relative to.
+        root: the folder that names are relative to, or the file that lists the images.
         split: "train", "val", …; "" for a data set without splits.
         classes: names of the labels: the model's where they could be mapped to it, otherwise the
             data set's own.
@@ -59,6 +54,10 @@ class DataSet:
         samples: the images.
         named: the folder that the user named, which nothing leads out of; None is the root.
         notes: what was skipped or guessed when it was opened, for its user to know.
+        class_of: the class of each label, where a file lists labels.
+        every: there is a sample for each image and class that it shows.
+        held: what is held out of a data set without a val split; None where nothing is.
+        held_out: names of the images that are held out.
     """
 
     kind: str
@@ -69,19 +68,34 @@ class DataSet:
     samples: Sequence[Sample]
     named: Path | None = None
     notes: tuple[str, ...] = ()
+    class_of: Mapping[str, int] = field(default_factory=dict)
+    every: bool = False
+    held: Held | None = None
+    held_out: frozenset[str] = frozenset()
+
+    @property
+    def part(self) -> str:
+        """The split, or the part that is held out of a data set without one, or the others."""
+        return self.held.part if self.held else self.split
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a store or checkpoint records of how it was read: plain values."""
+        held = {"held": self.held._asdict()} if self.held else {}
+        return {"split": self.split, **held, **({"every": True} if self.every else {})}
 
     @property
     def format(self) -> Format:
         """The format that it has."""
         return format_of(self.kind)
 
-    def path(self, index: int) -> Path:
-        """Return the file of an image.
+    def picture(self, index: int) -> Picture:
+        """Return an image, unopened.
 
         Raises:
             AftError: it lies outside the data set.
         """
-        return self.beside(self.samples[index].name)
+        return self.format.picture(self, self.samples[index].name)
 
     def beside(self, name: str) -> Path:
         """Return a file below the root.
@@ -91,11 +105,12 @@ class DataSet:
         """
         return inside(self.root, name, self.named)
 
-    def files(self) -> Iterator[Path]:
-        """Return the files of the images, but for those outside the data set."""
+    def pictures(self) -> Iterator[Picture]:
+        """Return the images, but for those outside the data set."""
+        form = self.format
         for sample in self.samples:
             with contextlib.suppress(AftError):
-                yield self.beside(sample.name)
+                yield form.picture(self, sample.name)
 
     def areas(self, index: int) -> list[float]:
         """Return the share of a picture that each class covers, where its format says so."""
@@ -113,62 +128,6 @@ class DataSet:
         for sample in self.samples:
             digest.update(os.fsencode(f"{sample.name}\0{sample.label}\n"))
         return digest.hexdigest()[:16]
-
-
-class Listed(NamedTuple):
-    """A box, and the width and height of the picture that it was drawn in; None if not said."""
-
-    box: Box
-    size: Size | None
-
-    @classmethod
-    def read(cls, edges: Iterable[str], size: Iterable[str | None], first: int) -> Listed:
-        """Read a box from texts.
-
-        Args:
-            edges: left, top, right, bottom, both ends in the box.
-            size: width and height, which some tools leave out or write as zeros.
-            first: the number of the first pixel.
-
-        Raises:
-            ValueError: an edge is no finite number.
-        """
-        left, top, right, bottom = _finite(edges)
-        last = 1 - first
-        return cls((left - first, top - first, right + last, bottom + last), _size(size))
-
-
-def _finite(texts: Iterable[str]) -> tuple[float, ...]:
-    edges = tuple(float(text) for text in texts)
-    if not all(map(math.isfinite, edges)):
-        raise ValueError(f"a box is {edges}")
-    return edges
-
-
-def _size(texts: Iterable[str | None]) -> Size | None:
-    try:
-        width, height = _finite(text or "0" for text in texts)
-    except ValueError:
-        return None
-    return (int(width), int(height)) if min(width, height) > 0 else None
-
-
-class Marks(NamedTuple):
-    """Objects of one class in a picture, as the files of a data set have them.
-
-    Attributes:
-        boxes: of the objects.
-        boxes_file: the file that lists them.
-        segmentation: a picture whose pixels are labels; None where there is none.
-        label: the label of the class's pixels.
-        void: the label of pixels that do not count; None where all count.
-    """
-
-    boxes: list[Listed]
-    boxes_file: Path
-    segmentation: Path | None = None
-    label: int = 1
-    void: int | None = None
 
 
 class Annotations:
@@ -228,6 +187,32 @@ class Format(ABC):
             AftError: the data set has this format, but can't be used.
         """
 
+    def suits(self, path: Path) -> bool:
+        """Tell if a data set is taken as of this format where nobody says of which it is."""
+        return True
+
+    def open_every(
+        self, path: Path, split: str | None, classes: Classes, default: str
+    ) -> DataSet | None:
+        """Open it with a sample for each image and class; `open` does where each shows one."""
+        return self.open(path, split, classes, default)
+
+    def picture(self, data_set: DataSet, name: str) -> Picture:
+        """Return the picture of a name: by default the file below the root.
+
+        Args:
+            data_set: of this format.
+            name: of a sample, also of one that a mask store names.
+
+        Raises:
+            AftError: it lies outside the data set, or there is none.
+        """
+        return FilePicture(data_set.beside(name))
+
+    def is_there(self, root: Path) -> bool:
+        """Tell if a data set, of which a file kept the root, is still there."""
+        return root.is_dir()
+
     def above(self, root: Path, split: str) -> Path:
         """Return the folder that the splits of a data set lie in.
 
@@ -236,6 +221,10 @@ class Format(ABC):
             split: that it is, or that is wanted; "" for a data set without splits.
         """
         return root
+
+    def name(self, root: Path, split: str) -> str:
+        """Name a data set in tables; arguments as for `above`."""
+        return self.above(root, split).name or str(root)
 
     def has_split(self, root: Path, split: str) -> bool:
         """Tell if a split is there; `split` is a key of SPLITS, `root` the folder above it."""
@@ -252,45 +241,97 @@ class Format(ABC):
 
 def format_of(kind: str) -> Format:
     """Load a format by its name, a key of FORMATS."""
-    if kind not in FORMATS:
-        raise AftError(f"unknown format of data sets {kind!r}; there are {', '.join(FORMATS)}")
+    check_format(kind)
     module, _, name = FORMATS[kind].partition(":")
     return cast("Format", getattr(import_module(module), name)())
 
 
-def spread(total: int, count: int | None) -> list[int]:
-    """Pick `count` of `total` places, evenly spread; None, or too many, picks all.
-
-    >>> spread(10, 3)
-    [0, 3, 6]
-    """
-    count = min(total if count is None else count, total)
-    return [i * total // count for i in range(count)]
-
-
 def open_data_set(
-    path: Path, split: str | None, classes: Classes, default: str = "train"
+    path: Path,
+    split: str | None,
+    classes: Classes,
+    default: str = "train",
+    reading: Reading = AS_FOUND,
 ) -> DataSet:
     """Find the images and labels of a data set.
 
     Args:
         path: a folder of class folders (those named by wnid are mapped to the model's classes by
-            wnid); one with `train/` and `val/` of such, or other usual names of splits; or a
-            VOCdevkit, or a folder above or below it.
+            wnid); one with `train/` and `val/` of such, or other usual names of splits; a
+            VOCdevkit, or a folder above or below it; or another of the FORMATS.
         split: which part; default `default`, where there are parts.
         classes: the model's.
         default: the part that is taken where none is asked for.
+        reading: choices, such as its format where that is not to be guessed.
 
     Raises:
         AftError: there is no such folder, no data set or split in it, or no image; or only
             some of its class folders are the model's.
     """
-    check_folder(path)
-    tried = (format_of(kind).open(path, split, classes, default) for kind in reversed(FORMATS))
-    data_set = replace(next(filter(None, tried)), named=path)
+    if reading.kind is None or not format_of(reading.kind).is_there(path):
+        check_data_set(path)
+    if reading.held is None:
+        return _open(path, split, classes, default, reading)
+    kind = split_kind(split or default)
+    try:
+        found = _open(path, split, classes, default, reading)
+    except AftError:
+        # The val split that is not there may be the part that is held out of train.
+        whole = _without_val(path, classes, reading) if kind in ("train", "val") else None
+        if whole is None:
+            raise
+        found = whole
+    return _part_of(found, reading.held._replace(part=kind or "train"))
+
+
+def _open(
+    path: Path, split: str | None, classes: Classes, default: str, reading: Reading
+) -> DataSet:
+    forms = map(format_of, [reading.kind] if reading.kind else reversed(FORMATS))
+    opening = (
+        form.open_every if reading.every else form.open
+        for form in forms
+        if reading.kind or form.suits(path)
+    )
+    tried = (open_(path, split, classes, default) for open_ in opening)
+    found = next(filter(None, tried), None)
+    if found is None:
+        what = f"no data set of the format {reading.kind}" if reading.kind else "no data set"
+        raise AftError(f"{path}: is {what}; --data-format takes {', '.join(FORMATS)}")
+    data_set = replace(found, named=path if path.is_dir() else found.root)
     if not data_set.samples:
-        raise AftError(f"{data_set.root}: there is no image in its class folders")
+        raise AftError(f"{data_set.root}: there is no image of a class in it")
     return data_set
+
+
+def _without_val(path: Path, classes: Classes, reading: Reading) -> DataSet | None:
+    """Open the whole of a data set without splits, or its train split; None where val is there."""
+    try:
+        found = _open(path, None, classes, "train", reading)
+    except AftError:
+        return None
+    return found if _lacks_val(found) else None
+
+
+def _lacks_val(data_set: DataSet) -> bool:
+    """Tell if a data set is all there is, or a train split without a val split beside it."""
+    form, root = data_set.format, data_set.root
+    if data_set.split:
+        above = form.above(root, data_set.split)
+        return split_kind(data_set.split) == "train" and not form.has_split(above, "val")
+    kind = split_kind(root.stem)
+    return not kind or (kind == "train" and not form.has_split(root.parent, "val"))
+
+
+def _part_of(data_set: DataSet, held: Held) -> DataSet:
+    """Take a part of a data set without a val split; one with a val split stays as it is."""
+    out = held_names(data_set.samples, held) if _lacks_val(data_set) else frozenset()
+    if not out:
+        return data_set
+    samples = [s for s in data_set.samples if (s.name in out) == (held.part == "val")]
+    total = len({sample.name for sample in data_set.samples})
+    notes = (*data_set.notes, held_note(data_set.root, out, total, held))
+    return replace(data_set, samples=samples, notes=notes, held=held, held_out=out)
 
 
 class Validation(NamedTuple):
@@ -308,24 +349,17 @@ class Validation(NamedTuple):
 def validation_of(data_set: DataSet, classes: Classes) -> Validation:
     """Open the val split beside a train split."""
     root = data_set.format.above(data_set.root, data_set.split)
-    if split_kind(data_set.split) != "train" or not data_set.format.has_split(root, "val"):
+    there = bool(data_set.held) or data_set.format.has_split(root, "val")
+    if split_kind(data_set.part) != "train" or not there:
         return Validation()
     try:
-        found = open_data_set(root, "val", classes)
+        same = Reading(data_set.kind, data_set.every, data_set.held)
+        found = open_data_set(root, "val", classes, reading=same)
     except AftError as error:
         return Validation(reason=str(error))
     if not found.mapped:
         return Validation(reason=not_its_classes(found, classes))
-    return Validation(replace(found, named=data_set.named or root))
-
-
-def split_kind(name: str) -> str:
-    """Name the kind of a split: a key of SPLITS, "" for another name.
-
-    >>> split_kind("Validation")
-    'val'
-    """
-    return next((kind for kind, names in SPLITS.items() if name.lower() in names), "")
+    return Validation(replace(found, named=data_set.named or found.named))
 
 
 def not_its_classes(data_set: DataSet, classes: Classes, name: str = "the model") -> str:
@@ -361,4 +395,4 @@ def data_name(root: Path, kind: str, split: str) -> str:
     >>> data_name(Path("/data/imagenet/val"), "folders", "val")
     'imagenet'
     """
-    return format_of(kind).above(root, split).name or str(root)
+    return format_of(kind).name(root, split)

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.cut import flow_of
 from aftcli.errors import AftError, Unfit, first_line, root_of
-from aftcli.files import replacing, tensors_hash
+from aftcli.files import cache_folder, replacing, tensors_hash
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -122,13 +122,6 @@ class Graph:
         """Return outputs of inputs x, all or the named ones."""
         found = self.session.run(names or self.outputs, {"x": x.detach().contiguous().numpy()})
         return tuple(torch.from_numpy(values) for values in found)
-
-
-def cache_folder() -> Path:
-    """Return the folder of exported networks: $AFT_CACHE, or `aft` in the user's cache folder."""
-    own = os.environ.get("AFT_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(own).expanduser() if own else Path(base).expanduser() / "aft"
 
 
 def _key(module: nn.Module, shape: tuple[int, ...], outputs: Sequence[str]) -> str:

@@ -157,7 +157,7 @@ def measure_batch(
     Returns:
         The values of each unit, on the CPU.
     """
-    x, (maps, cells, common) = images.x, _made(f, images, units, wanted)
+    x, (maps, cells, common, scores) = images.x, _made(f, images, units, wanted)
     class_index = maps[units[0].cam].class_index
     known: dict[str, list[tuple[Muting, dict[str, Tensor]]]] = {cam: [] for cam in maps}
     y = {key: judged(judge, f, x, class_index) for key, judge in wanted.judges.items()}
@@ -174,39 +174,38 @@ def measure_batch(
             tau, curve = (None if v is None else v.cpu() for v in (scored.tau, scored.curve))
             amounts = None
             if CONTROLS in wanted.extras:
-                by_setting = _amounts(cells[cam], maps[cam].attribution, masking)
-                amounts = by_setting.cpu()
-            values = Values(*common, views, tau, curve, amounts, verdicts[cam])
+                full, soft = maps[cam].attribution, masking == "soft"
+                kept = gamma_means(full) if soft else shifted_areas(cells[cam], full.shape[1:])
+                amounts = kept.cpu()
+            values = Values(*common, views, tau, curve, amounts, verdicts[cam], scores)
             found[Unit(cam, masking)] = values
     return found
 
 
 class _Made(NamedTuple):
-    """Maps, their cells before they are stretched, and the columns that all results share."""
+    """Maps, their cells before they are stretched, and columns that all results share."""
 
     maps: dict[str, _Maps]
     cells: dict[str, Tensor]
     common: tuple[Tensor, Tensor, Tensor, Tensor]
+    scores: Tensor | None
 
 
 def _made(f: Classifier, images: Images, units: Sequence[Unit], wanted: Wanted) -> _Made:
-    """Explain the predicted classes, with one pass of the stem for all methods."""
+    """Explain the predicted classes, or all labels, with one pass of the stem for all methods."""
     x, index = images.x, images.index
     g, activation = f.at(x)
-    y, c = f.probabilities(g.head(activation).float()).max(1)
+    p = f.probabilities(g.head(activation).float())
+    c = images.label.to(p.device) if images.every else p.max(1).indices
+    y = class_score(p, c)
     regions = [images.regions(int(i), int(own)) for i, own in zip(index, c, strict=True)]
     cams = dict.fromkeys(unit.cam for unit in units)
     cells = {cam: scaled_map(g, activation, c, x, cam, wanted.cells) for cam in cams}
     maps = {
         cam: _Maps(f, cam, x, c, y, index, upsample(own, x), regions) for cam, own in cells.items()
     }
-    return _Made(maps, cells, (index, images.label, c.cpu(), y.cpu()))
-
-
-def _amounts(cells: Tensor, attribution: Tensor, masking: str) -> Tensor:
-    if masking == "soft":
-        return gamma_means(attribution)
-    return shifted_areas(cells, attribution.shape[1:])
+    common = (index, images.label, c.cpu(), y.cpu())
+    return _Made(maps, cells, common, p.cpu() if images.every else None)
 
 
 @torch.no_grad()
@@ -221,7 +220,7 @@ def measure_controls(
 
     Measures that cost passes are not taken. The network and each judge pass a control once.
     """
-    x, (maps, cells, common) = images.x, _made(f, images, units, wanted)
+    x, (maps, cells, common, _) = images.x, _made(f, images, units, wanted)
     whole = {
         key: judged(judge, f, x, maps[units[0].cam].class_index)
         for key, judge in wanted.judges.items()

@@ -73,12 +73,14 @@ class Images:
         label: shape (N,).
         index: place in the data set, shape (N,).
         regions: where the objects of a class are in the image of an index.
+        every: maps explain the labels, of which an image has several; not the predicted class.
     """
 
     x: Tensor
     label: Tensor
     index: Tensor
     regions: Callable[[int, int], Regions]
+    every: bool = False
 
 
 class Muting(NamedTuple):
@@ -129,7 +131,7 @@ class Values:
     Attributes:
         index: place in the data set, shape (N,).
         label: shape (N,).
-        class_index: c, the predicted class, shape (N,).
+        class_index: c, the class that is explained, shape (N,).
         probability: y^c, shape (N,).
         views: by name: original, fixed, tft; or those of `CONTROLLED` of measures.
         tau: tau*, shape (N,); None without a search.
@@ -137,6 +139,8 @@ class Values:
         amounts: what controls of the plain map keep, by their setting: the area of each shift
             with binary masks, the mean of each gamma with soft ones; None without controls.
         judges: what others than the network say, by their keys (`Judge.key`).
+        scores: probabilities of all classes, shape (N, classes), where an image has several
+            labels; otherwise None.
     """
 
     index: Tensor
@@ -148,6 +152,7 @@ class Values:
     curve: Tensor | None = None
     amounts: Tensor | None = None
     judges: dict[str, Verdict] = field(default_factory=dict)
+    scores: Tensor | None = None
 
     def columns(self) -> dict[str, Tensor]:
         """Name the values as files do (docs/reference/files.md)."""
@@ -194,6 +199,34 @@ def measure(values: Values, view: str, name: str, judge: str | None = None) -> T
     if judge is not None:
         y, y_hat = values.judges[judge].y, values.judges[judge].y_hat[view]
     return torch.where(y.isnan() | y_hat.isnan(), torch.nan, MEASURES[name].load()(y_hat, y))
+
+
+def classified(values: Values, names: Sequence[str]) -> tuple[Tensor, float | None]:
+    """Compare predicted classes with labels.
+
+    Args:
+        values: of one method.
+        names: of the samples of the data set; of an image with several labels several times.
+
+    Returns:
+        1 for each image whose class is one of its labels, otherwise 0, shape (images,). And the
+        mean average precision over the classes that occur, where images have several labels.
+    """
+    if values.scores is None:
+        return (values.class_index == values.label).double(), None
+    from torchmetrics.functional.classification import binary_average_precision
+
+    rows: dict[str, list[int]] = {}
+    for row, index in enumerate(values.index.tolist()):
+        rows.setdefault(names[index], []).append(row)
+    scores = values.scores[[own[0] for own in rows.values()]]
+    shown = torch.zeros(scores.shape, dtype=torch.long)
+    for image, own in enumerate(rows.values()):
+        shown[image, values.label[own].long()] = 1
+    right = shown.gather(1, scores.argmax(1, keepdim=True))[:, 0].double()
+    occurring = shown.any(0).nonzero()[:, 0].tolist()
+    each = [binary_average_precision(scores[:, c], shown[:, c]) for c in occurring]
+    return right, float(torch.stack(each).mean())
 
 
 class Result(NamedTuple):

@@ -126,7 +126,7 @@ def evaluate_study(
     known_in = folder / f".contents-{processes.index}.json"
 
     def contents() -> str:
-        return content_hash([*study.data_set.files(), *objects.files()], known_in)
+        return content_hash([*study.data_set.pictures(), *objects.files()], known_in)
 
     images = contents()
     found: dict[tuple[str, Unit], Result] = {}
@@ -194,7 +194,7 @@ def _check_segmentations(study: Study, plan: Plan, objects: Objects) -> None:
 
 
 def _seen(study: Study, known_in: Path) -> dict[tuple[str, str | None], int]:
-    contents = [c for c in contents_of(study.data_set.files(), known_in) if c != GONE]
+    contents = [c for c in contents_of(study.data_set.pictures(), known_in) if c != GONE]
     return {
         (v.name, v.cams[0] if v.name == "aft" else None): sum(c in v.trained for c in contents)
         for v in study.variants
@@ -266,6 +266,7 @@ def _files(
                 "road": [*metrics.ROAD_SHARES, NOISE],
                 # Named where results without it were not made so.
                 **({"cells": True} if study.cells else {}),
+                **({"every": True} if study.data_set.every else {}),
                 **({"output": study.f.output} if study.f.output != SOFTMAX else {}),
                 **_library(plan),
             }
@@ -378,4 +379,4 @@ def _joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 
 def _images(study: Study, x: torch.Tensor, index: torch.Tensor, objects: Objects) -> Images:
     label = torch.tensor([study.data_set.samples[int(i)].label for i in index])
-    return Images(x, label, index, objects.regions)
+    return Images(x, label, index, objects.regions, study.data_set.every)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.blocks import pack, unpack
+from aftcli.data.parts import AS_FOUND, Reading
 from aftcli.data.sets import (
     DataSet,
     data_name,
@@ -28,7 +29,7 @@ from aftcli.models.load import load_classifier
 from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.judges import Judge, load_judges
 from aftcli.tft.masks import MaskStore
-from aftcli.tft.stores import Source, advice, check_made_for, open_stores, stored_contents
+from aftcli.tft.stores import Source, advice, check_made_for, open_stores, reread, stored_contents
 
 
 class Variant(NamedTuple):
@@ -107,6 +108,7 @@ class Asked(NamedTuple):
         mode: what thresholds cut.
         cells: average maps of pixels over the activation's cells.
         judges: names of judges beside the networks themselves (`load_judges`).
+        reading: of `data`.
     """
 
     source: Source = Source()
@@ -119,6 +121,7 @@ class Asked(NamedTuple):
     mode: str | None = None
     cells: bool = False
     judges: Sequence[str] = ()
+    reading: Reading = AS_FOUND
 
 
 class _Made(NamedTuple):
@@ -242,18 +245,10 @@ IMAGES = {
 }
 
 RECIPE = {
-    "split": "split",
-    "held_out": "held-out share",
-    "seed": "seed",
-    "augment": "augmentation",
-    "layer": "layer",
-    "earlier_layers": "earlier layers",
-    "trained": "trained weights",
-    "learning_rate": "learning rate",
-    "epochs": "epochs",
-    "batch": "batch size",
-    "patience": "patience",
-    "optimizer": "optimizer",
+    **{"split": "split", "held_out": "held-out share", "seed": "seed"},
+    **{"augment": "augmentation", "layer": "layer", "earlier_layers": "earlier layers"},
+    **{"trained": "trained weights", "learning_rate": "learning rate", "epochs": "epochs"},
+    **{"batch": "batch size", "patience": "patience", "optimizer": "optimizer"},
     "precision": "precision",
 }
 
@@ -334,20 +329,21 @@ def _made_of(
 
 def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
     path, split = asked.data, asked.split
+    reading = reread(path, asked.reading, made, f.classes)
     if path is None:
-        root = Path(made["data_set"])
-        path = format_of(made["data_kind"]).above(root, made["split"])
-        if not path.is_dir():
+        path = format_of(made["data_kind"]).above(Path(made["data_set"]), made["split"])
+        if not format_of(made["data_kind"]).is_there(path):
             raise AftError(
                 f"{path}: the data set of the masks is no longer there; say where it is: aft "
                 "evaluate DATASET"
             )
-        if not made["split"] and split is None:
+        if not made["split"] and split is None and reading.held is None:
             raise AftError(
                 f"{path}: the data set of the masks has no split to evaluate on; name one that "
                 "was not trained on: aft evaluate DATASET"
             )
-    data_set = open_data_set(path, split, f.classes, default="val")
+        split = split or "val"  # of train.csv this is val.csv, which is taken if it is asked for
+    data_set = open_data_set(path, split, f.classes, default="val", reading=reading)
     refuse_one_class(data_set)
     if not data_set.mapped:
         raise AftError(f"{not_its_classes(data_set, f.classes, f.name)}{advice(f)}")

@@ -20,7 +20,7 @@ from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import check_name
 from aftcli.evaluation.measures import COMPARED, MEASURES, PAPER, SOURCES, VARIANTS
 from aftcli.evaluation.metrics import estimate
-from aftcli.evaluation.results import Unit, Values, measure
+from aftcli.evaluation.results import Unit, Values, classified, measure
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.evaluation.trials import Table5Row, sanity_rows, table5
@@ -96,7 +96,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Table4Row:
-    """The accuracy of a variant; `cam` is the method that it was tuned for, None for others."""
+    """The accuracy of a variant; `cam` is the method that it was tuned for, None for others.
+
+    `precision` is the mean average precision, where images have several labels.
+    """
 
     dataset: str
     model: str
@@ -105,6 +108,7 @@ class Table4Row:
     accuracy: float
     ci: Interval | None
     n: int
+    precision: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,8 @@ def table2(studies: Sequence[Study]) -> list[Table2Row]:
         data = study.data_set
         classes = len({sample.label for sample in data.samples})
         train = study.train[2] if study.train and study.train[0] == study.data_name else None
-        rows.append(Table2Row(study.data_name, classes, data.split, train, len(data.samples)))
+        count = len({sample.name for sample in data.samples})
+        rows.append(Table2Row(study.data_name, classes, data.part, train, count))
     return list(dict.fromkeys(rows))
 
 
@@ -227,16 +232,17 @@ def _paired(
 
 def table4(measured: Measured) -> list[Table4Row]:
     """List the accuracies of the variants."""
-    study = measured.study
+    study, names = measured.study, [s.name for s in measured.study.data_set.samples]
     rows: dict[tuple[str, str | None], Table4Row] = {}
     for (variant, unit), result in measured.results.items():
         cam = unit.cam if variant == "aft" else None
         values = result.values
         if variant not in VARIANTS or (variant, cam) in rows or values is None:
             continue
-        found = estimate((values.class_index == values.label).double())
+        right, precision = classified(values, names)
+        found = estimate(right)
         where = (study.data_name, study.f.name, cam, variant)
-        rows[variant, cam] = Table4Row(*where, found.value, found.interval, found.n)
+        rows[variant, cam] = Table4Row(*where, found.value, found.interval, found.n, precision)
     order, cams = list(VARIANTS), [None, *METHODS]
     return sorted(rows.values(), key=lambda r: (order.index(r.variant), cams.index(r.cam)))
 
@@ -297,7 +303,6 @@ class Tables:
 
 
 Record = dict[str, Any]
-SAME = ("dataset", "model", "masking", "variant", "judge")  # of a record, in each of its lines
 
 
 def _value(record: Record) -> Iterator[Record]:
@@ -346,7 +351,8 @@ TABLES: dict[str, Table] = {
     "table4": Table(
         frozenset({"4"}),
         lambda s: (row for m in s.measured for row in table4(m)),
-        numbers=lambda r: [{"measure": "accuracy", "value": r["accuracy"]}],
+        lambda row: {k: v for k, v in asdict(row).items() if k != "precision" or v is not None},
+        lambda r: [{"measure": k, "value": r[k]} for k in ("accuracy", "precision") if k in r],
     ),
     "differences": Table(
         frozenset({"3"}),
@@ -386,14 +392,3 @@ def rows_of(asked: Iterable[str], sources: Sources) -> dict[str, list[Any]]:
     """Make the rows of the tables that are asked for."""
     wanted = set(asked)
     return {name: list(t.rows(sources)) for name, t in TABLES.items() if t.asked & wanted}
-
-
-def lines_of(name: str, records: Iterable[Record]) -> Iterator[Record]:
-    """Yield one line of CSV for each number of a table's records."""
-    for record in records:
-        low, high = record.get("ci") or ("", "")
-        same = {k: v for k, v in record.items() if k in SAME}
-        count = record.get("n", record.get("runs", ""))
-        same |= {"cam": record.get("cam") or "", "ci_low": low, "ci_high": high, "n": count}
-        for number in TABLES[name].numbers(record):
-            yield {**same, **number}

@@ -62,7 +62,7 @@ def _some_inputs(study: Study, count: int) -> Tensor:
     inputs = []
     for i in range(len(few.samples)):
         with contextlib.suppress(AftError):
-            inputs.append(to_input(read_image(few.path(i)), study.f.preprocessing))
+            inputs.append(to_input(read_image(few.picture(i)), study.f.preprocessing))
     if not inputs:
         raise AftError(f"{few.root}: holds no image that could be read")
     return torch.cat(inputs).to(next(study.f.parameters()))
@@ -196,7 +196,7 @@ def sanity_rows(
         return
     few = study.data_set.limited(COMPARED)
     folder = make_folder(run / "results")
-    images = content_hash(few.files(), folder / ".contents-0.json")
+    images = content_hash(few.pictures(), folder / ".contents-0.json")
     search = study.searched(masking)
     x: Tensor | None = None
     for variant in study.variants:

@@ -1,30 +1,44 @@
-"""Class folders as a format of data sets: tells classes, splits and other folders apart."""
+"""Class folders as a format of data sets: tells classes, splits and other folders apart.
+
+Other formats tell the splits of files by `choose_files`.
+"""
 
 from __future__ import annotations
 
 import csv
+import os
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.folders import folders_in, listed, pictures_of
-from aftcli.data.sets import (
-    Annotations,
-    DataSet,
-    Format,
-    Listed,
-    Marks,
-    Sample,
-    map_to_model,
-    split_kind,
+from aftcli.data.parts import split_kind
+from aftcli.data.picture import Listed, Marks
+from aftcli.data.sets import Annotations, DataSet, Format, Sample, map_to_model
+from aftcli.data.text import (
+    folders_in,
+    has_pictures,
+    is_hidden,
+    is_picture,
+    listed,
+    pictures_of,
 )
 from aftcli.errors import AftError
 from aftcli.files import inside
-from aftcli.formats.splits import find_split
 
 EDGES = ("x1", "y1", "x2", "y2")
+
+# Names that only splits have, such as `train2017` and `my_test_set`, but that say not which.
+SPLIT_LIKE = re.compile(
+    r"(?:my|[\W_\d])*"
+    r"(?:train(?:ing|val)?|trn|val(?:id(?:ation)?)?|test(?:ing)?|tst|dev|eval(?:uation)?"
+    r"|hold[\W_]?out|held[\W_]?out|fold|split)"
+    r"(?:set|data|images?|imgs|split|[\W_\d])*",
+    re.IGNORECASE,
+)
 
 
 class ClassFolders(Format):
@@ -32,8 +46,10 @@ class ClassFolders(Format):
 
     named_by_folder = True
 
-    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet:
+    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet | None:
         """Open any folder, or refuse it; see `Format.open`."""
+        if not path.is_dir():
+            return None
         part = find_split(path, split, classes, default)
         path = path / part.folder
         below = pictures_of(path)
@@ -134,4 +150,186 @@ def _refuse_strange(path: Path, folders: list[str], classes: Classes) -> None:
             f"{'is no class' if one else 'are no classes'} of the model: {listed(strange)}; to "
             f"leave {'it' if one else 'them'} out, move {'it' if one else 'them'} elsewhere or "
             f"put a dot before {'its name' if one else 'their names'}"
+        )
+
+
+class Split(NamedTuple):
+    """A split's folder, "" where folders are classes, and notes of what that is guessed by."""
+
+    folder: str
+    notes: tuple[str, ...] = ()
+
+
+def find_split(path: Path, split: str | None, classes: Classes, default: str) -> Split:
+    """Find the split that is asked for, or that the folders are classes."""
+    folders, _ = folders_in(path)
+    known = [name for name in folders if split_kind(name)]
+    others = [name for name in folders if name not in known and has_pictures(path / name)]
+    if not known:
+        _refuse_unknown_splits(path, others, classes)
+    splits = bool(known) and _are_splits(path, known, others)
+    notes = _guess(path, known, others, splits) if known and others else ()
+    if splits:
+        return Split(_choose(path, folders, known, split or default), notes)
+    if split in folders:
+        raise AftError(
+            f"{path}: {split}/ is taken as a class, because it lies beside others "
+            f"({listed(others)}); leave --split out, or name the folder of the split itself"
+        )
+    if split:
+        raise AftError(
+            f"{path}: has no folder {split}/; leave --split out to take its class folders as they "
+            "are"
+        )
+    return Split("", notes)
+
+
+def _are_splits(path: Path, known: list[str], others: list[str]) -> bool:
+    """Tell if folders with names of splits are such: classes may have these names too."""
+    if not others:
+        return True
+    holding = [name for name in known if _holds_folders(path / name)]
+    if not holding or len(set(map(split_kind, holding))) > 1:
+        return bool(holding)
+    own = set(folders_in(path / holding[0])[0])
+    shared = any(own & set(folders_in(path / name)[0]) for name in others)
+    return shared or len(own) > len(others)
+
+
+def _holds_folders(path: Path) -> bool:
+    """Tell if a folder holds folders rather than pictures, as a split does."""
+    pictures = sum(is_picture(p.name) and not is_hidden(p.name) for p in path.iterdir())
+    return len(folders_in(path)[0]) > pictures
+
+
+def _guess(path: Path, known: list[str], others: list[str], splits: bool) -> tuple[str, ...]:
+    if not splits:
+        return (f"{path}: took {listed(known)} as a class, like {listed(others)} beside it",)
+    if len(set(map(split_kind, known))) > 1:
+        return ()
+    return (f"{path}: took {listed(known)} as a split; {listed(others)} beside it is none of it",)
+
+
+def _choose(path: Path, folders: list[str], known: list[str], wanted: str) -> str:
+    if wanted in folders:
+        return wanted
+    same = [name for name in known if split_kind(name) == (split_kind(wanted) or None)]
+    if len(same) == 1:
+        return same[0]
+    what = f"has several folders for the split {wanted!r}" if same else f"has no split {wanted!r}"
+    raise AftError(f"{path}: {what}; there are {', '.join(same or folders)}; name one by --split")
+
+
+def _refuse_unknown_splits(path: Path, folders: list[str], classes: Classes) -> None:
+    """Refuse folders that hold the classes themselves, each of them, under unknown names."""
+    named = [name for name in folders if SPLIT_LIKE.fullmatch(name)]
+    inner = [folders_in(path / name)[0] for name in folders if _holds_folders(path / name)]
+    by_name = named and (len(named) == len(folders) or len(inner) > 1)
+    known = [_known(names, classes) for names in inner]
+    by_class = len(inner) == len(folders) and all(known) and sum(known) > 1
+    # Such as images_train and images_val, where no picture lies beside the folders in them.
+    by_word = len(inner) == len(folders) > 1 and all(map(_has_word_of_split, folders))
+    if by_name or ((by_class or by_word) and not _known(folders, classes)):
+        raise AftError(
+            f"{path}: its folders look like splits, not like classes ({listed(folders)}); call "
+            "them train, val and test, or name one of them as the data set"
+        )
+
+
+def _has_word_of_split(name: str) -> bool:
+    return any(split_kind(word) for word in re.split(r"[\W_\d]+", name) if word)
+
+
+def _known(names: list[str], classes: Classes) -> int:
+    """Count the names that are classes of the model."""
+    return sum(found is not None for found in classes.match(names))
+
+
+class Chosen(NamedTuple):
+    """Files of a split.
+
+    Attributes:
+        root: the folder that they lie in or below.
+        split: the word for it in their names; "" where they have none.
+        files: names below the root, with forward slashes.
+    """
+
+    root: Path
+    split: str
+    files: list[str]
+
+
+def choose_files(path: Path, found: Sequence[Path], split: str | None, default: str) -> Chosen:
+    """Choose the files of a split by the words in their names, such as `train-000.tar`.
+
+    Args:
+        path: what the user named: a folder, one file, or a pattern. Of files that are named, all
+            of one split, no split has to be asked for.
+        found: the files.
+        split: that is asked for.
+        default: otherwise.
+
+    Raises:
+        AftError: there is no such split, or only some files are of one.
+    """
+    named = not path.is_dir()
+    root = Path(os.path.commonpath([file.parent for file in found])) if named else path
+    files = [file.relative_to(root).as_posix() for file in found]
+    words = [_word_of_split(name) for name in files]
+    spelled = {word.lower(): word for word in reversed(words) if word}
+    known = list(reversed(spelled.values()))  # one of those that differ in case alone
+    if not known:
+        if split:
+            raise AftError(
+                f"{path}: no name of a file says its split, so there is no {split!r}; leave "
+                "--split out, or call the files train-..., val-..."
+            )
+        return Chosen(root, "", files)
+    if "" in words:
+        raise AftError(
+            f"{path}: {files[words.index('')]} is of no split, but {files[words.index(known[0])]} "
+            f"is of {known[0]}; name the files that you mean, by braces or wildcards"
+        )
+    wanted = known[0] if named and split is None and len(known) == 1 else split or default
+    word = _choose(path, known, known, wanted)
+    chosen = [n for n, own in zip(files, words, strict=True) if own.lower() == word.lower()]
+    return Chosen(root, word, chosen)
+
+
+def are_of_split(root: Path, found: Sequence[Path], split: str) -> bool:
+    """Tell if some of the files in a folder are of a split."""
+    try:
+        return bool(choose_files(root, found, split, split).files)
+    except AftError:
+        return False
+
+
+def _word_of_split(name: str) -> str:
+    """Find the word for a split in a file's name, otherwise in those of its folders."""
+    for part in reversed(name.split("/")):
+        for word in re.split(r"[\W_\d]+", part):
+            if split_kind(word):
+                return word
+    return ""
+
+
+def refuse_mixed(root: Path, members: Sequence[str]) -> None:
+    """Refuse archives with folders of several splits above those of classes.
+
+    Args:
+        root: the folder of the archives.
+        members: files in them: the archive, folders and the file's name, with forward slashes.
+
+    Raises:
+        AftError: there are such; taken as one they would mix training and evaluation.
+    """
+    found: dict[str, str] = {}
+    for member in members:
+        for part in member.split("/")[1:-2]:
+            if kind := split_kind(part):
+                found.setdefault(kind, member)
+    if len(found) > 1:
+        raise AftError(
+            f"{root}: holds several splits within its archives ({listed(list(found.values()))}); "
+            "write each split as archives of its own, called train-... and val-..."
         )

@@ -12,7 +12,8 @@ from xml.etree import ElementTree
 
 from aftcli.core.classes import Classes
 from aftcli.data.images import image_labels, open_picture
-from aftcli.data.sets import Annotations, DataSet, Format, Listed, Marks, Sample, map_to_model
+from aftcli.data.picture import Listed, Marks
+from aftcli.data.sets import Annotations, DataSet, Format, Sample, map_to_model
 from aftcli.data.text import read_text, read_xml, reason
 from aftcli.errors import AftError
 from aftcli.files import inside
@@ -41,7 +42,14 @@ class Voc(Format):
     def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet | None:
         """Open the data set at or below a folder; see `Format.open`."""
         root = _root_of(path)
-        return _open(root, split or default, classes, path) if root else None
+        return _open(root, split or default, classes, path, every=False) if root else None
+
+    def open_every(
+        self, path: Path, split: str | None, classes: Classes, default: str
+    ) -> DataSet | None:
+        """Open it with a sample for each picture and class; see `Format.open_every`."""
+        root = _root_of(path)
+        return _open(root, split or default, classes, path, every=True) if root else None
 
     def has_split(self, root: Path, split: str) -> bool:
         """Tell if there is a list of this name."""
@@ -117,7 +125,7 @@ def _has_lists(root: Path) -> bool:
     return (root / LISTS).is_dir()
 
 
-def _open(root: Path, split: str, classes: Classes, named: Path) -> DataSet:
+def _open(root: Path, split: str, classes: Classes, named: Path, every: bool) -> DataSet:
     lists = root / LISTS
     listed = inside(root, f"{LISTS}/{split}.txt", named)
     if not listed.is_file():
@@ -141,15 +149,17 @@ def _open(root: Path, split: str, classes: Classes, named: Path) -> DataSet:
         except AftError as error:
             left_out[name] = str(error).removeprefix(f"{root}: ")
         else:
-            samples.append(Sample(name, labels[own] if labels else own))
+            present = [c for c, area in enumerate(areas) if area] if every else [own]
+            samples += [Sample(name, labels[c] if labels else c) for c in present]
             mixed += [f"{_listed(others)} in {stem}"] if others else []
     if left_out and not samples:
         first = next(iter(left_out.values()))
         raise AftError(f"{listed}: lists no picture that can be used; {first}")
     names = classes.names if labels else VOC_CLASSES
-    twice = len(stems) - len(samples) - len(left_out)
+    twice = len(stems) - len({sample.name for sample in samples}) - len(left_out)
     notes = tuple(_notes(listed, twice, mixed, left_out))
-    return DataSet("voc", root, split, names, labels is not None, samples, notes=notes)
+    of = ("voc", root, split, names, labels is not None, samples)
+    return DataSet(*of, notes=notes, every=every)
 
 
 def _notes(

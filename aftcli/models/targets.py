@@ -109,12 +109,22 @@ def with_target(f: Classifier, target: Target, name: str = "") -> Targeted:
         raise AftError(f"a target is a function of the output, got {type(target).__name__}")
     own = getattr(target, "__name__", type(target).__name__)
     name = name or ("target" if own == "<lambda>" else own)
-    g: Any = copy.copy(f)
-    g.__class__ = Targeted
     # A target is of all that the network returns, but for what was named.
     head = f.head.whole if isinstance(f.head, Logits) and not f.output_key else f.head
-    g._modules = {**f._modules, "head": Scored(head, target, name, f.single)}
-    g.classes, g.engine, g.output = Classes((name,)), None, NONE
+    return _of_score(f, Scored(head, target, name, f.single))
+
+
+def contrasted(f: Classifier, class_index: int, other: int) -> Targeted:
+    """Return a classifier whose one class, 0, has the logit y^A - y^B of two classes of f's."""
+    target = contrast_target(class_index, other)
+    return _of_score(f, Scored(f.head, target, target.__name__, False))
+
+
+def _of_score(f: Classifier, head: Scored) -> Targeted:
+    g: Any = copy.copy(f)
+    g.__class__ = Targeted
+    g._modules = {**f._modules, "head": head}
+    g.classes, g.engine, g.output = Classes((head.name,)), None, NONE
     g.__dict__["linear_head"] = None  # what follows a linear layer is the user's
     return g  # type: ignore[no-any-return]
 

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from aftcli.core.methods import FAMILIES, METHODS
+from aftcli.data.text import FORMATS
 from aftcli.errors import AftError
 
 
@@ -20,6 +21,15 @@ def methods(incomplete: str) -> list[str]:
     """
     before, comma, last = incomplete.rpartition(",")
     return [before + comma + name for name in _beginning((*METHODS, *FAMILIES, "all"), last)]
+
+
+def formats(incomplete: str) -> list[str]:
+    """Complete names of formats of data sets.
+
+    >>> formats("s")
+    ['shards']
+    """
+    return _beginning(FORMATS, incomplete)
 
 
 def models(incomplete: str) -> list[str]:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import typer
-
 from aftcli.core.methods import check_device, spelled
 from aftcli.errors import AftError
 from aftcli.options import complete
@@ -158,8 +156,7 @@ class ComparedNetworks(LayeredNetwork):
         option(
             "--model",
             "NAME",
-            "Repeatable: torchvision's, timm:NAME, hf:DIR, FILE.py:NAME (runs your code). "
-            "Default: efficientnet_lite0.",
+            "NAME, timm:NAME, hf:DIR, FILE.py:NAME; repeatable.",
             autocompletion=complete.models,
         ),
     ] = None
@@ -225,6 +222,9 @@ class Maps(Methods):
 class TargetMaps(Maps):
     """The maps, and the classes that they explain."""
 
+    # Of the layers that are named there.
+    PANELS: ClassVar[dict[str, str]] = {"fuse": Weights.PANEL}
+
     target: Annotated[
         list[str] | None,
         option(
@@ -283,35 +283,6 @@ class Thresholds:
         """
         values = read_thresholds(self.thresholds)
         return Search(values, self.masking, self.fill, self.mode, self.search)
-
-
-@dataclass(frozen=True)
-class Data:
-    """The data set."""
-
-    PANEL: ClassVar[str] = "Data"
-
-    dataset: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[DATASET]",
-            help="Class folders, train/ and val/ of them, or VOCdevkit. Default: that of the "
-            "masks, if any.",
-            show_default=False,
-        ),
-    ] = None
-    split: Annotated[
-        str | None,
-        option(
-            "--split",
-            "NAME",
-            "Split to use. Default: train; val to evaluate.",
-        ),
-    ] = None
-    limit: Annotated[
-        int | None,
-        number("--limit", "N", "limit", "Take N images, spread over the classes."),
-    ] = None
 
 
 @dataclass(frozen=True)
@@ -381,4 +352,4 @@ class StudyRun(Run):
 class EvaluateRun(StudyRun):
     """Options of how an evaluation runs."""
 
-    batch: Annotated[int, number("--batch-size", "N", "batch", "Images that pass at once.")] = 16
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in one pass.")] = 16

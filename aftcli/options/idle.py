@@ -108,7 +108,8 @@ def _without_probabilities(given: Values) -> bool:
 
 OF_IMAGES = (
     Idle(("--engine",), _with("--target-fn")),
-    Idle(("--colormap", "--alpha"), When("without pictures in --save", undrawn)),
+    Idle(("--colormap", "--alpha"), When("without pictures in --save, or --html", undrawn)),
+    Idle(("--format",), _with("--json")),
     _cells(),
 )
 
@@ -125,10 +126,21 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         *OF_IMAGES,
     ),
     "gen-masks": (
+        Idle(("--format",), _without("--show")),
+        Idle(("--format",), _with("--json")),
         Idle(
             (
                 *("DATASET", "--split", "--model", "--checkpoint", "--classes", "--layer"),
-                *("--cam", "--limit", "--thresholds", "--masking", "--fill", "--threshold-mode"),
+                *(
+                    "--cam",
+                    "--data-format",
+                    "--limit",
+                    "--thresholds",
+                    "--masking",
+                    "--fill",
+                    "--threshold-mode",
+                ),
+                *("--labels", "--val-share", "--seed"),
                 *("--search", "--run", "--overwrite", "--strict", "--device", "--engine"),
                 *("--precision", "--batch-size", "--workers", "--output", "--output-key"),
             ),
@@ -136,6 +148,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         ),
     ),
     "finetune": (
+        Idle(("--val-share",), _without("--no-masks")),
         Idle(("--objective", "--gauge"), _with("--no-masks")),
         Idle(
             ("--lam", "--consistency", "--classification", "--blend", "--patience"),

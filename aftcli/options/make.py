@@ -31,7 +31,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         for field in fields(group):
             (info,) = types[field.name].__metadata__
             if isinstance(info, OptionInfo):
-                info.rich_help_panel = group.PANEL
+                info.rich_help_panel = getattr(group, "PANELS", {}).get(field.name, group.PANEL)
             of = {"default": field.default, "annotation": types[field.name]}
             parameters.append(inspect.Parameter(field.name, parameter.KEYWORD_ONLY, **of))
 

@@ -34,7 +34,7 @@ def outputs(text: str | None, tft: bool = False) -> tuple[str, ...]:
 
 def undrawn(given: Mapping[str, Any]) -> bool:
     """Check that the options' values, by their spelling, ask for no picture of a map."""
-    return not {"overlay", "figure"} & set(outputs(given["--save"]))
+    return not given["--html"] and not {"overlay", "figure"} & set(outputs(given["--save"]))
 
 
 def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[float, str] | None:

@@ -1,1 +1,1 @@
-"""An evaluation for people: tables, figures, files and a page."""
+"""Results for people: tables, figures, files and pages."""

@@ -12,7 +12,7 @@ import torch
 
 from aftcli.core.classifier import Classifier
 from aftcli.data.images import read_image, to_input, view_of
-from aftcli.data.sets import spread
+from aftcli.data.parts import spread
 from aftcli.errors import AftError, nearest
 from aftcli.evaluation.results import Unit
 from aftcli.evaluation.run import Measured
@@ -75,7 +75,7 @@ def check_images(studies: Iterable[Study], names: Sequence[str]) -> None:
     """
     for study in studies:
         for i in _chosen(study, names) if names else ():
-            read_image(study.data_set.path(i))
+            read_image(study.data_set.picture(i))
 
 
 def _chosen(study: Study, names: Sequence[str]) -> list[int]:
@@ -98,12 +98,13 @@ def _chosen(study: Study, names: Sequence[str]) -> list[int]:
 
 def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Iterator[Picture]:
     """Draw one picture an image, with a row a method."""
-    paths = [study.data_set.path(i) for i in chosen]
+    pictures = [study.data_set.picture(i) for i in chosen]
+    paths = [Path(picture.name) for picture in pictures]
     names = stems(paths)
     tuned = {v.cams[0]: v.load() for v in study.variants if v.name == "aft"}
     search = study.searched(masking)
-    for path in paths:
-        picture = read_image(path)
+    for place, path, stored in zip(chosen, paths, pictures, strict=True):
+        picture = read_image(stored)
         view = view_of(picture.size, study.f.preprocessing)
         subject = Subject(path, names[path], picture, view)
         across = 5 if tuned else 4
@@ -118,7 +119,7 @@ def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Ite
             _draw_row(row, subject, study.f, found, own)
         target = folder / f"{file_stem(study.f.name, study.data_name)}-{subject.stem}.png"
         _save(figure, target)
-        label = study.f.classes.name(study.data_set.samples[chosen[paths.index(path)]].label)
+        label = study.f.classes.name(study.data_set.samples[place].label)
         caption = f"Figure 3: {path.name}, labelled {label} ({study.f.name}, {masking} masks)"
         yield Picture(target, caption)
 
@@ -160,7 +161,11 @@ def _new_figure(across: int, down: int) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.6 * across, 3.4 * down), dpi=110, layout="constrained")
+    # A page shows 11 inches without making letters smaller; titles and labels have one a row.
+    side = min(3.2, 11 / across - 0.1)
+    figure = Figure(
+        figsize=((side + 0.1) * across, (side + 0.6) * down), dpi=110, layout="constrained"
+    )
     FigureCanvasAgg(figure)
     return figure
 

@@ -288,13 +288,16 @@ def _look4(tables: Tables, shown: Shown) -> Iterable[Grid]:
     header = ["data set", "model", "CAM", "Original", "AFT"] + ["Control"] * with_control
     if shown.paper:
         header += [f"paper {m} {v}" for m in MODELS for v in ("Original", "AFT")]
-    yield Grid("Table 4: accuracy", header, lines, 3, _seen(tables).strip())
+    several = any(row.precision is not None for row in rows)
+    title = "Table 4: accuracy" + ", mean average precision" * several
+    yield Grid(title, header, lines, 3, _seen(tables).strip())
 
 
 def _accuracy(row: Table4Row | None, shown: Shown) -> Cell:
     if row is None:
         return Cell("-")
-    return Cell(f"{row.accuracy:.3f}" + (_interval(row.ci) if shown.ci else ""))
+    precision = "" if row.precision is None else f", {row.precision:.3f}"
+    return Cell(f"{row.accuracy:.3f}{_interval(row.ci) if shown.ci else ''}{precision}")
 
 
 def _look5(tables: Tables, shown: Shown) -> Iterable[Grid]:

@@ -8,7 +8,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from aftcli.evaluation.measures import MEASURES, QUANTUS, published_records
 from aftcli.evaluation.run import Measured, Step
-from aftcli.evaluation.tables import TABLES, Sources, Tables, lines_of
+from aftcli.evaluation.tables import TABLES, Record, Sources, Tables
 from aftcli.evaluation.trials import device_name
 from aftcli.pages.grids import LOOKS, Grid, Shown, grids
 from aftcli.report.terminal import (
@@ -59,7 +59,7 @@ def settings_of(sources: Sources, maskings: Sequence[str]) -> dict[str, Any]:
                 "layer": study.f.layer_name,
                 "weights": study.variants[0].weights,
                 "dataset": study.data_name,
-                "split": study.data_set.split,
+                "split": study.data_set.part,
                 "images": len(study.data_set.samples),
                 "cams": list(study.cams),
                 "thresholds": list(study.search.thresholds),
@@ -132,6 +132,21 @@ def as_json(tables: Tables, shown: Shown) -> None:
     print(json.dumps(as_dict(tables, shown), indent=2, allow_nan=False), flush=True)
 
 
+# Entries of a record that each of its lines has.
+SAME = ("dataset", "model", "masking", "variant", "judge")
+
+
+def _lines_of(name: str, records: Iterable[Record]) -> Iterator[Record]:
+    """Yield one line of CSV for each number of a table's records."""
+    for record in records:
+        low, high = record.get("ci") or ("", "")
+        same = {k: v for k, v in record.items() if k in SAME}
+        count = record.get("n", record.get("runs", ""))
+        same |= {"cam": record.get("cam") or "", "ci_low": low, "ci_high": high, "n": count}
+        for number in TABLES[name].numbers(record):
+            yield {**same, **number}
+
+
 def as_csv(tables: Tables, shown: Shown) -> None:
     """Print the tables as CSV, long form: one line a number, the same columns for all tables."""
     columns = ("table", "dataset", "model", "cam", "masking", "variant", "against", "measure")
@@ -143,7 +158,7 @@ def as_csv(tables: Tables, shown: Shown) -> None:
     found = [(name, name, document.get(name, [])) for name in dict.fromkeys([*LOOKS, *TABLES])]
     found += [(f"paper {name}", name, each) for name, each in document.get("paper", {}).items()]
     for title, name, records in found:
-        for line in lines_of(name, records):
+        for line in _lines_of(name, records):
             writer.writerow({"table": title, **{k: csv_cell(v) for k, v in line.items()}})
     sys.stdout.flush()
 

@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aftcli.core.classes import Classes
 from aftcli.core.methods import METHODS
-from aftcli.pictures.colours import LOOK, Look, bar, end_of_colours
-from aftcli.pictures.overlay import Subject, seen_part, shaded, shortened
+from aftcli.core.outputs import has_chance
+from aftcli.pictures.colours import LOOK, Look, bar
+from aftcli.pictures.overlay import Subject, captioned, seen_part, shaded, shortened
+from aftcli.settings import SOFTMAX
 from aftcli.tft.explain import Explanation
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ class Shown(NamedTuple):
         likeliest: names and probabilities of the likeliest classes.
         is_score: a target is explained; its score is no probability.
         look: colours of the map.
+        other: name of the class that the one explained is contrasted with; "" without.
+        classes: how many there are; 0 where the class's probability says nothing of that.
     """
 
     subject: Subject
@@ -58,6 +63,38 @@ class Shown(NamedTuple):
     likeliest: Sequence[tuple[str, float]] = ()
     is_score: bool = False
     look: Look = LOOK
+    other: str = ""
+    classes: int = 0
+
+    @property
+    def title(self) -> str:
+        """The class explained, and the one that it is contrasted with."""
+        return f"{self.name}, not {self.other}" if self.other else self.name
+
+    @property
+    def named(self) -> list[str]:
+        """The class explained with its probability, and the one that it is contrasted with."""
+        named = f"{self.name} {number(self.explanation.probability)}"
+        return [named, f"not {self.other}"] if self.other else [named]
+
+    @property
+    def notes(self) -> list[str]:
+        """What readers of a map should know: chance makes the class explained as likely."""
+        if self.explanation.probability * self.classes >= 1 or not self.classes:
+            return []
+        return [f"less likely than chance, 1/{self.classes}"]
+
+    @property
+    def painted(self) -> tuple[Tensor, Look]:
+        """The map that is shown plain, and its look.
+
+        It is the signed one of methods that attribute with signs, and of a contrast.
+        """
+        e = self.explanation
+        shown = e.contrast is not None or (e.cam in METHODS and METHODS[e.cam].of_signed)
+        if e.signed is None or not shown:
+            return self.plain, self.look
+        return e.signed.cpu(), self.look._replace(signed=True)
 
     @property
     def plain(self) -> Tensor:
@@ -73,6 +110,40 @@ class Shown(NamedTuple):
         ):
             return None
         return (cut.attribution[0] != 0).cpu()
+
+
+def shown_as(
+    classes: Classes,
+    is_score: bool,
+    subject: Subject,
+    explanation: Explanation,
+    look: Look = LOOK,
+    output: str = SOFTMAX,
+) -> Shown:
+    """Return an explanation with what pictures say of it.
+
+    Args:
+        classes: of the network.
+        is_score: a target is explained.
+        subject: the picture.
+        explanation: of it.
+        look: colours of the map.
+        output: how the network's logits become probabilities.
+    """
+    other = "" if explanation.contrast is None else classes.name(explanation.contrast)
+    name = classes.name(explanation.class_index)
+    if is_score:
+        return Shown(subject, explanation, name, (), True, look, other)
+    likeliest = [(classes.name(i), y) for i, y in explanation.likeliest]
+    count = len(classes) if has_chance(output, len(classes)) else 0
+    return Shown(subject, explanation, name, likeliest, False, look, other, count)
+
+
+def overlaid(shown: Shown) -> Image.Image:
+    """Return the picture under the map, plain or cut, with a caption."""
+    attribution, look = shown.painted if shown.kept is None else (shown.plain, shown.look)
+    said = [*caption(shown), *shown.notes]
+    return captioned(shown.subject, attribution, shown.kept, said, look)
 
 
 def cam_title(cam: str) -> str:
@@ -98,7 +169,7 @@ def number(value: float) -> str:
 def caption(shown: Shown) -> list[str]:
     """Return the parts of a caption: class, probability, method, threshold, what is kept."""
     explanation = shown.explanation
-    said = [f"{shown.name} {number(explanation.probability)}", cam_title(explanation.cam)]
+    said = [", ".join(shown.named), cam_title(explanation.cam)]
     if explanation.cut:
         said += [_tau(explanation), f"{_area(explanation)} kept, alone {number(best(explanation))}"]
     return said
@@ -122,8 +193,9 @@ def figure(shown: Shown) -> Figure:
     from matplotlib.patches import Rectangle
 
     explanation, plain, kept = shown.explanation, shown.plain, shown.kept
+    painted, look = shown.painted
     seen, view = seen_part(shown.subject, plain.shape)
-    pictures = [seen, shaded(seen, view, plain, look=shown.look)]
+    pictures = [seen, shaded(seen, view, painted, look=look)]
     if kept is not None:
         pictures.append(shaded(seen, view, plain, kept, shown.look))
     wide, high = seen.size
@@ -162,19 +234,27 @@ def figure(shown: Shown) -> Figure:
         drawn.add_artist(Rectangle((GAP / width, low / height), *size, color=colour))
         say(GAP + 6, under + row * STEP + 1, shortened(name, LETTERS, wide - 110))
         say(GAP + wide - 4, under + row * STEP + 1, number(y), horizontalalignment="right")
-    x, end = 2 * GAP + wide, end_of_colours(plain)
-    put(bar((wide, LETTERS), shown.look), x, under)
-    for part, text, side in (
-        *((0.0, "0", "left"), (0.5, "score", "center")),
-        (1.0, "1" if end == 1 else f"≥ {end:.2g}", "right"),
-    ):
-        say(x + part * wide, under + LETTERS + 4, text, horizontalalignment=side)
+
+    def scale(x: int, attribution: Tensor, look: Look) -> None:
+        put(bar((wide, LETTERS), look), x, under)
+        first, last = look.ends(attribution)
+        middle = "0" if look.signed else "score"
+        for part, text, side in ((0, first, "left"), (0.5, middle, "center"), (1, last, "right")):
+            say(x + part * wide, under + LETTERS + 4, text, horizontalalignment=side)
+
+    scale(2 * GAP + wide, painted, look)
     if kept is not None:
-        say(GAP + 2 * (wide + GAP), under, "dimmed: muted")
+        x, y = 3 * GAP + 2 * wide, under
+        if look.signed:
+            scale(x, plain, shown.look)
+            y += 2 * STEP
+        say(x, y, "dimmed: muted")
     if explanation.tft:
         x = GAP + len(pictures) * (wide + GAP) + SCALE[0]
         box = (x / width, BELOW / height, wide / width, high / height)
-        draw_curve(drawn.add_axes(box), explanation, LETTERS * 72 / DPI)
+        of = f"probability of {shown.name}" if shown.other else "probability"
+        said = shortened(of, LETTERS, high)
+        draw_curve(drawn.add_axes(box), explanation, LETTERS * 72 / DPI, said)
     return drawn
 
 
@@ -182,8 +262,9 @@ def _titles(shown: Shown) -> list[list[str]]:
     """Return two lines over each picture."""
     explanation = shown.explanation
     word = "score" if shown.is_score else "probability"
+    chance = ["below chance"] if shown.notes else []
     titles = [
-        [shown.name, f"{word} {number(explanation.probability)}"],
+        [shown.title, ", ".join([f"{word} {number(explanation.probability)}", *chance])],
         [cam_title(explanation.cam), "plain map"],
     ]
     if explanation.cut:
@@ -193,13 +274,16 @@ def _titles(shown: Shown) -> list[list[str]]:
     return titles
 
 
-def draw_curve(ax: Axes, explanation: Explanation, letters: float = 10) -> None:
+def draw_curve(
+    ax: Axes, explanation: Explanation, letters: float = 10, label: str = "probability"
+) -> None:
     """Draw the class's probability over tau, tau* marked; a second axis has the RPI.
 
     Args:
         ax: where.
         explanation: with a search of thresholds.
         letters: size of the letters, points.
+        label: of the axis of probabilities.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -220,7 +304,7 @@ def draw_curve(ax: Axes, explanation: Explanation, letters: float = 10) -> None:
     title = f"tau* = {tau:g}"
     ax.set_title(f"{title}: RPI {rpi:.3f}" if rpi < MOST else title, fontsize=letters)
     ax.set_xlabel("threshold tau", fontsize=letters)
-    ax.set_ylabel("probability", fontsize=letters)
+    ax.set_ylabel(label, fontsize=letters, parse_math=False)
     high = max(LOWEST, 1.15 * max(y, float(np.nanmax(probabilities))))
     ax.set_ylim(0, 1.03 if high > 1 else high)
     ax.tick_params(labelsize=0.85 * letters)

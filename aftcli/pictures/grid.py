@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from aftcli.pictures.colours import Look
 from aftcli.pictures.figure import DPI, FLIP, Shown, cam_title, caption
 from aftcli.pictures.overlay import seen_part, shaded, shortened
 
@@ -75,14 +76,16 @@ def tile(shown: Shown, network: str = "") -> Tile:
     shape = shown.plain.shape
     size = round(SIDE * shape[1] / max(shape)), round(SIDE * shape[0] / max(shape))
     seen, view = seen_part(shown.subject, shape)
-    named, _, *cut = caption(shown)
+    _, _, *cut = caption(shown)
 
-    def painted(kept: Tensor | None) -> Image.Image:
-        picture = shaded(seen, view, shown.plain, kept, shown.look)
+    def painted(attribution: Tensor, kept: Tensor | None, look: Look) -> Image.Image:
+        picture = shaded(seen, view, attribution, kept, look)
         return picture.resize(size, Image.Resampling.BOX)
 
-    lines = (*filter(None, [network]), cam_title(shown.explanation.cam), named)
-    return Tile(lines, painted(None), tuple(cut), painted(shown.kept) if cut else None)
+    lines = (*filter(None, [network]), cam_title(shown.explanation.cam), *shown.named)
+    plain, look = shown.painted
+    below = painted(shown.plain, shown.kept, shown.look) if cut else None
+    return Tile(lines, painted(plain, None, look), tuple(cut), below)
 
 
 def drawn(rows: Sequence[Row]) -> Figure:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from aftcli.data.images import View
-from aftcli.pictures.colours import LOOK, Look, bar, end_of_colours, heat
+from aftcli.pictures.colours import LOOK, Look, bar, heat
 
 PANEL = 448  # pixels, the side of a figure's picture
 
@@ -24,6 +24,8 @@ DIMMED = 0.45  # brightness of what is muted, and of what the network does not s
 WHITE, LIGHT, DARK = (255, 255, 255), (250, 250, 250), (20, 20, 20)
 
 SPECKLED = 1.5  # edges a pixel that is kept, or muted: more are scattered pixels
+
+NOISY = 0.4  # edges a pixel: more are scattered pixels too, of which some touch
 
 CAPTIONED = 160  # pixels, the narrowest picture that a caption can be read under
 
@@ -140,7 +142,7 @@ def _outline(painted: Image.Image, box: Box, kept: np.ndarray, thin: int) -> Non
     padded = np.pad(kept, 1)
     level, upright = padded[1:] != padded[:-1], (padded[:, 1:] != padded[:, :-1]).T
     edges = (kept[1:] != kept[:-1]).sum() + (kept[:, 1:] != kept[:, :-1]).sum()
-    if edges > SPECKLED * min(kept.sum(), kept.size - kept.sum()):
+    if edges > min(SPECKLED * kept.sum(), SPECKLED * (~kept).sum(), NOISY * kept.size):
         return
     left, top, right, bottom = box
     across, down = (right - left) / kept.shape[1], (bottom - top) / kept.shape[0]
@@ -203,7 +205,7 @@ def captioned(
 
     Args:
         subject: the picture.
-        attribution: I, shape (H, W), in [0, 1].
+        attribution: I, shape (H, W), in [0, 1], or signed.
         kept: see `shaded`.
         parts: of the caption, each on one line.
         look: colours and their opacity.
@@ -224,13 +226,15 @@ def captioned(
     for line in lines:
         draw.text((margin, y), line, DARK, font)
         y += step
-    end = end_of_colours(attribution)
-    first, last = "score 0", "1" if end == 1 else f"≥ {end:.2g}"
+    lowest, last = look.ends(attribution)
+    first = f"score {lowest}"
     x0 = margin + round(font.getlength(first)) + margin
     x1 = width - 2 * margin - round(font.getlength(last))
     draw.text((margin, y), first, DARK, font)
     draw.text((x1 + margin, y), last, DARK, font)
     painted.paste(bar((x1 - x0, size), look), (x0, y + size // 8))
+    if look.signed:
+        draw.text(((x0 + x1) // 2, y), "0", DARK, font, anchor="ma")
     return painted
 
 

@@ -43,15 +43,19 @@ class Place(NamedTuple):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The method and the class, after the network where there are several."""
-        explanation = self.shown.explanation
-        pair = (explanation.cam, explanation.class_index)
-        return (self.network, *pair) if self.network else pair
+        """The method and the class, after the network where there are several.
+
+        The class of a contrast follows.
+        """
+        e = self.shown.explanation
+        network = (self.network,) if self.network else ()
+        other = () if e.contrast is None else (e.contrast,)
+        return (*network, e.cam, e.class_index, *other)
 
     @property
     def made(self) -> dict[str, str]:
         """What a manifest says of it."""
-        named = {"cam": self.shown.explanation.cam, "class_name": self.shown.name}
+        named = {"cam": self.shown.explanation.cam, "class_name": self.shown.title}
         return {"model": self.network, **named} if self.network else named
 
 

@@ -1,12 +1,10 @@
-"""Output of `aft explain` and `aft tft`: pictures and other files, a table, JSON."""
+"""Output of `aft explain` and `aft tft`: pictures and other files, plain values."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,20 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.table import Table
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
 from aftcli.models.targets import Targeted
 from aftcli.pictures.colours import LOOK, Look
-from aftcli.pictures.figure import Shown, best, caption, figure
-from aftcli.pictures.overlay import Subject, captioned
-from aftcli.report.compared import labels
+from aftcli.pictures.figure import Shown, best, figure, overlaid, shown_as
+from aftcli.pictures.overlay import Subject
 from aftcli.report.manifest import Manifest, writing
 from aftcli.report.names import PLAIN, Suffixes
-from aftcli.report.terminal import cell, say, stdout_console
-from aftcli.settings import Search
+from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.explain import Explanation
 
 
@@ -79,10 +74,9 @@ def write_outputs(
             f"{subject.path}: {f.name} gives NaN or infinite numbers for it; its weights may be "
             "damaged"
         )
-    name = class_name(f, explanation)
-    slug = _slug(name)
-    if [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1:
-        slug += f"_{explanation.class_index}"
+    slug = _class_slug(f, explanation.class_index)
+    if explanation.contrast is not None:
+        slug += f"-not-{_class_slug(f, explanation.contrast)}"
     shown = shown_of(f, subject, explanation, look)
     files = {}
     for kind in kinds:
@@ -124,10 +118,14 @@ def written(
 
 def shown_of(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
     """Return an explanation with what pictures say of it."""
-    is_score = isinstance(f, Targeted)
-    likeliest = [] if is_score else [(f.classes.name(i), y) for i, y in explanation.likeliest]
-    name = class_name(f, explanation)
-    return Shown(subject, explanation, name, likeliest, is_score, look)
+    return shown_as(f.classes, isinstance(f, Targeted), subject, explanation, look, f.output)
+
+
+def _class_slug(f: Classifier, index: int) -> str:
+    """Name a class in file names, with its index where others would have the same name."""
+    slug = _slug(f.classes.name(index))
+    shared = [_slug(f.classes.name(i)) for i in range(len(f.classes))].count(slug) > 1
+    return f"{slug}_{index}" if shared else slug
 
 
 def made_by(f: Classifier, explanation: Explanation) -> dict[str, Any]:
@@ -140,6 +138,19 @@ def made_by(f: Classifier, explanation: Explanation) -> dict[str, Any]:
         "cam": explanation.cam,
         "class_index": explanation.class_index,
         "class_name": class_name(f, explanation),
+        **_contrasted(f, explanation),
+    }
+
+
+def _contrasted(f: Classifier, explanation: Explanation) -> dict[str, Any]:
+    if explanation.contrast is None:
+        return {}
+    return {
+        "contrast": {
+            "class_index": explanation.contrast,
+            "class_name": f.classes.name(explanation.contrast),
+            "probability": explanation.contrast_probability,
+        }
     }
 
 
@@ -153,8 +164,7 @@ def class_name(f: Classifier, explanation: Explanation) -> str:
 
 
 def _write_overlay(path: Path, shown: Shown) -> None:
-    painted = captioned(shown.subject, shown.plain, shown.kept, caption(shown), shown.look)
-    painted.save(path, format="PNG", compress_level=3)
+    overlaid(shown).save(path, format="PNG", compress_level=3)
 
 
 def _write_map(path: Path, shown: Shown) -> None:
@@ -179,46 +189,6 @@ OUTPUTS: dict[str, tuple[str, Callable[[Path, Shown], None]]] = {
 }
 
 
-def print_table(results: Sequence[dict[str, Any]]) -> None:
-    """Print what `as_dict` gives as a table, then the files written."""
-    tft = any("tft" in result for result in results)
-    fixed = any("fixed" in result for result in results)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    networks = labels([(r["model"], r.get("checkpoint", "")) for r in results])
-    several = ("network",) if len(set(networks)) > 1 else ()
-    for column in ("image", *several, "cam", "class"):
-        table.add_column(column, overflow="fold")
-    zero = ("zero",) if any("zero_level" in result for result in results) else ()
-    searched, cut = ("tau*", "RPI") if tft else (), ("masked", "kept") if tft or fixed else ()
-    for column in ("prob.", *zero, *searched, *cut):
-        table.add_column(column, justify="right")
-    sharing = Counter(Path(image).name for image in {result["image"] for result in results})
-    for network, result in zip(networks, results, strict=True):
-        name = Path(result["image"]).name
-        image = name if sharing[name] == 1 else result["image"]
-        named = f"{result['class_name']} ({result['class_index']})"
-        of = [network] if several else []
-        cells = [image, *of, result["cam"], named, f"{result['probability']:.4f}"]
-        if "zero_level" in result:
-            cells.append(f"{result['zero_level']:g}")
-        if found := result.get("tft"):
-            at = found["thresholds"].index(found["tau"])
-            cells += [f"{found['tau']:g}", f"{found['rpi'][at]:.3f}"]
-        if found := result.get("tft") or result.get("fixed"):
-            cells += [f"{found['probability']:.4f}", f"{found['area']:.1%}"]
-        table.add_row(*map(cell, cells))
-    stdout_console(1000).print(table)
-    for result in results:
-        for path in result["outputs"].values():
-            say(f"wrote {path}")
-    print(end="", flush=True)
-
-
-def print_json(results: Sequence[dict[str, Any]]) -> None:
-    """Print what `as_dict` gives as JSON, one object per image, method and class."""
-    print(json.dumps(results, indent=2), flush=True)
-
-
 def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
     """Return an explanation as plain values (docs/reference/cli.md)."""
     e = report.explanation
@@ -228,6 +198,8 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
         "probability": e.probability,
         "outputs": {kind: str(path) for kind, path in report.outputs.items()},
     }
+    if f.output != SOFTMAX and not isinstance(f, Targeted):
+        result["output"] = f.output
     if e.cells:
         result["cells"] = True
     if e.zero_level:

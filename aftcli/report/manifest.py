@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,17 +51,27 @@ class Manifest:
         folder: where the files are.
         call: what is the same for all files: settings and the command.
         note: is told what a user does not expect.
+        inputs: files beside images that results depend on, such as checkpoints.
     """
 
-    def __init__(self, folder: Path, call: Mapping[str, Any], note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        call: Mapping[str, Any],
+        note: Callable[[str], None],
+        inputs: Iterable[Path] = (),
+    ) -> None:
         self.path = folder / NAME
-        self.call = {**call, "version": __version__}
+        self.inputs = {str(_absolute(path)): _Image(path).hash() for path in inputs}
+        self.call = {**call, **({"inputs": self.inputs} if self.inputs else {})}
+        self.call["version"] = __version__
         self.note = note
         self.taken: Entries = {}  # images that this call has names for
         self.new: set[str] = set()  # names that no file had
         self.added: Entries = {}  # files that are not saved yet
-        self.known: set[str] = set()  # names of files that the manifest lists
+        self.known: dict[str, Any] = {}  # inputs of files that the manifest lists, by name
         self.unlisted: list[str] = []  # files that were overwritten and that it does not list
+        self.outdated: list[str] = []  # files that were overwritten and had other inputs
         self.due = 0.0
 
     def names(self, stems: Mapping[Path, str]) -> dict[Path, str]:
@@ -77,7 +87,7 @@ class Manifest:
         with self._held():
             listed = self._read()
             _drop_gone(listed, self.path.parent)
-            self.known = set(listed.files)
+            self.known = {name: entry.get("inputs", {}) for name, entry in listed.files.items()}
             for path, stem in stems.items():
                 image = _Image(path)
                 found[path] = next(c for c in image.candidates(stem) if image.owns(c, listed))
@@ -112,13 +122,17 @@ class Manifest:
         """
         if path.name not in self.known and path.exists():
             self.unlisted.append(path.name)
+        # Calls on several networks name more inputs than each file has.
+        before = self.known.get(path.name, {})
+        if any(before.get(file, digest) != digest for file, digest in self.inputs.items()):
+            self.outdated.append(path.name)
         shown = [self._image(*each) for each in images.items()]
         of = {key: [image.get(key) for image in shown] for key in ("image", "sha256")}
         entry = {"stem": next(iter(images)) if len(images) == 1 else ""}
         alone = {key: values[0] if entry["stem"] else values for key, values in of.items()}
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.added[path.name] = {**entry, **alone, **made, **self.call, "time": now}
-        self.known.add(path.name)
+        self.known[path.name] = self.inputs
         if time.monotonic() > self.due:
             with suppress(AftError):  # said by `close`
                 self.save()
@@ -164,18 +178,22 @@ class Manifest:
         Raises:
             AftError: see `save`.
         """
-        if self.unlisted:
-            more = f" and {len(self.unlisted) - 1} more files" if self.unlisted[1:] else ""
-            self.note(
-                f"{self.path.parent}: overwrote {self.unlisted[0]}{more}, which {NAME} did not list"
-            )
-            self.unlisted.clear()
+        changed = ", ".join(Path(path).name for path in self.inputs)
+        for names, why in (
+            (self.unlisted, f"which {NAME} did not list"),
+            (self.outdated, f"made with another content of {changed}"),
+        ):
+            if names:
+                left = len(names) - 1
+                more = f" and {left} more file{'s' * (left > 1)}" if left else ""
+                self.note(f"{self.path.parent}: overwrote {names[0]}{more}, {why}")
+                names.clear()
         self.save()
         if unused := self.new:
             self.new = set()
             with suppress(OSError, AftError), self._held():
                 listed = self._read()
-                used = {str(entry.get("stem")).lower() for entry in listed.files.values()}
+                used = {entry["stem"].lower() for entry in listed.files.values()}
                 for key in unused - used:
                     listed.images.pop(key, None)
                 if self.path.exists():
@@ -240,7 +258,7 @@ def writing(
 
 
 class _Image:
-    """An image file: its name is its own as long as its content is."""
+    """A file of an image or another input: a name is its own as long as its content is."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -282,6 +300,15 @@ class _Image:
         return bool(owner.get("sha256")) and owner["sha256"] == self.hash()
 
 
+def written_in(folder: Path) -> set[str]:
+    """Return the names of files that a folder's manifest lists; none if it can't be read."""
+    path = folder / NAME
+    try:
+        return set(_parsed(path.read_bytes()).files) if path.is_file() else set()
+    except (OSError, ValueError, RecursionError):
+        return set()
+
+
 def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path))
 
@@ -289,12 +316,12 @@ def _absolute(path: Path) -> Path:
 def _drop_gone(listed: Listed, folder: Path) -> None:
     """Drop files that were deleted, and the names of images that have no file left."""
     there = {each.name for each in os.scandir(folder)}
-    stems = {entry.get("stem") for entry in listed.files.values()}
+    stems = {entry["stem"].lower() for entry in listed.files.values()}
     for name in set(listed.files) - there:
         del listed.files[name]
-    left = {entry.get("stem") for entry in listed.files.values()}
+    left = {entry["stem"].lower() for entry in listed.files.values()}
     for stem in stems - left:
-        listed.images.pop(str(stem).lower(), None)
+        listed.images.pop(stem, None)
 
 
 def _parsed(data: bytes) -> Listed:
@@ -310,6 +337,9 @@ def _parsed(data: bytes) -> Listed:
     for entries in listed:
         if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
             raise ValueError("no entries")
+    for entry in listed.files.values():
+        if not isinstance(entry.get("stem"), str) or not isinstance(entry.get("inputs", {}), dict):
+            raise ValueError("no entry")
     return listed
 
 

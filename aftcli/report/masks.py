@@ -1,12 +1,15 @@
-"""Mask stores for people: progress, tables, JSON."""
+"""Mask stores for people, as progress and tables, and for programs: JSON, CSV, parquet."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +22,7 @@ from aftcli.core.classes import Classes
 from aftcli.data.blocks import Broken, Processes
 from aftcli.data.sets import format_of
 from aftcli.errors import AftError
-from aftcli.report.terminal import cell, progress_bar, say, say_left_out, stdout_console
+from aftcli.report.terminal import cell, csv_cell, progress_bar, say, say_left_out, stdout_console
 from aftcli.tft.generate import Done
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.threshold import first_maximum, raised
@@ -56,18 +59,19 @@ class StoreSummary:
     synonyms: bool
 
 
-def summarise(store: MaskStore) -> StoreSummary:
+def summarise(store: MaskStore, verify: bool = False) -> StoreSummary:
     """Sum up a store, a piece at a time.
 
     Args:
         store: of `aft gen-masks`.
+        verify: also do what `MaskStore.verify` does, in the same pass.
     """
     classes = _classes_of(store)
     names = classes.names
     totals = np.zeros(4)
     labels = np.zeros(max(len(names), 1), dtype=np.int64)
-    for start in range(0, len(store), 4096):
-        rows = store.rows(start, start + 4096)
+    pieces = (store.rows(start, start + 4096) for start in range(0, len(store), 4096))
+    for rows in store.verified() if verify else pieces:
         rpi, y = torch.from_numpy(rows.rpi), torch.from_numpy(rows.probability)
         best = rpi.gather(1, first_maximum(rpi, y)[:, None]) if len(rpi) else rpi.new_zeros(0)
         helped = raised(rpi, y).any(1)
@@ -146,12 +150,11 @@ def print_stores(paths: list[Path], watched: Watched, json_: bool) -> None:
 def show_store(path: Path, json_: bool) -> None:
     """Print what a mask store holds, after checking its content against its digest."""
     with MaskStore(path) as store:
-        store.verify()
         settings = store.settings
         missing = {"classes", "cam"} - set(settings)
         if missing or not isinstance(settings["classes"], list):
             raise _damaged(path, f"its settings have no {min(missing, default='classes')}")
-        summary = summarise(store)
+        summary = summarise(store, verify=True)
     if json_:
         result = {"settings": settings, **_summary_dict(summary)}
         try:
@@ -182,17 +185,19 @@ def _classes_of(store: MaskStore) -> Classes:
         return Classes(tuple(names))
     folders: dict[int, str] = {}
     for start in range(0, len(store), 4096):
-        rows = store.rows(start, start + 4096)
-        labels, places = np.unique(rows.label, return_index=True)
+        paths, column = store.columns(("path", "label"), start, start + 4096)
+        labels, places = np.unique(column, return_index=True)
         for label, place in zip(labels.tolist(), places.tolist(), strict=True):
-            folders[label] = os.fsdecode(bytes(rows.path[place])).partition("/")[0]
+            folders[label] = os.fsdecode(bytes(paths[place])).partition("/")[0]
     known = imagenet_classes()
+    count = max(folders, default=0) + 1
+    if settings.get("imagenet") is True and count <= len(known):
+        return known
     # Labels are ImageNet's classes by wnid only.
     if all(known.wnids[i : i + 1] == (name,) for i, name in folders.items()):
         return known
     if not format_of(settings["data_kind"]).named_by_folder:
         folders = {}
-    count = max(folders, default=0) + 1
     return Classes(tuple(folders.get(i, f"class {i}") for i in range(count)))
 
 
@@ -228,3 +233,129 @@ def _print_summaries(summaries: list[StoreSummary]) -> None:
     else:
         counted = f"{len(labels)} with {min(labels.values())} to {max(labels.values())} images each"
     say(f"classes: {counted}")
+
+
+AT_ONCE = 4096  # images that are read together
+
+
+class ImageRow(NamedTuple):
+    """The result of one image; the fields are the columns.
+
+    Attributes:
+        path: below the data set's root.
+        label: the name of its label.
+        label_index: of the label.
+        class_name: the class that is explained, by name; None where the store has no names.
+        class_index: of that class.
+        probability: of that class.
+        tau: tau*.
+        rpi: RPI at tau*.
+        area: the share of the layer's cells that the mask keeps.
+    """
+
+    path: str
+    label: str
+    label_index: int
+    class_name: str | None
+    class_index: int
+    probability: float
+    tau: float
+    rpi: float
+    area: float
+
+
+def image_rows(store: MaskStore) -> Iterator[ImageRow]:
+    """Read the images of a store, a piece at a time."""
+    settings, labels = store.settings, _classes_of(store)
+    own = settings["labels"] == "model" or settings.get("class_names")
+    known = settings.get("class_names") or (labels.names if own else ())
+    for start in range(0, len(store), AT_ONCE):
+        rows = store.rows(start, min(start + AT_ONCE, len(store)))
+        rpi, y = torch.from_numpy(rows.rpi), torch.from_numpy(rows.probability)
+        best = rpi.gather(1, first_maximum(rpi, y)[:, None])[:, 0].numpy()
+        areas = rows.mask.reshape(len(rows.mask), -1).mean(1).tolist()
+        indices = (column.tolist() for column in (rows.path, rows.label, rows.class_index))
+        numbers = (_shortest(column) for column in (rows.probability, rows.tau, best))
+        plain = zip(*indices, *numbers, areas, strict=True)
+        for path, label, c, probability, tau, gain, area in plain:
+            yield ImageRow(
+                path.decode("utf-8", "replace"),
+                _name(labels.names, label) or f"class {label}",
+                label,
+                _name(known, c),
+                c,
+                probability,
+                tau,
+                gain,
+                area,
+            )
+
+
+def _shortest(values: np.ndarray) -> list[float]:
+    """Return float32 values as the shortest decimals that give them back: 0.3, not 0.30000001."""
+    return [float(str(value)) for value in values]
+
+
+def _name(names: tuple[str, ...] | list[str], index: int) -> str | None:
+    return names[index] if index < len(names) else None
+
+
+def as_json(store: MaskStore) -> None:
+    """Print a list of objects, one a line."""
+    print("[")
+    for number, row in enumerate(image_rows(store)):
+        if number:
+            print(",")
+        print(json.dumps(row._asdict(), allow_nan=False), end="")
+    print("\n]")
+
+
+def as_csv(store: MaskStore) -> None:
+    """Print a line for each image, below one of the columns' names."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(ImageRow._fields)
+    writer.writerows(map(csv_cell, row) for row in image_rows(store))
+
+
+def as_parquet(store: MaskStore) -> None:
+    """Write a parquet file to stdout.
+
+    Raises:
+        AftError: pyarrow is not installed, or stdout is a terminal.
+    """
+    if sys.stdout.isatty():
+        raise AftError("--format parquet writes no text; send it to a file: ... > masks.parquet")
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise AftError(
+            "--format parquet needs pyarrow, which is not installed; pip install "
+            "'aftcli[parquet]', or use --format csv"
+        ) from error
+    text, index, number = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
+    kinds = (text, text, index, text, index, number, number, number, number)
+    schema = pyarrow.schema(list(zip(ImageRow._fields, kinds, strict=True)))
+    with parquet.ParquetWriter(sys.stdout.buffer, schema) as writer:
+        rows = image_rows(store)
+        while piece := list(islice(rows, AT_ONCE)):
+            writer.write_table(pyarrow.Table.from_pylist([r._asdict() for r in piece], schema))
+
+
+EXPORTS: dict[str, Callable[[MaskStore], None]] = {
+    "json": as_json,
+    "csv": as_csv,
+    "parquet": as_parquet,
+}
+
+
+def export_store(path: Path, words: str) -> None:
+    """Print the images of a store, after checking its content against its digest.
+
+    Args:
+        path: of the store.
+        words: a key of EXPORTS.
+    """
+    with MaskStore(path) as store:
+        store.verify()
+        EXPORTS[words](store)

@@ -21,7 +21,7 @@ from aftcli.report.terminal import PlainColumn, cell, say, stdout_console
 
 LINES = 20  # of epochs, about, after the first
 
-FEWEST = 32  # images that one trains on
+FEWEST = 10  # images that one trains on
 
 
 class _Watch:

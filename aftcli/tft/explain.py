@@ -9,7 +9,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from aftcli.attributions.maps import COPIES, Layers, cuts, map_of_layers, takes_target
+from aftcli.attributions.maps import (
+    COPIES,
+    Layers,
+    Seen,
+    Signed,
+    cuts,
+    signed_maps,
+    takes_target,
+)
 from aftcli.core.cam import wide
 from aftcli.core.classifier import Classifier
 from aftcli.core.inputs import (
@@ -21,7 +29,7 @@ from aftcli.core.inputs import (
 from aftcli.core.methods import METHODS
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
-from aftcli.models.targets import Target, Targeted, with_target
+from aftcli.models.targets import Target, Targeted, contrasted, with_target
 from aftcli.settings import Search
 from aftcli.tft.search import TftResult, search_threshold
 
@@ -44,6 +52,10 @@ class Explanation:
         layers: the layers whose maps were fused; none for the map of one layer.
         fuse: what they were fused by, "max" or "product"; "" for the map of one layer.
         likeliest: index and probability of the three likeliest classes, or of all.
+        signed: the map before its ReLU, shape (H, W), in [-1, 1]: positive speaks for the class;
+            None where the method has no sign, or its map was averaged, lowered, smoothed or fused.
+        contrast: the class B of a map of y^A - y^B, where A is the class explained.
+        contrast_probability: y^B, in [0, 1]; 0 without.
     """
 
     cam: str
@@ -59,6 +71,9 @@ class Explanation:
     layers: tuple[str, ...] = ()
     fuse: str = ""
     likeliest: tuple[tuple[int, float], ...] = ()
+    signed: Tensor | None = None
+    contrast: int | None = None
+    contrast_probability: float = 0.0
 
     @property
     def cut(self) -> TftResult | None:
@@ -106,6 +121,7 @@ def explain(
     smooth: str = "none",
     fuse: str = "max",
     target: Target | None = None,
+    contrast: int | None = None,
 ) -> list[Explanation]:
     """Explain one image by several methods and for several classes, with one stem pass.
 
@@ -126,13 +142,15 @@ def explain(
         fuse: see `attribution_map`.
         target: a score of the network's output, explained in place of classes, see
             aftcli/models/targets.py; a threshold search needs scores in [0, 1].
+        contrast: a class B: maps show why each class A and not B, as maps of y^A - y^B; thresholds
+            are still searched by the probability of A.
 
     Returns:
         One explanation for each method and class, method by method.
 
     Raises:
-        AftError: x is no single image, a class is out of range, or see `scaled_map` and
-            `fine_tune_threshold`.
+        AftError: x is no single image, a class is out of range, a class is contrasted with itself
+            or by a method of classes, or see `scaled_map` and `fine_tune_threshold`.
     """
     layers = cuts(f)
     if target is not None:
@@ -146,21 +164,68 @@ def explain(
     with torch.no_grad():
         y = first.probabilities(g.head(activation).float())[0]
     classes = _explained(first, y, targets, top_k)
-    count = len(classes)
-    x_c = x.expand(count, *x.shape[1:])
-    wide_a = [a.expand(count, *a.shape[1:]) for _, a in seen]
-    seen_c = [(each.sharing(a, classes), a) for (each, _), a in zip(seen, wide_a, strict=True)]
     how = (cells, zero_level, smooth, fuse)
-    maps = [map_of_layers(seen_c, classes, x_c, method, *how) for method in methods]
+    if contrast is None:
+        maps = _maps(seen, classes, x, methods, how)
+    else:
+        maps = _contrasts(first, seen, classes, contrast, x, methods, how)
     named = [method for method in methods for _ in classes]
-    attribution = torch.cat(maps)
-    found = _search(first, x, attribution, named, classes.repeat(len(maps)), y, settings)
+    attribution = torch.cat([each.attribution for each in maps])
+    signed: list[Tensor | None] = []
+    for each in maps:
+        signed += [None] * len(each.attribution) if each.signed is None else wide(each.signed)
+    found = _search(first, x, attribution, named, classes.repeat(len(methods)), y, settings)
+    found = [replace(each, signed=s) for each, s in zip(found, signed, strict=True)]
+    if contrast is not None:
+        other = float(y[contrast])
+        found = [replace(each, contrast=contrast, contrast_probability=other) for each in found]
     if fixed:
         found = [replace(each, tft=None, fixed=each.tft) for each in found]
     if len(layers) > 1:
         names = tuple(each.layer_name for each in layers)
         found = [replace(each, layers=names, fuse=fuse) for each in found]
     return [replace(each, cells=cells, zero_level=zero_level, smooth=smooth) for each in found]
+
+
+How = tuple[bool, float, str, str]  # cells, zero_level, smooth, fuse
+
+
+def _maps(
+    seen: Sequence[Seen], classes: Tensor, x: Tensor, methods: Sequence[str], how: How
+) -> list[Signed]:
+    """Compute the maps of each method for all classes, with one A."""
+    count = len(classes)
+    x_c = x.expand(count, *x.shape[1:])
+    wide_a = [a.expand(count, *a.shape[1:]) for _, a in seen]
+    seen_c = [(each.sharing(a, classes), a) for (each, _), a in zip(seen, wide_a, strict=True)]
+    return [signed_maps(seen_c, classes, x_c, method, *how) for method in methods]
+
+
+def _contrasts(
+    f: Classifier,
+    seen: Sequence[Seen],
+    classes: Tensor,
+    other: int,
+    x: Tensor,
+    methods: Sequence[str],
+    how: How,
+) -> list[Signed]:
+    """Compute the maps of y^A - y^B of each method, for each class A."""
+    if isinstance(f, Targeted):
+        raise AftError("a target is no class, so nothing can be contrasted with it: leave one out")
+    class_indices(f, other, 1, x.device)
+    if other in classes.tolist():
+        name = f.classes.name(other)
+        raise AftError(f"{name} is the class explained; contrast it with another one")
+    for method in methods:
+        if not takes_target(method):
+            raise AftError(
+                f"{METHODS[method].title} explains one class, not a difference of two; take one of "
+                f"{', '.join(name for name in METHODS if takes_target(name))}"
+            )
+    zero = torch.zeros_like(classes[:1])
+    against = [[(contrasted(g, int(c), other), a) for g, a in seen] for c in classes]
+    return [signed_maps(each, zero, x, method, *how) for method in methods for each in against]
 
 
 @outside_inference_mode

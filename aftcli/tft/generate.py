@@ -17,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aftcli.core.cam import scaled_map, upsample
+from aftcli.core.cam import class_score, scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import Loaded, Processes, batches, load_blocks, spans_of
-from aftcli.data.sets import DataSet
+from aftcli.data.sets import DataSet, not_its_classes
 from aftcli.errors import AftError
 from aftcli.files import file_stem, locked, make_folder
+from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
 from aftcli.tft.masks import FORMAT_VERSION, MaskStore, changed_images, refuse_other_settings
@@ -38,7 +39,7 @@ class Tuned(NamedTuple):
     """Result of TFT for one batch by one method, at both sizes.
 
     Attributes:
-        class_index: the predicted class c, shape (N,).
+        class_index: the class c that is explained, shape (N,): by default the predicted one.
         tft: tau*, RPI and probabilities.
         attribution: I at the activation's size, shape (N, h, w).
         mask: M_tau* at the activation's size, shape (N, h, w), bool.
@@ -69,21 +70,32 @@ class Done(NamedTuple):
 
 
 @torch.no_grad()
-def tune_batch(f: Classifier, x: Tensor, methods: Sequence[str], settings: Search) -> list[Tuned]:
-    """Run TFT on a batch by several methods, for the predicted classes, with one stem pass.
+def tune_batch(
+    f: Classifier,
+    x: Tensor,
+    methods: Sequence[str],
+    settings: Search,
+    wanted: Tensor | None = None,
+) -> list[Tuned]:
+    """Run TFT on a batch by several methods, with one stem pass.
 
     Args:
         f: the classifier.
         x: inputs, shape (N, 3, H, W).
         methods: keys of METHODS.
         settings: of the search.
+        wanted: the classes that are explained, shape (N,); None for the predicted ones.
 
     Returns:
         One result a method. Masks that methods share are scored once.
     """
     count = len(x)
     g, activation = f.at(x)
-    y, class_index = f.probabilities(g.head(activation).float()).max(1)
+    p = f.probabilities(g.head(activation).float())
+    y, class_index = p.max(1)
+    if wanted is not None:
+        class_index = wanted.to(x.device)
+        y = class_score(p, class_index)
     # The stored map is the one that is searched: I by cells, also for a map of pixels.
     g = g.sharing(activation, class_index)
     maps = [scaled_map(g, activation, class_index, x, method, cells=True) for method in methods]
@@ -125,15 +137,22 @@ def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[s
         **({"output": f.output} if f.output != SOFTMAX else {}),
         **({"output_key": f.output_key} if f.output_key else {}),
         **({"class_names": list(f.classes.own)} if f.classes.own else {}),
+        **({"imagenet": True} if _are_imagenets(f, data_set) else {}),
         "preprocessing": f.preprocessing.as_dict(),
         "data_set": str(data_set.root.resolve()),
         "data_kind": data_set.kind,
-        "split": data_set.split,
+        **data_set.record,
         "labels": "model" if data_set.mapped else "data set",
         "classes": [] if data_set.mapped else list(data_set.classes),
         "images": len(data_set.samples),
         "images_hash": data_set.fingerprint(),
     }
+
+
+def _are_imagenets(f: Classifier, data_set: DataSet) -> bool:
+    """Tell if labels are ImageNet's classes, where the names of images do not say so."""
+    named = data_set.format.named_by_folder or not data_set.mapped
+    return not named and f.classes == imagenet_classes()
 
 
 class _Store:
@@ -261,6 +280,11 @@ def generate_masks(
             set, or a file can't be written.
     """
     processes = processes or Processes()
+    if data_set.every and not data_set.mapped:
+        raise AftError(
+            f"{not_its_classes(data_set, f.classes, f.name)}; --labels all explains the class of "
+            "each label, so name the model's classes by --classes FILE, or leave it out"
+        )
     common = store_settings(f, data_set, settings)
     stores = {
         method: _Store(store_path(run, f.name, method), {**common, "cam": method})
@@ -289,8 +313,11 @@ def generate_masks(
                 raise AftError(f"{data_set.root / first.path}: {first.reason} (--strict)")
             lacking = missing[loaded.block]
             results: list[list[Tuned]] = []
-            for x in batches(loaded, batch, next(f.parameters())):
-                results.append(tune_batch(f, x, lacking, settings))
+            labels = torch.tensor([data_set.samples[i].label for i in loaded.indices])
+            moved = batches(loaded, batch, next(f.parameters()))
+            for x, label in zip(moved, labels.split(batch), strict=False):
+                wanted = label if data_set.every else None
+                results.append(tune_batch(f, x, lacking, settings, wanted))
                 yield _progress(results[-1])
             for i, method in enumerate(lacking):
                 store = open_stores[method]

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import Broken
+from aftcli.data.parts import check_held
 from aftcli.errors import AftError
 from aftcli.files import durable, values_hash
 from aftcli.settings import OUTPUTS, SOFTMAX, Search
@@ -137,6 +138,9 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
         raise ValueError("its class_names are not a list")
     if not isinstance(settings.get("output_key", ""), str):
         raise ValueError("its output_key is not a name")
+    if not isinstance(settings.get("every", False), bool | int):
+        raise ValueError("its every is not a truth value")
+    check_held(settings.get("held"))
     if not all(isinstance(name, str) for name in (*settings["classes"], *names)):
         raise ValueError("its classes are not names")
     if settings.get("output", SOFTMAX) not in OUTPUTS[1:]:
@@ -189,6 +193,8 @@ def read_settings(group: h5py.Group) -> dict[str, Any]:
 
 
 ROWS = 1024  # images a chunk
+
+APPENDED = 4 * ROWS  # images that are added to a store at a time
 
 
 class Rows(NamedTuple):
@@ -323,7 +329,7 @@ def read_part(path: Path) -> tuple[Rows, list[Broken], dict[str, Any]] | None:
     if hashlib.sha256(content).digest() != digest:
         return None
     try:
-        with h5py.File(io.BytesIO(content), "r") as file:
+        with h5py.File.in_memory(content) as file:
             check_form(file)
             rows = Rows(*(file[name][:] for name in Rows._fields))
             return rows, read_broken(file), read_settings(file)
@@ -340,17 +346,36 @@ def join_parts(path: Path, parts: Iterable[Path], settings: Mapping[str, Any]) -
         broken: list[Broken] = []
         running = hashlib.sha256()
         with open_file(temporary, "w") as file:
-            for part in parts:
-                read = read_part(part)
-                if read is None:
-                    raise AftError(f"{part}: is damaged; run the same command again")
-                rows, more, _ = read
-                broken += more
+            for rows in _gathered(_rows_of(parts, broken)):
                 _append(file, rows)
                 fold_rows(running, rows)
             _write_broken(file, broken)
             whole = {**settings, "digest": running.hexdigest(), "complete": True}
             _write_settings(file, {**whole, SEAL: seal_of(whole)})
+
+
+def _rows_of(parts: Iterable[Path], broken: list[Broken]) -> Iterator[Rows]:
+    """Yield the rows of each block, and add its broken images to a list."""
+    for part in parts:
+        read = read_part(part)
+        if read is None:
+            raise AftError(f"{part}: is damaged; run the same command again")
+        rows, more, _ = read
+        broken += more
+        yield rows
+
+
+def _gathered(blocks: Iterable[Rows]) -> Iterator[Rows]:
+    """Yield the rows of blocks, whole chunks at a time: HDF5 packs each of these once."""
+    held: list[Rows] = []
+    for rows in blocks:
+        held.append(rows)
+        full = sum(len(each.path) for each in held) // APPENDED * APPENDED
+        if full:
+            columns = [np.concatenate(column) for column in zip(*held, strict=True)]
+            yield Rows(*(column[:full] for column in columns))
+            held = [Rows(*(column[full:] for column in columns))]
+    yield Rows(*(np.concatenate(column) for column in zip(*held, strict=True)))
 
 
 def _require_space(path: Path, size: int) -> None:

@@ -18,11 +18,16 @@ import torch
 from torch import Tensor
 
 from aftcli.core.cam import stretch
+from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import Broken, changed
+from aftcli.data.images import view_of
+from aftcli.data.objects import to_rle
+from aftcli.data.picture import Picture, Size
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
 from aftcli.settings import SOFTMAX
 from aftcli.tft.hdf5 import (
+    APPENDED,
     ROWS,
     Rows,
     check_form,
@@ -41,11 +46,23 @@ FORMAT_VERSION = 2
 # Recorded, but not compared: a store may be resumed by another version of aft or from a moved
 # data set, and class names, which older stores lack, change no number.
 INFORMATION = frozenset(
-    {"aft_version", "checkpoint", "class_names", "data_set", "complete", "digest", "seal"}
+    {
+        "aft_version",
+        "checkpoint",
+        "class_names",
+        "data_set",
+        "complete",
+        "digest",
+        "imagenet",
+        "seal",
+    }
 )
 
 # Settings that are written only where they are not the default.
-UNWRITTEN = {"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""}
+UNWRITTEN = {
+    **{"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""},
+    **{"held": {}, "every": False},
+}
 
 # Settings that class names change, and nothing else of a store.
 NAMING = frozenset({"classes", "images_hash", "labels"})
@@ -114,7 +131,17 @@ def _unreadable(path: Path, what: str, error: Exception) -> AftError:
     )
 
 
-def changed_images(data_set: DataSet, rows: Rows | None, broken: Sequence[Broken]) -> list[str]:
+class Used(NamedTuple):
+    """Images that results were computed of: path, content and stamp as of `Rows`."""
+
+    path: np.ndarray
+    content: np.ndarray
+    stamp: np.ndarray
+
+
+def changed_images(
+    data_set: DataSet, rows: Rows | Used | None, broken: Sequence[Broken]
+) -> list[str]:
     """Name the images of a data set that have changed since results were computed.
 
     Args:
@@ -129,13 +156,15 @@ def changed_images(data_set: DataSet, rows: Rows | None, broken: Sequence[Broken
         contents = np.concatenate([contents, rows.content])
         stamps = np.concatenate([stamps, rows.stamp])
 
-    def path(name: str) -> Path:
-        try:
-            return data_set.beside(name)
-        except AftError:  # said by who reads it
-            return data_set.root
+    form = data_set.format
 
-    return [names[i] for i in changed(map(path, names), contents, stamps)]
+    def picture(name: str) -> Path | Picture:
+        try:
+            return form.picture(data_set, name)
+        except AftError:  # said by who reads it
+            return data_set.root.parent
+
+    return [names[i] for i in changed(map(picture, names), contents, stamps)]
 
 
 class MaskStore(torch.utils.data.Dataset[MaskRecord]):
@@ -199,13 +228,24 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         Raises:
             AftError: the file is damaged there.
         """
+        rows = Rows(*self.columns(Rows._fields, start, stop))
+        try:
+            check_values(rows._asdict())
+        except ValueError as error:
+            raise _unreadable(self.path, "is damaged", error) from error
+        return rows
+
+    def columns(self, names: Sequence[str], start: int, stop: int) -> list[np.ndarray]:
+        """Return some fields of `rows`, which costs less than all, unchecked.
+
+        Raises:
+            AftError: the file is damaged there.
+        """
         try:
             file = self._file
             # Kept open: HDF5 caches the chunks of open datasets.
             self._columns = self._columns or {name: file[name] for name in Rows._fields}
-            rows = Rows(*(self._columns[name][start:stop] for name in Rows._fields))
-            check_values(rows._asdict())
-            return rows
+            return [self._columns[name][start:stop] for name in names]
         except (OSError, KeyError, ValueError) as error:
             raise _unreadable(self.path, "is damaged", error) from error
 
@@ -243,6 +283,39 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         cut = cut_off(attribution, tau, self.settings["threshold_mode"])
         return mask_of(threshold_map(attribution, cut[:, 0]))[0]
 
+    def picture_mask(self, index: int, size: Size) -> np.ndarray:
+        """Return M_tau* of one image in its picture's pixels, (height, width), bool.
+
+        What the network does not see, as beside a centre crop, is False.
+
+        Args:
+            index: of the image.
+            size: width and height of the picture as it is shown: EXIF's turn is applied.
+        """
+        mask = self.full_mask(index).numpy()
+        view = view_of(size, Preprocessing.from_dict(self.settings["preprocessing"]))
+        left, top, right, bottom = view.crop
+        places = []
+        for length, scaled, start, count in (
+            (size[1], view.scaled[1], top, bottom - top),
+            (size[0], view.scaled[0], left, right - left),
+        ):
+            place = np.floor((np.arange(length) + 0.5) * scaled / length).astype(int) - start
+            places.append(np.where((place >= 0) & (place < count), place, count))
+        seen: np.ndarray = np.pad(mask, ((0, 1), (0, 1)))[np.ix_(*places)]
+        return seen
+
+    def rle(self, index: int, size: Size | None = None) -> dict[str, Any]:
+        """Return M_tau* of one image in COCO's run-length encoding, as pycocotools reads it.
+
+        Args:
+            index: of the image.
+            size: as for `picture_mask`; None for a mask of the model's input.
+        """
+        if size is None:
+            return to_rle(self.full_mask(index).numpy())
+        return to_rle(self.picture_mask(index, size))
+
     def changed(self, data_set: DataSet, indices: Sequence[int]) -> list[str]:
         """Name the images of a data set that have changed since their masks were made.
 
@@ -256,8 +329,9 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         named, places = [], np.array(indices, np.int64)
         for start in range(0, len(self), ROWS):
             own = places[(places >= start) & (places < start + ROWS)] - start
-            rows = self.rows(start, min(start + ROWS, len(self)))
-            named += changed_images(data_set, Rows(*(column[own] for column in rows)), [])
+            if len(own):
+                used = self.columns(Used._fields, start, start + ROWS)
+                named += changed_images(data_set, Used(*(column[own] for column in used)), [])
         return named + changed_images(data_set, None, self.broken)
 
     def verify(self) -> None:
@@ -266,9 +340,16 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         Raises:
             AftError: the content has changed since it was written.
         """
+        for _ in self.verified():
+            pass
+
+    def verified(self) -> Iterator[Rows]:
+        """Yield all rows, some thousand at a time, and at the end do what `verify` does."""
         running = hashlib.sha256()
-        for start in range(0, len(self), ROWS):
-            fold_rows(running, self.rows(start, min(start + ROWS, len(self))))
+        for start in range(0, len(self), APPENDED):
+            rows = self.rows(start, start + APPENDED)
+            fold_rows(running, rows)
+            yield rows
         if running.hexdigest() != self.settings["digest"]:
             raise AftError(
                 f"{self.path}: its content has changed since it was written; make it again with "

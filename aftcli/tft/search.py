@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from aftcli.core.cam import normalise, upsample
@@ -26,7 +29,17 @@ from aftcli.tft.threshold import (
     threshold_map,
 )
 
+MOST_SHOWN = 8  # images in a notebook
+
 BATCH = 16  # masked images in one pass of the network
+
+
+def html_image(image: Image.Image, kind: str = "PNG") -> str:
+    """Return a picture as an element of HTML that holds it."""
+    held = io.BytesIO()
+    image.save(held, kind, quality=90)
+    coded = base64.b64encode(held.getvalue()).decode()
+    return f'<img src="data:image/{kind.lower()};base64,{coded}" style="max-width: 100%">'
 
 
 class TftResult(NamedTuple):
@@ -54,6 +67,27 @@ class TftResult(NamedTuple):
     def best(self) -> Tensor:
         """Return the index of tau* in T, shape (N,)."""
         return first_maximum(self.rpi, self.probability)
+
+    def __str__(self) -> str:
+        """Return a line of numbers for each image."""
+        kept = self.mask.flatten(1).float().mean(1)
+        columns = (self.tau, self.best, self.probability, kept)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return "\n".join(
+            f"tau* = {tau:g}: RPI {float(self.rpi[n, best]):.3f}, probability {y:.3f} → "
+            f"{float(self.probabilities[n, best]):.3f}, {area:.1%} kept"
+            for n, (tau, best, y, area) in enumerate(rows)
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the cut maps in grey and the numbers, for notebooks; MOST_SHOWN images at most."""
+        rows = []
+        lines = str(self).splitlines()
+        for attribution, line in zip(self.attribution[:MOST_SHOWN], lines, strict=False):
+            grey = attribution.detach().float().mul(255).round().byte().cpu().numpy()
+            rows.append(f"<div>{html_image(Image.fromarray(grey))}<br>{line}</div>")
+        left = len(lines) - len(rows)
+        return "\n".join([*rows, *([f"<div>… and {left} more</div>"] if left else [])])
 
     @property
     def helps(self) -> Tensor:

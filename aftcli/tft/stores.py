@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ import torch
 from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
-from aftcli.data.sets import DataSet, Sample, open_data_set, spread
+from aftcli.data.parts import AS_FOUND, Held, Reading, spread
+from aftcli.data.sets import DataSet, Sample, format_of, open_data_set
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import load_classifier
@@ -203,7 +205,11 @@ class StoredImages(NamedTuple):
 
 
 def stored_images(
-    store: MaskStore, f: Classifier, data: Path | None, limit: int | None
+    store: MaskStore,
+    f: Classifier,
+    data: Path | None,
+    limit: int | None,
+    reading: Reading = AS_FOUND,
 ) -> StoredImages:
     """Find a store's images in their data set, checked.
 
@@ -212,6 +218,7 @@ def stored_images(
         f: the classifier.
         data: where the data set is now; default where it was.
         limit: take so many images, spread over the store.
+        reading: of `data`.
 
     Raises:
         AftError: the store is damaged, has labels of other classes, its data set is gone, or
@@ -222,7 +229,8 @@ def stored_images(
     if not len(store):
         raise AftError(f"{store.path}: holds no image that could be read")
     chunks, picked = chunks_of(store), spread(len(store), limit)
-    data_set = _data_set(store, f, data, _samples(store, f, chunks, picked))
+    samples = _samples(store, f, chunks, picked)
+    data_set = _data_set(store, f, data, reading, samples)
     different = store.changed(data_set, picked)
     if different:
         raise AftError(
@@ -251,20 +259,97 @@ def _samples(
 
 
 def _data_set(
-    store: MaskStore, f: Classifier, data: Path | None, samples: Sequence[Sample]
+    store: MaskStore,
+    f: Classifier,
+    data: Path | None,
+    reading: Reading,
+    samples: Sequence[Sample],
 ) -> DataSet:
     """Return a store's data set with these images, where it is now."""
     made = store.settings
-    given = None if data is None else open_data_set(data, made["split"] or None, f.classes)
+    given = None
+    if data is not None:
+        given = open_data_set(data, made["split"] or None, f.classes, reading=reading)
     root = given.root if given else Path(made["data_set"])
-    if not root.is_dir():
+    if not format_of(made["data_kind"]).is_there(root):
         raise AftError(
             f"{root}: the data set of {store.path} is no longer there; say where it is: "
             "aft finetune DATASET"
         )
     named, notes = (given.named, given.notes) if given else (None, ())
     kind, split = made["data_kind"], made["split"]
-    return DataSet(kind, root, split, f.classes.names, True, samples, named, notes)
+    held = Held(**made["held"]) if made.get("held") else None
+    of = (kind, root, split, f.classes.names, True, samples, named, notes)
+    return DataSet(*of, every=bool(made.get("every")), held=held)
+
+
+VAL_SHARE = 0.2  # of a data set without a val split
+
+
+def choose_held(
+    run: Path, f: Classifier, data: Path, share: float | None, seed: int | None
+) -> Held | None:
+    """Choose what is held out of a data set, if it has no val split.
+
+    Args:
+        run: whose masks of the same data set, and
+        f: the classifier, whose checkpoint say what was held out before.
+        data: the data set.
+        share: of the images; None for as before, otherwise VAL_SHARE; 0 holds out nothing.
+        seed: chooses which; None for as before, otherwise 0.
+    """
+    if share is None:
+        for made in _made(run, f):
+            if data.resolve() == _above(made):
+                before = Reading.of(made).held
+                return before and before._replace(seed=before.seed if seed is None else seed)
+    share = VAL_SHARE if share is None else share
+    return Held(share, seed or 0) if share else None
+
+
+def _made(run: Path, f: Classifier) -> Iterator[Mapping[str, Any]]:
+    card = read_card(Path(f.checkpoint)) if f.checkpoint else None
+    if card:
+        yield card
+    for path in sorted((run / "masks").glob("[!.]*.h5")):
+        with contextlib.suppress(AftError), MaskStore(path) as store:
+            yield store.settings
+
+
+def _above(made: Mapping[str, Any]) -> Path | None:
+    """Return the path that opens a recorded data set; None where its format is not known."""
+    with contextlib.suppress(AftError, KeyError):
+        return format_of(made["data_kind"]).above(Path(made["data_set"]), made["split"])
+    return None
+
+
+def reread(
+    data: Path | None, reading: Reading, made: Mapping[str, Any], classes: Classes
+) -> Reading:
+    """Read a data set that is named as that of masks was read, where it is the same.
+
+    Args:
+        data: the data set; None for that of the masks.
+        reading: what was asked for.
+        made: settings of the masks; empty without masks.
+        classes: the model's.
+    """
+    if not made:
+        return reading
+    before = Reading.of(made)
+    every = before.every if reading.every is None else reading.every
+    if data is None:
+        return before._replace(every=every)
+    reading = reading._replace(every=every)
+    if before.held is None:
+        return reading
+    same = data.resolve() == _above(made)
+    if not same:  # It may have been moved.
+        with contextlib.suppress(AftError):
+            other = reading._replace(held=before.held)
+            part = open_data_set(data, made["held"]["part"], classes, reading=other)
+            same = part.limited(int(made["images"])).fingerprint() == made["images_hash"]
+    return reading._replace(held=before.held) if same else reading
 
 
 def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:

@@ -127,7 +127,7 @@ def chance(data: Path, out: Path, images: int) -> None:
         for masking in ("binary", "soft"):
             found = []
             for i in range(images):
-                x = to_input(read_image(data_set.path(i)), f.preprocessing)
+                x = to_input(read_image(data_set.picture(i)), f.preprocessing)
                 attribution, c = upsample(maps[i : i + 1], x), f(x).argmax(1)
                 settings = {"masking": masking, "mode": mode}
                 found.append(fine_tune_threshold(f, x, attribution, c, **settings))

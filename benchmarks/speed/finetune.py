@@ -83,7 +83,7 @@ def whole(data: Path, limit: int | None, strict: bool) -> dict[str, object]:
             return count
 
         def __getitem__(self, i: int):  # noqa: ANN204
-            return to_input(read_image(data_set.path(i)), f.preprocessing)[0].numpy(), i
+            return to_input(read_image(data_set.picture(i)), f.preprocessing)[0].numpy(), i
 
     def loader(workers: int):  # noqa: ANN202
         return torch.utils.data.DataLoader(

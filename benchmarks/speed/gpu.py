@@ -64,7 +64,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # as the commands do
     f = load_classifier(args.model, device=args.device)
     data = open_data_set(args.data, None, f.classes).limited(args.limit)
-    images = [read_image(data.path(i)) for i in range(len(data.samples))]
+    images = [read_image(data.picture(i)) for i in range(len(data.samples))]
     x = torch.cat([to_input(image, f.preprocessing) for image in images])
     batches = list(x.split(args.batch))
     _, tau, y_hat = run(load_classifier(args.model), batches)

@@ -81,7 +81,7 @@ def whole_network(name: str, f: Classifier) -> nn.Module:
 def image_paths(f: Classifier, data: str, count: int) -> list[Path]:
     """Return paths of images, spread over the data set."""
     data_set = open_data_set(Path(data), None, f.classes).limited(count)
-    return [data_set.path(i) for i in range(len(data_set.samples))]
+    return [data_set.picture(i).path for i in range(len(data_set.samples))]
 
 
 def inputs(f: Classifier, data: str, count: int) -> Tensor:

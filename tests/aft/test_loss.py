@@ -381,7 +381,7 @@ def test_what_is_kept_is_what_tft_saw(tmp_path):
     from aftcli import attribution_map, read_image, to_input
 
     for i in (0, 7, 17):
-        x = to_input(read_image(job.data_set.path(i)), f.preprocessing)
+        x = to_input(read_image(job.data_set.picture(i)), f.preprocessing)
         c = torch.tensor([store[i].class_index])
         assert int(job.masks.class_index[i]) == int(c)
         result = fine_tune_threshold(f, x, attribution_map(f, x, c, "layercam"), c)
@@ -622,6 +622,6 @@ def test_a_handful_of_images_is_said_to_be_no_training_set(capsys):
     few = "no training set; what the network learns is these alone"
     assert lines_of(capsys, [begun(2, 1)])[-1] == f"aft: 2 images are {few}"
     assert lines_of(capsys, [begun(1, 1)])[-1] == f"aft: 1 image is {few}"
-    assert few not in " ".join(lines_of(capsys, [begun(32, 1)]))
+    assert few not in " ".join(lines_of(capsys, [begun(10, 1)]))
     # A zero level is one number: it takes few images.
     assert few not in " ".join(lines_of(capsys, [begun(2, 1, objective="zero-level")]))

@@ -406,7 +406,7 @@ def test_all_caches_give_what_the_stem_gives(images, tmp_path):
 
     data = open_data_set(images, "train", f.classes)
     for n, indices in enumerate(wanted):
-        x = torch.cat([to_input(read_image(data.path(i)), f.preprocessing) for i in indices])
+        x = torch.cat([to_input(read_image(data.picture(i)), f.preprocessing) for i in indices])
         (expected,) = stem_output(f.stem, x)
         assert torch.equal(found["memory"][n], found["disk"][n])
         for how in found:

@@ -29,7 +29,7 @@ from aftcli.core.zero_level import (
     support,
     zero_level_loss,
 )
-from aftcli.data.sets import spread
+from aftcli.data.parts import spread
 from aftcli.evaluation.study import _check_pairs, _Made
 from aftcli.files import write_tensors
 from aftcli.models.checkpoint import checkpoint_of, read_card, restore

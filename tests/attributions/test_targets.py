@@ -376,6 +376,16 @@ def test_a_function_of_a_file_is_explained(f, command):
     assert found["class_name"] == found["target"] == "warm"
     assert found["probability"] == pytest.approx(float(f(x).softmax(1)[0, :2].sum()), rel=1e-5)
     assert 0 <= found["tft"]["probability"] <= 1
+    head, *_ = aft("explain", "a.png", *options).out.splitlines()
+    assert head.split() == ["image", "cam", "class", "score"]
+
+
+@pytest.mark.parametrize("output", ["softmax", "sigmoid"])
+def test_results_name_a_last_step_that_is_no_softmax(f, output):
+    f.output = output
+    [found] = objects("explain", "a.png")
+    assert found.get("output", "softmax") == output
+    assert ("output" in found) == (output != "softmax")
 
 
 def test_targets_have_files_of_their_own(f):

@@ -29,7 +29,7 @@ from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft import explain as engine
 from aftcli.tft.explain import Explanation
 from aftcli.tft.search import TftResult
-from tests.helpers.command import aft, leftovers, usage_error
+from tests.helpers.command import aft, leftovers, usage_error, without_chance
 from tests.helpers.stored import NAMES, small_float
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +77,9 @@ def done(result):
 
 
 def objects(*arguments):
-    return json.loads(done(aft(*arguments, "--json")))
+    result = aft(*arguments, "--json")
+    assert (result.code, without_chance(result.err)) == (0, "")
+    return json.loads(result.out)
 
 
 def close(expected):
@@ -304,9 +306,19 @@ def test_targets(real, target, index):
     assert found["probability"] == close(y[index].item())
 
 
+UNLIKELY = (("plum", "6.8e-04"), ("apple", "5.3e-04"))
+
+
 def test_several_targets_and_the_likeliest(f):
     draw("a.png")
-    named = objects("explain", "a.png", "--target", "plum", "--target", "0", "--target", "PLUM")
+    result = aft(
+        *("explain", "a.png", "--json", "--target", "plum", "--target", "0", "--target", "PLUM")
+    )
+    # Both are unlikely here, which is said; nothing else is.
+    chance = "less than chance (1/3); its map says little"
+    said = [f"aft: a.png: {n} has a probability of {p}, {chance}" for n, p in UNLIKELY]
+    assert (result.code, result.err.splitlines()) == (0, said)
+    named = json.loads(result.out)
     assert [found["class_name"] for found in named] == ["plum", "apple"]
     likeliest = objects("explain", "a.png", "--top-k", "3")
     probabilities = [found["probability"] for found in likeliest]
@@ -475,6 +487,15 @@ def test_own_results_are_not_explained_again(f, folder):
     draw("a.png")
     for _ in range(2):
         assert [found["image"] for found in objects("explain", ".")] == ["a.png"]
+    for out in (".", ".", "other", "aft-out/in"):
+        assert [found["image"] for found in objects("explain", ".", "--out", out)] == ["a.png"]
+    # One that is named is explained, and so is what no manifest lists.
+    [overlay] = Path().glob("*-overlay.png")
+    assert [found["image"] for found in objects("explain", overlay)] == [str(overlay)]
+    for folder in (".", "other", "aft-out", "aft-out/in"):
+        Path(folder, "manifest.json").write_text("garbage")
+    found = objects("explain", ".", "--out", "new", "--save", "none")
+    assert sum(each["image"].endswith("-overlay.png") for each in found) > 3
 
 
 def test_good_images_are_done_and_broken_ones_named(f, folder):
@@ -542,7 +563,7 @@ def test_version_and_help():
     assert done(aft("--version")) == f"aft {aftcli.__version__}\n"
     assert "explain" in done(aft("--help"))
     help_ = done(aft("explain", "-h"))
-    assert all(option in help_ for option in ("--cam", "--tft", "--target", "--mute", "--json"))
+    assert all(option in help_ for option in ("--cam", "--tft", "--target", "--mute", "--format"))
 
 
 def test_debug_shows_the_traceback(f):

@@ -102,6 +102,17 @@ def test_what_is_muted_is_dimmed_and_the_edge_of_what_is_kept_is_outlined():
     assert abs(found[7 * side, 3] - 90).max() <= 1
 
 
+def test_pixels_that_touch_by_chance_have_no_outline():
+    """As in maps of gradients cut at 0: half of the pixels, in clumps."""
+    noise = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    kept = torch.nn.functional.avg_pool2d(noise, 2, 1)[0, 0] > 0.5
+    edges = int((kept[1:] != kept[:-1]).sum() + (kept[:, 1:] != kept[:, :-1]).sum())
+    assert 0.4 * kept.numel() < edges < 1.5 * min(int(kept.sum()), int((~kept).sum()))
+    subject = subject_of(63, 63)
+    found = pixels(shaded(subject.picture, subject.view, torch.ones(63, 63), kept))
+    assert not (found == overlaying.LIGHT).all(2).any()
+
+
 def test_scattered_pixels_have_no_outline():
     kept = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.3
     subject = subject_of(64, 64)

@@ -11,13 +11,12 @@ from PIL import Image
 from aftcli import AftError, MaskStore
 from aftcli.core.classes import Classes
 from aftcli.data.objects import Objects
+from aftcli.data.picture import Listed, Marks
 from aftcli.data.sets import (
     FORMATS,
     Annotations,
     DataSet,
     Format,
-    Listed,
-    Marks,
     Sample,
     data_name,
     format_of,

@@ -18,8 +18,9 @@ from aftcli.engine import accelerate as engine
 from aftcli.engine import onnx as engine_onnx
 from aftcli.engine.accelerate import ENGINES, ENOUGH, accelerated, fast_stem
 from aftcli.engine.folded import FoldedTorch, folded
-from aftcli.engine.onnx import Graph, OnnxRuntime, cache_folder
+from aftcli.engine.onnx import Graph, OnnxRuntime
 from aftcli.errors import AftError
+from aftcli.files import cache_folder
 from aftcli.tft.search import fine_tune_threshold
 from aftcli.tft.threshold import MASKINGS
 from tests.helpers.command import aft, usage_error

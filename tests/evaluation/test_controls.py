@@ -126,7 +126,7 @@ def cells_of(study, cam):
     """The cells of the plain map of each image, as lists of lines."""
     found = []
     for n in range(len(study.data_set.samples)):
-        x = to_input(read_image(study.data_set.path(n)), study.f.preprocessing)
+        x = to_input(read_image(study.data_set.picture(n)), study.f.preprocessing)
         with torch.no_grad():
             a = study.f.activation(x)
             c = study.f.head(a).argmax(1)

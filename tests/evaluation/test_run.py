@@ -325,7 +325,7 @@ def test_results_are_those_of_the_images_one_by_one(whole, data):
     columns = whole.results["original", unit].columns
     assert columns["index"].tolist() == list(range(12))
     for n in range(12):
-        x = to_input(read_image(study.data_set.path(n)), f.preprocessing)
+        x = to_input(read_image(study.data_set.picture(n)), f.preprocessing)
         images = Images(x, torch.tensor([n // 4]), torch.tensor([n]), lambda i, c: Regions())
         alone = measure_batch(f, images, [unit], Wanted(study.search, PLAN.extras))[unit]
         for name, values in alone.columns().items():
@@ -426,7 +426,7 @@ def test_a_measure_is_a_formula_and_one_line(whole, data, tmp_path, monkeypatch)
     assert set(found.columns) - set(literal) == {f"{v}/flips" for v in ("original", "fixed", "tft")}
     from aftcli.data.images import read_image, to_input
 
-    x = to_input(read_image(study.data_set.path(3)), study.f.preprocessing)
+    x = to_input(read_image(study.data_set.picture(3)), study.f.preprocessing)
     one = Slow(study.f, Images(x, None, None, None), 0, "value")
     value = one.y_of(x[0].flip(2)) * float(one.map(x[0], "gradcam").mean())
     assert float(measure(found.values, "original", "flips")[3]) == pytest.approx(value)
@@ -562,7 +562,7 @@ def test_another_process_on_the_same_results_is_refused(data, tmp_path, processe
 
 
 def _content(study, folder):
-    paths = [study.data_set.path(i) for i in range(len(study.data_set.samples))]
+    paths = [study.data_set.picture(i) for i in range(len(study.data_set.samples))]
     return content_hash(paths, folder / ".contents-0.json")
 
 

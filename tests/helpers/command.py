@@ -21,9 +21,9 @@ class Result(NamedTuple):
     err: str
 
 
-def aft(*arguments, stdout=None):
+def aft(*arguments, stdout=None, stderr=None):
     """Run `aft` with these arguments; output as it is without a terminal."""
-    out, err = stdout or io.StringIO(), io.StringIO()
+    out, err = stdout or io.StringIO(), stderr or io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["aft", *map(str, arguments)]),
         contextlib.redirect_stdout(out),
@@ -38,7 +38,7 @@ def aft(*arguments, stdout=None):
             code = end.code
         finally:
             logging.disable(logging.NOTSET)
-    return Result(code, "" if stdout else out.getvalue(), err.getvalue())
+    return Result(code, "" if stdout else out.getvalue(), "" if stderr else err.getvalue())
 
 
 def leftovers(folder):
@@ -61,3 +61,8 @@ def usage_error(result):
     assert usage.startswith("Usage: aft")
     assert all(line.isprintable() for line in frame)
     return " ".join(" ".join(line.strip("│╭╮╰╯─ ") for line in frame).split())
+
+
+def without_chance(err):
+    """Leave out of stderr what is said of classes less likely than chance."""
+    return "".join(line for line in err.splitlines(True) if "less than chance" not in line)

@@ -239,6 +239,7 @@ def test_a_new_head_needs_an_argument_num_classes(home):
 def test_masks_of_half_and_grey_networks(home, name):
     make_images(home.parent / "data", each=2)
     options = ("--model", f"nets/net.py:{name}", "--run", "run", "--thresholds", "0.3", "--quiet")
+    options += ("--val-share", "0")
     done = aft("gen-masks", "data", *options, "--workers", "0", "--json")
     assert done.code in (0, None), done.err
     (made,) = json.loads(done.out)["stores"]

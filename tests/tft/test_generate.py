@@ -279,7 +279,7 @@ def test_blocks_cover_all_images_once():
 
 @pytest.mark.slow
 def test_torchrun_with_two_processes_gives_the_store_of_one(images, processes, tmp_path):
-    command = ["gen-masks", str(images), "--thresholds", "0.5", "--quiet"]
+    command = ["gen-masks", str(images), "--thresholds", "0.5", "--quiet", "--val-share", "0"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     two = subprocess.run(
         [*launch, "-m", "--", "tests.helpers.faulty", *command, "--run", str(tmp_path / "two")],

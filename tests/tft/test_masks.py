@@ -1,5 +1,6 @@
 """The mask store: exact, checked, self-describing."""
 
+import hashlib
 import pickle
 import random
 
@@ -13,6 +14,7 @@ from aftcli import AftError, MaskStore, attribution_map, fine_tune_threshold, to
 from aftcli.data.blocks import Broken
 from aftcli.data.images import read_image
 from aftcli.settings import Search
+from aftcli.tft import hdf5
 from aftcli.tft.hdf5 import Rows, join_float, read_part, split_float, write_part
 from tests.helpers.stored import generate, make_images, small_float
 
@@ -193,3 +195,30 @@ def test_other_files_are_refused_with_a_reason(tmp_path):
         file["data"] = np.zeros(3)
     with pytest.raises(AftError, match="mask store"):
         MaskStore(tmp_path / "foreign.h5")
+
+
+@pytest.mark.parametrize("sizes", [(3, 5, 1, 9, 2), (4, 4), (1,), (0, 0), (0, 13, 0)])
+def test_a_store_is_the_rows_of_its_blocks_whatever_their_sizes(run, tmp_path, monkeypatch, sizes):
+    """Blocks are gathered to whole chunks of 4 rows here; the digest is of the rows alone."""
+    monkeypatch.setattr(hdf5, "APPENDED", 4)
+    with MaskStore(run / "masks/small-gradcam.h5") as store:
+        settings, rows = store.settings, store.rows(0, sum(sizes))
+    parts, start = [], 0
+    for number, size in enumerate(sizes):
+        parts.append(tmp_path / str(number))
+        own = hdf5.Rows(*(column[start : start + size] for column in rows))
+        broken = [Broken(f"{number}.png", "gone")]
+        hdf5.write_part(parts[-1], own, broken, {})
+        start += size
+    plain = {k: v for k, v in settings.items() if k not in ("digest", "seal", "complete")}
+    hdf5.join_parts(tmp_path / "joined.h5", parts, plain)
+    running = hashlib.sha256()
+    hdf5.fold_rows(running, rows)
+    with MaskStore(tmp_path / "joined.h5") as store:
+        assert store.settings["digest"] == running.hexdigest()
+        assert [b.path for b in store.broken] == [f"{i}.png" for i in range(len(sizes))]
+        for found, expected in zip(store.rows(0, start), rows, strict=True):
+            assert found.tobytes() == expected.tobytes() and found.dtype == expected.dtype
+        assert [len(piece.path) for piece in store.verified()] or start == 0
+        (names,) = store.columns(("path",), 1, 3)
+        assert names.tolist() == rows.path[1:3].tolist()

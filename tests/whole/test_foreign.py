@@ -172,9 +172,22 @@ def test_what_tunes_prints_no_name_raw(run, folder, monkeypatch):
 def test_explanations_print_no_name_raw(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     images = folder / FRUIT / "val"
-    explained = checked(aft("explain", images, "--save", "mask"), 1)
-    said(explained.out)
+    # A table of some, and of all, which are more than twenty, a summary, a file and a page.
+    half = len(NAMES) // 2
+    some = checked(aft("explain", *(images / n for n in NAMES[:half]), "--save", "mask"), 1)
+    others = checked(aft("explain", *(images / n for n in NAMES[half:]), "--save", "mask"))
+    said(some.out + others.out)
+    said(some.err)
+    explained = checked(aft("explain", images, "--save", "mask", "--html"), 1)
     said(explained.err)
+    with Path("aft-out/results.csv").open(encoding="utf-8", newline="") as file:
+        lines = [line["image"] for line in csv.DictReader(file)]
+    said("".join(lines))
+    assert len(lines) == 2 * len(NAMES) and not OBEYED.search("".join(lines))
+    text = Path("aft-out/index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert text.count("<script>") == 1 and not OBEYED.search(text)
+    said(page.words.replace("\n", ""))
     found = json.loads(
         checked(aft("explain", images, "--save", "mask", "--json", "--debug"), 1).out
     )

@@ -206,8 +206,8 @@ def test_names_in_a_store_do_not_leave_the_data_set(tmp_path, name):
     sealed_again(path)
     job = mask_job(MaskStore(path), small_float())
     with pytest.raises(AftError, match="leads out of"):
-        job.data_set.path(0)
-    job.data_set.path(1)
+        job.data_set.picture(0)
+    job.data_set.picture(1)
 
 
 def test_links_out_of_a_data_set_are_not_followed(tmp_path, monkeypatch):
@@ -241,13 +241,13 @@ def test_a_split_that_is_a_link_out_is_not_followed(tmp_path, monkeypatch):
     (tmp_path / "named/train").symlink_to(tmp_path / "elsewhere/train")
     data = open_data_set(tmp_path / "named", None, small_float().classes)
     with pytest.raises(AftError, match=r"leads out of .*named; set AFT_FOLLOW_LINKS=1"):
-        data.path(0)
+        data.picture(0)
     monkeypatch.setenv("AFT_FOLLOW_LINKS", "1")
-    assert data.path(0).is_file()
+    assert data.picture(0).path.is_file()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     monkeypatch.delenv("AFT_FOLLOW_LINKS")
     # What the user names may be a link itself.
-    assert open_data_set(tmp_path / "link", None, small_float().classes).path(0).is_file()
+    assert open_data_set(tmp_path / "link", None, small_float().classes).picture(0).path.is_file()
 
 
 def test_annotations_that_are_links_out_are_not_read(tmp_path, lite0):

@@ -50,7 +50,7 @@ def inputs(f, count):
         x = torch.randn(count, 3, 224, 224, generator=generator)
         return x, torch.randint(0, 1000, (count,), generator=generator)
     found = open_data_set(shared, "val", f.classes).limited(count)
-    images = [read_image(found.path(i)) for i in range(count)]
+    images = [read_image(found.picture(i)) for i in range(count)]
     x = torch.cat([to_input(image, f.preprocessing) for image in images])
     return x, torch.tensor([sample.label for sample in found.samples])
 

@@ -1,0 +1,200 @@
+"""Images that are held out of a data set without a val split, from masks to tables."""
+
+import hashlib
+import json
+import shutil
+
+import h5py
+import pytest
+
+from aftcli import AftError, MaskStore
+from aftcli.core.classes import Classes
+from aftcli.data.parts import Held, Reading, held_names
+from aftcli.data.sets import open_data_set, validation_of
+from tests.helpers.command import aft
+from tests.helpers.stored import NAMES, generate, make_images
+from tests.helpers.trained import make_colours
+from tests.whole.test_trust import sealed_again
+
+FRUIT = Classes(NAMES)
+HELD = Reading(held=Held(0.4, 1))
+
+NETWORK = """
+from torch import nn
+
+def network(num_classes=4):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 5, stride=4), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
+    )
+    model.preprocessing = {"size": [32, 32], "resize": 36}
+    return model
+"""
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.99])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_of_each_class_the_same_share_is_held_out(share, seed):
+    sizes = {0: 1, 1: 2, 2: 5, 3: 40}
+    samples = [(f"{label}/{i}.png", label) for label, n in sizes.items() for i in range(n)]
+    found = held_names(samples, Held(share, seed))
+    for label, size in sizes.items():
+        names = [name for name, of in samples if of == label]
+        order = [hashlib.sha256(f"{seed}\0{n}".encode()).hexdigest() for n in names]
+        ranked = [name for _, name in sorted(zip(order, names, strict=True))]
+        count = 0 if size == 1 else min(max(round(share * size), 1), size - 1)
+        assert found & set(names) == set(ranked[:count])
+    # Neither order nor other classes change it; another seed does.
+    assert held_names(samples[::-1], Held(share, seed)) == found
+    assert held_names(samples[3:], Held(share, seed)) == found - {"1/0.png", "1/1.png", "0/0.png"}
+    assert held_names(samples, Held(share, seed + 1)) != found
+
+
+def test_an_image_of_several_classes_is_in_one_part():
+    samples = [(f"{i}.png", label) for label in range(3) for i in range(4)]
+    assert len(held_names(samples, Held(0.5))) == 2
+
+
+def parts(path, reading=HELD):
+    opened = [open_data_set(path, split, FRUIT, reading=reading) for split in (None, "val")]
+    return [{s.name for s in data.samples} for data in opened]
+
+
+def test_plain_folders_have_two_parts(tmp_path):
+    root = make_images(tmp_path / "fruit")
+    train, val = parts(root)
+    every = {s.name for s in open_data_set(root, None, FRUIT).samples}
+    assert train | val == every and not train & val and len(val) == 6
+    data_set = open_data_set(root, "train", FRUIT, reading=HELD)
+    assert {s.name for s in data_set.samples} == train and data_set.part == "train"
+    (note,) = data_set.notes
+    assert "6 of 15 images are held out to evaluate on (--val-share 0.4, seed 1)" in note
+    assert f"these are left out: {', '.join(sorted(val)[:5])} and 1 more" in note
+    found = open_data_set(root, None, FRUIT, default="val", reading=HELD)
+    assert {s.name for s in found.samples} == val and "only these are taken" in found.notes[0]
+    again = validation_of(open_data_set(root, None, FRUIT, reading=HELD), FRUIT)
+    assert again.data_set.samples == found.samples
+    with pytest.raises(AftError, match="has no folder test/"):
+        open_data_set(root, "test", FRUIT, reading=HELD)
+
+
+def test_only_what_has_no_val_split_is_divided(tmp_path):
+    root = make_colours(tmp_path / "data", each=5)
+    assert parts(root) == parts(root, Reading())
+    # The folder of a split is one part, whatever lies in it.
+    inner = open_data_set(root / "val", None, FRUIT, reading=HELD)
+    assert inner.held is None and len(inner.samples) == 6
+    assert open_data_set(root / "train", None, FRUIT, reading=HELD).held is None
+    shutil.rmtree(root / "val")
+    train, val = parts(root)
+    assert (len(train), len(val)) == (9, 6)
+    assert open_data_set(root / "train", None, FRUIT, reading=HELD).held == Held(0.4, 1, "train")
+    (root / "train").rename(root / "test")
+    with pytest.raises(AftError, match="no split 'train'; there are test"):
+        open_data_set(root, None, FRUIT, reading=HELD)
+
+
+def test_a_manifest_without_val_is_divided(tmp_path):
+    root = make_images(tmp_path / "fruit")
+    names = sorted(p.relative_to(root).as_posix() for p in root.glob("*/*.png"))
+    lines = [f"{name},{name.partition('/')[0]}\n" for name in names]
+    (root / "labels.csv").write_text("path,label\n" + "".join(lines))
+    assert parts(root / "labels.csv") == parts(root)
+
+
+def test_one_image_a_class_leaves_nothing_to_hold_out(tmp_path):
+    root = make_images(tmp_path / "fruit", each=1)
+    data = open_data_set(root, None, FRUIT, reading=HELD)
+    assert data.held is None and len(data.samples) == 3
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"share": 0.2, "seed": 0},
+        {"share": 2.0, "seed": 0, "part": "train"},
+        {"share": 0.2, "seed": "0", "part": "train"},
+        {"share": 0.2, "seed": 0, "part": "../x"},
+        [0.2, 0, "train"],
+    ],
+)
+def test_a_store_that_says_nonsense_of_what_was_held_out_is_refused(tmp_path, held):
+    generate(make_images(tmp_path / "fruit", each=1), tmp_path / "run", ("gradcam",))
+    path = tmp_path / "run/masks/small-gradcam.h5"
+    with h5py.File(path, "r+") as file:
+        file.attrs["held"] = json.dumps(held)
+    sealed_again(path)
+    with pytest.raises(AftError, match="its held is"):
+        MaskStore(path)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Plain class folders, and a network of other classes."""
+    make_images(tmp_path / "fruit", each=5)
+    (tmp_path / "net.py").write_text(NETWORK)
+    return tmp_path
+
+
+def ran(*options):
+    done = aft(*options)
+    assert done.code in (0, None), done.err
+    return done
+
+
+def test_the_chain_on_plain_class_folders_ends_in_tables(study):
+    data, run = study / "fruit", ("--run", study / "run")
+    model = ("--model", f"{study}/net.py:network")
+    control = ran(
+        *("finetune", data, "--no-masks", "--epochs", "1", "--seed", "3", *model, *run, "--json")
+    )
+    assert "3 of 15 images are held out to evaluate on (--val-share 0.2, seed 3)" in control.err
+    (card,) = json.loads(control.out)
+    assert card["held"] == {"share": 0.2, "seed": 3, "part": "train"} and card["images"] == 12
+    assert card["metrics"]["after"]["val"]["images"] == 3
+    (tuned,) = (study / "run/tuned").glob("*.safetensors")
+    own, second = (*model, "--checkpoint", tuned), ("--run", study / "second")
+    # The same are held out: the checkpoint says which.
+    masks = ran("gen-masks", data, *own, "--thresholds", "0.3,0.6", *second)
+    assert "3 of 15 images are held out to evaluate on (--val-share 0.2, seed 3)" in masks.err
+    (path,) = (study / "second/masks").glob("*.h5")
+    with MaskStore(path) as store:
+        names, held = {record.path for record in store}, store.settings["held"]
+    assert held == card["held"] and len(names) == 12
+    (after,) = json.loads(
+        ran("finetune", *own, "--objective", "tuner", "--epochs", "1", *second, "--json").out
+    )
+    assert after["held"] == card["held"] and after["metrics"]["after"]["val"]["images"] == 3
+    tables = ran("evaluate", *own, "--table", "2,4", *second, "--json")
+    assert "3 of 15 images are held out" in tables.err and "only these are taken" in tables.err
+    found = json.loads(tables.out)
+    (row,) = found["table2"]
+    assert (row["split"], row["train"], row["test"]) == ("val", 12, 3)
+    assert [row["n"] for row in found["table4"]] == [3, 3]
+    # Nothing that was trained on is evaluated.
+    assert [row["seen"] for row in found["seen"]] == [0, 0]
+    moved = study / "moved"
+    data.rename(moved)
+    again = ran("evaluate", moved, *own, "--table", "2", *second, "--json")
+    assert "only these are taken" in again.err
+    # Another data set of these classes is evaluated as a whole.
+    other = make_images(study / "other", each=2, seed=5)
+    whole = ran("evaluate", other, *own, "--table", "2", *second, "--json")
+    assert "held out" not in whole.err and json.loads(whole.out)["table2"][0]["test"] == 6
+
+
+def test_what_was_made_before_is_held_out_again_and_a_share_may_be_given(study):
+    data, run = study / "fruit", ("--run", study / "run")
+    model = ("--model", f"{study}/net.py:network", "--thresholds", "0.3")
+    made = ran("gen-masks", data, *model, *run, "--val-share", "0.4", "--seed", "2")
+    assert "6 of 15 images are held out to evaluate on (--val-share 0.4, seed 2)" in made.err
+    again = ran("gen-masks", data, *model, *run, "--cam", "layercam")
+    assert "(--val-share 0.4, seed 2)" in again.err
+    other = aft("gen-masks", data, *model, *run, "--val-share", "0")
+    assert other.code == 1 and "held is {'share': 0.4, 'seed': 2" in other.err
+    every = ran("gen-masks", data, *model, "--run", study / "all", "--val-share", "0")
+    assert "held out" not in every.err
+    refused = aft("evaluate", *model[:2], "--run", study / "all")
+    assert refused.code == 1 and "has no split to evaluate on; name one" in refused.err
+    val = ran("gen-masks", data, "--split", "val", *model, "--run", study / "val")
+    assert "3 of 15 images" in val.err and "only these are taken" in val.err
