@@ -11,9 +11,11 @@ know none, and leaves the user's network as it is.
 
 from __future__ import annotations
 
+import io
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from typing import Any, Literal
 
 import torch
@@ -82,11 +84,12 @@ def canonical(f: Classifier, *, part: Part = "all", split_relu6: bool = False) -
     parts = {"stem": f.stem, "layer": plain.layer, "head": plain.head}
     chosen = parts if part == "all" else {"head": plain.head}
     try:
-        builder = _Builder(nn.Sequential(OrderedDict(chosen)), split_relu6)
-        network = builder.build()
-        x, logits = _sample(f, part)
-        with torch.no_grad():
-            found = network(x)
+        with redirect_stderr(io.StringIO()):  # torch.fx prints where its code fails
+            builder = _Builder(nn.Sequential(OrderedDict(chosen)), split_relu6)
+            network = builder.build()
+            x, logits = _sample(f, part)
+            with torch.no_grad():
+                found = network(x)
     except Exception as error:
         raise AftError(
             f"{f.name} can't be taken apart into elementary layers, which this method needs: "

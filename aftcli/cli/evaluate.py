@@ -111,7 +111,7 @@ class TableOutput(Printed):
         option(
             "--metrics",
             "LIST",
-            "Of Table 3, see below. Default: the paper's two.",
+            "Measures of Table 3, see below. Default: the paper's two.",
             callback=usage(measures),
         ),
     ] = None

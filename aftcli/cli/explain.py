@@ -56,7 +56,7 @@ class ContrastedMaps(CutMaps):
     """The maps, and the class that they contrast others with."""
 
     contrast: Annotated[
-        str | None, option("--contrast", "CLASS", "Show why the class explained and not this one.")
+        str | None, option("--contrast", "CLASS", "Explain why the class and not this one.")
     ] = None
 
 
@@ -74,7 +74,7 @@ class GivenMap(TargetMaps):
         ),
     ] = None
     absolute: Annotated[
-        bool, option("--absolute", "", "Take its magnitudes; otherwise negatives become zero.")
+        bool, option("--absolute", "", "Use the map's magnitudes; otherwise negatives become 0.")
     ] = False
 
 
@@ -160,7 +160,7 @@ def explain(
             return reports
 
         ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
-        return Job(ready, explain_image)
+        return Job(ready, explain_image, setup.title(one) if loaded[1:] else "")
 
     jobs = [job(*each) for each in zip(networks, loaded, called, strict=True)]
     setup.advise(list(dict.fromkeys(advised)), thresholds.mode, maps.cells, run.quiet)
@@ -175,7 +175,7 @@ def tft(
     output: Files,
     run: Run,
 ) -> None:
-    """Fine-tune the threshold of an attribution map, our own or any other tool's."""
+    """Find the best threshold of an attribution map, made here or by any other tool."""
     kinds, accelerate, found = _begin([image], [network], maps, output, run, True)
     settings = thresholds.settings()
 
@@ -239,8 +239,9 @@ def _begin(
     accelerate = setup.engine(run.engine, precision, run.quiet)
 
     from aftcli.data.text import find_images
+    from aftcli.report.manifest import written_in
 
-    found = Found(*find_images(images, output.out))
+    found = Found(*find_images(images, output.out, written_in))
     if not found.paths:
         nothing(found, output)
     return kinds, accelerate, found

@@ -36,7 +36,7 @@ class TunedNetwork(Weights):
         option(
             "--layer",
             "NAME",
-            "Layers to tune; default and last: the masks'.",
+            "Layers to tune. Default, and last: the masks'.",
             callback=usage(check_layers),
             autocompletion=complete.layers,
         ),
@@ -57,7 +57,7 @@ class TrainingData(Data):
     ] = False
     held_out: Annotated[
         float,
-        number("--held-out", "SHARE", "held_out", "Share that chooses the epoch."),
+        number("--held-out", "SHARE", "held_out", "Share held out to choose the epoch."),
     ] = 0.1
     val_share: ValShare = None
     augment: Annotated[bool, option("--augment", "", "Flip and crop at random; uses no cache.")] = (
@@ -119,7 +119,7 @@ class Training:
     epochs: Annotated[
         int | None, number("--epochs", "N", "epochs", "Number of epochs at most.")
     ] = None
-    batch: Annotated[int, number("--batch-size", "N", "batch", "Images a step.")] = 32
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in each step.")] = 32
     patience: Annotated[
         int | None,
         number(
@@ -184,7 +184,7 @@ def finetune(
     output: TunedOutput,
     run: TuneRun,
 ) -> None:
-    """Fine-tune the network so that its plain maps are as good as fine-tuned ones (AFT).
+    """Fine-tune the network so that its plain maps need no threshold search (AFT).
 
     Uses the masks in RUN/masks and writes RUN/tuned/MODEL-CAM.safetensors, which --checkpoint
     takes. Defaults depend on the data. If stopped, the same command resumes. torchrun and

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 import typer
 
 from aftcli.cli.process import keep_freed_memory
+from aftcli.cli.setup import naming
 from aftcli.errors import AftError
 from aftcli.options.groups import Printed, Run
 from aftcli.options.make import number, option, usage, words
@@ -42,14 +43,16 @@ class Files(Printed):
 
     json: Annotated[bool, option("--json", "", "Print the result as JSON.", hidden=True)] = False
     format_: Annotated[Format, words("--format", Format, "Print")] = "table"
-    html: Annotated[bool, option("--html", "", "Write OUT/index.html, a page of all.")] = False
+    html: Annotated[bool, option("--html", "", "Write OUT/index.html, all results in a page.")] = (
+        False
+    )
     out: Annotated[Path, option("--out", "DIR", "Where files go.")] = Path("aft-out")
     save: Annotated[
         str | None,
         option(
             "--save",
             "LIST",
-            "Of overlay, figure, map, mask; or none alone.",
+            "Write overlay, figure, map, mask; or none.",
             callback=usage(outputs),
         ),
     ] = None
@@ -70,10 +73,17 @@ class Found(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A network that explains each image."""
+    """A network that explains each image.
+
+    Attributes:
+        ready: makes it fast.
+        explain: explains an image by it.
+        called: its name in errors; "" where it is the only one.
+    """
 
     ready: Callable[[], Classifier]
     explain: Explain
+    called: str = ""
 
 
 def each_image(
@@ -106,16 +116,18 @@ def each_image(
             ending.enter_context(_closed(manifest, found, run))
         page = _page(output, found.problems, manifest, ending)
         add = ending.enter_context(FORMATS[output.words](output.out, count, manifest))
-        ready = [(job.ready(), job.explain) for job in jobs]
+        ready = [(job.ready(), job) for job in jobs]
         last: list[dict[str, Any]] = []
         for path in progress(found.paths, "explaining", count, quiet):
             results: list[dict[str, Any]] = []
             with _told(found, run):
                 picture, made = read_image(path), []
-                for f, explain in ready:
-                    view = view_of(picture.size, f.preprocessing)
-                    subject = Subject(path, called[path], picture, view)
-                    made += [(f, subject, each) for each in explain(f, subject)]
+                for f, job in ready:
+                    # What one network can't explain, others may.
+                    with _told(found, run), _naming(path, job.called):
+                        view = view_of(picture.size, f.preprocessing)
+                        subject = Subject(path, called[path], picture, view)
+                        made += [(f, subject, each) for each in job.explain(f, subject)]
                 if (grid := grids.of_image()) and made:
                     made[-1][2].outputs["grid"] = grid
                 # Numbers instead of the maps: a folder may hold very many images.
@@ -146,6 +158,18 @@ def _told(found: Found, run: Run) -> Iterator[None]:
         found.problems.append(str(error))
         if run.debug:
             say_traceback(*sys.exc_info())
+
+
+@contextmanager
+def _naming(path: Path, called: str) -> Iterator[None]:
+    """Name the image and the network in errors; a file that can't be written names itself."""
+    try:
+        yield
+    except AftError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        with naming(str(path)), naming(called):
+            raise
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class MaskedData(Data):
     labels: LabelsOption = None
     val_share: ValShare = None
     seed: Annotated[
-        int | None, number("--seed", "N", "seed", "Seed of the choice. Default: 0.")
+        int | None, number("--seed", "N", "seed", "Seed that draws this share. Default: 0.")
     ] = None
 
 
@@ -56,7 +56,7 @@ def gen_masks(
     output: MaskOutput,
     run: MaskRun,
 ) -> None:
-    """Find the best masks of a whole data set: the auxiliary data of AFT.
+    """Find the best masks of a whole data set, from which AFT learns.
 
     Writes RUN/masks/MODEL-CAM.h5. If it is stopped, the same command resumes. torchrun and
     accelerate launch run it in several processes, also on several machines.

@@ -300,10 +300,11 @@ def contrast(
 def warn_of_chance(
     f: Classifier, subject: Subject, explained: Sequence[Explanation], quiet: bool
 ) -> None:
-    """Say which classes explained are less likely than chance; scores of targets are no chances."""
+    """Say which classes explained are less likely than chance; labels and targets have none."""
+    from aftcli.core.outputs import has_chance
     from aftcli.models.targets import Targeted
 
-    if isinstance(f, Targeted):
+    if isinstance(f, Targeted) or not has_chance(f.output, len(f.classes)):
         return
     chance = 1 / len(f.classes)
     unlikely = {e.class_index: e.probability for e in explained if e.probability < chance}

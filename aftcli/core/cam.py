@@ -7,22 +7,20 @@ The score y^c is the pre-softmax one (docs/method/decisions/network.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.head import LinearHead, attention_in_steps, gradient_of
+from aftcli.core.head import LinearHead, Score, attention_in_steps, gradient_of
 from aftcli.core.methods import Method
 from aftcli.core.methods import method as find_method
 from aftcli.core.zero_level import above, without_constant
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time
-
-Score = Callable[[Tensor, Tensor], Tensor]  # of logits (N, C) and class_index (N,), shape (N,)
 
 
 def class_score(logits: Tensor, class_index: Tensor) -> Tensor:
@@ -36,12 +34,16 @@ def score_gradient(
     """Compute dy^c / dA, shape (N, K, h, w): autograd through the head only.
 
     Where A depends on trained weights, so does the gradient. `score` may take the place of y^c.
+    Of a classifier that is `sharing` gradients, a known one is returned.
     """
     trained = torch.is_grad_enabled() and activation.requires_grad
-    with torch.enable_grad(), attention_in_steps(trained):
-        activation = activation if trained else activation.detach().requires_grad_()
-        y = score(f.head(activation), class_index)
-        return gradient_of(f.layer_name, y, activation, trained)
+    known = {} if trained else f.known_gradients(activation, class_index)
+    if score not in known:
+        with torch.enable_grad(), attention_in_steps(trained):
+            leaf = activation if trained else activation.detach().requires_grad_()
+            y = score(f.head(leaf), class_index)
+            known[score] = gradient_of(f.layer_name, y, leaf, trained)
+    return known[score]
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aftcli.core.classes import Classes, Preprocessing
-from aftcli.core.head import LinearHead, linear_head
+from aftcli.core.head import Gradients, LinearHead, Score, linear_head
 from aftcli.core.inputs import find_preprocessing, input_shape
 from aftcli.core.outputs import BOTH, Meant, output_of, probabilities, with_both_classes
 from aftcli.cutting.cut import flow_of
@@ -95,6 +95,7 @@ class Classifier(nn.Module):
         engine: what runs passes without gradients; None runs all as they are written.
         zero_level: what `layer` and `head` were before a zero level was given; None without.
         watch: is told of each pass how many images it has; None for nobody.
+        gradients: those that the maps of one call share, see `sharing`; None to share none.
         bypassed: the head takes more than A: the layer returns (A, *rest), each of shape (N, ...),
             and logits = head(A, *rest); see `at`.
         output: how logits become probabilities: softmax, sigmoid, or none if they are
@@ -129,6 +130,7 @@ class Classifier(nn.Module):
         self.engine: Engine | None = None
         self.zero_level: Before | None = None
         self.watch: Callable[[int], None] | None = None
+        self.gradients: Gradients | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute logits, shape (N, C), of inputs x, shape (N, 3, H, W)."""
@@ -186,6 +188,26 @@ class Classifier(nn.Module):
         fast = copy.copy(self)
         fast.engine = engine
         return fast
+
+    def sharing(self, activation: Tensor, class_index: Tensor) -> Classifier:
+        """Return a classifier of the same modules that computes a score's gradient in A once.
+
+        It is for maps that are made together by several methods; f itself keeps nothing.
+
+        Args:
+            activation: A, shape (N, K, h, w).
+            class_index: c, shape (N,).
+        """
+        shared = copy.copy(self)
+        shared.gradients = Gradients(self.head, activation, class_index, {})
+        return shared
+
+    def known_gradients(self, activation: Tensor, class_index: Tensor) -> dict[Score, Tensor]:
+        """Return the gradients in A that are shared, by their scores; arguments as of `sharing`."""
+        asked = (self.head, activation, class_index)
+        shared = self.gradients
+        same = shared and all(a is b for a, b in zip(asked, shared[:3], strict=True))
+        return shared.known if shared and same else {}
 
     @property
     def precision(self) -> str:

@@ -7,6 +7,7 @@ without running the head again, which makes CAM and Ablation-CAM cheap.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -45,6 +46,25 @@ def gradient_of(layer: str, y: Tensor, activation: Tensor, create_graph: bool) -
             f"which layer {layer} can't follow; switch that off, as "
             "gradient_checkpointing_disable() of transformers does"
         ) from error
+
+
+Score = Callable[[Tensor, Tensor], Tensor]  # of logits (N, C) and class_index (N,), shape (N,)
+
+
+class Gradients(NamedTuple):
+    """Gradients of scores in one A, which maps that are made together share.
+
+    Attributes:
+        head: w2.
+        activation: A, shape (N, K, h, w).
+        class_index: c, shape (N,).
+        known: those computed so far, shape (N, K, h, w), by their scores.
+    """
+
+    head: nn.Module
+    activation: Tensor
+    class_index: Tensor
+    known: dict[Score, Tensor]
 
 
 class Pointwise(nn.Module):

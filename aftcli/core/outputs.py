@@ -75,6 +75,14 @@ def excludes(logits: Tensor, output: str) -> bool:
     return output == SOFTMAX or (output == NONE and sum_to_one(logits.detach()))
 
 
+def has_chance(output: str, classes: int) -> bool:
+    """Tell if 1 / classes is chance: not of labels, each of which has a sigmoid of its own.
+
+    Two classes of sigmoids are taken for those of one output.
+    """
+    return output != SIGMOID or classes <= 2
+
+
 def _log(p: Tensor) -> Tensor:
     return p.clamp(min=torch.finfo(p.dtype).tiny).log()
 

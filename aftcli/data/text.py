@@ -6,7 +6,8 @@ import glob
 import os
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -16,6 +17,8 @@ from aftcli.errors import AftError
 from aftcli.files import check_folder, inside
 
 SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jfif".split())
+
+Written = Callable[[Path], Container[str]]
 
 # Where each Format of data sets is, by the name that files keep it under. The last is tried first;
 # class folders take what is left.
@@ -50,12 +53,17 @@ MOST_NAMED = 5  # folders in a message
 LARGEST_TEXT = 2**24  # bytes of class names, of a list, of an annotation
 
 
-def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list[Path], list[str]]:
+def find_images(
+    arguments: Iterable[str],
+    out: Path | None = None,
+    written: Written = lambda folder: (),
+) -> tuple[list[Path], list[str]]:
     """Turn files, folders and globs into image files.
 
     Args:
         arguments: names as the user gave them.
         out: where results go; a folder that holds it does not give them back as images.
+        written: gives the names of results in a folder; folders do not give them back either.
 
     Returns:
         The files, each once, those of a folder sorted; and what was wrong with arguments.
@@ -69,7 +77,7 @@ def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list
             if not path.is_dir():
                 images.append(path)
                 continue
-            for image in _images_in(path, out):
+            for image in _images_in(path, out, written):
                 try:
                     images.append(inside(path, str(image.relative_to(path))))
                 except AftError as error:
@@ -82,9 +90,10 @@ def find_images(arguments: Iterable[str], out: Path | None = None) -> tuple[list
     return list(found), problems
 
 
-def _images_in(folder: Path, out: Path | None) -> list[Path]:
-    """List the images below a folder, sorted; none that is hidden or below `out`."""
+def _images_in(folder: Path, out: Path | None, written: Written) -> list[Path]:
+    """List the images below a folder, sorted; none that is hidden, below `out` or a result."""
     results = None
+    written = cache(written)
     if out and folder.resolve() in out.resolve().parents:
         results = folder / out.resolve().relative_to(folder.resolve())
     return sorted(
@@ -94,6 +103,7 @@ def _images_in(folder: Path, out: Path | None) -> list[Path]:
         and not path.is_dir()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and not (results and path.is_relative_to(results))
+        and path.name not in written(path.parent)
     )
 
 

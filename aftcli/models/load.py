@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def load_classifier(
     checkpoint: str | Path | None = None,
     layer: str | None = None,
     *,
-    classes: tuple[str, ...] | None = None,
+    classes: Sequence[str] | Classes | None = None,
     device: str | torch.device = "cpu",
     output_key: str | None = None,
     weights: bool = True,
@@ -106,7 +106,7 @@ def load_classifier(
             state dict for the model; default the model's published weights.
         layer: a module's name, or consecutive modules joined by `+`; default see
             `cutting.layers.default_layer`.
-        classes: class names, literal; default the model's.
+        classes: class names, literal, or Classes; default the model's.
         device: where the classifier runs.
         output_key: the entry of what the network returns that has the logits; see
             `cut_classifier`.
@@ -123,10 +123,11 @@ def load_classifier(
         AftError: model, layer or checkpoint is unknown, damaged, does not fit or can't be had;
             or a checkpoint needs somebody's own code, or a hub, that `name` does not name.
     """
+    own = tuple(classes.names if isinstance(classes, Classes) else classes or ())
     card = read_card(Path(checkpoint)) if checkpoint else None
     if checkpoint and card:
         read = (output, output_key)
-        return _tuned(Path(checkpoint), card, name, layer, classes, *read, note).to(device)
+        return _tuned(Path(checkpoint), card, name, layer, own or None, *read, note).to(device)
     name = full_name(DEFAULT_MODEL if name is None else name)
     source = find_source(name)
     if checkpoint is None:
@@ -140,7 +141,7 @@ def load_classifier(
         check_weights(_sketch(source, name, count), saved, Path(checkpoint), name)
         network = source(name, False, count)
         load_weights(network.model, saved, Path(checkpoint))
-    network = network._replace(classes=_given(classes) if classes else network.classes)
+    network = network._replace(classes=_given(own) if own else network.classes)
     classifier = _cut(name, network, layer, output, output_key, note)
     classifier.checkpoint = str(Path(checkpoint).resolve()) if checkpoint else ""
     return classifier.to(device)

@@ -14,7 +14,7 @@ from aftcli.options.make import number, option, usage, words
 
 ValShare = Annotated[
     float | None,
-    number("--val-share", "SHARE", "val_share", "Held out if there is no val. Default: 0.2."),
+    number("--val-share", "SHARE", "val_share", "Share for val if there is none. Default: 0.2."),
 ]
 
 

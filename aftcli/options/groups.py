@@ -352,4 +352,4 @@ class StudyRun(Run):
 class EvaluateRun(StudyRun):
     """Options of how an evaluation runs."""
 
-    batch: Annotated[int, number("--batch-size", "N", "batch", "Images that pass at once.")] = 16
+    batch: Annotated[int, number("--batch-size", "N", "batch", "Images in one pass.")] = 16

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from aftcli.core.classes import Classes
 from aftcli.core.methods import METHODS
+from aftcli.core.outputs import has_chance
 from aftcli.pictures.colours import LOOK, Look, bar
 from aftcli.pictures.overlay import Subject, captioned, seen_part, shaded, shortened
+from aftcli.settings import SOFTMAX
 from aftcli.tft.explain import Explanation
 
 if TYPE_CHECKING:
@@ -116,6 +118,7 @@ def shown_as(
     subject: Subject,
     explanation: Explanation,
     look: Look = LOOK,
+    output: str = SOFTMAX,
 ) -> Shown:
     """Return an explanation with what pictures say of it.
 
@@ -125,13 +128,15 @@ def shown_as(
         subject: the picture.
         explanation: of it.
         look: colours of the map.
+        output: how the network's logits become probabilities.
     """
     other = "" if explanation.contrast is None else classes.name(explanation.contrast)
     name = classes.name(explanation.class_index)
     if is_score:
         return Shown(subject, explanation, name, (), True, look, other)
     likeliest = [(classes.name(i), y) for i, y in explanation.likeliest]
-    return Shown(subject, explanation, name, likeliest, False, look, other, len(classes))
+    count = len(classes) if has_chance(output, len(classes)) else 0
+    return Shown(subject, explanation, name, likeliest, False, look, other, count)
 
 
 def overlaid(shown: Shown) -> Image.Image:

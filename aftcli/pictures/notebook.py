@@ -20,13 +20,13 @@ from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import named
 from aftcli.data.images import View, read_image, to_input, to_rgb, view_of
-from aftcli.errors import AftError, check_name
+from aftcli.errors import AftError, check_name, first_line
 from aftcli.models.targets import Target, Targeted, with_target
 from aftcli.pictures import figure as figures
 from aftcli.pictures import grid as grids
 from aftcli.pictures.colours import LOOK, Look
 from aftcli.pictures.overlay import Subject, shaded
-from aftcli.settings import COLORMAPS, RANGES, Search
+from aftcli.settings import COLORMAPS, RANGES, SOFTMAX, Search
 from aftcli.tft import explain as explaining
 from aftcli.tft.explain import Explanation
 from aftcli.tft.search import MOST_SHOWN, html_image
@@ -50,12 +50,14 @@ class Pictured(Explanation):
         classes: of the network.
         is_score: a target is explained.
         model: the network's name.
+        output: how the network's logits become probabilities.
     """
 
     subject: Subject | None = None
     classes: Classes = Classes(())
     is_score: bool = False
     model: str = ""
+    output: str = SOFTMAX
 
     def shown(self, look: Look = LOOK) -> figures.Shown:
         """Return what pictures say of it.
@@ -68,7 +70,8 @@ class Pictured(Explanation):
                 "this explanation has no picture, since its input is none of 1 or 3 channels; "
                 "its attribution is the map"
             )
-        return figures.shown_as(self.classes, self.is_score, self.subject, self, look)
+        about = (self.classes, self.is_score, self.subject, self)
+        return figures.shown_as(*about, look, self.output)
 
     def __repr__(self) -> str:
         """Return one line of numbers."""
@@ -164,7 +167,8 @@ def explain(
         explained = explaining.explain(
             f, of_picture, *asked, smooth=smooth, fuse=fuse, target=target, contrast=against
         )
-        of = partial(Pictured, subject=subject, classes=classes, is_score=score, model=first.name)
+        of = partial(Pictured, subject=subject, classes=classes, is_score=score)
+        of = partial(of, model=first.name, output=first.output)
         found += (of(**vars(e)) for e in explained)
     return found
 
@@ -194,7 +198,11 @@ def _read(f: Classifier, given: Picture) -> tuple[Tensor, Subject | None]:
     if isinstance(given, Tensor):
         return given, _subject(given, f.preprocessing)
     if isinstance(given, Image.Image):
-        path, picture = Path(getattr(given, "filename", "") or "picture"), to_rgb(given)
+        path = Path(getattr(given, "filename", "") or "picture")
+        try:
+            picture = to_rgb(given)
+        except OSError as error:  # Pillow reads the pixels only now
+            raise AftError(f"{path}: can't be read as a picture ({first_line(error)})") from error
     elif isinstance(given, str | PathLike):
         path = Path(given)
         picture = read_image(path)
@@ -255,14 +263,16 @@ def figure(
 
 
 def grid(
-    explanations: Sequence[Pictured], colormap: str = LOOK.colormap, alpha: float = LOOK.alpha
+    explanations: Pictured | Sequence[Pictured],
+    colormap: str = LOOK.colormap,
+    alpha: float = LOOK.alpha,
 ) -> Figure:
     """Return a figure of several explanations: plain maps above cut ones.
 
     A column is a method of a network, a row a picture or one of its classes.
 
     Args:
-        explanations: their order is that of columns and rows.
+        explanations: their order is that of columns and rows; or a single one.
         colormap: see `overlay`.
         alpha: see `overlay`.
 
@@ -270,6 +280,7 @@ def grid(
         AftError: there is none or there are more than fit, or one has no picture.
     """
     look = _look(colormap, alpha)
+    explanations = [explanations] if isinstance(explanations, Pictured) else explanations
     if not 0 < len(_all_pictured(explanations)) <= grids.MOST:
         raise AftError(f"a grid shows 1 to {grids.MOST} explanations, got {len(explanations)}")
     columns = list(dict.fromkeys((each.model, each.cam) for each in explanations))

@@ -118,7 +118,7 @@ def written(
 
 def shown_of(f: Classifier, subject: Subject, explanation: Explanation, look: Look) -> Shown:
     """Return an explanation with what pictures say of it."""
-    return shown_as(f.classes, isinstance(f, Targeted), subject, explanation, look)
+    return shown_as(f.classes, isinstance(f, Targeted), subject, explanation, look, f.output)
 
 
 def _class_slug(f: Classifier, index: int) -> str:

@@ -184,7 +184,8 @@ class Manifest:
             (self.outdated, f"made with another content of {changed}"),
         ):
             if names:
-                more = f" and {len(names) - 1} more files" if names[1:] else ""
+                left = len(names) - 1
+                more = f" and {left} more file{'s' * (left > 1)}" if left else ""
                 self.note(f"{self.path.parent}: overwrote {names[0]}{more}, {why}")
                 names.clear()
         self.save()
@@ -297,6 +298,15 @@ class _Image:
             return True
         # Without a hash yet, its call is running, or was killed.
         return bool(owner.get("sha256")) and owner["sha256"] == self.hash()
+
+
+def written_in(folder: Path) -> set[str]:
+    """Return the names of files that a folder's manifest lists; none if it can't be read."""
+    path = folder / NAME
+    try:
+        return set(_parsed(path.read_bytes()).files) if path.is_file() else set()
+    except (OSError, ValueError, RecursionError):
+        return set()
 
 
 def _absolute(path: Path) -> Path:

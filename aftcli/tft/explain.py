@@ -125,6 +125,8 @@ def explain(
 ) -> list[Explanation]:
     """Explain one image by several methods and for several classes, with one stem pass.
 
+    Methods that weight A by the same score's gradient share it.
+
     Args:
         f: the classifier; several that are cut at different layers of one network give one map,
             and the first gives the probabilities.
@@ -194,7 +196,8 @@ def _maps(
     """Compute the maps of each method for all classes, with one A."""
     count = len(classes)
     x_c = x.expand(count, *x.shape[1:])
-    seen_c = [(each, a.expand(count, *a.shape[1:])) for each, a in seen]
+    wide_a = [a.expand(count, *a.shape[1:]) for _, a in seen]
+    seen_c = [(each.sharing(a, classes), a) for (each, _), a in zip(seen, wide_a, strict=True)]
     return [signed_maps(seen_c, classes, x_c, method, *how) for method in methods]
 
 

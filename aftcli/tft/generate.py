@@ -97,6 +97,7 @@ def tune_batch(
         class_index = wanted.to(x.device)
         y = class_score(p, class_index)
     # The stored map is the one that is searched: I by cells, also for a map of pixels.
+    g = g.sharing(activation, class_index)
     maps = [scaled_map(g, activation, class_index, x, method, cells=True) for method in methods]
     low = torch.cat(maps)
     high = upsample(low, x)

@@ -169,7 +169,7 @@ def test_weights_shared_across_the_cut_are_refused():
     f, examples = data()
     f.head.get_submodule("fc").weight = torch.nn.Parameter(torch.zeros(CLASSES, 8).double())
     f.stem.register_parameter("tied", f.head.get_submodule("fc").weight)
-    with pytest.raises(AftError, match="same weights"):
+    with pytest.raises(AftError, match="shares weights with layers before it"):
         Training(f, examples, settings(), cam="gradcam")
 
 

@@ -206,6 +206,24 @@ def test_a_network_that_cannot_be_taken_apart_says_what_to_use():
         canonical(f)
 
 
+def test_code_that_fails_when_it_is_traced_again_prints_nothing(capsys):
+    class WithToken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.mix = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+            self.token, self.fc = nn.Parameter(torch.zeros(1, 4, 1)), nn.Linear(4, 5)
+
+        def forward(self, x):
+            cells = self.mix(self.conv(x)).flatten(2)
+            token = self.token.expand(cells.shape[0], -1, -1)
+            return self.fc(torch.cat([token, cells], 2).mean(2))
+
+    f = cut_classifier(WithToken().eval(), "mix", preprocessing=Preprocessing(size=SIZE))
+    with pytest.raises(AftError, match="taken apart.*integratedgradients"):
+        canonical(f)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_copy_with_other_logits_is_refused(functional, monkeypatch):
     from aftcli.attributions.canonical import _Builder
 

@@ -53,6 +53,23 @@ def parts(found):
     return {**found, "outputs": {k: Path(v).name for k, v in own.items()}}
 
 
+def test_what_one_network_cannot_explain_others_may(folder):  # noqa: F811 - a fixture
+    draw("a.png")
+    both = compared_objects("explain", "a.png", *BOTH, "--save", "none")
+    mine, other = (found["class_name"] for found in both)
+    assert mine != other
+    options = ("--contrast", other, "--html", *TORCH)
+    result = aft("explain", "a.png", *BOTH, *options, "--json")
+    assert result.code == 1
+    [found] = json.loads(result.out)
+    assert (found["model"], found["class_name"]) == ("efficientnet_lite0", mine)
+    written = [Path(found["outputs"]["overlay"]).name, "index.html"]
+    assert leftovers(folder / "aft-out") == sorted(written)
+    said = f"a.png: resnet50: {other} is the class explained; contrast it with another one"
+    assert f"aft: {said}" in result.err.splitlines()
+    assert said in Path("aft-out/index.html").read_text()
+
+
 def compared_objects(*arguments):
     result = aft(*arguments, "--json")
     assert result.code == 0, result.err

@@ -1,5 +1,7 @@
 """--contrast, pictures of maps with signs, and classes that are less likely than chance."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,13 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+import aftcli
+from aftcli.core.outputs import has_chance
 from aftcli.pictures.colours import DIVERGING, Look, bar, heat, palette
 from aftcli.pictures.figure import Shown, caption, figure
 from aftcli.pictures.grid import grid
+from aftcli.report.explain import shown_of
 from aftcli.tft.explain import explain as explained
+from tests.cli.test_explain import draw
 from tests.cli.test_options import f, folder, objects  # noqa: F401 - fixtures
 from tests.cli.test_pictures import pixels, searched, subject_of, texts
-from tests.helpers.command import aft
+from tests.helpers.command import aft, without_chance
 from tests.helpers.stored import NAMES
 
 A, B = NAMES[1], NAMES[2]
@@ -135,6 +141,25 @@ def test_what_cannot_be_contrasted_is_refused(options, message):
     assert not list(Path().glob("aft-out/*.png"))
 
 
+def test_an_image_that_cannot_be_contrasted_is_named_and_others_are_explained(folder):  # noqa: F811
+    predicted = {n: objects("explain", n)[0]["class_name"] for n in map(draw_seed, range(6))}
+    contrast = predicted["0.png"]
+    others = [name for name, found in predicted.items() if found != contrast]
+    result = aft("explain", *predicted, "--contrast", contrast, "--json")
+    assert result.code == 1
+    assert [found["image"] for found in json.loads(result.out)] == others
+    assert without_chance(result.err).splitlines() == [
+        f"aft: {name}: {contrast} is the class explained; contrast it with another one"
+        for name in predicted
+        if name not in others
+    ]
+
+
+def draw_seed(seed):
+    draw(f"{seed}.png", seed=seed)
+    return f"{seed}.png"
+
+
 def test_a_class_less_likely_than_chance_is_said():
     found = objects("explain", "a.png", "--top-k", "3", "--save", "none")
     likeliest, *_, least = sorted(found, key=lambda each: -each["probability"])
@@ -144,6 +169,20 @@ def test_a_class_less_likely_than_chance_is_said():
         assert ("less than chance (1/3)" in result.err) == (each is least)
         assert result.err.count(each["class_name"]) == (each is least)
     assert aft("explain", "a.png", "--target", least["class_name"], "--quiet").err == ""
+
+
+def test_labels_that_do_not_exclude_each_other_have_no_chance(f):  # noqa: F811 - a fixture
+    with torch.no_grad():
+        list(f.head.parameters())[-1].sub_(5)
+    options = ("explain", "a.png", "--target", A, "--target", B)
+    for output, is_said in (("softmax", True), ("sigmoid", False)):
+        f.output = output
+        assert ("less than chance (1/3)" in aft(*options, "--save", "none").err) == is_said
+        shown = shown_of(f, subject_of(), searched(y=0.01), Look())
+        assert shown.notes == ["less likely than chance, 1/3"] * is_said
+        [e, _] = aftcli.explain(f, "a.png", targets=[A, B])
+        assert replace(e, probability=0.01).shown().notes == shown.notes
+    assert has_chance("sigmoid", 2) and has_chance("none", 3)
 
 
 def test_aft_tft_says_it_too():

@@ -487,6 +487,15 @@ def test_own_results_are_not_explained_again(f, folder):
     draw("a.png")
     for _ in range(2):
         assert [found["image"] for found in objects("explain", ".")] == ["a.png"]
+    for out in (".", ".", "other", "aft-out/in"):
+        assert [found["image"] for found in objects("explain", ".", "--out", out)] == ["a.png"]
+    # One that is named is explained, and so is what no manifest lists.
+    [overlay] = Path().glob("*-overlay.png")
+    assert [found["image"] for found in objects("explain", overlay)] == [str(overlay)]
+    for folder in (".", "other", "aft-out", "aft-out/in"):
+        Path(folder, "manifest.json").write_text("garbage")
+    found = objects("explain", ".", "--out", "new", "--save", "none")
+    assert sum(each["image"].endswith("-overlay.png") for each in found) > 3
 
 
 def test_good_images_are_done_and_broken_ones_named(f, folder):

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from aftcli import AftError, load_classifier, read_image, to_input
+from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
 from aftcli.files import write_tensors
 from aftcli.models.checkpoint import checkpoint_of, read_card, restore
@@ -312,3 +313,10 @@ def test_without_masks_the_error_says_how_to_make_them(tmp_path):
         done = aft("finetune", *options, "--run", tmp_path / "run")
         assert done.code == 1 and "make them with aft gen-masks DATASET" in done.err
     assert not (tmp_path / "run").exists()
+
+
+def test_class_names_may_be_a_tuple_a_list_or_classes():
+    names = tuple(f"kind {i}" for i in range(1000))
+    for given in (names, list(names), Classes(names)):
+        f = load_classifier("squeezenet1_1", weights=False, classes=given)
+        assert f.classes == Classes(names) and f.classes.name(7) == "kind 7"

@@ -79,7 +79,7 @@ WRONG = {
     "integers": lambda f, x: explain(f, x.to(torch.uint8), ["gradcam"]),
     "too many channels": lambda f, x: explain(f, x.repeat(1, 2, 1, 1), ["gradcam"]),
     "a class that is not there": lambda f, x: explain(f, x, ["gradcam"], targets=3),
-    "a class in words": lambda f, x: explain(f, x, ["gradcam"], targets="0"),
+    "a class that nobody named": lambda f, x: explain(f, x, ["gradcam"], targets="cat"),
     "no method": lambda f, x: explain(f, x, ["missing"]),
     "no class": lambda f, x: explain(f, x, ["gradcam"], top_k=0),
     "names of other classes": lambda f, x: cut_classifier(

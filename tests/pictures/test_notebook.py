@@ -210,6 +210,16 @@ def test_a_grid_has_a_row_a_picture_or_class_and_a_column_a_method_of_a_network(
     assert (said[::3], drawn.bbox.height) == (["small", "other", "small"], 12 + 2 * (224 + 60 + 12))
 
 
+def test_a_grid_of_one_explanation_and_a_picture_that_is_cut_off(photo):
+    f = small_float()
+    [e] = found = aftcli.explain(f, photo)
+    assert (png(aftcli.grid(e)) == png(aftcli.grid(found))).all()
+    photo.write_bytes(photo.read_bytes()[:3000])
+    for given in (photo, Image.open(photo)):
+        with pytest.raises(AftError, match=r"a\.png: can't be read as a picture \("):
+            aftcli.explain(f, given)
+
+
 def test_what_has_no_picture_is_refused_but_explained():
     s = small("linear", 0)
     [plain] = plainly(s.f, s.x[:1], ["gradcam"], 0)

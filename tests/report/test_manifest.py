@@ -163,7 +163,7 @@ def test_files_that_are_not_listed_are_overwritten_with_a_note():
         (OUT / f"photo-{kind}").write_bytes(b"-")
     notes = []
     call([a], notes, files=("overlay.png", "mask.png"))
-    said = "overwrote photo-overlay.png and 1 more files, which manifest.json did not list"
+    said = "overwrote photo-overlay.png and 1 more file, which manifest.json did not list"
     assert notes == [f"out: {said}"]
     call([a], notes := [], files=("overlay.png", "mask.png"))
     assert notes == []
@@ -187,7 +187,7 @@ def test_files_of_other_weights_are_overwritten_with_a_note(f, option):  # noqa:
     assert said == ""
     assert notes(*option) == ("", files)
     path.write_text(path.read_text() + "\n")
-    other = f"aft: aft-out: overwrote {files[0]} and 1 more files, made with another content of"
+    other = f"aft: aft-out: overwrote {files[0]} and 1 more file, made with another content of"
     assert notes(*option) == (f"{other} {path.name}\n", files)
     assert notes(*option) == ("", files)
     assert notes(*option, "--colormap", "jet")[0] == ""

@@ -1,14 +1,18 @@
 """Explanations of one image: what `explain` shares between maps must not change them."""
 
+from copy import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from aftcli.attributions.maps import attribution_map
+from aftcli.core.cam import score_gradient
 from aftcli.core.methods import CAMS
 from aftcli.settings import Search
 from aftcli.tft.explain import explain, explain_map
+from aftcli.tft.generate import tune_batch
 from aftcli.tft.search import fine_tune_threshold
 from tests.helpers.compare import assert_near
 from tests.helpers.small import SIZE, small
@@ -83,6 +87,74 @@ def test_one_pass_of_the_stem_serves_all_methods_and_classes():
     plain = [method for method in CAMS if method != "scorecam"]
     explain(s.f, s.x[:1], plain, targets=[0, 1, 2])
     assert passes == [1]
+
+
+class GradientPasses(nn.Module):
+    """A head that counts its passes for gradients."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.inner, self.count = head, 0
+
+    def forward(self, activation):
+        self.count += torch.is_grad_enabled()
+        return self.inner(activation)
+
+
+def counted(kind, seed):
+    """A small network whose head counts, an image, and the CAMs that fit."""
+    s = small(kind, seed)
+    assert s.f.linear_head or kind == "mixing"  # found before the head is wrapped, and kept
+    s.f.head = GradientPasses(s.f.head)
+    return s.f, s.x[:1], [method for method in CAMS if method != "cam" or kind == "linear"]
+
+
+@pytest.mark.parametrize("smooth", ["none", "eigen"])
+@pytest.mark.parametrize("kind", ["linear", "mixing"])
+def test_all_cams_need_one_gradient_of_each_score(kind, smooth):
+    f, x, methods = counted(kind, 7)
+    methods = [method for method in methods if smooth == "none" or method != "eigencam"]
+    alone = [explain(f, x, [method], [2, 0], smooth=smooth) for method in methods]
+    assert f.head.count == 6  # gradcam, gradcam++, layercam, xgradcam, hirescam; finercam
+    together = explain(f, x, methods, [2, 0], smooth=smooth)
+    assert f.head.count == 6 + 2  # of the class's score, and of Finer-CAM's
+    for found, expected in zip(together, (e for each in alone for e in each), strict=True):
+        assert (found.cam, found.class_index) == (expected.cam, expected.class_index)
+        assert torch.equal(found.attribution, expected.attribution)
+    assert f.gradients is None  # nothing is kept for the next call
+
+
+def test_a_gradient_is_shared_for_the_same_activation_and_classes_only():
+    s = small("mixing", 8)
+    a, c = s.f.activation(s.x), s.class_index
+    shared = s.f.sharing(a, c)
+    first = score_gradient(shared, a, c)
+    assert score_gradient(shared, a, c) is first
+    asked = {
+        "other classes": (a, c.flip(0)),
+        "other cells": (2 * a, c),
+        "other images": (a[:1], c[:1]),
+    }
+    for each in asked.values():
+        assert torch.equal(score_gradient(shared, *each), score_gradient(s.f, *each))
+    other = small("mixing", 9).f.head
+    changed = copy(shared)
+    changed._modules = {**shared._modules, "head": other}
+    assert not torch.equal(score_gradient(changed, a, c), first)
+    with torch.enable_grad():
+        trained = a.detach().clone().requires_grad_()
+        assert score_gradient(s.f.sharing(trained, c), trained, c).requires_grad
+
+
+def test_masks_by_all_cams_need_one_gradient_of_each_score():
+    f, x, methods = counted("linear", 10)
+    alone = [tune_batch(f, x, [method], Search())[0] for method in methods]
+    f.head.count = 0
+    together = tune_batch(f, x, methods, Search())
+    assert f.head.count == 2
+    for found, expected in zip(together, alone, strict=True):
+        assert torch.equal(found.attribution, expected.attribution)
+        assert torch.equal(found.tft.tau, expected.tft.tau)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.3, 0.5, 1.0])

@@ -7,12 +7,13 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import __main__ as tool
 from benchmarks import pages
 from benchmarks.quality import results
-from benchmarks.speed import peers
+from benchmarks.speed import memory, peers
 
 ROOT = Path(tool.__file__).parents[1]
 FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
@@ -115,6 +116,40 @@ def test_how_far_maps_of_peers_agree_is_a_table():
         "| gradcam | 0.625 | 1.000 |",
     ]
     assert "\n".join(rows) in text
+
+
+@pytest.mark.parametrize("last", [3200, 3168])  # the last block may not be seen on its own
+def test_growth_is_read_while_images_are_worked_on(last):
+    rising = [memory.Sample(n, 500 + 3 * n / 1000, 0) for n in range(32, last, 32)]
+    start = [memory.Sample(0, 100, 0)] * 9
+    joining = [memory.Sample(last, 100, 0)] * 9
+    found = memory.growth([*start, *rising, *joining], 3200)
+    assert found["slope"] == pytest.approx(3 * 1024)  # KiB for 1,000 images
+    for share, mib in found["at"].items():
+        done = 3200 * float(share.strip("%")) / 100
+        near = [s.own for s in rising if done - 160 <= s.images < done]
+        assert mib == pytest.approx(sum(near) / len(near), abs=0.05)
+    assert list(found["at"]) == ["10%", "50%", "100%"]
+    assert found["samples"][0] == [32, 500.1] and len(found["samples"]) <= memory.PLACES
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
+def test_memory_of_a_process_and_its_children_is_sampled(tmp_path):
+    held = 64  # MiB
+    own = f"held = bytearray({held} << 20); print(flush=True); input()"
+    code = f"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {own!r}])
+"""
+    command = [sys.executable, "-c", code]
+    with psutil.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()  # the child holds its bytes
+        found = memory.sample(process, 7)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+    assert found.images == 7
+    assert held < found.own < held + 60
+    assert 0 < found.files < 60
 
 
 def run(*words):
