@@ -24,6 +24,7 @@ from aftcli.data.images import view_of
 from aftcli.data.objects import to_rle
 from aftcli.data.picture import Picture, Size
 from aftcli.data.sets import DataSet
+from aftcli.data.text import check_heaps
 from aftcli.errors import AftError, first_line
 from aftcli.settings import SOFTMAX
 from aftcli.tft.hdf5 import (
@@ -190,6 +191,7 @@ class MaskStore(torch.utils.data.Dataset[MaskRecord]):
         self._files: dict[int, h5py.File] = {}
         self._columns: dict[str, h5py.Dataset] = {}
         try:
+            check_heaps(self.path)
             self.settings = read_settings(self._file)
             if self.settings.get("format_version") != FORMAT_VERSION:
                 raise AftError(

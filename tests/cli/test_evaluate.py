@@ -381,7 +381,7 @@ def test_formats_are_those_of_the_help():
     assert list(get_args(Format)) == list(FORMATS)
     help_ = " ".join(aft("evaluate", "--help").out.replace("│", "").split())
     first, *rest = FORMATS
-    assert f"{first} (default), {', '.join(rest)}: how to print." in help_
+    assert f"Print as: {first} (default), {', '.join(rest)}." in help_
 
 
 # Tables 1 and 2 need no evaluation.

@@ -222,3 +222,29 @@ def test_a_store_is_the_rows_of_its_blocks_whatever_their_sizes(run, tmp_path, m
         assert [len(piece.path) for piece in store.verified()] or start == 0
         (names,) = store.columns(("path",), 1, 3)
         assert names.tolist() == rows.path[1:3].tolist()
+
+
+def test_a_heap_of_texts_that_hdf5_would_walk_for_ever_is_refused(tmp_path):
+    from aftcli.data.text import HEAP, check_heaps
+
+    def heap(*sizes, length=128):
+        objects = b"".join(
+            kind.to_bytes(2, "little") + bytes(6) + size.to_bytes(8, "little")
+            for kind, size in sizes
+        )
+        return (HEAP + length.to_bytes(8, "little") + objects).ljust(length, b"\0")
+
+    path = tmp_path / "x.h5"
+    for sizes, good in (
+        ([(0, 112)], True),  # free space alone
+        ([(1, 0), (2, 0), (0, 80)], True),
+        ([(0, 0)], False),  # no step forward
+        ([(1, 2**64 - 16)], False),  # a step back
+        ([(1, 200)], False),  # out of the heap
+    ):
+        path.write_bytes(b"before" + heap(*sizes))
+        if good:
+            check_heaps(path)
+        else:
+            with pytest.raises(ValueError, match="heap of texts is damaged"):
+                check_heaps(path)

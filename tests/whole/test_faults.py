@@ -235,13 +235,14 @@ def test_clocks_that_jump_change_nothing(whole, begun, command):
 
 def test_nothing_is_decided_by_the_clock_that_people_set():
     looks = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "date.today"}
+    recorded = {"manifest.py": {"datetime.now"}}  # when a picture was made, for people to read
     for path in Path(aftcli.__file__).parent.rglob("*.py"):
         called = {
             ast.unparse(node)
             for node in ast.walk(ast.parse(path.read_text()))
             if isinstance(node, ast.Attribute)
         }
-        assert not called & looks, path
+        assert not (called & looks) - recorded.get(path.name, set()), path
 
 
 # Sends itself a signal when a module is imported.

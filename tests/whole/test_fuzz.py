@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,8 @@ def place(tmp_path_factory):
 
 def outcome(*arguments, capfd=None):
     """The result, or None for an error of one line; anything else fails."""
+    # Another picture of the same name would get names of its own, and a note.
+    shutil.rmtree("aft-out", ignore_errors=True)
     result = aft(*arguments)
     if capfd:
         assert capfd.readouterr().err == ""  # what libraries write themselves
