@@ -1,4 +1,4 @@
-"""What a network's input and outputs mean: preprocessing and class names."""
+"""Meaning of a network's input and outputs: preprocessing and class names."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class DataSet:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a store or checkpoint records of how it was read: plain values."""
+        """Plain values that a store or checkpoint records of how it was read."""
         held = {"held": self.held._asdict()} if self.held else {}
         return {"split": self.split, **held, **({"every": True} if self.every else {})}
 

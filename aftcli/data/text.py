@@ -1,4 +1,4 @@
-"""What users name: images by names, folders and globs; data sets; class names; without torch."""
+"""Names that users give: images, folders and globs, data sets, class names; without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands below the options in the help of each command: words of options, examples."""
+"""Text below the options in the help of each command: words of options, examples."""
 
 from __future__ import annotations
 

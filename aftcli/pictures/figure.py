@@ -79,7 +79,7 @@ class Shown(NamedTuple):
 
     @property
     def notes(self) -> list[str]:
-        """What readers of a map should know: chance makes the class explained as likely."""
+        """Remarks for readers of the map: chance makes the class explained as likely."""
         if self.explanation.probability * self.classes >= 1 or not self.classes:
             return []
         return [f"less likely than chance, 1/{self.classes}"]

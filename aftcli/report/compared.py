@@ -54,7 +54,7 @@ class Place(NamedTuple):
 
     @property
     def made(self) -> dict[str, str]:
-        """What a manifest says of it."""
+        """Entry of the manifest."""
         named = {"cam": self.shown.explanation.cam, "class_name": self.shown.title}
         return {"model": self.network, **named} if self.network else named
 

@@ -86,7 +86,7 @@ PLACES = 40  # points of the growth that are kept
 
 
 class Sample(NamedTuple):
-    """What a command's processes hold at one moment, and the images done by then.
+    """Memory that a command's processes hold at one moment, and the images done by then.
 
     Attributes:
         images: done.

@@ -158,7 +158,7 @@ def test_a_kill_and_a_second_process_change_nothing(packed, expected, processes,
 
 
 def tables(folder):
-    """What a chain has made: columns of masks, weights, tables without names and places."""
+    """Results of a chain: columns of masks, weights, tables without names and places."""
     weights = load_file(folder / "run/tuned/small-gradcam.safetensors")
     found = json.loads((folder / "out").read_text())
 
@@ -175,7 +175,7 @@ def tables(folder):
 
 
 def measured(found, plain):
-    """What is measured in both: COCO's boxes give figures that class folders lack."""
+    """Figures measured in both: COCO's boxes give some that class folders lack."""
     if isinstance(plain, dict):
         return {k: measured(found[k], v) for k, v in plain.items() if v is not None}
     if isinstance(plain, list):
