@@ -8,15 +8,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from aftcli.data.text import listed
+
 # Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
-
-
-MOST_NAMED = 5  # images in a message
 
 
 class Held(NamedTuple):
@@ -109,12 +108,11 @@ def _order(name: str, seed: int) -> bytes:
 def held_note(root: object, names: Iterable[str], total: int, held: Held) -> str:
     """Say which images are held out."""
     names = sorted(names)
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     use = "only these are taken" if held.part == "val" else "these are left out"
     return (
         f"{root}: has no val split, so {len(names)} of {total} images are held out to evaluate on "
         f"(--val-share {held.share:g}, seed {held.seed}); {use}: "
-        f"{', '.join(names[:MOST_NAMED])}{more}"
+        f"{listed(names)}"
     )
 
 

@@ -49,7 +49,7 @@ MOST_FILES = 10**6  # that one pattern names
 # What archives, file servers and file systems leave in folders.
 CLUTTER = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"})
 
-MOST_NAMED = 5  # folders in a message
+MOST_NAMED = 5  # folders, pictures or labels in a message
 
 LARGEST_TEXT = 2**24  # bytes of class names, of a list, of an annotation
 
@@ -328,7 +328,7 @@ def has_pictures(folder: Path) -> bool:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Name some folders in a message.
+    """Name the first of some folders, pictures or labels in a message.
 
     >>> listed(["a", "b"])
     'a, b'

@@ -21,11 +21,10 @@ from aftcli.data.objects import from_rle, polygon_mask
 from aftcli.data.parts import split_kind
 from aftcli.data.picture import FilePicture, Listed, Marks, Picture
 from aftcli.data.sets import Annotations, DataSet, Format
-from aftcli.data.text import reason
+from aftcli.data.text import listed, reason
 from aftcli.errors import AftError
 from aftcli.files import inside
 from aftcli.formats.listed import (
-    MOST_NAMED,
     Entry,
     Labels,
     below,
@@ -257,17 +256,12 @@ def _labels(file: Path, categories: Sequence[str], classes: Classes) -> Labels:
     notes = (
         (
             f"{file}: {len(others)} of {len(names)} categories are not classes of the model and "
-            f"count for nothing: {_shown(others)}",
+            f"count for nothing: {listed(others)}",
         )
         if others
         else ()
     )
     return Labels(classes.names, known, True, notes)
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def _folder(file: Path) -> Path:

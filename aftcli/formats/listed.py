@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 from aftcli.core.classes import Classes
 from aftcli.data.sets import Sample, map_to_model
+from aftcli.data.text import MOST_NAMED, listed
 from aftcli.errors import AftError
-
-MOST_NAMED = 5  # of what a message names
 
 ODD = {"", ".", ".."}  # parts of a path that is not plain
 
@@ -189,9 +188,8 @@ def there(root: Path, entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry
 
 def missing_note(file: Path, missing: Sequence[Entry]) -> str:
     """Say which listed pictures are missing."""
-    named = ", ".join(f"{e.name[:200]} ({e.where})" for e in missing[:MOST_NAMED])
-    more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
-    return f"{file}: skipped entries whose picture is missing: {named}{more}{slash_hint(missing)}"
+    named = listed([f"{entry.name[:200]} ({entry.where})" for entry in missing])
+    return f"{file}: skipped entries whose picture is missing: {named}{slash_hint(missing)}"
 
 
 def slash_hint(missing: Iterable[Entry]) -> str:
