@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher, get_close_matches
 
@@ -36,6 +37,15 @@ def nearest(word: str, known: Iterable[str], n: int = 5) -> str:
         key=lambda name: -SequenceMatcher(None, name, word.lower()).ratio(),
     )
     return ", ".join(words[name] for name in close or list(words)[:n])
+
+
+def squeezed(name: str) -> str:
+    """Strip a name of its case, hyphens, underscores and spaces.
+
+    >>> squeezed("EfficientNet-Lite 0")
+    'efficientnetlite0'
+    """
+    return re.sub(r"[-_\s]+", "", name.lower())
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:

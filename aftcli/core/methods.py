@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
-from aftcli.errors import AftError, nearest
+from aftcli.errors import AftError, nearest, squeezed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -320,9 +320,8 @@ def named(words: Iterable[str]) -> list[str]:
 
 
 def _squeezed(name: str) -> str:
-    """Strip a name of its case, hyphens, underscores and spaces."""
-    plain = re.sub(r"[-_\s]+", "", name.lower())
-    return re.sub("(plusplus|pp)$", "++", plain)
+    """Strip a method's name to what all its spellings share."""
+    return re.sub("(plusplus|pp)$", "++", squeezed(name))
 
 
 def method(name: str) -> Entry:

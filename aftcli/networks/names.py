@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from aftcli.errors import squeezed
+
 
 class Installed(NamedTuple):
     """A model whose ImageNet weights are in a package.
@@ -68,9 +70,5 @@ def spelled(name: str) -> str:
     ('resnet50', 'efficientnet_lite0', 'nonsense')
     """
     known = (*INSTALLED, *registered("torchvision"))
-    same = [each for each in known if _squeezed(each) == _squeezed(name)]
+    same = [each for each in known if squeezed(each) == squeezed(name)]
     return same[0] if len(same) == 1 and name not in known else name
-
-
-def _squeezed(name: str) -> str:
-    return re.sub(r"[-_\s]+", "", name.lower())
