@@ -26,13 +26,13 @@ from aftcli.pages.html import (
     text_of,
     thumb,
 )
-from aftcli.pages.results import elided, unwritable
+from aftcli.pages.results import elided
 from aftcli.pages.sorting import SCRIPT, STYLE
 from aftcli.pictures.colours import Look
 from aftcli.pictures.figure import Shown
 from aftcli.pictures.overlay import Subject, shaded
 from aftcli.report.explain import Report
-from aftcli.report.manifest import Manifest
+from aftcli.report.manifest import Manifest, unwritable
 from aftcli.report.summary import Summary, label_of, network_of, numbers_of
 from aftcli.report.terminal import html, say
 from aftcli.version import __version__

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from aftcli.errors import AftError
 from aftcli.files import replacing
-from aftcli.report.manifest import Manifest
+from aftcli.report.manifest import Manifest, unwritable
 from aftcli.report.summary import Summary, label_of, network_labels, network_of, numbers_of
 from aftcli.report.terminal import cell, csv_cell, plain, say, stdout_console
 
@@ -113,15 +113,6 @@ def _summed_up(out: Path, manifest: Manifest | None) -> Iterator[Add]:
             if summary.files:
                 say(f"wrote {summary.files} other files in {out}")
             print(end="", flush=True)
-
-
-@contextmanager
-def unwritable(path: Path) -> Iterator[None]:
-    """Tell that a file can't be written where the system says so."""
-    try:
-        yield
-    except OSError as error:
-        raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
 
 
 class Lines:

@@ -250,9 +250,15 @@ def writing(
     """
     if manifest:
         manifest.add(path, images, made)
+    with unwritable(path), replacing(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """Tell that a file can't be written where the system says so."""
     try:
-        with replacing(path) as temporary:
-            yield temporary
+        yield
     except OSError as error:
         raise AftError(f"{path}: can't be written ({error.strerror or error})") from error
 
