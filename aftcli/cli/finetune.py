@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
-from aftcli.core.methods import named, spelled
+from aftcli.core.methods import named
 from aftcli.errors import AftError
-from aftcli.options import complete
 from aftcli.options.data import Data, ValShare
-from aftcli.options.groups import Methods, Printed, StudyRun, Weights, check_layers
-from aftcli.options.make import number, option, usage, words
+from aftcli.options.groups import Methods, Printed, StudyRun, Weights, layer_names, method_names
+from aftcli.options.make import number, option, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,14 +31,7 @@ class TunedNetwork(Weights):
     """The network and its layers, the last being the masks'."""
 
     layers: Annotated[
-        list[str] | None,
-        option(
-            "--layer",
-            "NAME",
-            "Layers to tune. Default, and last: the masks'.",
-            callback=usage(check_layers),
-            autocompletion=complete.layers,
-        ),
+        list[str] | None, layer_names("Layers to tune. Default, and last: the masks'.")
     ] = None
 
 
@@ -137,14 +129,7 @@ class TunedMaps(Methods):
     """The maps that are tuned."""
 
     cam: Annotated[
-        list[str] | None,
-        option(
-            "--cam --method",
-            "METHOD",
-            "Of the masks; repeatable. Default: all of them.",
-            callback=usage(spelled),
-            autocompletion=complete.methods,
-        ),
+        list[str] | None, method_names("Of the masks; repeatable. Default: all of them.")
     ] = None
     gauge: Annotated[
         Gauge,

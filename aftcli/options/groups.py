@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from aftcli.core.methods import check_device, spelled
 from aftcli.errors import AftError
@@ -57,6 +58,22 @@ def check_checkpoint(paths: list[Path]) -> None:
 
 
 LowerPrecision = Annotated[Precision, words("--precision", Precision, "Faster, less exact")]
+
+
+def layer_names(help: str, check: Callable[[list[str]], None] = check_layers) -> Any:  # noqa: ANN401 - typer's
+    """Make the option of layers' names; a check may refuse several."""
+    return option("--layer", "NAME", help, callback=usage(check), autocompletion=complete.layers)
+
+
+def method_names(help: str) -> Any:  # noqa: ANN401 - typer's
+    """Make the option of methods' names."""
+    return option(
+        "--cam --method",
+        "METHOD",
+        help,
+        callback=usage(spelled),
+        autocompletion=complete.methods,
+    )
 
 
 @dataclass(frozen=True)
@@ -114,14 +131,7 @@ class Network(Weights):
     """The network and its layer."""
 
     layers: Annotated[
-        list[str] | None,
-        option(
-            "--layer",
-            "NAME",
-            "Name or names, a+b. Default: automatic.",
-            callback=usage(check_layer),
-            autocompletion=complete.layers,
-        ),
+        list[str] | None, layer_names("Name or names, a+b. Default: automatic.", check_layer)
     ] = None
 
     @property
@@ -135,14 +145,7 @@ class LayeredNetwork(Network):
     """The network as it explains images: the layers whose maps are fused, its precision."""
 
     layers: Annotated[
-        list[str] | None,
-        option(
-            "--layer",
-            "NAME",
-            "Name or a+b; repeat to fuse. Default: automatic.",
-            callback=usage(check_layers),
-            autocompletion=complete.layers,
-        ),
+        list[str] | None, layer_names("Name or a+b; repeat to fuse. Default: automatic.")
     ] = None
     precision: Annotated[Precision, words("--precision", Precision, "Faster, less exact")] = "no"
 
@@ -196,16 +199,9 @@ class Methods:
 
     PANEL: ClassVar[str] = "Map"
 
-    cam: Annotated[
-        list[str] | None,
-        option(
-            "--cam --method",
-            "METHOD",
-            "Method or family, see below; repeatable.",
-            callback=usage(spelled),
-            autocompletion=complete.methods,
-        ),
-    ] = None
+    cam: Annotated[list[str] | None, method_names("Method or family, see below; repeatable.")] = (
+        None
+    )
 
 
 @dataclass(frozen=True)
