@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import mmap
 import os
 import re
 import textwrap
@@ -335,31 +334,3 @@ def listed(names: Sequence[str]) -> str:
     """
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return f"{', '.join(names[:MOST_NAMED])}{more}"
-
-
-HEAP = b"GCOL\x01\0\0\0"  # begins a heap of texts in an HDF5 file, format 1
-HEAD = 16  # bytes before the objects of a heap, and before the data of each
-
-
-def check_heaps(path: Path) -> None:
-    """Check the heaps of texts of an HDF5 file: the library walks damaged ones for ever.
-
-    Raises:
-        ValueError: an object does not lie in its heap.
-    """
-    if not path.is_file() or not path.stat().st_size:
-        return  # whoever opens it says so
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = data.find(HEAP)
-        while start >= 0:
-            end = start + int.from_bytes(data[start + 8 : start + HEAD], "little")
-            place = start + HEAD
-            while place + HEAD <= end:
-                kind, size = data[place : place + 2], data[place + 8 : place + HEAD]
-                length = int.from_bytes(size, "little")
-                # Free space counts its own head; data is padded to 8 bytes.
-                length = HEAD + -(-length // 8) * 8 if any(kind) else length
-                if not HEAD <= length <= end - place or end > len(data):
-                    raise ValueError("its heap of texts is damaged")
-                place += length
-            start = data.find(HEAP, start + 1)

@@ -7,6 +7,7 @@ one file at the end; so whatever stops a run, the files on disk are right.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,6 @@ from aftcli.data.images import view_of
 from aftcli.data.objects import to_rle
 from aftcli.data.picture import Picture, Size
 from aftcli.data.sets import DataSet
-from aftcli.data.text import check_heaps
 from aftcli.errors import AftError, first_line
 from aftcli.settings import SOFTMAX
 from aftcli.tft.hdf5 import (
@@ -166,6 +166,30 @@ def changed_images(
             return data_set.root.parent
 
     return [names[i] for i in changed(map(picture, names), contents, stamps)]
+
+
+HEAP = b"GCOL\x01\0\0\0"  # begins a heap of texts in an HDF5 file, format 1
+HEAD = 16  # bytes before the objects of a heap, and before the data of each
+
+
+def check_heaps(path: Path) -> None:
+    """Refuse, by ValueError, damaged heaps of texts: HDF5 walks some of them for ever."""
+    if not path.is_file() or not path.stat().st_size:
+        return  # whoever opens it says so
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = data.find(HEAP)
+        while start >= 0:
+            end = start + int.from_bytes(data[start + 8 : start + HEAD], "little")
+            place = start + HEAD
+            while place + HEAD <= end:
+                kind, size = data[place : place + 2], data[place + 8 : place + HEAD]
+                length = int.from_bytes(size, "little")
+                # Free space counts its own head; data is padded to 8 bytes.
+                length = HEAD + -(-length // 8) * 8 if any(kind) else length
+                if not HEAD <= length <= end - place or end > len(data):
+                    raise ValueError("its heap of texts is damaged")
+                place += length
+            start = data.find(HEAP, start + 1)
 
 
 class MaskStore(torch.utils.data.Dataset[MaskRecord]):

@@ -225,7 +225,7 @@ def test_a_store_is_the_rows_of_its_blocks_whatever_their_sizes(run, tmp_path, m
 
 
 def test_a_heap_of_texts_that_hdf5_would_walk_for_ever_is_refused(tmp_path):
-    from aftcli.data.text import HEAP, check_heaps
+    from aftcli.tft.masks import HEAP, check_heaps
 
     def heap(*sizes, length=128):
         objects = b"".join(
