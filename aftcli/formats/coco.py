@@ -20,13 +20,14 @@ from aftcli.data.images import LARGEST
 from aftcli.data.objects import from_rle, polygon_mask
 from aftcli.data.parts import split_kind
 from aftcli.data.picture import FilePicture, Listed, Marks, Picture
-from aftcli.data.sets import Annotations, DataSet, Format
+from aftcli.data.sets import Annotations, DataSet
 from aftcli.data.text import listed, reason
 from aftcli.errors import AftError
 from aftcli.files import inside
 from aftcli.formats.listed import (
     Entry,
     Labels,
+    ListFormat,
     below,
     choose_labels,
     missing_note,
@@ -77,26 +78,18 @@ class Instances(NamedTuple):
     pictures: dict[str, Seen]
 
 
-class Coco(Format):
+class Coco(ListFormat):
     """A JSON file of COCO's instances, or a folder with `annotations/instances_SPLIT.json`."""
 
-    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet | None:
-        """Open a JSON file, or a folder that has such files; see `Format.open`."""
-        return _open(path, split, classes, default, every=False)
-
-    def open_every(
-        self, path: Path, split: str | None, classes: Classes, default: str
+    def opened(
+        self, path: Path, split: str | None, classes: Classes, default: str, every: bool
     ) -> DataSet | None:
-        """Open it with a sample for each picture and category; see `Format.open_every`."""
-        return _open(path, split, classes, default, every=True)
+        """Open a JSON file, or a folder that has such files; see `ListFormat.opened`."""
+        return _open(path, split, classes, default, every)
 
     def picture(self, data_set: DataSet, name: str) -> Picture:
         """Return a picture below the folder of the annotations; see `Format.picture`."""
         return FilePicture(inside(_folder(data_set.root), name))
-
-    def is_there(self, root: Path) -> bool:
-        """Tell if the file is still there."""
-        return root.is_file()
 
     def name(self, root: Path, split: str) -> str:
         """Name a data set after its folder."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.sets import Sample, map_to_model
+from aftcli.data.sets import DataSet, Format, Sample, map_to_model
 from aftcli.data.text import MOST_NAMED, listed
 from aftcli.errors import AftError
 
@@ -48,6 +49,30 @@ class Labels(NamedTuple):
     class_of: Mapping[str, int]
     mapped: bool
     notes: tuple[str, ...] = ()
+
+
+class ListFormat(Format):
+    """A format whose data sets are a file that lists pictures, some with several labels."""
+
+    @abstractmethod
+    def opened(
+        self, path: Path, split: str | None, classes: Classes, default: str, every: bool
+    ) -> DataSet | None:
+        """Open a file, or a folder of such; `every` gives a sample for each picture and label."""
+
+    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet | None:
+        """Open it with a sample for each picture; see `Format.open`."""
+        return self.opened(path, split, classes, default, every=False)
+
+    def open_every(
+        self, path: Path, split: str | None, classes: Classes, default: str
+    ) -> DataSet | None:
+        """Open it with a sample for each picture and label; see `Format.open_every`."""
+        return self.opened(path, split, classes, default, every=True)
+
+    def is_there(self, root: Path) -> bool:
+        """Tell if the file is still there."""
+        return root.is_file()
 
 
 def below(root: Path, text: str) -> str:

@@ -13,12 +13,13 @@ from typing import NamedTuple
 from aftcli.core.classes import Classes
 from aftcli.data.parts import split_kind
 from aftcli.data.picture import FilePicture, Listed, Marks, Picture
-from aftcli.data.sets import Annotations, DataSet, Format
+from aftcli.data.sets import Annotations, DataSet
 from aftcli.data.text import reason
 from aftcli.errors import AftError
 from aftcli.files import inside
 from aftcli.formats.listed import (
     Entry,
+    ListFormat,
     below,
     choose_labels,
     label_classes,
@@ -64,26 +65,18 @@ class Row(NamedTuple):
     box: Listed | None
 
 
-class Manifest(Format):
+class Manifest(ListFormat):
     """A file with a picture, its label and perhaps split and box on each line."""
 
-    def open(self, path: Path, split: str | None, classes: Classes, default: str) -> DataSet | None:
-        """Open a file with the ending of a manifest; see `Format.open`."""
-        return _open(path, split, classes, default, every=False)
-
-    def open_every(
-        self, path: Path, split: str | None, classes: Classes, default: str
+    def opened(
+        self, path: Path, split: str | None, classes: Classes, default: str, every: bool
     ) -> DataSet | None:
-        """Open it with a sample for each picture and label; see `Format.open_every`."""
-        return _open(path, split, classes, default, every=True)
+        """Open a file with the ending of a manifest; see `ListFormat.opened`."""
+        return _open(path, split, classes, default, every)
 
     def picture(self, data_set: DataSet, name: str) -> Picture:
         """Return a picture below the file's folder; see `Format.picture`."""
         return FilePicture(inside(data_set.root.parent, name))
-
-    def is_there(self, root: Path) -> bool:
-        """Tell if the file is still there."""
-        return root.is_file()
 
     def name(self, root: Path, split: str) -> str:
         """Name a data set after the file's folder."""
