@@ -54,18 +54,6 @@ class Row(NamedTuple):
     tiles: Sequence[Tile | None]
 
 
-def grid(shown: Sequence[Shown]) -> Figure:
-    """Draw explanations of one image: titles say method, class, probability and threshold.
-
-    Args:
-        shown: of several methods or classes, each pair of them once.
-    """
-    methods = list(dict.fromkeys(each.explanation.cam for each in shown))
-    classes = list(dict.fromkeys(each.explanation.class_index for each in shown))
-    places = {(e.explanation.cam, e.explanation.class_index): tile(e) for e in shown}
-    return drawn([Row("", [places.get((cam, c)) for cam in methods]) for c in classes])
-
-
 def tile(shown: Shown, network: str = "") -> Tile:
     """Paint an explanation small, as a place of a grid.
 

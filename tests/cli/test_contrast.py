@@ -13,13 +13,13 @@ import aftcli
 from aftcli.core.outputs import has_chance
 from aftcli.pictures.colours import DIVERGING, Look, bar, heat, palette
 from aftcli.pictures.figure import Shown, caption, figure
-from aftcli.pictures.grid import grid
 from aftcli.report.explain import shown_of
 from aftcli.tft.explain import explain as explained
 from tests.cli.test_explain import draw
 from tests.cli.test_options import f, folder, objects  # noqa: F401 - fixtures
 from tests.cli.test_pictures import pixels, searched, subject_of, texts
 from tests.helpers.command import aft, without_chance
+from tests.helpers.grids import grid
 from tests.helpers.stored import NAMES
 
 A, B = NAMES[1], NAMES[2]

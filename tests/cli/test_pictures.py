@@ -13,12 +13,12 @@ from aftcli.data.images import View
 from aftcli.pictures import overlay as overlaying
 from aftcli.pictures.colours import Look, bar
 from aftcli.pictures.figure import Shown, caption, figure, number
-from aftcli.pictures.grid import grid
 from aftcli.pictures.overlay import Subject, captioned, shaded, wrapped
 from aftcli.settings import COLORMAPS
 from aftcli.tft.explain import Explanation
 from aftcli.tft.search import TftResult
 from tests.cli.test_options import f, folder, objects  # noqa: F401 - fixtures
+from tests.helpers.grids import grid
 
 TAUS = (0.0, 0.25, 0.5, 0.75)
 
