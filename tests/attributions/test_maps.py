@@ -13,7 +13,14 @@ from torch import nn
 from torchcam.methods.core import _CAM
 
 from aftcli.attributions import activation as beyond
-from aftcli.attributions.maps import FUSIONS, SMOOTHINGS, WEIGHTS, attribution_map, fused
+from aftcli.attributions.maps import (
+    FUSIONS,
+    SCORES,
+    SMOOTHINGS,
+    WEIGHTS,
+    attribution_map,
+    fused,
+)
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
@@ -149,6 +156,29 @@ def test_augmentation_is_pytorch_grad_cams(method, kind):
     assert_near(ours_on_cells(s, method, "aug"), expected, 1e-5)
 
 
+@pytest.mark.parametrize("method", SCORES)
+def test_noise_averages_the_gradient_over_copies(method, monkeypatch):
+    s = small("mlp", 0)
+    plain = attribution_map(s.f, s.x, s.class_index, method)
+    found = attribution_map(
+        s.f, s.x.clone().requires_grad_(), s.class_index, method, smooth="noise"
+    )
+    gradient_at = reference.gradient_of
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(1, *s.x.shape[1:], generator=generator, dtype=s.x.dtype) for _ in range(8)]
+
+    def averaged(model, layer, x, c):
+        values = x.flatten().tolist()
+        sigma = 0.15 * (max(values) - min(values))
+        return sum(gradient_at(model, layer, x + sigma * each, c) for each in noise) / 8
+
+    monkeypatch.setattr(reference, "gradient_of", averaged)
+    for n, c in enumerate(s.class_index.tolist()):
+        cells = reference.CAMS[method](s.model, s.layer, s.x[n : n + 1], c)
+        assert_near(found[n], reference.upsample(reference.scale(cells), SIZE), 1e-7)
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+
 def test_smoothing_is_of_each_image_and_leaves_the_plain_map_alone():
     s = small("mlp", 5)
     for smooth in SMOOTHINGS:
@@ -165,7 +195,7 @@ def test_an_activation_of_zeros_has_no_component():
     s = small("linear", 0)
     s.f.layer.get_submodule("bn2").weight.zero_()
     s.f.layer.get_submodule("bn2").bias.zero_()
-    for smooth in ("aug", "eigen"):
+    for smooth in ("aug", "eigen", "noise"):
         found = attribution_map(s.f, s.x, s.class_index, "gradcam", smooth=smooth)
         assert not found.any()
 
@@ -174,6 +204,8 @@ def test_smoothing_that_is_not_defined_is_refused():
     s = small("linear", 0)
     with pytest.raises(AftError, match="Eigen-CAM is no weighted sum.*--smooth eigen takes cam"):
         attribution_map(s.f, s.x, s.class_index, "eigencam", smooth="eigen")
+    with pytest.raises(AftError, match="RISE takes no gradient.*--smooth noise takes gradcam, "):
+        attribution_map(s.f, s.x, s.class_index, "rise", smooth="noise")
     with pytest.raises(AftError, match="smoothing 'eign'"):
         attribution_map(s.f, s.x, s.class_index, "gradcam", smooth="eign")
 
@@ -283,6 +315,7 @@ def test_layers_of_one_network_only():
 def test_copies_are_counted_as_passes():
     s = small("linear", 0)
     assert passes(s.f, ["gradcam", "layercam"], 2, None, "aug") == 1 + 2 * 6 * 2
+    assert passes(s.f, ["gradcam", "layercam"], 2, None, "noise") == 1 + 2 * 8 * 2
     assert passes(s.f, ["gradcam", "layercam"], 2, None, "eigen") == 1
 
 
