@@ -45,7 +45,12 @@ class Source(NamedTuple):
     output: str = AUTO
 
     def load(self) -> Classifier:
-        """Load the classifier."""
+        """Load the classifier.
+
+        Raises:
+            AftError: it takes volumes, which no file that is read here holds, or see
+                `load_classifier`.
+        """
         f = load_classifier(
             self.model,
             self.checkpoint,
@@ -56,6 +61,12 @@ class Source(NamedTuple):
             output_key=self.output_key,
             note=self.note,
         )
+        if len(f.activation_shape) == 4:
+            raise AftError(
+                f"{f.name} takes volumes or videos, (N, {len(f.preprocessing.mean)}, D, H, W), and "
+                "commands read images; explain it in Python: attribution_map(f, x, class_index, "
+                '"gradcam") (docs/guides/choose-a-method.md)'
+            )
         if self.classes is None and len(self.known) == len(f.classes):
             f.classes = Classes(self.known)
         return f

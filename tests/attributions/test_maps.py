@@ -28,6 +28,7 @@ from aftcli.errors import AftError
 from aftcli.settings import Search
 from aftcli.tft.explain import explain, passes
 from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.stores import Source
 from tests.helpers.command import aft, usage_error
 from tests.helpers.compare import assert_near
 from tests.helpers.small import CELLS, MEAN, SIZE, STD, small
@@ -506,5 +507,49 @@ def test_videos_are_fused_smoothed_and_explained():
         attribution_map(f, x[:, :, 0], [0, 1], "gradcam")
     with pytest.raises(AftError, match="RISE explains images only; take a CAM for videos"):
         attribution_map(f, x, [0, 1], "rise")
-    with pytest.raises(AftError, match="pass --layer NAME"):
-        cut_classifier(model, preprocessing=f.preprocessing)
+    # Of layers with weights: mix, or conv where mix does not run.
+    assert cut_classifier(model, preprocessing=f.preprocessing).layer_name == "mix"
+    model.pooled = True
+    assert cut_classifier(model, preprocessing=f.preprocessing).layer_name == "conv"
+
+
+class Scan(nn.Module):
+    """A network of volumes of one channel that takes 4 slices of 8 x 8 only."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.features = nn.Sequential(nn.Conv3d(1, 6, 3, padding=1), nn.BatchNorm3d(6), nn.ReLU())
+        self.flat, self.fc = nn.Linear(4 * 8 * 8 * 6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.flat(self.features(x).flatten(1)).relu())
+
+
+def test_volumes_of_one_channel_have_a_default_layer():
+    model = Scan().double().eval()
+    f = cut_classifier(model, preprocessing=Preprocessing(size=(4, 8, 8), resize=None))
+    assert (f.layer_name, f.activation_shape) == ("features", (6, 4, 8, 8))
+    x = torch.randn(2, 1, 4, 8, 8, dtype=torch.double)
+    assert torch.equal(f(x), model(x))
+    found = attribution_map(f, x, [0, 2], "hirescam")
+    for n, c in enumerate((0, 2)):
+        a = model.features(x[n : n + 1]).detach().requires_grad_()
+        y = model.fc(model.flat(a.flatten(1)).relu())[0, c]
+        (gradient,) = torch.autograd.grad(y, a)
+        expected = np.zeros((4, 8, 8))
+        for d, i, j in np.ndindex(4, 8, 8):
+            terms = (gradient * a.detach())[0, :, d, i, j].tolist()
+            expected[d, i, j] = max(sum(terms), 0.0)
+        assert_near(found[n], reference.scale(expected))
+    with pytest.raises(AftError, match="x must have shape .N, 1, D, H, W., got .2, 1, 8, 8"):
+        attribution_map(f, x[:, :, 0], [0, 2], "gradcam")
+
+
+def test_commands_say_what_to_do_with_volumes(monkeypatch):
+    f = cut_classifier(Scan(), preprocessing=Preprocessing(size=(4, 8, 8), resize=None))
+    monkeypatch.setattr("aftcli.tft.stores.load_classifier", lambda *_, **__: f)
+    with pytest.raises(
+        AftError, match="Scan takes volumes or videos, .N, 1, D, H, W., and comm.*Py"
+    ):
+        Source().load()
