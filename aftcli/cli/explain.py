@@ -19,6 +19,7 @@ from aftcli.errors import AftError
 from aftcli.options.groups import ComparedNetworks, LayeredNetwork, Run, TargetMaps, Thresholds
 from aftcli.options.make import number, option
 from aftcli.options.read import muting, outputs
+from aftcli.settings import Shaping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +50,11 @@ class CutMaps(TargetMaps):
             show_default=False,
         ),
     ] = 0.0
+
+    @property
+    def shaping(self) -> Shaping:
+        """Steps that change a method's map."""
+        return super().shaping._replace(zero_level=self.zero_level)
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,7 @@ def explain(
     searched = names.of_search(settings, thresholds.thresholds) if tft else []
     look = Look(output.colormap, output.alpha)
     fixed = names.of_threshold(thresholds.threshold, thresholds.mute)
-    changed = names.of_map(
-        cells=maps.cells, zero_level=maps.zero_level, smooth=maps.smooth, target=maps.target_fn
-    )
+    changed = names.of_map(maps.shaping, maps.target_fn)
     of_cut = [*searched, *fixed, *names.of_look(look)]
     manifest = _manifest(kinds, network, maps, thresholds if wanted else None, output, run)
     grids = _grids(kinds, networks, maps, [*changed], of_cut, found, output, run, manifest)
@@ -147,10 +151,10 @@ def explain(
         each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted, maps.smooth)
 
         def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
-            asked = (targets, maps.top_k, wanted, maps.cells, bool(cut), maps.zero_level)
+            asked = (targets, maps.top_k, wanted, maps.shaping)
             x, layers = setup.input_of(f, subject), (fast, *others)
             explained = explanation.explain(
-                layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion, contrast=contrast
+                layers, x, methods, *asked, fixed=bool(cut), contrast=contrast
             )
             if targets:
                 setup.warn_of_chance(f, subject, explained, run.quiet)
@@ -185,7 +189,7 @@ def tft(
     from aftcli.report.explain import shown_of, written
     from aftcli.tft import explain as explanation
 
-    of_map = names.of_map(maps.map_, maps.absolute, maps.cells, 0.0, maps.smooth, maps.target_fn)
+    of_map = names.of_map(maps.shaping, maps.target_fn, maps.map_, maps.absolute)
     searched = names.of_search(settings, thresholds.thresholds)
     look = Look(output.colormap, output.alpha)
     of_cut = [*searched, *names.of_look(look)]
@@ -203,9 +207,7 @@ def tft(
         x, asked = setup.input_of(f, subject), (targets, maps.top_k, settings)
         if values is None:
             layers = (fast, *others)
-            explained = explanation.explain(
-                layers, x, methods, *asked, maps.cells, smooth=maps.smooth, fuse=maps.fusion
-            )
+            explained = explanation.explain(layers, x, methods, *asked, maps.shaping)
         else:
             attribution = _fitted(values, maps, f, x, subject, run.quiet)
             explained = explanation.explain_map(fast, x, attribution, *asked)
