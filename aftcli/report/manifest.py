@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aftcli.errors import AftError
-from aftcli.files import BusyError, replacing, waiting
+from aftcli.files import replacing
+from aftcli.locks import BusyError, waiting
 from aftcli.version import __version__
 
 NAME = "manifest.json"

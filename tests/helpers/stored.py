@@ -16,7 +16,7 @@ from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.data.blocks import Processes
 from aftcli.data.sets import open_data_set
-from aftcli.files import locked
+from aftcli.locks import locked
 from aftcli.settings import Search
 from aftcli.tft.generate import generate_masks
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 import aftcli
 from aftcli.errors import AftError
-from aftcli.files import BusyError, waiting
+from aftcli.locks import BusyError, waiting
 from aftcli.report import manifest as listing
 from aftcli.report.manifest import Manifest, writing
 from tests.cli.test_explain import draw
@@ -378,7 +378,7 @@ def test_calls_side_by_side_keep_their_names_and_list_all():
 HOLDING = """
 import sys, time
 from pathlib import Path
-from aftcli.files import waiting
+from aftcli.locks import waiting
 with waiting(Path("out/manifest.json")):
     print("held", flush=True)
     sys.stdin.read(1)
@@ -401,9 +401,9 @@ def test_a_lock_is_waited_for_and_given_back():
 
 def test_a_lock_whose_file_was_removed_is_taken_again(monkeypatch):
     """Its holder may remove it between another process's opening and locking of it."""
-    from aftcli import files
+    from aftcli import locks
 
-    target, removed, missing = OUT / "manifest.json", [], files._without_locks
+    target, removed, missing = OUT / "manifest.json", [], locks._without_locks
 
     def late(descriptor, path):
         if not removed:
@@ -411,7 +411,7 @@ def test_a_lock_whose_file_was_removed_is_taken_again(monkeypatch):
             (OUT / ".manifest.lock").unlink()
         return missing(descriptor, path)
 
-    monkeypatch.setattr(files, "_without_locks", late)
+    monkeypatch.setattr(locks, "_without_locks", late)
     with waiting(target):
         assert removed and (OUT / ".manifest.lock").exists()
     assert list(OUT.iterdir()) == []

@@ -13,7 +13,8 @@ import torch
 
 from aftcli import AftError, MaskStore
 from aftcli.errors import AftWarning
-from aftcli.files import locked, tensors_hash
+from aftcli.files import tensors_hash
+from aftcli.locks import locked
 from tests.helpers import faulty
 from tests.helpers.command import aft
 from tests.helpers.stored import generate, make_images
