@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 
 FOLLOW = "AFT_FOLLOW_LINKS"  # set by who trusts the links in a data set
+
+TEMPORARY = re.compile(r"\.(?P<writer>[0-9]+)-(?P<name>.*)", re.DOTALL)  # of a process by its id
 
 
 def check_folder(path: Path) -> None:
@@ -51,10 +55,27 @@ def _sync_folder(path: Path) -> None:
 
 def sweep(path: Path) -> None:
     """Delete the temporary files of processes that were killed while they wrote a file."""
-    for left in path.parent.glob(f".*-{glob.escape(path.name)}"):
-        writer = left.name[1:].partition("-")[0]
-        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
-            left.unlink(missing_ok=True)
+    _delete_stale(path, _temporaries(path.parent))
+
+
+def _temporaries(folder: Path) -> dict[str, list[str]]:
+    """Find what may be temporary files in a folder: their writers, by the files' names."""
+    writers = defaultdict(list)
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if found := TEMPORARY.fullmatch(name):
+                writers[found["name"]].append(found["writer"])
+    return writers
+
+
+# Scanned once a process: each file's own scan would make a folder of many take quadratic time.
+_scanned = cache(_temporaries)
+
+
+def _delete_stale(path: Path, writers: Mapping[str, Sequence[str]]) -> None:
+    for writer in writers.get(path.name, ()):
+        if not psutil.pid_exists(int(writer)):
+            path.with_name(f".{writer}-{path.name}").unlink(missing_ok=True)
 
 
 def inside(folder: Path, name: str, named: Path | None = None) -> Path:
@@ -82,7 +103,7 @@ def inside(folder: Path, name: str, named: Path | None = None) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file whole or not at all: to a temporary one, renamed at the end."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    sweep(path)
+    _delete_stale(path, _scanned(path.parent.absolute()))
     temporary.unlink(missing_ok=True)
     # Made exclusively, so that a link planted under its name is not followed.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
