@@ -36,6 +36,16 @@ def make_images(root, each=5, seed=0):
     return root
 
 
+def draw(path, size=(60, 44), seed=0):
+    """A picture with a bright square."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 120, (size[1], size[0], 3), dtype=np.uint8)
+    pixels[8:28, 20:40] += 100
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return Path(path)
+
+
 def small_float():
     """A cut network in float32 with three classes."""
     torch.manual_seed(3)
