@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and seals."""
+"""Files of users, read within bounds; our own, written whole or not at all; and seals."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 FOLLOW = "AFT_FOLLOW_LINKS"  # set by who trusts the links in a data set
+
+LARGEST_TEXT = 2**24  # bytes of class names, of a list, of an annotation
 
 TEMPORARY = re.compile(r"\.(?P<writer>[0-9]+)-(?P<name>.*)", re.DOTALL)  # of a process by its id
 
@@ -97,6 +99,32 @@ def inside(folder: Path, name: str, named: Path | None = None) -> Path:
                 "links there"
             )
     return path
+
+
+def read_bounded(path: Path) -> bytes:
+    """Read a file that may be any user's.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no regular file, or larger than LARGEST_TEXT.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise ValueError(f"it is larger than {LARGEST_TEXT} bytes")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no regular file, larger than LARGEST_TEXT, or not in UTF-8.
+    """
+    return read_bounded(path).decode("utf-8-sig")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aftcli.cli import setup
-from aftcli.cli.images import Files, Found, Job, each_image, nothing
+from aftcli.cli.images import Files, Found, Job, each_image, find_images, nothing
 from aftcli.core.methods import named
 from aftcli.errors import AftError
 from aftcli.options.groups import ComparedNetworks, LayeredNetwork, Run, TargetMaps, Thresholds
@@ -240,7 +240,6 @@ def _begin(
         setup.check(network)
     accelerate = setup.engine(run.engine, precision, run.quiet)
 
-    from aftcli.data.text import find_images
     from aftcli.report.manifest import written_in
 
     found = Found(*find_images(images, output.out, written_in))

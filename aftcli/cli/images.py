@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -13,7 +16,9 @@ import typer
 
 from aftcli.cli.process import keep_freed_memory
 from aftcli.cli.setup import naming
+from aftcli.data.picture import is_picture
 from aftcli.errors import AftError
+from aftcli.files import inside
 from aftcli.options.groups import Printed, Run
 from aftcli.options.make import number, option, usage, words
 from aftcli.options.read import outputs
@@ -30,6 +35,8 @@ if TYPE_CHECKING:
     from aftcli.settings import Search
 
     Explain = Callable[[Classifier, Subject], list[Report]]
+
+Written = Callable[[Path], Container[str]]
 
 Format = Literal["table", "json", "csv", "jsonl"]  # as in aftcli.pages.results
 
@@ -70,6 +77,60 @@ class Found(NamedTuple):
 
     paths: list[Path]
     problems: list[str]
+
+
+def find_images(
+    arguments: Iterable[str],
+    out: Path | None = None,
+    written: Written = lambda folder: (),
+) -> tuple[list[Path], list[str]]:
+    """Turn files, folders and globs into image files.
+
+    Args:
+        arguments: names as the user gave them.
+        out: where results go; a folder that holds it does not give them back as images.
+        written: gives the names of results in a folder; folders do not give them back either.
+
+    Returns:
+        The files, each once, those of a folder sorted; and what was wrong with arguments.
+    """
+    found: dict[Path, None] = {}
+    problems = []
+    for argument in arguments:
+        names = [argument] if os.path.lexists(argument) else glob.glob(argument, recursive=True)
+        images, leading_out = [], []
+        for path in sorted(map(Path, names)):
+            if not path.is_dir():
+                images.append(path)
+                continue
+            for image in _images_in(path, out, written):
+                try:
+                    images.append(inside(path, str(image.relative_to(path))))
+                except AftError as error:
+                    leading_out.append(str(error))
+        problems += leading_out
+        if not images and not leading_out:
+            missing = "image in this folder" if names else "such file or folder"
+            problems.append(f"{argument or repr(argument)}: there is no {missing}")
+        found.update(dict.fromkeys(images))
+    return list(found), problems
+
+
+def _images_in(folder: Path, out: Path | None, written: Written) -> list[Path]:
+    """List the images below a folder, sorted; none that is hidden, below `out` or a result."""
+    results = None
+    written = cache(written)
+    if out and folder.resolve() in out.resolve().parents:
+        results = folder / out.resolve().relative_to(folder.resolve())
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if is_picture(path.name)
+        and not path.is_dir()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not (results and path.is_relative_to(results))
+        and path.name not in written(path.parent)
+    )
 
 
 class Job(NamedTuple):
