@@ -57,8 +57,10 @@ def page(cells: list[Any]) -> tuple[str, list[Image.Image]]:
                 found = SHOWN.findall(output.get("data", {}).get("text/html", ""))
                 shown = [place(picture, html.unescape(line)) for picture, line in found]
                 lines = [html.unescape(line) for _, line in found]
+                if len(shown) > 1:
+                    shown = ['<div class="row" markdown>', *shown, "</div>"]
                 if found:
-                    parts.append("\n".join(['<div class="row" markdown>', *shown, "</div>"]))
+                    parts.append("\n".join(shown))
                     parts.append("\n".join(["```text", *lines, "```"]))
     return "\n\n".join(parts) + "\n", pictures
 
