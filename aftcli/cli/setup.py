@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aftcli.cli.process import kept_from_collector
 from aftcli.core.methods import METHODS, named, spelled
-from aftcli.data.text import check_data_set
+from aftcli.data.names import check_data_set
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint
 from aftcli.options.groups import Network, TargetMaps, Weights
@@ -123,6 +123,7 @@ def classifiers(
     Raises:
         AftError: maps are to be fused, and only one layer is named, or see `load_classifier`.
     """
+    from aftcli.core.inputs import check_images
     from aftcli.models.load import find_device, load_classifier
 
     layers: Sequence[str | None] = network.layers or (None,)
@@ -134,7 +135,8 @@ def classifiers(
     files, own = (network.model, network.checkpoint), names(network.classes)
     read = partial(load_classifier, output=network.output, output_key=network.output_key)
     score = load_target(target) if target else None
-    found = (read(*files, layer, classes=own, device=where, note=note) for layer in layers)
+    found = [read(*files, layer, classes=own, device=where, note=note) for layer in layers]
+    check_images(found[0])
     return tuple(with_target(f, score) if score else f for f in found)
 
 
@@ -232,7 +234,7 @@ def noting(quiet: bool) -> Callable[[str], None]:
 
 def names(classes: Path | None) -> tuple[str, ...] | None:
     """Class names of a file; None without one."""
-    from aftcli.data.text import read_classes
+    from aftcli.core.classes import read_classes
 
     return read_classes(classes) if classes else None
 

@@ -140,6 +140,16 @@ def check_shape(
         raise AftError(f"x must hold {count} image, got {len(x)}; pass one after the other")
 
 
+def check_images(f: Cut) -> None:
+    """Check that a network takes images, which commands read."""
+    if len(f.activation_shape) == 4:
+        raise AftError(
+            f"{f.name} takes volumes or videos, (N, {len(f.preprocessing.mean)}, D, H, W), and "
+            "commands read images; explain it in Python: attribution_map(f, x, class_index, "
+            '"gradcam") (docs/guides/choose-a-method.md)'
+        )
+
+
 def check_classes(f: Cut) -> None:
     """Check that a network returns logits of classes."""
     if not len(f.classes):

@@ -14,6 +14,7 @@ import torch
 
 from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
+from aftcli.core.inputs import check_images
 from aftcli.core.methods import METHODS
 from aftcli.data.parts import AS_FOUND, Held, Reading, spread
 from aftcli.data.sets import DataSet, Sample, format_of, open_data_set
@@ -61,12 +62,7 @@ class Source(NamedTuple):
             output_key=self.output_key,
             note=self.note,
         )
-        if len(f.activation_shape) == 4:
-            raise AftError(
-                f"{f.name} takes volumes or videos, (N, {len(f.preprocessing.mean)}, D, H, W), and "
-                "commands read images; explain it in Python: attribution_map(f, x, class_index, "
-                '"gradcam") (docs/guides/choose-a-method.md)'
-            )
+        check_images(f)
         if self.classes is None and len(self.known) == len(f.classes):
             f.classes = Classes(self.known)
         return f
