@@ -18,6 +18,7 @@ from aftcli.core.head import LinearHead, Score, attention_in_steps, gradient_of
 from aftcli.core.methods import Method
 from aftcli.core.methods import method as find_method
 from aftcli.core.zero_level import above, without_constant
+from aftcli.cutting.watched import replaced_until_gradient
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time
@@ -39,7 +40,7 @@ def score_gradient(
     trained = torch.is_grad_enabled() and activation.requires_grad
     known = {} if trained else f.known_gradients(activation, class_index)
     if score not in known:
-        with torch.enable_grad(), attention_in_steps(trained):
+        with torch.enable_grad(), attention_in_steps(trained), replaced_until_gradient():
             leaf = activation if trained else activation.detach().requires_grad_()
             y = score(f.head(leaf), class_index)
             known[score] = gradient_of(f.layer_name, y, leaf, trained)

@@ -14,7 +14,14 @@ from aftcli.cutting.cut import CutPoint, Parts, Untraceable, cut, cut_points, is
 from aftcli.cutting.layouts import same_output
 from aftcli.cutting.networks import copied
 from aftcli.cutting.places import Place, calls_of, find_layout, layout_at, places, two_images
-from aftcli.cutting.watched import Ran, RunFrom, RunTo, first_tensor, run_watched
+from aftcli.cutting.watched import (
+    Ran,
+    RunFrom,
+    RunTo,
+    first_tensor,
+    replaced_until_gradient,
+    run_watched,
+)
 from aftcli.errors import AftError, first_line
 
 ROUNDING = 1e-5  # of the largest logit
@@ -87,7 +94,7 @@ def moves_output(head: nn.Module, activation: Tensor, rest: Sequence[Tensor]) ->
         activation: A, shape (1, K, h, w).
         rest: what bypasses the layer.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), replaced_until_gradient():
         a = activation.detach().requires_grad_()
         out = head(a, *rest)
         score = _weighted_sum(out)
