@@ -98,9 +98,14 @@ class _Interrupted(SameModules):
         layout: the layout of that output; None for (N, K, h, w).
     """
 
+    layer: str
+    call: int
+    layout: Layout | None
+
     def __init__(self, network: nn.Module, layer: str, call: int, layout: Layout | None) -> None:
         super().__init__(network)
-        self.layer, self.call, self.layout = layer, call, layout
+        # Not as attributes, since a module of the network may have such a name.
+        self.__dict__.update(layer=layer, call=call, layout=layout)
 
     def run(self, x: Tensor, change: Callable[[object], object]) -> object:
         """Run the network with the layer's output changed."""
