@@ -202,6 +202,7 @@ def _made(f: Classifier, images: Images, units: Sequence[Unit], wanted: Wanted) 
     y = class_score(p, c)
     regions = [images.regions(int(i), int(own)) for i, own in zip(index, c, strict=True)]
     cams = dict.fromkeys(unit.cam for unit in units)
+    g = g.sharing(activation, c)
     cells = {cam: scaled_map(g, activation, c, x, cam, wanted.cells) for cam in cams}
     maps = {
         cam: _Maps(f, cam, x, c, y, index, upsample(own, x), regions) for cam, own in cells.items()
