@@ -123,6 +123,7 @@ def classifiers(
     Raises:
         AftError: maps are to be fused, and only one layer is named, or see `load_classifier`.
     """
+    from aftcli.core.inputs import check_images
     from aftcli.models.load import find_device, load_classifier
 
     layers: Sequence[str | None] = network.layers or (None,)
@@ -134,7 +135,8 @@ def classifiers(
     files, own = (network.model, network.checkpoint), names(network.classes)
     read = partial(load_classifier, output=network.output, output_key=network.output_key)
     score = load_target(target) if target else None
-    found = (read(*files, layer, classes=own, device=where, note=note) for layer in layers)
+    found = [read(*files, layer, classes=own, device=where, note=note) for layer in layers]
+    check_images(found[0])
     return tuple(with_target(f, score) if score else f for f in found)
 
 

@@ -101,8 +101,8 @@ def passes(
     searched = len(settings.thresholds) if settings else 0
     own = (METHODS[name].passes if name in METHODS else 0 for name in methods)
     perturbed = sum(f.activation_shape[0] if n is None else n for n in own)
-    if smooth == "aug":
-        perturbed = COPIES * (len(methods) + perturbed)
+    if COPIES[smooth]:
+        perturbed = COPIES[smooth] * (len(methods) + perturbed)
     return 1 + classes * (len(methods) * searched + perturbed)
 
 

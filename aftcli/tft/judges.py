@@ -6,10 +6,11 @@ it, so what a judge gains is of the image.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
@@ -62,6 +63,24 @@ class Judge:
         colours = _recoloured(colours, len(g.preprocessing.mean))
         mean, std = g.preprocessing.channels(colours)
         return g.probabilities(g(((colours - mean) / std).to(next(g.parameters()))).float())
+
+    def named_by(self, f: Classifier, note: Callable[[str], None]) -> Judge:
+        """Return the judge with f's class names, if it has as many classes and none have names.
+
+        Args:
+            f: the classifier of the masks.
+            note: is told of this guess.
+        """
+        g = self.classifier
+        if g is None or g.classes == f.classes or g.classes != Classes.numbered(len(f.classes)):
+            return self
+        note(
+            f"--judge {self.name}: its {len(g.classes)} classes have no names; taken to be those "
+            f"of {f.name} in the same order"
+        )
+        named = copy.copy(g)
+        named.classes = f.classes
+        return replace(self, classifier=named)
 
     def matching(self, f: Classifier) -> Tensor:
         """Return the judge's class for each of f's, shape (classes of f,); -1 where it has none."""

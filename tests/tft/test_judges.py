@@ -282,6 +282,27 @@ def test_a_judge_without_a_common_class_is_refused():
     MIRROR.check(f)
 
 
+def test_a_judge_without_names_has_those_of_the_run():
+    f, said = small_float(), []
+    unnamed = Judge("unnamed", another(Classes.numbered(3).names).classifier)
+    named = unnamed.named_by(f, said.append)
+    named.check(f)
+    assert "unnamed: its 3 classes have no names; taken to be those of small in the" in said.pop()
+    assert named.classifier.classes == f.classes and len(unnamed.classifier.classes) == 3
+    assert unnamed.classifier.classes == Classes.numbered(3)
+    x = torch.rand(2, 3, *f.preprocessing.size)
+    c = torch.tensor([0, 2])
+    p = another().probabilities(f, x)
+    assert torch.equal(judged(named, f, x, c), p[[0, 1], c]) and named.key(f) == another().key(f)
+    # Other names, other counts and the network itself stay what they are.
+    two = Judge("two", another(Classes.numbered(2).names).classifier)
+    for judge in (another(), another(("one", "two", "three")), two, MIRROR):
+        assert judge.named_by(f, said.append) is judge
+    assert not said
+    f.classes = Classes.numbered(3)
+    assert unnamed.named_by(f, said.append) is unnamed and not said
+
+
 def test_studies_are_found_with_their_judges(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Source, "load", lambda self: small_float())
     strange = another(("one", "two", "three"))
@@ -296,6 +317,9 @@ def test_studies_are_found_with_their_judges(base, tmp_path, monkeypatch):
         return find_studies(tmp_path / "run", asked)
 
     assert found()[0].judges == () and found("good")[0].judges == (here["good"],)
+    here["unnamed"] = another(Classes.numbered(3).names)
+    with pytest.warns(UserWarning, match="classes have no names; taken to be"):
+        assert found("unnamed")[0].judges[0].classifier.classes.names == NAMES
     with pytest.raises(AftError, match="has none of the 3 classes of small"):
         found("good", "strange")
 
