@@ -112,6 +112,9 @@ def explain(
     kinds, accelerate, found = _begin(images, networks, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
     loaded = setup.networks(networks, run.device, run.quiet, maps.fuse, maps.target_fn)
+    judges = setup.judges(thresholds.asked, [f for f, *_ in loaded], run.device, run.quiet)
+    masked = len(found.paths) * len(loaded) * len(settings.thresholds)
+    judges = setup.fast_judges(judges, accelerate, masked)
     # Layer-CAM has no sign, which is what a contrast is about.
     default = "layercam" if maps.contrast is None else "gradcam"
 
@@ -122,7 +125,7 @@ def explain(
     from aftcli.tft import explain as explanation
 
     wanted = settings if tft or cut else None
-    searched = names.of_search(settings, thresholds.thresholds) if tft else []
+    searched = names.of_search(settings, thresholds.thresholds, thresholds.asked) if tft else []
     look = Look(output.colormap, output.alpha)
     fixed = names.of_threshold(thresholds.threshold, thresholds.mute)
     changed = names.of_map(
@@ -144,14 +147,23 @@ def explain(
                 methods, contrast = setup.contrast(f, maps.contrast, maps.cam, methods, targets)
         advised.extend(methods if tft else [])
         suffixes = names.suffixes([*_of_network(one, maps), *changed], of_cut)
-        each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted, maps.smooth)
+        count = len(targets) or maps.top_k
+        each = explanation.passes(f, methods, count, wanted, maps.smooth, setup.mirrors(judges))
 
         def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
             asked = (targets, maps.top_k, wanted, maps.cells, bool(cut), maps.zero_level)
             x, layers = setup.input_of(f, subject), (fast, *others)
             explained = explanation.explain(
-                layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion, contrast=contrast
+                layers,
+                x,
+                methods,
+                *asked,
+                smooth=maps.smooth,
+                fuse=maps.fusion,
+                contrast=contrast,
+                judges=judges,
             )
+            setup.say_not_asked(judges, f, subject, explained, run.quiet)
             if targets:
                 setup.warn_of_chance(f, subject, explained, run.quiet)
             reports = written(f, subject, explained, kinds, output.out, suffixes, look, manifest)
@@ -186,7 +198,7 @@ def tft(
     from aftcli.tft import explain as explanation
 
     of_map = names.of_map(maps.map_, maps.absolute, maps.cells, 0.0, maps.smooth, maps.target_fn)
-    searched = names.of_search(settings, thresholds.thresholds)
+    searched = names.of_search(settings, thresholds.thresholds, thresholds.asked)
     look = Look(output.colormap, output.alpha)
     of_cut = [*searched, *names.of_look(look)]
     called = names.suffixes([*_of_network(network, maps), *of_map], of_cut)
@@ -195,7 +207,10 @@ def tft(
     targets = setup.targets(f, maps)
     methods = setup.methods(f, maps.cam, "gradcam", others) if values is None else ["map"]
     setup.advise(methods, thresholds.mode, maps.cells, run.quiet)
-    each = explanation.passes(f, methods, len(targets) or maps.top_k, settings, maps.smooth)
+    judges = setup.judges(thresholds.asked, [f], run.device, run.quiet)
+    judges = setup.fast_judges(judges, accelerate, len(settings.thresholds))
+    count = len(targets) or maps.top_k
+    each = explanation.passes(f, methods, count, settings, maps.smooth, setup.mirrors(judges))
     manifest = _manifest(kinds, network, maps, thresholds, output, run)
     grids = _grids(kinds, [network], maps, of_map, of_cut, found, output, run, manifest)
 
@@ -204,11 +219,19 @@ def tft(
         if values is None:
             layers = (fast, *others)
             explained = explanation.explain(
-                layers, x, methods, *asked, maps.cells, smooth=maps.smooth, fuse=maps.fusion
+                layers,
+                x,
+                methods,
+                *asked,
+                maps.cells,
+                smooth=maps.smooth,
+                fuse=maps.fusion,
+                judges=judges,
             )
         else:
             attribution = _fitted(values, maps, f, x, subject, run.quiet)
-            explained = explanation.explain_map(fast, x, attribution, *asked)
+            explained = explanation.explain_map(fast, x, attribution, *asked, judges)
+        setup.say_not_asked(judges, f, subject, explained, run.quiet)
         if targets:
             setup.warn_of_chance(f, subject, explained, run.quiet)
         grids.add([shown_of(f, subject, e, look) for e in explained])
@@ -271,6 +294,8 @@ def _manifest(
     call = {"settings": plain, "command": shlex.join(["aft", *sys.argv[1:]])}
     code = [name.rpartition(":")[0] for name in [*(network.models or ()), maps.target_fn or ""]]
     named = [*(network.checkpoints or ()), network.classes, getattr(maps, "map_", None)]
+    judges = thresholds.asked if thresholds else ()
+    named += [Path(name.rpartition("=")[2]) for name in judges]
     files = [*map(Path, filter(None, code)), *filter(None, named)]
     inputs = [path for path in files if path.is_file()]
     return Manifest(output.out, call, setup.noting(run.quiet), inputs)

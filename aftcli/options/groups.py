@@ -11,6 +11,7 @@ from aftcli.core.methods import check_device, spelled
 from aftcli.errors import AftError
 from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
+from aftcli.options.read import asked_too
 from aftcli.settings import (
     Fill,
     Fuse,
@@ -270,6 +271,21 @@ class Thresholds:
         SearchKind,
         words("--search", SearchKind, "Try all or few"),
     ] = "exact"
+    judges: Annotated[
+        list[str] | None,
+        option(
+            "--tft-judges",
+            "NAME",
+            "Ask mirror or a network too; repeatable.",
+            callback=usage(asked_too),
+            autocompletion=complete.models,
+        ),
+    ] = None
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Names of the judges that are asked beside the network."""
+        return asked_too(self.judges or ())
 
     def settings(self) -> Search:
         """Read the settings.
