@@ -16,7 +16,13 @@ from aftcli.cli import setup
 from aftcli.cli.images import Files, Found, Job, each_image, nothing
 from aftcli.core.methods import named
 from aftcli.errors import AftError
-from aftcli.options.groups import ComparedNetworks, LayeredNetwork, Run, TargetMaps, Thresholds
+from aftcli.options.groups import (
+    ComparedNetworks,
+    JudgedThresholds,
+    LayeredNetwork,
+    Run,
+    TargetMaps,
+)
 from aftcli.options.make import number, option
 from aftcli.options.read import muting, outputs
 
@@ -79,7 +85,7 @@ class GivenMap(TargetMaps):
 
 
 @dataclass(frozen=True)
-class WantedThresholds(Thresholds):
+class WantedThresholds(JudgedThresholds):
     """The search of thresholds, where one is wanted, or a fixed one."""
 
     tft: Annotated[bool, option("--tft", "", "Cut where the class's probability rises most.")] = (
@@ -183,7 +189,7 @@ def tft(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture.")],
     network: LayeredNetwork,
     maps: GivenMap,
-    thresholds: Thresholds,
+    thresholds: JudgedThresholds,
     output: Files,
     run: Run,
 ) -> None:
@@ -274,7 +280,7 @@ def _manifest(
     kinds: tuple[str, ...],
     network: LayeredNetwork,
     maps: TargetMaps,
-    thresholds: Thresholds | None,
+    thresholds: JudgedThresholds | None,
     output: Files,
     run: Run,
 ) -> Manifest | None:

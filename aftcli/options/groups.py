@@ -271,6 +271,21 @@ class Thresholds:
         SearchKind,
         words("--search", SearchKind, "Try all or few"),
     ] = "exact"
+
+    def settings(self) -> Search:
+        """Read the settings.
+
+        Raises:
+            AftError: the thresholds can't be read.
+        """
+        values = read_thresholds(self.thresholds)
+        return Search(values, self.masking, self.fill, self.mode, self.search)
+
+
+@dataclass(frozen=True)
+class JudgedThresholds(Thresholds):
+    """The search of thresholds, and who else it asks."""
+
     judges: Annotated[
         list[str] | None,
         option(
@@ -286,15 +301,6 @@ class Thresholds:
     def asked(self) -> tuple[str, ...]:
         """Names of the judges that are asked beside the network."""
         return asked_too(self.judges or ())
-
-    def settings(self) -> Search:
-        """Read the settings.
-
-        Raises:
-            AftError: the thresholds can't be read.
-        """
-        values = read_thresholds(self.thresholds)
-        return Search(values, self.masking, self.fill, self.mode, self.search)
 
 
 @dataclass(frozen=True)
