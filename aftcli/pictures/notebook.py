@@ -26,7 +26,7 @@ from aftcli.pictures import figure as figures
 from aftcli.pictures import grid as grids
 from aftcli.pictures.colours import LOOK, Look
 from aftcli.pictures.overlay import Subject, shaded
-from aftcli.settings import COLORMAPS, RANGES, SOFTMAX, Search
+from aftcli.settings import COLORMAPS, RANGES, SOFTMAX, Search, Shaping
 from aftcli.tft import explain as explaining
 from aftcli.tft.explain import Explanation
 from aftcli.tft.judges import Judge
@@ -159,7 +159,8 @@ def explain(
     asked = (
         _methods(first, methods, contrast is not None),
         _classes(first, targets),
-        *(top_k, settings or (Search() if tft else None), cells, fixed, zero_level),
+        *(top_k, settings or (Search() if tft else None)),
+        Shaping(cells, zero_level, smooth, fuse),
     )
     against = first.classes.index(contrast) if isinstance(contrast, str) else contrast
     score = target is not None or isinstance(first, Targeted)
@@ -171,8 +172,7 @@ def explain(
             f,
             of_picture,
             *asked,
-            smooth=smooth,
-            fuse=fuse,
+            fixed=fixed,
             target=target,
             contrast=against,
             judges=judges,

@@ -239,7 +239,7 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
 
 def _judged(e: Explanation) -> list[dict[str, Any]]:
     """List the network and its judges with what they say at tau*; None where one was not asked."""
-    assert e.tft and e.tft.judged is not None and e.tft.judged_whole is not None
+    assert e.tft
     best = e.tft.best
     whole = [e.probability, *_plain_list(e.tft.judged_whole[0])]
     masked = [float(e.tft.probabilities[0, best]), *_plain_list(e.tft.judged[0, :, int(best)])]

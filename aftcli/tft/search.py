@@ -384,5 +384,5 @@ def search_threshold(
     chosen = threshold_map(attribution, cut.gather(1, best[:, None]).squeeze(1))
     tau = attribution.new_tensor(search.thresholds)[best]
     rpi = relative_probability_increase(y_hat[:, 0], y[:, :1])
-    others = (y_hat[:, 1:], y[:, 1:]) if judges else ()
-    return TftResult(tau, rpi, y_hat[:, 0], probability, chosen, mask_of(chosen), *others)
+    maps = (chosen, mask_of(chosen))
+    return TftResult(tau, rpi, y_hat[:, 0], probability, *maps, y_hat[:, 1:], y[:, 1:])

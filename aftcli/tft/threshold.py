@@ -282,9 +282,9 @@ class TftResult(NamedTuple):
         probability: y^c of the whole image, shape (N,).
         attribution: I_tau*, shape (N, H, W), in [0, 1].
         mask: M_tau*, shape (N, H, W), bool.
-        judged: y_hat^c of each threshold by each judge, shape (N, J, |T|); None without judges.
+        judged: y_hat^c of each threshold by each judge, shape (N, J, |T|).
         judged_whole: y^c of the whole image by each judge, shape (N, J); NaN where it does not
-            know the class; None without judges.
+            know the class.
 
     `rpi`, `probabilities` and `judged` are NaN at thresholds that a fast search left out.
     """
@@ -295,13 +295,13 @@ class TftResult(NamedTuple):
     probability: Tensor
     attribution: Tensor
     mask: Tensor
-    judged: Tensor | None = None
-    judged_whole: Tensor | None = None
+    judged: Tensor = torch.empty(0)
+    judged_whole: Tensor = torch.empty(0)
 
     @property
     def best(self) -> Tensor:
         """Return the index of tau* in T, shape (N,)."""
-        if self.judged is None or self.judged_whole is None:
+        if not self.judged.numel():
             return first_maximum(self.rpi, self.probability)
         y_hat = torch.cat([self.probabilities[:, None], self.judged], 1)
         return first_for_all(y_hat, torch.cat([self.probability[:, None], self.judged_whole], 1))
@@ -310,7 +310,7 @@ class TftResult(NamedTuple):
     def increases(self) -> Tensor:
         """Return each judge's increase of log-odds at tau*, the network's own first, (N, 1 + J)."""
         y_hat, y = self.probabilities[:, None], self.probability[:, None]
-        if self.judged is not None and self.judged_whole is not None:
+        if self.judged.numel():
             y_hat = torch.cat([y_hat, self.judged], 1)
             y = torch.cat([y, self.judged_whole], 1)
         at = self.best[:, None, None].expand(-1, y.shape[1], -1)
@@ -318,17 +318,7 @@ class TftResult(NamedTuple):
 
     def rows(self, part: slice) -> TftResult:
         """Take the results of some images."""
-        judged, whole = self.judged, self.judged_whole
-        return TftResult(
-            self.tau[part],
-            self.rpi[part],
-            self.probabilities[part],
-            self.probability[part],
-            self.attribution[part],
-            self.mask[part],
-            None if judged is None else judged[part],
-            None if whole is None else whole[part],
-        )
+        return TftResult(*(field[part] for field in self))
 
     def __str__(self) -> str:
         """Return a line of numbers for each image."""
