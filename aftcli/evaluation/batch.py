@@ -23,8 +23,8 @@ from aftcli.data.objects import Regions
 from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, QUANTUS, Measure
 from aftcli.evaluation.results import Images, Muting, Unit, Values, Verdict, View, Wanted
 from aftcli.settings import Search
-from aftcli.tft.judges import Judge, judged, judged_masks
-from aftcli.tft.search import masked_probabilities
+from aftcli.tft.judges import Judge, judged
+from aftcli.tft.search import judged_masks, masked_probabilities
 from aftcli.tft.threshold import (
     cut_off,
     drop,
