@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ OBJECTIVES = {
 }
 
 Row = tuple[Values, str]  # values, and the view of them that is the row
+Place = tuple[int, int, int]  # the network that is mirrored, or 0; where a batch is; its images
 
 
 class Shifts(Controlled):
@@ -85,6 +86,27 @@ class Shifts(Controlled):
             name: Control(stretch(shifted(cells, t), size), known)
             for name, t in self.setting.items()
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Remembering(Judge):
+    """A judge that is asked about each whole image once.
+
+    Attributes:
+        whole: what it said, by the network that is explained and the place of the image's batch,
+            which is held in memory; None before.
+    """
+
+    whole: dict[Place, Tensor | None] = field(default_factory=dict)
+
+    def probabilities(self, f: Classifier, x: Tensor) -> Tensor:
+        """Compute the judge's probabilities, or find them."""
+        key = (id(f) if self.classifier is None else 0, x.data_ptr(), len(x))
+        if key not in self.whole:
+            return super().probabilities(f, x)
+        if (found := self.whole[key]) is None:
+            found = self.whole[key] = super().probabilities(f, x)
+        return found
 
 
 class Grid:
@@ -114,6 +136,8 @@ class Grid:
         self.engine = setup.engine("auto", "no", True)
         self.fast: dict[str, Classifier] = {}
         self.decoded: dict[str, list[Images]] = {}
+        self.remembered: dict[tuple[str, str], dict[Place, Tensor | None]] = {}
+        self.cut: dict[str, Values] = {}
         self.path = out / "grid.json"
         out.mkdir(parents=True, exist_ok=True)
         there = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
@@ -196,6 +220,7 @@ class Grid:
                 label = torch.tensor([study.data_set.samples[int(i)].label for i in index])
                 found.append(Images(x, label, index, objects.regions))
         self.decoded = {study.f.name: found}
+        self.remembered.clear()
         return found
 
     def shifts(self, f: Classifier, study: Study, cam: str, areas: dict[str, float]) -> Values:
@@ -210,7 +235,13 @@ class Grid:
                 kept.append(shifted_areas(cells, each.x.shape[2:]))
         setting = {name: nearest_shift(torch.cat(kept), area) for name, area in areas.items()}
         unit, controlled = Unit(cam, "binary"), Shifts(setting, {}, None)
-        judges = {judge.key(study.f): judge for judge in study.judges}
+        judges: dict[str, Judge] = {}
+        for judge in study.judges:
+            known = self.remembered.setdefault((study.f.name, judge.name), {})
+            by = id(f) if judge.classifier is None else 0
+            for each in images:
+                known.setdefault((by, each.x.data_ptr(), len(each.x)), None)
+            judges[judge.key(study.f)] = Remembering(judge.name, judge.classifier, known)
         wanted = Wanted(study.search, fill=study.search.fill, judges=judges)
         parts = [
             measure_controls(f, each, [unit], wanted, {unit: controlled})[unit].columns()
@@ -260,9 +291,12 @@ class Grid:
         assert original and tuned
         rows: dict[str, Row] = {"plain map": (original, "original"), "tuned": (tuned, "original")}
         cut = {"cut": _area((original, "tft"))}
-        plain = self.shifts(study.f, study, "gradcam", {"shift": _area(rows["tuned"]), **cut})
+        if network not in self.cut:
+            self.cut[network] = self.shifts(study.f, study, "gradcam", cut)
+        rows["plain, cut"] = (self.cut[network], "cut")
+        shift = {"shift": _area(rows["tuned"])}
+        rows["shift"] = (self.shifts(study.f, study, "gradcam", shift), "shift")
         (variant,) = [v for v in study.variants if v.name == "aft"]
-        rows |= {"shift": (plain, "shift"), "plain, cut": (plain, "cut")}
         rows["tuned, cut"] = (self.shifts(variant.load(), study, "gradcam", cut), "cut")
         pairs = [("tuned", "plain map"), ("tuned", "shift"), ("tuned, cut", "plain, cut")]
         figured = figures(study, rows, pairs)
