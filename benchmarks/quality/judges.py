@@ -49,7 +49,7 @@ SETS = ("imagenet", "imagenette", "voc")
 GAUGES = ("t", "v")
 UNIT = Unit("gradcam", "binary")
 PROBABILITIES = ("average_increase", "average_drop")
-OTHERS = ("area", "energy", "iou")
+OTHERS = {"area": "kept area", "energy": "energy in boxes", "iou": "IoU with boxes"}
 HALVES = {"all": slice(None), "first half": slice(0, None, 2), "second half": slice(1, None, 2)}
 
 # By column of a gauge's run: a row of the page. Rows of TFT are the same in both runs.
@@ -188,12 +188,13 @@ def tables(results: dict[str, Any], name: str) -> str:
     """Write a data set's tables: a row a map and network, a column a judge."""
     lines = []
     for network, one in results[name].items():
-        judges = one["judges"]
+        judges, plain = one["judges"], one["rows"]["plain map"]["all"]
+        others = [measure for measure in OTHERS if plain[measure]["n"]]
         lines += [
             f"**{network}**: increase / drop by each judge",
             "",
-            f"| map | {_titles(judges)} | kept area | energy in boxes | IoU with boxes |",
-            "|---|" + "---|" * (len(judges) + 3),
+            f"| map | {_titles(judges)} | {' | '.join(OTHERS[m] for m in others)} |",
+            "|---|" + "---|" * (len(judges) + len(others)),
         ]
         for title, halves in one["rows"].items():
             of = halves["all"]
@@ -203,9 +204,9 @@ def tables(results: dict[str, Any], name: str) -> str:
                 f"{_cell(of.get(f'average_increase {j}'))} / {_cell(of.get(f'average_drop {j}'))}"
                 for j in judges
             ]
-            rest = [_cell(of.get(measure)) for measure in OTHERS]
+            rest = [_cell(of.get(measure)) for measure in others]
             lines.append(f"| {title} | {' | '.join(both + rest)} |")
-        count = one["rows"]["plain map"]["all"]["area"]["n"]
+        count = plain["area"]["n"]
         moved = max(value for value, _ in one["probability"].values())
         lines += ["", f"{count} images; largest change of a probability {moved:.0e}.", ""]
     return "\n".join(lines).rstrip()
@@ -271,7 +272,10 @@ def main() -> None:
 
 def keep_page(results: dict[str, Any]) -> None:
     """Keep results as the figures of the page."""
-    on = [f"{name}: {where}" for name, where in results["machine"].items()]
+    sets: dict[str, list[str]] = {}
+    for name, where in results["machine"].items():
+        sets.setdefault(where, []).append(name)
+    on = [f"{', '.join(names)}: {where}" for where, names in sets.items()]
     pages.keep("results/judges", "machine", f"Measured on: {'; '.join(on)}.")
     for name in SETS:
         if name in results:
