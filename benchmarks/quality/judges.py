@@ -43,6 +43,7 @@ from aftcli.models.load import find_device
 from aftcli.tft.stores import Source
 from benchmarks import pages
 from benchmarks.quality.aft_results import aft
+from benchmarks.quality.grid_tables import number
 
 NETWORKS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 SETS = ("imagenet", "imagenette", "voc")
@@ -174,9 +175,10 @@ def head(root: Path, network: str, out: Path, common: Sequence[str]) -> Path:
 def _cell(found: dict[str, Any] | None, signed: bool = False, interval: bool = False) -> str:
     if found is None or not found["n"]:
         return ""
-    text = f"{found['value']:+.3f}" if signed else f"{found['value']:.3f}"
-    text = text.replace("0.", ".", 1)
-    return text + (f" [{found['low']:+.3f}, {found['high']:+.3f}]" if interval else "")
+    text = number(found["value"], signed)
+    if not interval:
+        return text
+    return f"{text} [{number(found['low'], True)}, {number(found['high'], True)}]"
 
 
 def _titles(judges: Sequence[str]) -> str:
