@@ -23,6 +23,7 @@ from aftcli.core.zero_level import without_constant
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError, check_name
 from aftcli.models.targets import Target, Targeted, with_target
+from aftcli.settings import AS_COMPUTED, Shaping
 
 Layers = Classifier | Sequence[Classifier]  # one network, cut at a layer or at several
 
@@ -119,16 +120,13 @@ def signed_maps(
     class_index: Tensor,
     x: Tensor,
     name: str,
-    cells: bool = False,
-    zero_level: float = 0.0,
-    smooth: str = "none",
-    fuse: str = "max",
+    shaping: Shaping = AS_COMPUTED,
 ) -> Signed:
     """Compute maps as `map_of_layers` does, and their signs where they cost nothing more."""
     before = METHODS[name].load_before_relu() if name in METHODS else None
-    if before is None or len(seen) > 1 or cells or zero_level or smooth != "none":
-        maps = map_of_layers(seen, class_index, x, name, cells, zero_level, smooth, fuse)
-        return Signed(maps, None)
+    is_changed = len(seen) > 1 or shaping._replace(fuse=AS_COMPUTED.fuse) != AS_COMPUTED
+    if before is None or is_changed:
+        return Signed(map_of_layers(seen, class_index, x, name, shaping), None)
     kept: list[Tensor] = []
 
     def compute(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -151,15 +149,13 @@ def layer_map(
     class_index: Tensor,
     x: Tensor,
     name: str,
-    cells: bool = False,
-    zero_level: float = 0.0,
-    smooth: str = "none",
+    shaping: Shaping = AS_COMPUTED,
 ) -> Tensor:
     """Compute the map of one layer: `scaled_map`, smoothed or not."""
-    check_smooth(smooth, name)
-    smoothed = SMOOTHINGS[smooth]
+    check_smooth(shaping.smooth, name)
+    smoothed = SMOOTHINGS[shaping.smooth]
     compute = smoothed(name) if smoothed else None
-    return scaled_map(*seen, class_index, x, name, cells, zero_level, compute)
+    return scaled_map(*seen, class_index, x, name, shaping.cells, shaping.zero_level, compute)
 
 
 FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -196,15 +192,12 @@ def map_of_layers(
     class_index: Tensor,
     x: Tensor,
     name: str,
-    cells: bool = False,
-    zero_level: float = 0.0,
-    smooth: str = "none",
-    fuse: str = "max",
+    shaping: Shaping = AS_COMPUTED,
 ) -> Tensor:
     """Compute I, shape (N, H, W), as `attribution_map` does, from known activations."""
     check_explains(seen, x, name)
-    maps = [layer_map(each, class_index, x, name, cells, zero_level, smooth) for each in seen]
-    return upsample(fused(maps, fuse), x)
+    maps = [layer_map(each, class_index, x, name, shaping) for each in seen]
+    return upsample(fused(maps, shaping.fuse), x)
 
 
 def check_explains(seen: Sequence[Seen], x: Tensor, name: str) -> None:
@@ -286,4 +279,5 @@ def attribution_map(
         class_index = torch.zeros(len(x), dtype=torch.long)
     seen = [first_activation(each, x) for each in layers]
     classes = class_indices(layers[0], class_index, len(x), x.device)
-    return map_of_layers(seen, classes, x, method, cells, zero_level, smooth, fuse)
+    shaping = Shaping(cells, zero_level, smooth, fuse)
+    return map_of_layers(seen, classes, x, method, shaping)

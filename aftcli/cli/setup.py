@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aftcli.cli.process import kept_from_collector
 from aftcli.core.methods import METHODS, named, spelled
-from aftcli.data.text import check_data_set
+from aftcli.data.names import check_data_set
 from aftcli.errors import AftError
 from aftcli.files import check_checkpoint
 from aftcli.options.groups import Network, TargetMaps, Weights
@@ -232,7 +232,7 @@ def noting(quiet: bool) -> Callable[[str], None]:
 
 def names(classes: Path | None) -> tuple[str, ...] | None:
     """Class names of a file; None without one."""
-    from aftcli.data.text import read_classes
+    from aftcli.core.classes import read_classes
 
     return read_classes(classes) if classes else None
 

@@ -19,6 +19,7 @@ from aftcli.settings import (
     Output,
     Search,
     SearchKind,
+    Shaping,
     Smooth,
     read_thresholds,
 )
@@ -242,6 +243,11 @@ class TargetMaps(Maps):
     def fusion(self) -> Fuse:
         """Way to combine the maps of several layers."""
         return self.fuse or "max"
+
+    @property
+    def shaping(self) -> Shaping:
+        """Steps that change a method's map."""
+        return Shaping(self.cells, 0.0, self.smooth, self.fusion)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from aftcli.networks.names import spelled
 from aftcli.networks.sources import DEFAULT_MODEL
 from aftcli.pictures.colours import LOOK, Look
-from aftcli.settings import AUTO, Search
+from aftcli.settings import AS_COMPUTED, AUTO, Search, Shaping
 
 LONGEST = 40  # characters of settings in a name; systems allow 255 bytes of it in all
 
@@ -100,21 +100,20 @@ def of_network(
 
 
 def of_map(
+    shaping: Shaping = AS_COMPUTED,
+    target: str | None = None,
     file: Path | None = None,
     absolute: bool = False,
-    cells: bool = False,
-    zero_level: float = 0.0,
-    smooth: str = "none",
-    target: str | None = None,
 ) -> list[Setting]:
-    """List settings of the map: another tool's file, magnitudes, cells, zero, smoothing, target.
+    """List settings of the map: how it was shaped, its target, another tool's file, magnitudes.
 
-    Smoothing says nothing of a file. A target is FILE.py:NAME.
+    Shaping says nothing of a file. `of_network` lists the fusion, beside the layers. A target is
+    FILE.py:NAME.
     """
-    flags = {"absolute": absolute and file is not None, "cells": cells and file is None}
+    flags = {"absolute": absolute and file is not None, "cells": shaping.cells and file is None}
     named = [_file(file)] if file else []
-    zero = [_number("zero", zero_level)] if zero_level else []
-    smoothed = [] if file else _word(smooth, "none")
+    zero = [_number("zero", shaping.zero_level)] if shaping.zero_level else []
+    smoothed = [] if file else _word(shaping.smooth, "none")
     words = [Setting(word, word) for word, is_on in flags.items() if is_on]
     path, _, _ = (target or "").rpartition(":")
     return named + words + zero + smoothed + ([_file(Path(path))] if path else [])

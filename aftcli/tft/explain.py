@@ -30,7 +30,7 @@ from aftcli.core.methods import METHODS
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.models.targets import Target, Targeted, contrasted, with_target
-from aftcli.settings import Search
+from aftcli.settings import AS_COMPUTED, Search, Shaping
 from aftcli.tft.search import TftResult, search_threshold
 
 
@@ -114,12 +114,9 @@ def explain(
     targets: Sequence[int] | int = (),
     top_k: int = 1,
     settings: Search | None = None,
-    cells: bool = False,
-    fixed: bool = False,
-    zero_level: float = 0.0,
+    shaping: Shaping = AS_COMPUTED,
     *,
-    smooth: str = "none",
-    fuse: str = "max",
+    fixed: bool = False,
     target: Target | None = None,
     contrast: int | None = None,
 ) -> list[Explanation]:
@@ -135,11 +132,8 @@ def explain(
         targets: classes to explain, or one; by default the predicted ones.
         top_k: how many predicted classes.
         settings: search thresholds with these; None for plain maps.
-        cells: average maps of pixels over the activation's cells.
+        shaping: how maps are averaged, lowered, smoothed and fused.
         fixed: cut maps at the one threshold of the settings, as other tools do (Table 1).
-        zero_level: subtract this share of the maximum from maps of cells first, in [0, 1).
-        smooth: see `attribution_map`.
-        fuse: see `attribution_map`.
         target: a score of the network's output, explained in place of classes, see
             aftcli/models/targets.py; a threshold search needs scores in [0, 1].
         contrast: a class B: maps show why each class A and not B, as maps of y^A - y^B; thresholds
@@ -164,11 +158,10 @@ def explain(
     with torch.no_grad():
         y = first.probabilities(g.head(activation).float())[0]
     classes = _explained(first, y, targets, top_k)
-    how = (cells, zero_level, smooth, fuse)
     if contrast is None:
-        maps = _maps(seen, classes, x, methods, how)
+        maps = _maps(seen, classes, x, methods, shaping)
     else:
-        maps = _contrasts(first, seen, classes, contrast, x, methods, how)
+        maps = _contrasts(first, seen, classes, contrast, x, methods, shaping)
     named = [method for method in methods for _ in classes]
     attribution = torch.cat([each.attribution for each in maps])
     signed: list[Tensor | None] = []
@@ -183,22 +176,20 @@ def explain(
         found = [replace(each, tft=None, fixed=each.tft) for each in found]
     if len(layers) > 1:
         names = tuple(each.layer_name for each in layers)
-        found = [replace(each, layers=names, fuse=fuse) for each in found]
+        found = [replace(each, layers=names, fuse=shaping.fuse) for each in found]
+    cells, zero_level, smooth, _ = shaping
     return [replace(each, cells=cells, zero_level=zero_level, smooth=smooth) for each in found]
 
 
-How = tuple[bool, float, str, str]  # cells, zero_level, smooth, fuse
-
-
 def _maps(
-    seen: Sequence[Seen], classes: Tensor, x: Tensor, methods: Sequence[str], how: How
+    seen: Sequence[Seen], classes: Tensor, x: Tensor, methods: Sequence[str], shaping: Shaping
 ) -> list[Signed]:
     """Compute the maps of each method for all classes, with one A."""
     count = len(classes)
     x_c = x.expand(count, *x.shape[1:])
     wide_a = [a.expand(count, *a.shape[1:]) for _, a in seen]
     seen_c = [(each.sharing(a, classes), a) for (each, _), a in zip(seen, wide_a, strict=True)]
-    return [signed_maps(seen_c, classes, x_c, method, *how) for method in methods]
+    return [signed_maps(seen_c, classes, x_c, method, shaping) for method in methods]
 
 
 def _contrasts(
@@ -208,7 +199,7 @@ def _contrasts(
     other: int,
     x: Tensor,
     methods: Sequence[str],
-    how: How,
+    shaping: Shaping,
 ) -> list[Signed]:
     """Compute the maps of y^A - y^B of each method, for each class A."""
     if isinstance(f, Targeted):
@@ -225,7 +216,7 @@ def _contrasts(
             )
     zero = torch.zeros_like(classes[:1])
     against = [[(contrasted(g, int(c), other), a) for g, a in seen] for c in classes]
-    return [signed_maps(each, zero, x, method, *how) for method in methods for each in against]
+    return [signed_maps(each, zero, x, method, shaping) for method in methods for each in against]
 
 
 @outside_inference_mode

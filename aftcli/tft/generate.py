@@ -23,7 +23,8 @@ from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import Loaded, Processes, batches, load_blocks, spans_of
 from aftcli.data.sets import DataSet, not_its_classes
 from aftcli.errors import AftError
-from aftcli.files import file_stem, locked, make_folder
+from aftcli.files import file_stem, make_folder
+from aftcli.locks import locked
 from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part

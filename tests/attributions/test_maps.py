@@ -18,7 +18,7 @@ from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
 from aftcli.errors import AftError
-from aftcli.settings import Search
+from aftcli.settings import Search, Shaping
 from aftcli.tft.explain import explain, passes
 from aftcli.tft.search import fine_tune_threshold
 from tests.helpers.command import aft, usage_error
@@ -54,7 +54,8 @@ def ours_on_cells(s, method, smooth):
     """Our maps where the input has as many pixels as the layer has cells: nothing is stretched."""
     from aftcli.attributions.maps import layer_map
 
-    return layer_map((s.f, s.f.activation(s.x)), s.class_index, s.x, method, smooth=smooth)
+    shaping = Shaping(smooth=smooth)
+    return layer_map((s.f, s.f.activation(s.x)), s.class_index, s.x, method, shaping)
 
 
 # Smoothing
@@ -254,7 +255,7 @@ def test_fusions_are_torchcams(seed):
 def test_a_threshold_is_searched_for_the_fused_map(fuse):
     s = small("mlp", 9)
     layers, x = cut_at(s), s.x[:1]
-    [found] = explain(layers, x, ["layercam"], [2], settings=Search(), fuse=fuse, smooth="aug")
+    [found] = explain(layers, x, ["layercam"], [2], 1, Search(), Shaping(fuse=fuse, smooth="aug"))
     attribution = attribution_map(layers, x, 2, "layercam", fuse=fuse, smooth="aug")
     assert torch.equal(found.attribution, attribution[0])
     alone = fine_tune_threshold(layers[0], x, attribution, 2)

@@ -1,7 +1,6 @@
 """Evaluation: a batch against literal loops; whole runs against interrupted and shared ones."""
 
 import json
-import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -707,18 +706,6 @@ def test_overwriting_computes_anew(whole, data, tmp_path, monkeypatch):
     again = run_all(study_of(data), tmp_path / "whole", replace(PLAN, overwrite=True))
     assert len(seen) == 12 * 2 * 7
     same(whole, again)
-
-
-def test_what_a_killed_writer_left_is_swept_away(tmp_path):
-    from aftcli.files import replacing
-
-    path = tmp_path / "[a].json"
-    for name in (".99999999-[a].json", f".{os.getppid()}-[a].json", ".x-[a].json", ".99999999-b"):
-        (tmp_path / name).write_text("half")
-    with replacing(path) as temporary:
-        temporary.write_text("whole")
-    left = sorted(p.name for p in tmp_path.iterdir())
-    assert left == sorted([f".{os.getppid()}-[a].json", ".x-[a].json", ".99999999-b", "[a].json"])
 
 
 def test_evaluation_scores_all_thresholds(data):

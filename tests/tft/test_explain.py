@@ -10,7 +10,7 @@ from torch import nn
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.cam import score_gradient
 from aftcli.core.methods import CAMS
-from aftcli.settings import Search
+from aftcli.settings import Search, Shaping
 from aftcli.tft.explain import explain, explain_map
 from aftcli.tft.generate import tune_batch
 from aftcli.tft.search import fine_tune_threshold
@@ -114,9 +114,10 @@ def counted(kind, seed):
 def test_all_cams_need_one_gradient_of_each_score(kind, smooth):
     f, x, methods = counted(kind, 7)
     methods = [method for method in methods if smooth == "none" or method != "eigencam"]
-    alone = [explain(f, x, [method], [2, 0], smooth=smooth) for method in methods]
+    shaping = Shaping(smooth=smooth)
+    alone = [explain(f, x, [method], [2, 0], shaping=shaping) for method in methods]
     assert f.head.count == 6  # gradcam, gradcam++, layercam, xgradcam, hirescam; finercam
-    together = explain(f, x, methods, [2, 0], smooth=smooth)
+    together = explain(f, x, methods, [2, 0], shaping=shaping)
     assert f.head.count == 6 + 2  # of the class's score, and of Finer-CAM's
     for found, expected in zip(together, (e for each in alone for e in each), strict=True):
         assert (found.cam, found.class_index) == (expected.cam, expected.class_index)
