@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from aftcli.tft.threshold import (
     cut_off,
     first_for_all,
     first_maximum,
+    mask_at,
     mask_of,
     masked_image,
     relative_probability_increase,
@@ -41,9 +44,12 @@ def areas(attribution: Tensor, cut: Tensor) -> Tensor:
     """
     counts = []
     for maps, at in zip(attribution.split(BATCH), cut.split(BATCH), strict=True):
-        flat = maps.flatten(1)[:, None]
-        # As mask_of(threshold_map(...)), of all thresholds at once and without the map between.
-        counts.append(((flat >= at[..., None]) & (flat != 0)).sum(2))
+        masks = mask_at(maps[:, None], at).flatten(2)
+        if masks.device.type == "cpu":  # where a sum takes three times as long
+            found = [np.count_nonzero(mask) for mask in masks.flatten(0, 1).numpy()]
+            counts.append(torch.tensor(found, dtype=torch.long).view(at.shape))
+        else:
+            counts.append(masks.sum(2))
     return torch.cat(counts)
 
 
@@ -103,7 +109,7 @@ def distinct_masks(attribution: Tensor, cut: Tensor, owner: list[int], search: S
 def _same(
     attribution: Tensor, cut: Tensor, one: tuple[int, int], two: tuple[int, int], masking: str
 ) -> bool:
-    weights = [MASKINGS[masking](threshold_map(attribution[n], cut[n, t])) for n, t in (one, two)]
+    weights = [MASKINGS[masking](attribution[n], cut[n, t]) for n, t in (one, two)]
     return torch.equal(*weights)
 
 
@@ -132,14 +138,20 @@ def masked_probabilities(
         search: gives masking and fill.
         ask: gives probabilities of masked images, where another network than f is asked.
     """
-    pairs, source = distinct_masks(attribution, cut, owner.tolist(), search)
+    owners = owner.tolist()
+    pairs, source = distinct_masks(attribution, cut, owners, search)
     filled = FILLS[search.fill](f, x)
     rows = []
-    places = torch.tensor(pairs, dtype=torch.long).view(-1, 2).to(x.device)
-    for n, t in (part.unbind(1) for part in places.split(BATCH) if len(part)):
-        weight = MASKINGS[search.masking](threshold_map(attribution[n], cut[n, t]))
-        image = owner[n]
-        x_hat = masked_image(x[image], weight, filled[image])
+    steps = torch.tensor([t for _, t in pairs], dtype=torch.long, device=x.device)
+    for start in range(0, len(pairs), BATCH):
+        maps, end = [n for n, _ in pairs[start : start + BATCH]], 0
+        x_hat = x.new_empty(len(maps), *x.shape[1:])
+        # Map by map, so that nothing of one or its image is copied for each threshold.
+        for n, same in groupby(maps):
+            begin, end = end, end + len(list(same))
+            at = cut[n, steps[start + begin : start + end]]
+            weight, image = MASKINGS[search.masking](attribution[n], at), owners[n]
+            masked_image(x[image], weight, filled[image], out=x_hat[begin:end])
         rows.append(ask(x_hat) if ask else f.probabilities(f(x_hat).float()))
     if not rows:
         return y[:, None].repeat(1, cut.shape[1])

@@ -218,6 +218,16 @@ def mask_of(thresholded: Tensor) -> Tensor:
     return thresholded != 0
 
 
+def mask_at(attribution: Tensor, cut: Tensor) -> Tensor:
+    """M_tau as `mask_of(threshold_map(...))`, without the map between, bool.
+
+    Args:
+        attribution: I, shape (..., H, W).
+        cut: from `cut_off`, shape (...).
+    """
+    return (attribution >= cut[..., None, None]) & (attribution != 0)
+
+
 def _mean_fill(f: Classifier, x: Tensor) -> Tensor:
     return torch.zeros_like(x)
 
@@ -243,21 +253,22 @@ FILLS: dict[str, Callable[[Classifier, Tensor], Tensor]] = {
 }
 
 # What multiplies the image: the mask (the paper's text) or the muted map (the authors' code).
-MASKINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "binary": lambda thresholded: mask_of(thresholded).to(thresholded),
-    "soft": lambda thresholded: thresholded,
+MASKINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "binary": lambda attribution, cut: mask_at(attribution, cut).to(attribution),
+    "soft": threshold_map,
 }
 
 
-def masked_image(x: Tensor, weight: Tensor, fill: Tensor) -> Tensor:
+def masked_image(x: Tensor, weight: Tensor, fill: Tensor, out: Tensor | None = None) -> Tensor:
     """x_hat = M_tau * x, elementwise (eq. 6), muted pixels showing the fill.
 
     Args:
-        x: inputs, shape (N, 3, H, W).
+        x: inputs, shape (N, 3, H, W), or of one image (3, H, W).
         weight: M_tau or I_tau, shape (N, H, W), in [0, 1].
-        fill: what muted pixels show, shape (N, 3, H, W); zeros are the mean colour.
+        fill: what muted pixels show, in x's shape; zeros are the mean colour.
+        out: takes the result, shape (N, 3, H, W).
     """
-    return torch.lerp(fill, x, weight[:, None].to(x))
+    return torch.lerp(fill, x, weight[:, None].to(x), out=out)
 
 
 MOST_SHOWN = 8  # images in a notebook
