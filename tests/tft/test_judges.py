@@ -25,6 +25,7 @@ from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import MODES, Search
 from aftcli.tft import judges as judging
 from aftcli.tft.judges import Judge, judged, load_judges
+from aftcli.tft.search import judged_masks
 from aftcli.tft.stores import Source
 from aftcli.tft.threshold import FILLS, MASKINGS
 from tests.evaluation.test_run import PLAN, UNITS, run_all, same, study_of
@@ -224,7 +225,7 @@ def test_a_judge_is_asked_about_a_whole_image_once_and_about_equal_masks_once():
     seen.clear()
     # Masks that keep every pixel are not asked about.
     maps = torch.ones(len(case.x), *SIZE, dtype=torch.float64)
-    judging.judged_masks(
+    judged_masks(
         judge,
         case.f,
         case.x,
