@@ -145,7 +145,7 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
     studies = _studies(run, asked := asked or Asked())
     judges = load_judges(asked.judges, asked.source.device, asked.source.note)
     for judge, study in product(judges, studies):
-        judge.check(study.f, "--judge")
+        judge.check(study.f)
     return [replace(study, judges=judges) for study in studies]
 
 
