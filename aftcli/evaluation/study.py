@@ -148,7 +148,7 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
     for study in studies:
         judges = tuple(judge.named_by(study.f, asked.source.note) for judge in loaded)
         for judge in judges:
-            judge.check(study.f, "--judge")
+            judge.check(study.f)
         found.append(replace(study, judges=judges))
     return found
 

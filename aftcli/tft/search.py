@@ -361,7 +361,7 @@ def search_threshold(
     """Find each image's threshold: `fine_tune_threshold` with its settings as one `Search`."""
     check_shape(x)
     for judge in judges:
-        judge.check(f)
+        judge.check(f, "judge")
     owner = torch.arange(len(x), device=x.device) if owner is None else owner
     count = len(owner)
     if attribution.shape != (count, *x.shape[2:]):
