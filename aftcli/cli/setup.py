@@ -262,8 +262,10 @@ def judges(
     from aftcli.models.load import find_device
     from aftcli.tft.judges import load_judges
 
-    option = "--tft-judges"
-    found = load_judges(names, find_device(device), noting(quiet), option)
+    option, note = "--tft-judges", noting(quiet)
+    found = load_judges(names, find_device(device), note, option)
+    for f in networks:
+        found = tuple(judge.named_by(f, note, option) for judge in found)
     for judge, f in product(found, networks):
         judge.check(f, option)
     return found
