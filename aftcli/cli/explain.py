@@ -15,7 +15,7 @@ import typer
 from aftcli.cli import setup
 from aftcli.cli.images import Files, Found, Job, each_image, nothing
 from aftcli.core.methods import named
-from aftcli.errors import AftError
+from aftcli.errors import UsageError
 from aftcli.options.groups import ComparedNetworks, LayeredNetwork, Run, TargetMaps, Thresholds
 from aftcli.options.make import number, option
 from aftcli.options.read import muting, outputs
@@ -107,7 +107,7 @@ def explain(
     tft = thresholds.tft
     cut = muting(thresholds.threshold, thresholds.mute, tft)
     if maps.contrast is not None and maps.target_fn:
-        raise AftError("--contrast and --target-fn exclude each other: a target is no class")
+        raise UsageError("--contrast and --target-fn exclude each other: a target is no class")
     networks = network.each()
     kinds, accelerate, found = _begin(images, networks, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
@@ -230,10 +230,10 @@ def _begin(
     kinds = outputs(output.save, tft)
     named(maps.cam or [])
     if (maps.target is not None) + (maps.top_k > 1) + (maps.target_fn is not None) > 1:
-        raise AftError("--target, --target-fn and --top-k exclude each other: give one")
+        raise UsageError("--target, --target-fn and --top-k exclude each other: give one")
     precision = networks[0].precision
     if maps.target_fn and precision != "no":
-        raise AftError("--target-fn runs in full precision: leave --precision out")
+        raise UsageError("--target-fn runs in full precision: leave --precision out")
     for network in networks:
         setup.check(network)
     accelerate = setup.engine(run.engine, precision, run.quiet)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
-from aftcli.errors import AftError
+from aftcli.errors import UsageError
 from aftcli.options.data import Data, ValShare
 from aftcli.options.groups import Methods, Printed, StudyRun, Weights, layer_names, method_names
 from aftcli.options.make import number, option, words
@@ -213,12 +213,14 @@ def finetune(
 def _check(data: TrainingData, maps: Methods, training: Training) -> None:
     """Check that nothing is asked for that needs masks, or their images, where it does not fit."""
     if data.no_masks and maps.cam:
-        raise AftError("--no-masks and --cam exclude each other: a control has no CAM")
+        raise UsageError("--no-masks and --cam exclude each other: a control has no CAM")
     if data.split and not data.no_masks:
-        raise AftError("--split goes with --no-masks: masks know the images that they were made of")
+        raise UsageError(
+            "--split goes with --no-masks: masks know the images that they were made of"
+        )
     for name in ("lam", "consistency", "classification"):
         if data.no_masks and getattr(training, name) is not None:
-            raise AftError(f"--{name} and --no-masks exclude each other: a control has no masks")
+            raise UsageError(f"--{name} and --no-masks exclude each other: a control has no masks")
 
 
 def _options(run: TuneRun, augment: bool, note: Callable[[str], None]) -> Options:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
-from aftcli.errors import AftError
+from aftcli.errors import UsageError
 from aftcli.options.data import Data, LabelsOption, ValShare
 from aftcli.options.groups import EvaluateRun, LowerPrecision, Methods, Network, Printed, Thresholds
 from aftcli.options.make import number, option, words
@@ -108,7 +108,7 @@ def gen_masks(
 
 def _show(output: MaskOutput) -> None:
     if output.show is None:
-        raise AftError("name a DATASET to make masks of, or --show FILE to see what a file holds")
+        raise UsageError("name a DATASET to make masks of, or --show FILE to see what a file holds")
 
     from aftcli.report.masks import export_store, show_store
 

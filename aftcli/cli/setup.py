@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aftcli.cli.process import kept_from_collector
 from aftcli.core.methods import METHODS, named, spelled
 from aftcli.data.text import check_data_set
-from aftcli.errors import AftError
+from aftcli.errors import AftError, UsageError
 from aftcli.files import check_checkpoint
 from aftcli.options.groups import Network, TargetMaps, Weights
 from aftcli.report.terminal import complain
@@ -121,13 +121,14 @@ def classifiers(
     A target, FILE.py:NAME, becomes its only class.
 
     Raises:
-        AftError: maps are to be fused, and only one layer is named, or see `load_classifier`.
+        UsageError: maps are to be fused, and only one layer is named.
+        AftError: see `load_classifier`.
     """
     from aftcli.models.load import find_device, load_classifier
 
     layers: Sequence[str | None] = network.layers or (None,)
     if fuse and len(layers) < 2:
-        raise AftError(f"--fuse {fuse} takes the maps of two layers or more: repeat --layer")
+        raise UsageError(f"--fuse {fuse} takes the maps of two layers or more: repeat --layer")
     where, note = find_device(device), note or noting(quiet)
     from aftcli.models.targets import load_target, with_target
 
