@@ -137,7 +137,7 @@ def explain(
     def job(one: LayeredNetwork, cuts: tuple[Classifier, ...], label: str) -> Job:
         f, *others = cuts
         with setup.naming(setup.title(one) if loaded[1:] else ""):
-            methods = setup.methods(f, maps.cam, default, others)
+            methods = setup.methods(f, maps.cam, default, others, maps.smooth, run.quiet)
             targets = setup.targets(f, maps)
             contrast = None
             if maps.contrast is not None:
@@ -193,7 +193,9 @@ def tft(
     values = read_map(maps.map_) if maps.map_ else None
     f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
     targets = setup.targets(f, maps)
-    methods = setup.methods(f, maps.cam, "gradcam", others) if values is None else ["map"]
+    methods = ["map"]
+    if values is None:
+        methods = setup.methods(f, maps.cam, "gradcam", others, maps.smooth, run.quiet)
     setup.advise(methods, thresholds.mode, maps.cells, run.quiet)
     each = explanation.passes(f, methods, len(targets) or maps.top_k, settings, maps.smooth)
     manifest = _manifest(kinds, network, maps, thresholds, output, run)

@@ -85,7 +85,7 @@ def gen_masks(
     images = open_data_set(data.dataset, data.split, f.classes, reading=reading).limited(data.limit)
     for text in images.notes:
         setup.noting(quiet)(text)
-    methods = setup.methods(f, maps.cam, "gradcam")
+    methods = setup.methods(f, maps.cam, "gradcam", quiet=quiet)
     count = len(images.samples)
     # Of all processes, so that their number changes no result.
     f = accelerate(f, count * passes(f, methods, 1, settings))

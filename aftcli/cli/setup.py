@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -239,15 +239,36 @@ def names(classes: Path | None) -> tuple[str, ...] | None:
 
 
 def methods(
-    f: Classifier, asked: list[str] | None, default: str, others: Sequence[Classifier] = ()
+    f: Classifier,
+    asked: list[str] | None,
+    default: str,
+    others: Sequence[Classifier] = (),
+    smooth: str = "none",
+    quiet: bool = False,
 ) -> list[str]:
-    """`--cam all` is all that fit the model at each layer; a method asked for by name must fit."""
-    from aftcli.tft.explain import fits
+    """Find the methods: `all` and families are those that fit the model at each layer.
 
-    methods = named(asked or [f.cam or default])
-    if "all" not in spelled(asked or []):
-        return methods
-    return [m for m in methods if all(fits(each, m) for each in (f, *others))]
+    Those that do not fit are named on stderr. A method that is asked for by name must fit.
+
+    Raises:
+        AftError: no method of a family fits.
+    """
+    from aftcli.tft.explain import refusal
+
+    methods, words = named(asked or [f.cam or default]), spelled(asked or [])
+    of_families = [name for name in methods if name not in words] if words else []
+    reasons = {name: refusal((f, *others), name, smooth) for name in of_families}
+    refused: dict[str, list[str]] = defaultdict(list)
+    for name in filter(reasons.get, of_families):
+        refused[reasons[name]].append(name)
+    found = [name for name in methods if not reasons.get(name)]
+    if not found:
+        raise AftError(
+            f"no method of --cam {', '.join(words)} fits {f.name}: {next(iter(refused))}"
+        )
+    for reason, names in refused.items():
+        noting(quiet)(f"skipped {', '.join(names)}: {reason}")
+    return found
 
 
 def advise(methods: list[str], mode: str, cells: bool, quiet: bool) -> None:

@@ -84,10 +84,16 @@ def find_images(
                     leading_out.append(str(error))
         problems += leading_out
         if not images and not leading_out:
-            missing = "image in this folder" if names else "such file or folder"
-            problems.append(f"{argument or repr(argument)}: there is no {missing}")
+            problems.append(f"{argument or repr(argument)}: {_missing(names)}")
         found.update(dict.fromkeys(images))
     return list(found), problems
+
+
+def _missing(names: Sequence[str]) -> str:
+    """Say what is missing where names of folders, or none, have led to no image."""
+    if any(_images_in(Path(name), None, lambda folder: ()) for name in names):
+        return "holds only pictures that aft has written; name your own"
+    return f"there is no {'image in this folder' if names else 'such file or folder'}"
 
 
 def _images_in(folder: Path, out: Path | None, written: Written) -> list[Path]:
