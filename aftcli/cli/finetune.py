@@ -44,7 +44,7 @@ class TrainingData(Data):
         option(
             "--no-masks",
             "",
-            "Train a control by plain cross-entropy. Other classes get a new last layer.",
+            "Train a control. Other classes get a new last layer.",
         ),
     ] = False
     held_out: Annotated[
@@ -128,9 +128,7 @@ class Training:
 class TunedMaps(Methods):
     """The maps that are tuned."""
 
-    cam: Annotated[
-        list[str] | None, method_names("Of the masks; repeatable. Default: all of them.")
-    ] = None
+    cam: Annotated[list[str] | None, method_names("Of the masks; repeatable. Default: all.")] = None
     gauge: Annotated[
         Gauge,
         words("--gauge", Gauge, "Learn t, or v and t"),
@@ -177,7 +175,7 @@ def finetune(
     """
     cams = named(maps.cam or [])
     _check(data, maps, training)
-    setup.check(network, data.dataset)
+    setup.check(network, data)
 
     from aftcli.aft.jobs import control_jobs, mask_jobs
     from aftcli.aft.loss import in_situation
@@ -192,6 +190,7 @@ def finetune(
     settings = in_situation(held_out=data.held_out, gauge=maps.gauge, **asked)
     accelerator = setup.accelerator(run.device, run.precision)
     first = accelerator.process_index == 0
+    setup.download(data, run.quiet, first, accelerator.wait_for_everyone)
     note = setup.noting(run.quiet or not first)
     options = _options(run, data.augment, note)
     *earlier, last = network.layers or [""]

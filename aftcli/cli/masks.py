@@ -64,11 +64,12 @@ def gen_masks(
     if output.show or data.dataset is None:
         return _show(output)
     named(maps.cam or [])
-    setup.check(network, data.dataset)
+    setup.check(network, data)
     settings = thresholds.settings()
     processes, device = setup.processes(run.device)
     quiet = run.quiet or processes.index > 0
     accelerate = setup.engine(run.engine, run.precision, quiet)
+    setup.download(data, quiet, processes.index == 0, processes.wait)
     f = setup.classifier(network, device, quiet)
 
     from aftcli.data.parts import Reading

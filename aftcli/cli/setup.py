@@ -16,6 +16,7 @@ from aftcli.core.methods import METHODS, named, spelled
 from aftcli.data.text import check_data_set
 from aftcli.errors import AftError, UsageError
 from aftcli.files import check_checkpoint
+from aftcli.options.data import Data
 from aftcli.options.groups import Network, TargetMaps, Weights
 from aftcli.report.terminal import complain
 
@@ -33,13 +34,24 @@ if TYPE_CHECKING:
     from aftcli.tft.stores import Source
 
 
-def check(network: Weights, dataset: Path | None = None) -> None:
+def check(network: Weights, data: Data | None = None) -> None:
     """Check at once what can be told without torch."""
     if network.checkpoint:
         check_checkpoint(network.checkpoint)
-    if dataset:
-        check_data_set(dataset)
+    if data and data.dataset and not data.download:
+        check_data_set(data.dataset)
     names(network.classes)
+
+
+def download(data: Data, quiet: bool, first: bool, wait: Callable[[], None]) -> None:
+    """Download the data set if that is asked for: one process does, and others wait for it."""
+    if not data.download or data.dataset is None:
+        return
+    if first:
+        from aftcli.formats.builtin import download
+
+        download(data.dataset, quiet)
+    wait()
 
 
 def device(name: str) -> torch.device:

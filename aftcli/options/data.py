@@ -59,6 +59,9 @@ class Data:
             autocompletion=complete.formats,
         ),
     ] = None
+    download: Annotated[
+        bool, option("--download", "", "Let torchvision download its data set to DIR.")
+    ] = False
     limit: Annotated[
         int | None,
         number("--limit", "N", "limit", "Take N images, spread over the classes."),

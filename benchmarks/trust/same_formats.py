@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors.torch import load_file
 
 from aftcli import MaskStore
@@ -36,7 +37,7 @@ PLACES = ("dataset", "train", "seconds")  # fields of tables that say where, and
 COMMANDS = {
     "gen-masks": ("--cam", "gradcam"),
     "finetune": ("--held-out", "0"),  # which images are held out turns on their names
-    "evaluate": ("--table", "1,2,3,4", "--json"),
+    "evaluate": ("--table", "1,2,3,4", "--masking", "binary", "--json"),
 }
 ALONE = ("finetune",)  # two processes share each batch, equal up to rounding
 
@@ -76,19 +77,26 @@ def aft(folder: Path, processes: int, killed: bool, *words: str) -> tuple[str, b
             env=settings,
             stdout=out,
             stderr=err,
-            start_new_session=True,
         )
         before = parts(folder)
         while killed and process.poll() is None:
             if parts(folder) - before:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                kill(process.pid)
                 process.wait()
                 return "", process.returncode == -signal.SIGKILL
             time.sleep(0.005)
         if process.wait():
             raise SystemExit(f"{folder.name}: {(folder / 'err').read_text()}")
         return (folder / "out").read_text(), False
+
+
+def kill(process: int) -> None:
+    """Kill a process and all that it started: torchrun starts each in a session of its own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        own = psutil.Process(process)
+        for each in (own, *own.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def parts(folder: Path) -> set[Path]:
