@@ -9,7 +9,7 @@ from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import UsageError
-from aftcli.options.data import Data, ValShare
+from aftcli.options.data import Data, LabelsOption, ValShare
 from aftcli.options.groups import Methods, Printed, StudyRun, Weights, layer_names, method_names
 from aftcli.options.make import number, option, words
 
@@ -44,7 +44,7 @@ class TrainingData(Data):
         option(
             "--no-masks",
             "",
-            "Train a control. Other classes get a new last layer.",
+            "Train by labels alone, also other classes.",
         ),
     ] = False
     held_out: Annotated[
@@ -52,6 +52,7 @@ class TrainingData(Data):
         number("--held-out", "SHARE", "held_out", "Share held out to choose the epoch."),
     ] = 0.1
     val_share: ValShare = None
+    labels: LabelsOption = None
     augment: Annotated[bool, option("--augment", "", "Flip and crop at random; uses no cache.")] = (
         False
     )
@@ -196,7 +197,7 @@ def finetune(
     *earlier, last = network.layers or [""]
     source = setup.source(network, last, accelerator.device, note, tuple(earlier))
     keep_freed_memory()
-    reading = Reading(data.data_format)
+    reading = Reading(data.data_format, data.labels and data.labels == "all")
     if data.no_masks:
         own = (data.dataset, data.split, data.limit, training.seed, reading, data.val_share)
         jobs = control_jobs(run.run, source, *own)

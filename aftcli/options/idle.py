@@ -160,7 +160,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
     ),
     "finetune": (
         DOWNLOAD,
-        Idle(("--val-share",), _without("--no-masks")),
+        Idle(("--val-share", "--labels"), _without("--no-masks")),
         Idle(("--objective", "--gauge"), _with("--no-masks")),
         Idle(
             ("--lam", "--consistency", "--classification", "--blend", "--patience"),
