@@ -172,7 +172,7 @@ def evaluate(
     columns = (tables(output.table), measures(output.metrics), thresholds.maskings)
     if 3 in columns[0] and any(MEASURES[name].of_probabilities for name in columns[1]):
         asked = asked._replace(judges=judges(network.judge))
-    setup.download(data, quiet, processes.index == 0, processes.wait)
+    data.fetch(quiet, processes.index == 0, processes.wait)
     keep_freed_memory()
     plan = _plan(thresholds, output, run, setup.engine(run.engine, "no", quiet))
     studies = find_studies(run.run, asked)

@@ -31,7 +31,7 @@ class TunedNetwork(Weights):
     """The network and its layers, the last being the masks'."""
 
     layers: Annotated[
-        list[str] | None, layer_names("Layers to tune. Default, and last: the masks'.")
+        list[str] | None, layer_names("Layers to tune, the masks' last. Default: that.")
     ] = None
 
 
@@ -132,7 +132,7 @@ class TunedMaps(Methods):
     cam: Annotated[list[str] | None, method_names("Of the masks; repeatable. Default: all.")] = None
     gauge: Annotated[
         Gauge,
-        words("--gauge", Gauge, "Learn t, or v and t"),
+        words("--gauge", Gauge, "Zero level by t, or v and t"),
     ] = "t"
 
 
@@ -191,7 +191,7 @@ def finetune(
     settings = in_situation(held_out=data.held_out, gauge=maps.gauge, **asked)
     accelerator = setup.accelerator(run.device, run.precision)
     first = accelerator.process_index == 0
-    setup.download(data, run.quiet, first, accelerator.wait_for_everyone)
+    data.fetch(run.quiet, first, accelerator.wait_for_everyone)
     note = setup.noting(run.quiet or not first)
     options = _options(run, data.augment, note)
     *earlier, last = network.layers or [""]

@@ -69,7 +69,7 @@ def gen_masks(
     processes, device = setup.processes(run.device)
     quiet = run.quiet or processes.index > 0
     accelerate = setup.engine(run.engine, run.precision, quiet)
-    setup.download(data, quiet, processes.index == 0, processes.wait)
+    data.fetch(quiet, processes.index == 0, processes.wait)
     f = setup.classifier(network, device, quiet)
 
     from aftcli.data.parts import Reading

@@ -143,10 +143,14 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
             there are no images with labels among the classes, or a judge knows none of these.
     """
     studies = _studies(run, asked := asked or Asked())
-    judges = load_judges(asked.judges, asked.source.device, asked.source.note)
-    for judge, study in product(judges, studies):
-        judge.check(study.f)
-    return [replace(study, judges=judges) for study in studies]
+    loaded = load_judges(asked.judges, asked.source.device, asked.source.note)
+    found = []
+    for study in studies:
+        judges = tuple(judge.named_by(study.f, asked.source.note) for judge in loaded)
+        for judge in judges:
+            judge.check(study.f, "--judge")
+        found.append(replace(study, judges=judges))
+    return found
 
 
 def _studies(run: Path, asked: Asked) -> list[Study]:
@@ -206,7 +210,7 @@ def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked)
     _check_pairs(f, tuned)
     made = _made_of(run, stores, tuned, asked)
     cams = tuple(cam for cam in METHODS if cam in known)
-    of = _data_set(f, made, asked, stores), cams, tuple(_variants(f, cams, tuned, asked))
+    of = _data_set(f, made, asked, *stores), cams, tuple(_variants(f, cams, tuned, asked))
     return Study(f, *of, _search(run, stores, tuned, asked), _trained_on(made), asked.cells)
 
 
@@ -327,9 +331,7 @@ def _made_of(
     return first.made
 
 
-def _data_set(
-    f: Classifier, made: dict[str, Any], asked: Asked, stores: Sequence[MaskStore] = ()
-) -> DataSet:
+def _data_set(f: Classifier, made: dict[str, Any], asked: Asked, *stores: MaskStore) -> DataSet:
     path, split = asked.data, asked.split
     reading = reread(path, asked.reading, made, f.classes, stores)
     if path is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import typer
 
-from aftcli.data.text import check_format
+from aftcli.data.names import check_format
 from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
 
@@ -66,3 +67,13 @@ class Data:
         int | None,
         number("--limit", "N", "limit", "Take N images, spread over the classes."),
     ] = None
+
+    def fetch(self, quiet: bool, first: bool, wait: Callable[[], None]) -> None:
+        """Download the data set if that is asked for: one process does, and others wait for it."""
+        if not self.download or self.dataset is None:
+            return
+        if first:
+            from aftcli.formats.builtin import download
+
+            download(self.dataset, quiet)
+        wait()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from aftcli.core.methods import METHODS, named
-from aftcli.data.text import BUILTIN
+from aftcli.data.names import BUILTIN
 from aftcli.errors import AftError
 from aftcli.evaluation.measures import EVALUATED, MEASURED, MEASURES, measures
 from aftcli.options.read import tables, undrawn
@@ -125,7 +125,7 @@ OF_IMAGES = (
 # By command. Options that exclude each other are not here.
 IDLE: dict[str, tuple[Idle, ...]] = {
     "explain": (
-        Idle(("--thresholds", "--threshold-mode", "--search"), _without("--tft")),
+        Idle(("--thresholds", "--threshold-mode", "--search", "--tft-judges"), _without("--tft")),
         Idle(("--masking", "--fill"), _without("--tft", "--threshold", "--mute")),
         *OF_IMAGES,
     ),
