@@ -237,7 +237,7 @@ class TargetMaps(Maps):
         option("--target-fn", "FN", "Explain your score: runs FILE.py:NAME."),
     ] = None
     top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N likeliest classes.")] = 1
-    smooth: Annotated[Smooth, words("--smooth", Smooth, "Smooth the map")] = "none"
+    smooth: Annotated[Smooth, words("--smooth", Smooth, "Smooth")] = "none"
     fuse: Annotated[Fuse | None, words("--fuse", Fuse, "Combine layers by")] = None
 
     @property
