@@ -1,10 +1,13 @@
-"""The error and the warning of the package, and the nearest names for messages."""
+"""The error and the warning of the package, and words for messages."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher, get_close_matches
+
+MOST_NAMED = 5  # folders, pictures or labels in a message
 
 
 class AftError(Exception):
@@ -58,6 +61,26 @@ def check_name(what: str, name: str, known: Iterable[str]) -> None:
 def first_line(error: Exception) -> str:
     """Return the first line of another library's error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def reason(error: Exception) -> str:
+    """Say in one line why a file can't be read."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "pickle" in str(error):  # numpy's message tells how to run the file's code
+        return "it holds no plain array of numbers"
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return textwrap.shorten(text, 160, placeholder="...")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Name the first of some folders, pictures or labels in a message.
+
+    >>> listed(["a", "b"])
+    'a, b'
+    """
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"{', '.join(names[:MOST_NAMED])}{more}"
 
 
 def root_of(error: Exception) -> Exception:

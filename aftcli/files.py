@@ -1,23 +1,21 @@
-"""Files that are written whole or not at all, seals, and locks that end with their process."""
+"""Files of users, read within bounds; our own, written whole or not at all; and seals."""
 
 from __future__ import annotations
 
-import errno
-import glob
 import hashlib
 import json
 import os
-import platform
-import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from aftcli.errors import AftError, AftWarning
+from aftcli.errors import AftError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,15 +23,9 @@ if TYPE_CHECKING:
 
 FOLLOW = "AFT_FOLLOW_LINKS"  # set by who trusts the links in a data set
 
-HELD = {errno.EACCES, errno.EAGAIN}  # answers of a lock that another process holds
+LARGEST_TEXT = 2**24  # bytes of class names, of a list, of an annotation
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-
-LONGEST = 4096  # bytes that are read of a lock
-
-
-class BusyError(AftError):
-    """A file that another process holds."""
+TEMPORARY = re.compile(r"\.(?P<writer>[0-9]+)-(?P<name>.*)", re.DOTALL)  # of a process by its id
 
 
 def check_folder(path: Path) -> None:
@@ -65,10 +57,27 @@ def _sync_folder(path: Path) -> None:
 
 def sweep(path: Path) -> None:
     """Delete the temporary files of processes that were killed while they wrote a file."""
-    for left in path.parent.glob(f".*-{glob.escape(path.name)}"):
-        writer = left.name[1:].partition("-")[0]
-        if writer.isdecimal() and not psutil.pid_exists(int(writer)):
-            left.unlink(missing_ok=True)
+    _delete_stale(path, _temporaries(path.parent))
+
+
+def _temporaries(folder: Path) -> dict[str, list[str]]:
+    """Find what may be temporary files in a folder: their writers, by the files' names."""
+    writers = defaultdict(list)
+    with suppress(OSError):
+        for name in os.listdir(folder):
+            if found := TEMPORARY.fullmatch(name):
+                writers[found["name"]].append(found["writer"])
+    return writers
+
+
+# Scanned once a process: each file's own scan would make a folder of many take quadratic time.
+_scanned = cache(_temporaries)
+
+
+def _delete_stale(path: Path, writers: Mapping[str, Sequence[str]]) -> None:
+    for writer in writers.get(path.name, ()):
+        if not psutil.pid_exists(int(writer)):
+            path.with_name(f".{writer}-{path.name}").unlink(missing_ok=True)
 
 
 def inside(folder: Path, name: str, named: Path | None = None) -> Path:
@@ -92,11 +101,37 @@ def inside(folder: Path, name: str, named: Path | None = None) -> Path:
     return path
 
 
+def read_bounded(path: Path) -> bytes:
+    """Read a file that may be any user's.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no regular file, or larger than LARGEST_TEXT.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise ValueError(f"it is larger than {LARGEST_TEXT} bytes")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no regular file, larger than LARGEST_TEXT, or not in UTF-8.
+    """
+    return read_bounded(path).decode("utf-8-sig")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file whole or not at all: to a temporary one, renamed at the end."""
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    sweep(path)
+    _delete_stale(path, _scanned(path.parent.absolute()))
     temporary.unlink(missing_ok=True)
     # Made exclusively, so that a link planted under its name is not followed.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -199,10 +234,6 @@ def _seal(text: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256((text + tensors_hash(tensors)).encode()).hexdigest()
 
 
-def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
 def file_stem(model: str, what: str) -> str:
     """Name the files of a run after a model and what was done with it.
 
@@ -226,173 +257,3 @@ def make_folder(path: Path) -> Path:
             f"{path}: can't be made ({error.strerror or error}); give another --run"
         ) from error
     return path
-
-
-@contextmanager
-def locked(target: Path) -> Iterator[int]:
-    """Hold a file in the making: a second process on it is refused.
-
-    Yields the descriptor of the lock's file.
-
-    The lock goes with the process, however it ends. Where the file system has no locks, as on NFS
-    or Lustre, a file that names the process takes its place, and AftWarning says so.
-
-    Args:
-        target: the file; the lock lies beside it, hidden.
-    """
-    try:
-        lock = open(_lock_of(target), "a", opener=_no_link)
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    with lock as file, ExitStack() as held:
-        missing = _without_locks(file.fileno(), target)
-        if missing:
-            warnings.warn(
-                f"{target.parent}: its file system has no locks ({missing}); hidden files "
-                "(.*.held) that name the process take their place",
-                AftWarning,
-                stacklevel=3,
-            )
-            held.enter_context(_own_lock(target))
-        elif _own_lock_of(target).exists():
-            # Another machine may have mounted the same folder without locks.
-            _clear_stale(_own_lock_of(target), target)
-        yield file.fileno()
-
-
-def _lock_of(target: Path) -> Path:
-    return target.with_name(f".{target.stem}.lock")
-
-
-@contextmanager
-def waiting(target: Path, seconds: float = 30.0) -> Iterator[None]:
-    """Hold a file as `locked` does, for a moment: wait for others, and leave no lock behind.
-
-    Args:
-        target: the file.
-        seconds: how long to wait.
-
-    Raises:
-        BusyError: another process still holds it.
-    """
-    lock, end = _lock_of(target), time.monotonic() + seconds
-    with ExitStack() as held:
-        while True:
-            try:
-                descriptor = held.enter_context(locked(target))
-            except BusyError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.02)
-                continue
-            with suppress(FileNotFoundError):
-                # Who held it before may have removed the file that is locked now.
-                if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                    break
-            held.close()
-        held.callback(lock.unlink, missing_ok=True)
-        yield
-
-
-def _unwritable(target: Path, error: OSError) -> AftError:
-    return AftError(
-        f"{target}: can't be written ({error.strerror}); make its folder writable, free space "
-        "or choose another --run; the same command resumes where it stopped"
-    )
-
-
-def _without_locks(descriptor: int, target: Path) -> str | None:
-    """Take the system's lock; return the reason if its file system has none."""
-    import fcntl
-
-    try:
-        # Not flock: forked workers would inherit it and outlive a killed parent.
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in NO_LOCKS:
-            return error.strerror or str(error)
-        if error.errno in HELD:
-            raise BusyError(
-                f"{target}: another process is writing this file; wait for it or choose another "
-                "--run"
-            ) from error
-        raise AftError(
-            f"{target}: can't be locked ({error.strerror or error}); choose another --run, on "
-            "another disk"
-        ) from error
-    return None
-
-
-def _own_lock_of(target: Path) -> Path:
-    return target.with_name(f".{target.stem}.held")
-
-
-@contextmanager
-def _own_lock(target: Path) -> Iterator[None]:
-    """Hold a file by a second one that exists while this process works on it."""
-    path = _own_lock_of(target)
-    try:
-        if path.exists():
-            _clear_stale(path, target)
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    except FileExistsError:
-        raise _busy(path, target, _read_holder(path)) from None
-    except OSError as error:
-        raise _unwritable(target, error) from error
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"host": platform.node(), "pid": os.getpid(), "machine": _machine()}, file)
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _machine() -> str:
-    """Tell this machine, since it was started, and its numbering of processes from others."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{platform.node()} {int(psutil.boot_time())}"
-
-
-def _read_holder(path: Path) -> dict[str, Any]:
-    """Read who holds a file; empty if its lock does not say, or not yet."""
-    try:
-        with path.open("rb") as file:
-            found = json.loads(file.read(LONGEST))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("pid"), int) else {}
-
-
-def _busy(path: Path, target: Path, holder: Mapping[str, Any]) -> BusyError:
-    who = f"process {holder['pid']} on {holder.get('host')}" if holder else "another process"
-    return BusyError(
-        f"{target}: {who} is writing this file, as {path.name} beside it says; wait for it, or "
-        f"delete {path.name} if that process no longer runs"
-    )
-
-
-def _clear_stale(path: Path, target: Path) -> None:
-    """Remove the lock file of an ended process of this machine; any other is an error."""
-    holder = _read_holder(path)
-    if holder.get("machine") != _machine() or psutil.pid_exists(holder["pid"]):
-        raise _busy(path, target, holder)
-    claim = path.with_suffix(".claim")
-    # Two processes may come here: one removes it, and only if it is still the same.
-    try:
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except FileExistsError:
-        raise _busy(claim, target, {}) from None
-    try:
-        if _read_holder(path) == holder:
-            path.unlink()
-    finally:
-        claim.unlink(missing_ok=True)
-    warnings.warn(
-        f"{path}: was left by process {holder['pid']} of this machine, which no longer runs; "
-        "removed",
-        AftWarning,
-        stacklevel=4,
-    )

@@ -27,7 +27,7 @@ Fill = Literal["mean", "black", "blur"]
 Mode = Literal["value", "percentile"]
 SearchKind = Literal["exact", "fast"]
 # Of those in aftcli.attributions.maps.
-Smooth = Literal["none", "aug", "eigen"]
+Smooth = Literal["none", "aug", "eigen", "noise"]
 Fuse = Literal["max", "product"]
 
 # Of matplotlib's: the first three are perceptual, equal steps of a score look equal.
@@ -160,6 +160,27 @@ SITUATIONS = {
         STEPS,
     ),
 }
+
+
+class Shaping(NamedTuple):
+    """Steps that change a method's map, on its way to the map that is shown.
+
+    `aftcli.attribution_map` explains each.
+
+    Attributes:
+        cells: a map of pixels is averaged over the activation's cells.
+        zero_level: the share of the maximum that is subtracted from maps of cells, in [0, 1).
+        smooth: one of Smooth.
+        fuse: one of Fuse, which combines the maps of several layers.
+    """
+
+    cells: bool = False
+    zero_level: float = 0.0
+    smooth: str = "none"
+    fuse: str = "max"
+
+
+AS_COMPUTED = Shaping()  # the map of a method as it is
 
 
 @dataclass(frozen=True)

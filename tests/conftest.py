@@ -26,6 +26,7 @@ from aftcli.settings import SITUATIONS  # noqa: E402
 from tests.helpers.command import aft  # noqa: E402
 from tests.helpers.compare import uncut  # noqa: E402
 from tests.helpers.preloaded import keep_from_collector  # noqa: E402
+from tests.helpers.stored import draw, small_float  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 # By their wnids: tiger cat, espresso, missile.
@@ -99,7 +100,7 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     helpers = [f"tests.helpers.{name}" for name in ("stored", "trained", "faulty", "preloaded")]
     reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.pages.printed"]
-    data = ["aftcli.data.text", "aftcli.formats.voc", "aftcli.evaluation.metrics"]
+    data = ["aftcli.formats.voc", "aftcli.evaluation.metrics"]
     # Those of others that are imported late; what is not there is left out.
     late = ["timm", "typer._adapters", "matplotlib.backends.backend_agg"]
     context.set_forkserver_preload([*late, *data, *reports, *helpers])
@@ -108,6 +109,28 @@ def processes():
         patch.setenv("PYTHONPATH", str(ROOT))
         forkserver.ensure_running()
     return context
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder to be in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def picture(folder):
+    """A folder to be in, with a picture."""
+    draw("a.png")
+    return folder
+
+
+@pytest.fixture
+def f(monkeypatch):
+    """The commands' classifier: a small one, the same every time."""
+    small = small_float()
+    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: small)
+    return small
 
 
 @pytest.fixture

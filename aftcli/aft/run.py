@@ -28,13 +28,13 @@ from aftcli.data.blocks import Broken, content_hash, contents_of, pack, stamp_of
 from aftcli.errors import AftError
 from aftcli.files import (
     durable,
-    locked,
     make_folder,
     read_sealed,
     sweep,
     write_sealed,
     write_tensors,
 )
+from aftcli.locks import locked
 from aftcli.models.checkpoint import card_classes, checkpoint_of, read_card
 from aftcli.tft.masks import refuse_other_settings
 from aftcli.version import __version__

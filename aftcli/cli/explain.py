@@ -5,20 +5,37 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from aftcli.cli import setup
-from aftcli.cli.images import Files, Found, Job, each_image, nothing
+from aftcli.cli.images import (
+    Files,
+    Found,
+    Job,
+    Results,
+    each_image,
+    find_images,
+    nothing,
+    of_network,
+    results_of,
+)
 from aftcli.core.methods import named
 from aftcli.errors import AftError
-from aftcli.options.groups import ComparedNetworks, LayeredNetwork, Run, TargetMaps, Thresholds
+from aftcli.options.groups import (
+    ComparedNetworks,
+    JudgedThresholds,
+    LayeredNetwork,
+    Run,
+    TargetMaps,
+)
 from aftcli.options.make import number, option
 from aftcli.options.read import muting, outputs
+from aftcli.settings import Shaping
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,10 +43,11 @@ if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
     from aftcli.engine.accelerate import Accelerate
     from aftcli.pictures.overlay import Subject
-    from aftcli.report.compared import Grids
     from aftcli.report.explain import Report
     from aftcli.report.manifest import Manifest
-    from aftcli.report.names import Setting
+    from aftcli.settings import Search
+    from aftcli.tft.explain import Explanation
+    from aftcli.tft.judges import Judge
 
 # Options that entries of a manifest have on their own, or that change no file.
 ELSEWHERE = {"models", "checkpoints", "cam", "target", "top_k", "out", "save", "json"}
@@ -49,6 +67,11 @@ class CutMaps(TargetMaps):
             show_default=False,
         ),
     ] = 0.0
+
+    @property
+    def shaping(self) -> Shaping:
+        """Steps that change a method's map."""
+        return super().shaping._replace(zero_level=self.zero_level)
 
 
 @dataclass(frozen=True)
@@ -79,7 +102,7 @@ class GivenMap(TargetMaps):
 
 
 @dataclass(frozen=True)
-class WantedThresholds(Thresholds):
+class WantedThresholds(JudgedThresholds):
     """The search of thresholds, where one is wanted, or a fixed one."""
 
     tft: Annotated[bool, option("--tft", "", "Cut where the class's probability rises most.")] = (
@@ -112,66 +135,38 @@ def explain(
     kinds, accelerate, found = _begin(images, networks, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
     loaded = setup.networks(networks, run.device, run.quiet, maps.fuse, maps.target_fn)
-    # Layer-CAM has no sign, which is what a contrast is about.
-    default = "layercam" if maps.contrast is None else "gradcam"
+    judges = setup.judges(thresholds.asked, [f for f, *_ in loaded], run.device, run.quiet)
 
-    from aftcli.pictures.colours import Look
     from aftcli.report import names
     from aftcli.report.compared import labels
-    from aftcli.report.explain import shown_of, written
-    from aftcli.tft import explain as explanation
 
     wanted = settings if tft or cut else None
-    searched = names.of_search(settings, thresholds.thresholds) if tft else []
-    look = Look(output.colormap, output.alpha)
+    searched = names.of_search(settings, thresholds.thresholds, thresholds.asked) if tft else []
     fixed = names.of_threshold(thresholds.threshold, thresholds.mute)
-    changed = names.of_map(
-        cells=maps.cells, zero_level=maps.zero_level, smooth=maps.smooth, target=maps.target_fn
-    )
-    of_cut = [*searched, *fixed, *names.of_look(look)]
+    of_map = names.of_map(maps.shaping, maps.target_fn)
     manifest = _manifest(kinds, network, maps, thresholds if wanted else None, output, run)
-    grids = _grids(kinds, networks, maps, [*changed], of_cut, found, output, run, manifest)
-    called = labels([(f.name, f.checkpoint) for f, *_ in loaded])
-    advised: list[str] = []
-
-    def job(one: LayeredNetwork, cuts: tuple[Classifier, ...], label: str) -> Job:
-        f, *others = cuts
-        with setup.naming(setup.title(one) if loaded[1:] else ""):
-            methods = setup.methods(f, maps.cam, default, others)
-            targets = setup.targets(f, maps)
-            contrast = None
-            if maps.contrast is not None:
-                methods, contrast = setup.contrast(f, maps.contrast, maps.cam, methods, targets)
-        advised.extend(methods if tft else [])
-        suffixes = names.suffixes([*_of_network(one, maps), *changed], of_cut)
-        each = explanation.passes(f, methods, len(targets) or maps.top_k, wanted, maps.smooth)
-
-        def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
-            asked = (targets, maps.top_k, wanted, maps.cells, bool(cut), maps.zero_level)
-            x, layers = setup.input_of(f, subject), (fast, *others)
-            explained = explanation.explain(
-                layers, x, methods, *asked, smooth=maps.smooth, fuse=maps.fusion, contrast=contrast
-            )
-            if targets:
-                setup.warn_of_chance(f, subject, explained, run.quiet)
-            reports = written(f, subject, explained, kinds, output.out, suffixes, look, manifest)
-            shown = [shown_of(f, subject, e, look) for e in explained]
-            grids.add(shown, label if loaded[1:] else "")
-            return reports
-
-        ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
-        return Job(ready, explain_image, setup.title(one) if loaded[1:] else "")
-
-    jobs = [job(*each) for each in zip(networks, loaded, called, strict=True)]
-    setup.advise(list(dict.fromkeys(advised)), thresholds.mode, maps.cells, run.quiet)
-    each_image(jobs, found, settings, output, run, grids, manifest)
+    of_cut = [*searched, *fixed]
+    results = results_of(kinds, networks, maps, of_map, of_cut, found, output, run, manifest)
+    called = [setup.title(one) if loaded[1:] else "" for one in networks]
+    asked = [_question(maps, *each) for each in zip(loaded, called, strict=True)]
+    if tft:
+        methods = dict.fromkeys(method for question in asked for method in question.methods)
+        setup.advise(list(methods), thresholds.mode, maps.cells, run.quiet)
+    shown = labels([(f.name, f.checkpoint) for f, *_ in loaded]) if loaded[1:] else [""]
+    masked = len(found.paths) * len(loaded) * len(settings.thresholds)
+    judges = setup.fast_judges(judges, accelerate, masked)
+    of_run = (accelerate, len(found.paths), results, run.quiet)
+    task = Task(maps, wanted, bool(cut), *of_run, judges=judges)
+    each = zip(networks, loaded, asked, called, shown, strict=True)
+    jobs = [task.job(*one) for one in each]
+    each_image(jobs, found, settings, output, run, results)
 
 
 def tft(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture.")],
     network: LayeredNetwork,
     maps: GivenMap,
-    thresholds: Thresholds,
+    thresholds: JudgedThresholds,
     output: Files,
     run: Run,
 ) -> None:
@@ -180,42 +175,136 @@ def tft(
     settings = thresholds.settings()
 
     from aftcli.data.maps import read_map
-    from aftcli.pictures.colours import Look
     from aftcli.report import names
-    from aftcli.report.explain import shown_of, written
-    from aftcli.tft import explain as explanation
 
-    of_map = names.of_map(maps.map_, maps.absolute, maps.cells, 0.0, maps.smooth, maps.target_fn)
-    searched = names.of_search(settings, thresholds.thresholds)
-    look = Look(output.colormap, output.alpha)
-    of_cut = [*searched, *names.of_look(look)]
-    called = names.suffixes([*_of_network(network, maps), *of_map], of_cut)
+    of_map = names.of_map(maps.shaping, maps.target_fn, maps.map_, maps.absolute)
+    searched = names.of_search(settings, thresholds.thresholds, thresholds.asked)
     values = read_map(maps.map_) if maps.map_ else None
-    f, *others = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
-    targets = setup.targets(f, maps)
-    methods = setup.methods(f, maps.cam, "gradcam", others) if values is None else ["map"]
+    cuts = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
+    judges = setup.judges(thresholds.asked, cuts[:1], run.device, run.quiet)
+    judges = setup.fast_judges(judges, accelerate, len(settings.thresholds))
+    targets = setup.targets(cuts[0], maps)
+    methods = ["map"] if maps.map_ else setup.methods(cuts[0], maps.cam, "gradcam", cuts[1:])
     setup.advise(methods, thresholds.mode, maps.cells, run.quiet)
-    each = explanation.passes(f, methods, len(targets) or maps.top_k, settings, maps.smooth)
     manifest = _manifest(kinds, network, maps, thresholds, output, run)
-    grids = _grids(kinds, [network], maps, of_map, of_cut, found, output, run, manifest)
+    results = results_of(kinds, [network], maps, of_map, searched, found, output, run, manifest)
+    of_run = (accelerate, len(found.paths), results, run.quiet)
+    task = Task(maps, settings, False, *of_run, values, judges)
+    job = task.job(network, cuts, Question(methods, targets))
+    each_image([job], found, settings, output, run, results)
 
-    def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
-        x, asked = setup.input_of(f, subject), (targets, maps.top_k, settings)
-        if values is None:
-            layers = (fast, *others)
-            explained = explanation.explain(
-                layers, x, methods, *asked, maps.cells, smooth=maps.smooth, fuse=maps.fusion
-            )
-        else:
-            attribution = _fitted(values, maps, f, x, subject, run.quiet)
-            explained = explanation.explain_map(fast, x, attribution, *asked)
-        if targets:
-            setup.warn_of_chance(f, subject, explained, run.quiet)
-        grids.add([shown_of(f, subject, e, look) for e in explained])
-        return written(f, subject, explained, kinds, output.out, called, look, manifest)
 
-    ready = partial(_as_it_is if maps.target_fn else accelerate, f, len(found.paths) * each)
-    each_image([Job(ready, explain_image)], found, settings, output, run, grids, manifest)
+class Question(NamedTuple):
+    """What a network is asked of each picture.
+
+    Attributes:
+        methods: keys of METHODS, or "map" for another tool's map.
+        targets: the classes to explain; none for the predicted ones.
+        contrast: the class that they are contrasted with.
+    """
+
+    methods: list[str]
+    targets: list[int]
+    contrast: int | None = None
+
+
+def _question(maps: ContrastedMaps, cuts: Sequence[Classifier], called: str) -> Question:
+    """Find the methods that fit a network, and its classes; errors name it."""
+    f, *others = cuts
+    # Layer-CAM has no sign, which is what a contrast is about.
+    default = "layercam" if maps.contrast is None else "gradcam"
+    with setup.naming(called):
+        methods = setup.methods(f, maps.cam, default, others)
+        targets = setup.targets(f, maps)
+        if maps.contrast is None:
+            return Question(methods, targets)
+        methods, contrast = setup.contrast(f, maps.contrast, maps.cam, methods, targets)
+        return Question(methods, targets, contrast)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a command does with each network.
+
+    Attributes:
+        maps: the maps and classes.
+        search: of thresholds; None for plain maps.
+        fixed: the search is of one fixed threshold.
+        accelerate: makes networks fast.
+        count: of images.
+        results: where they go.
+        quiet: notes are not printed.
+        given: another tool's map, shape (H, W).
+        judges: who else the search asks.
+    """
+
+    maps: TargetMaps
+    search: Search | None
+    fixed: bool
+    accelerate: Accelerate
+    count: int
+    results: Results
+    quiet: bool
+    given: Tensor | None = None
+    judges: Sequence[Judge] = ()
+
+    def job(
+        self,
+        network: LayeredNetwork,
+        cuts: Sequence[Classifier],
+        question: Question,
+        called: str = "",
+        label: str = "",
+    ) -> Job:
+        """Make the job of a network.
+
+        Args:
+            network: its options.
+            cuts: the network, cut at each layer.
+            question: what it is asked.
+            called: its name in errors.
+            label: its name in grids.
+        """
+        from aftcli.report.names import suffixes
+        from aftcli.tft.explain import passes
+
+        f, maps = cuts[0], self.maps
+        of_map = [*of_network(network, maps), *self.results.of_map]
+        settings = suffixes(of_map, self.results.of_cut)
+        classes = len(question.targets) or maps.top_k
+        mirrors = setup.mirrors(self.judges)
+        each = passes(f, question.methods, classes, self.search, maps.smooth, mirrors)
+
+        def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
+            explained = self._explained((fast, *cuts[1:]), f, subject, question)
+            setup.say_not_asked(self.judges, f, subject, explained, self.quiet)
+            if question.targets:
+                setup.warn_of_chance(f, subject, explained, self.quiet)
+            return self.results.write(f, subject, explained, settings, label)
+
+        accelerate = _as_it_is if maps.target_fn else self.accelerate
+        return Job(partial(accelerate, f, self.count * each), explain_image, called)
+
+    def _explained(
+        self, layers: Sequence[Classifier], f: Classifier, subject: Subject, question: Question
+    ) -> list[Explanation]:
+        """Explain a picture by a network, fast at its first layer, or by another tool's map."""
+        from aftcli.tft.explain import explain, explain_map
+
+        x, maps = setup.input_of(f, subject), self.maps
+        asked = (question.targets, maps.top_k, self.search)
+        if self.given is not None and isinstance(maps, GivenMap):
+            attribution = _fitted(self.given, maps, f, x, subject, self.quiet)
+            return explain_map(layers[0], x, attribution, *asked, self.judges)
+        known = (question.methods, *asked, maps.shaping)
+        return explain(
+            layers,
+            x,
+            *known,
+            fixed=self.fixed,
+            contrast=question.contrast,
+            judges=self.judges,
+        )
 
 
 def _begin(
@@ -238,7 +327,6 @@ def _begin(
         setup.check(network)
     accelerate = setup.engine(run.engine, precision, run.quiet)
 
-    from aftcli.data.text import find_images
     from aftcli.report.manifest import written_in
 
     found = Found(*find_images(images, output.out, written_in))
@@ -251,7 +339,7 @@ def _manifest(
     kinds: tuple[str, ...],
     network: LayeredNetwork,
     maps: TargetMaps,
-    thresholds: Thresholds | None,
+    thresholds: JudgedThresholds | None,
     output: Files,
     run: Run,
 ) -> Manifest | None:
@@ -271,31 +359,11 @@ def _manifest(
     call = {"settings": plain, "command": shlex.join(["aft", *sys.argv[1:]])}
     code = [name.rpartition(":")[0] for name in [*(network.models or ()), maps.target_fn or ""]]
     named = [*(network.checkpoints or ()), network.classes, getattr(maps, "map_", None)]
+    judges = thresholds.asked if thresholds else ()
+    named += [Path(name.rpartition("=")[2]) for name in judges]
     files = [*map(Path, filter(None, code)), *filter(None, named)]
     inputs = [path for path in files if path.is_file()]
     return Manifest(output.out, call, setup.noting(run.quiet), inputs)
-
-
-def _grids(
-    kinds: tuple[str, ...],
-    networks: Sequence[LayeredNetwork],
-    maps: TargetMaps,
-    of_map: list[Setting],
-    of_cut: list[Setting],
-    found: Found,
-    output: Files,
-    run: Run,
-    manifest: Manifest | None,
-) -> Grids:
-    """Make what draws grids; names say the settings that all networks share."""
-    from aftcli.report.compared import Grids
-    from aftcli.report.names import suffixes
-
-    shared = replace(networks[0], models=None, checkpoints=None) if networks[1:] else networks[0]
-    called = suffixes([*_of_network(shared, maps), *of_map], of_cut)
-    single = maps.top_k == 1 and len(maps.target or ()) <= 1
-    asked = (output.out, kinds, len(found.paths), single)
-    return Grids(*asked, called, manifest, setup.noting(run.quiet))
 
 
 def _as_it_is(f: Classifier, passes: int | None) -> Classifier:
@@ -304,14 +372,6 @@ def _as_it_is(f: Classifier, passes: int | None) -> Classifier:
 
     f.watch = PASSED.add
     return f
-
-
-def _of_network(network: LayeredNetwork, maps: TargetMaps) -> list[Setting]:
-    from aftcli.report.names import of_network
-
-    layers = tuple(network.layers or ())
-    files = (network.model, network.checkpoint, network.classes)
-    return of_network(*files, layers, network.precision, network.output, maps.fusion)
 
 
 def _fitted(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import typer
 
 from aftcli.cli.process import keep_freed_memory
-from aftcli.cli.setup import naming
+from aftcli.cli.setup import naming, noting
+from aftcli.data.picture import is_picture
 from aftcli.errors import AftError
-from aftcli.options.groups import Printed, Run
+from aftcli.files import inside
+from aftcli.options.groups import LayeredNetwork, Printed, Run, TargetMaps
 from aftcli.options.make import number, option, usage, words
 from aftcli.options.read import outputs
 from aftcli.report.terminal import complain, say_traceback
@@ -23,13 +28,18 @@ from aftcli.settings import Colormap
 if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
     from aftcli.pages.explained import Page
+    from aftcli.pictures.colours import Look
     from aftcli.pictures.overlay import Subject
     from aftcli.report.compared import Grids
     from aftcli.report.explain import Report
     from aftcli.report.manifest import Manifest
+    from aftcli.report.names import Setting, Suffixes
     from aftcli.settings import Search
+    from aftcli.tft.explain import Explanation
 
     Explain = Callable[[Classifier, Subject], list[Report]]
+
+Written = Callable[[Path], Container[str]]
 
 Format = Literal["table", "json", "csv", "jsonl"]  # as in aftcli.pages.results
 
@@ -72,6 +82,133 @@ class Found(NamedTuple):
     problems: list[str]
 
 
+def find_images(
+    arguments: Iterable[str],
+    out: Path | None = None,
+    written: Written = lambda folder: (),
+) -> tuple[list[Path], list[str]]:
+    """Turn files, folders and globs into image files.
+
+    Args:
+        arguments: names as the user gave them.
+        out: where results go; a folder that holds it does not give them back as images.
+        written: gives the names of results in a folder; folders do not give them back either.
+
+    Returns:
+        The files, each once, those of a folder sorted; and what was wrong with arguments.
+    """
+    found: dict[Path, None] = {}
+    problems = []
+    for argument in arguments:
+        names = [argument] if os.path.lexists(argument) else glob.glob(argument, recursive=True)
+        images, leading_out = [], []
+        for path in sorted(map(Path, names)):
+            if not path.is_dir():
+                images.append(path)
+                continue
+            for image in _images_in(path, out, written):
+                try:
+                    images.append(inside(path, str(image.relative_to(path))))
+                except AftError as error:
+                    leading_out.append(str(error))
+        problems += leading_out
+        if not images and not leading_out:
+            missing = "image in this folder" if names else "such file or folder"
+            problems.append(f"{argument or repr(argument)}: there is no {missing}")
+        found.update(dict.fromkeys(images))
+    return list(found), problems
+
+
+def _images_in(folder: Path, out: Path | None, written: Written) -> list[Path]:
+    """List the images below a folder, sorted; none that is hidden, below `out` or a result."""
+    results = None
+    written = cache(written)
+    if out and folder.resolve() in out.resolve().parents:
+        results = folder / out.resolve().relative_to(folder.resolve())
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if is_picture(path.name)
+        and not path.is_dir()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not (results and path.is_relative_to(results))
+        and path.name not in written(path.parent)
+    )
+
+
+class Results(NamedTuple):
+    """Where the results of a command go.
+
+    Attributes:
+        kinds: the files of each explanation.
+        out: their folder.
+        look: colours of the map.
+        of_map: settings that decide the plain map, of all networks.
+        of_cut: settings that decide the other files.
+        manifest: lists the files; None where there are none.
+        grids: draws grids.
+    """
+
+    kinds: tuple[str, ...]
+    out: Path
+    look: Look
+    of_map: list[Setting]
+    of_cut: list[Setting]
+    manifest: Manifest | None
+    grids: Grids
+
+    def write(
+        self,
+        f: Classifier,
+        subject: Subject,
+        explained: Sequence[Explanation],
+        settings: Suffixes,
+        label: str,
+    ) -> list[Report]:
+        """Write what shows the explanations of a picture, and keep them for grids."""
+        from aftcli.report.explain import shown_of, written
+
+        asked = (self.kinds, self.out, settings, self.look, self.manifest)
+        reports = written(f, subject, explained, *asked)
+        self.grids.add([shown_of(f, subject, e, self.look) for e in explained], label)
+        return reports
+
+
+def results_of(
+    kinds: tuple[str, ...],
+    networks: Sequence[LayeredNetwork],
+    maps: TargetMaps,
+    of_map: list[Setting],
+    of_threshold: list[Setting],
+    found: Found,
+    output: Files,
+    run: Run,
+    manifest: Manifest | None,
+) -> Results:
+    """Make where results go; the names of grids say the settings that all networks share."""
+    from aftcli.pictures.colours import Look
+    from aftcli.report import names
+    from aftcli.report.compared import Grids
+
+    look = Look(output.colormap, output.alpha)
+    of_cut = [*of_threshold, *names.of_look(look)]
+    shared = replace(networks[0], models=None, checkpoints=None) if networks[1:] else networks[0]
+    called = names.suffixes([*of_network(shared, maps), *of_map], of_cut)
+    single = maps.top_k == 1 and len(maps.target or ()) <= 1
+    asked = (output.out, kinds, len(found.paths), single)
+    grids = Grids(*asked, called, manifest, noting(run.quiet))
+    return Results(kinds, output.out, look, of_map, of_cut, manifest, grids)
+
+
+def of_network(network: LayeredNetwork, maps: TargetMaps) -> list[Setting]:
+    """List settings of a network and its layers, for the names of files."""
+    from aftcli.report import names
+
+    layers = tuple(network.layers or ())
+    files = (network.model, network.checkpoint, network.classes)
+    return names.of_network(*files, layers, network.precision, network.output, maps.fusion)
+
+
 class Job(NamedTuple):
     """A network that explains each image.
 
@@ -92,8 +229,7 @@ def each_image(
     settings: Search,
     output: Files,
     run: Run,
-    grids: Grids,
-    manifest: Manifest | None,
+    results: Results,
 ) -> None:
     """Explain every image that can be read; say of each other one what is wrong with it."""
     from aftcli.data.images import read_image, view_of
@@ -105,6 +241,7 @@ def each_image(
 
     keep_freed_memory()
     report.output_folder(output.out)
+    grids, manifest = results.grids, results.manifest
     called, count = stems(found.paths), len(found.paths)
     streamed = output.words in STREAMED
     # Lines on a terminal show progress themselves.
@@ -119,7 +256,7 @@ def each_image(
         ready = [(job.ready(), job) for job in jobs]
         last: list[dict[str, Any]] = []
         for path in progress(found.paths, "explaining", count, quiet):
-            results: list[dict[str, Any]] = []
+            numbers: list[dict[str, Any]] = []
             with _told(found, run):
                 picture, made = read_image(path), []
                 for f, job in ready:
@@ -131,13 +268,13 @@ def each_image(
                 if (grid := grids.of_image()) and made:
                     made[-1][2].outputs["grid"] = grid
                 # Numbers instead of the maps: a folder may hold very many images.
-                results = [report.as_dict(f, each, settings) for f, _, each in made]
+                numbers = [report.as_dict(f, each, settings) for f, _, each in made]
             grids.drop()
-            if results:
-                add(results)
-                last = results
-            if page and results:
-                page.add([(subject, each) for _, subject, each in made], results)
+            if numbers:
+                add(numbers)
+                last = numbers
+            if page and numbers:
+                page.add([(subject, each) for _, subject, each in made], numbers)
         with _told(found, run):
             if (overview := grids.overview()) and last:
                 # A list of results is printed at the end only.

@@ -8,11 +8,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from aftcli.errors import AftError, nearest, reason
+from aftcli.files import read_text
 
-from aftcli.errors import AftError, nearest
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST = 4096  # pixels of a side that a file may ask for
 
@@ -248,6 +251,23 @@ class Classes:
             exact.get(name, near.get(_plain(name)) if _plain(name) in alone else None)
             for name in names
         ]
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Read class names, one a line."""
+    try:
+        lines = read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        raise AftError(
+            f"{path}: can't be read as class names, one a line in UTF-8 ({reason(error)})"
+        ) from error
+    names = tuple(line.strip() for line in lines)
+    while names and not names[-1]:
+        names = names[:-1]
+    if not names or not all(names):
+        what = f"an empty line, number {names.index('') + 1}" if names else "no class names"
+        raise AftError(f"{path}: holds {what}; write one class name a line")
+    return names
 
 
 def _plain(name: str) -> str:

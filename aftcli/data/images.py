@@ -19,8 +19,7 @@ from torch import Tensor
 
 from aftcli.core.classes import Preprocessing
 from aftcli.data.picture import Box, FilePicture, Picture, Size, picture_at
-from aftcli.data.text import reason
-from aftcli.errors import AftError
+from aftcli.errors import AftError, reason
 
 # EXIF's orientations, and what turns the stored picture upright.
 TURNS = {

@@ -17,8 +17,7 @@ from torch import Tensor
 from aftcli.core.cam import normalise, stretch, upsample
 from aftcli.data.images import Turn, View, fitting, open_picture
 from aftcli.data.picture import Size
-from aftcli.data.text import reason
-from aftcli.errors import AftError
+from aftcli.errors import AftError, reason
 
 MOST_CELLS = 128  # a side, of activations that a map is looked for to be stretched from
 

@@ -17,8 +17,7 @@ from aftcli.core.classes import Preprocessing
 from aftcli.data.images import LARGEST, Turn, View, image_labels, open_picture, turn_of, view_of
 from aftcli.data.picture import Box, Listed, Marks, Size
 from aftcli.data.sets import DataSet
-from aftcli.data.text import reason
-from aftcli.errors import AftError
+from aftcli.errors import AftError, reason
 
 
 class Regions(NamedTuple):

@@ -1,14 +1,16 @@
-"""Parts of data sets: splits by their names, and images that are held out where there is no val."""
+"""Parts of data sets: splits by the names of folders and files, and images that are held out."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from aftcli.data.text import listed
+from aftcli.errors import AftError, listed
 
 # Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
 SPLITS = {
@@ -66,6 +68,117 @@ def split_kind(name: str) -> str:
     return next((kind for kind, names in SPLITS.items() if name.lower() in names), "")
 
 
+def choose_split(path: Path, folders: list[str], known: list[str], wanted: str) -> str:
+    """Choose a split by its name, otherwise by the kind that its name means.
+
+    Args:
+        path: of the data set.
+        folders: names of all that may be asked for.
+        known: those of them that are usual names of splits.
+        wanted: the name that is asked for.
+
+    Raises:
+        AftError: there is none, or there are several of its kind.
+    """
+    if wanted in folders:
+        return wanted
+    same = [name for name in known if split_kind(name) == (split_kind(wanted) or None)]
+    if len(same) == 1:
+        return same[0]
+    what = f"has several folders for the split {wanted!r}" if same else f"has no split {wanted!r}"
+    raise AftError(f"{path}: {what}; there are {', '.join(same or folders)}; name one by --split")
+
+
+class Chosen(NamedTuple):
+    """Files of a split.
+
+    Attributes:
+        root: the folder that they lie in or below.
+        split: the word for it in their names; "" where they have none.
+        files: names below the root, with forward slashes.
+    """
+
+    root: Path
+    split: str
+    files: list[str]
+
+
+def choose_files(path: Path, found: Sequence[Path], split: str | None, default: str) -> Chosen:
+    """Choose the files of a split by the words in their names, such as `train-000.tar`.
+
+    Args:
+        path: what the user named: a folder, one file, or a pattern. Of files that are named, all
+            of one split, no split has to be asked for.
+        found: the files.
+        split: that is asked for.
+        default: otherwise.
+
+    Raises:
+        AftError: there is no such split, or only some files are of one.
+    """
+    named = not path.is_dir()
+    root = Path(os.path.commonpath([file.parent for file in found])) if named else path
+    files = [file.relative_to(root).as_posix() for file in found]
+    words = [_word_of_split(name) for name in files]
+    spelled = {word.lower(): word for word in reversed(words) if word}
+    known = list(reversed(spelled.values()))  # one of those that differ in case alone
+    if not known:
+        if split:
+            raise AftError(
+                f"{path}: no name of a file says its split, so there is no {split!r}; leave "
+                "--split out, or call the files train-..., val-..."
+            )
+        return Chosen(root, "", files)
+    if "" in words:
+        raise AftError(
+            f"{path}: {files[words.index('')]} is of no split, but {files[words.index(known[0])]} "
+            f"is of {known[0]}; name the files that you mean, by braces or wildcards"
+        )
+    wanted = known[0] if named and split is None and len(known) == 1 else split or default
+    word = choose_split(path, known, known, wanted)
+    chosen = [n for n, own in zip(files, words, strict=True) if own.lower() == word.lower()]
+    return Chosen(root, word, chosen)
+
+
+def are_of_split(root: Path, found: Sequence[Path], split: str) -> bool:
+    """Tell if some of the files in a folder are of a split."""
+    try:
+        return bool(choose_files(root, found, split, split).files)
+    except AftError:
+        return False
+
+
+def _word_of_split(name: str) -> str:
+    """Find the word for a split in a file's name, otherwise in those of its folders."""
+    for part in reversed(name.split("/")):
+        for word in re.split(r"[\W_\d]+", part):
+            if split_kind(word):
+                return word
+    return ""
+
+
+def refuse_mixed(root: Path, members: Sequence[str]) -> None:
+    """Refuse archives with folders of several splits above those of classes.
+
+    Args:
+        root: the folder of the archives.
+        members: files in them: the archive, folders and the file's name, with forward slashes.
+
+    Raises:
+        AftError: there are such; taken as one they would mix training and evaluation.
+    """
+    found: dict[str, str] = {}
+    for member in members:
+        for part in member.split("/")[1:-2]:
+            if kind := split_kind(part):
+                found.setdefault(kind, member)
+    if len(found) > 1:
+        raise AftError(
+            f"{root}: holds several splits within its archives ({listed(list(found.values()))}); "
+            "write each split as archives of its own, called train-... and val-..."
+        )
+
+
 def check_held(values: object) -> None:
     """Check what a file records of held-out images.
 
@@ -114,6 +227,31 @@ def held_note(root: object, names: Iterable[str], total: int, held: Held) -> str
         f"(--val-share {held.share:g}, seed {held.seed}); {use}: "
         f"{listed(names)}"
     )
+
+
+def choose_held_out(
+    names: Sequence[str], labels: Sequence[int], share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Divide training images into those trained on and those that choose the epoch.
+
+    Every n-th image in the order of the classes, within a class in an order that depends on
+    the name and the seed only: the held-out images are spread over the classes. An image may have
+    several samples, one for each label, which are all on the same side.
+
+    Returns:
+        Positions of those to train on and of those held out, each ascending.
+    """
+
+    def rank(i: int) -> tuple[int, bytes]:
+        name = f"{seed}\0{names[i]}".encode("utf-8", "surrogateescape")
+        return labels[i], hashlib.sha256(name).digest()
+
+    order = sorted(range(len(names)), key=rank)
+    count = int(len(order) * share)
+    picked = {names[order[(2 * i + 1) * len(order) // (2 * count)]] for i in range(count)}
+    train = [i for i, name in enumerate(names) if name not in picked]
+    # Where one image has all of the labels, none is held out.
+    return (train, sorted({*order} - {*train})) if train else (sorted(order), [])
 
 
 def spread(total: int, count: int | None) -> list[int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from io import BytesIO
@@ -16,9 +17,16 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm .pbm .jfif".split())
+
 Size = tuple[int, int]  # width, height, pixels
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, pixels of the picture
+
+
+def is_picture(name: str) -> bool:
+    """Tell a picture by its file's name."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 class Picture(ABC):

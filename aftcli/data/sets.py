@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from aftcli.core.classes import Classes
+from aftcli.data.names import FORMATS, check_data_set, check_format
 from aftcli.data.parts import (
     AS_FOUND,
     Held,
@@ -23,7 +24,6 @@ from aftcli.data.parts import (
     spread,
 )
 from aftcli.data.picture import FilePicture, Marks, Picture
-from aftcli.data.text import FORMATS, check_data_set, check_format
 from aftcli.errors import AftError
 from aftcli.files import inside
 

@@ -41,7 +41,8 @@ from aftcli.evaluation.measures import (
 from aftcli.evaluation.metrics import NOISE
 from aftcli.evaluation.results import Images, Result, ResultFile, Unit, Wanted
 from aftcli.evaluation.study import Study, Variant
-from aftcli.files import file_stem, locked, make_folder, tensors_hash
+from aftcli.files import file_stem, make_folder, tensors_hash
+from aftcli.locks import locked
 from aftcli.settings import SOFTMAX
 from aftcli.tft.generate import BATCH
 from aftcli.tft.threshold import MASKINGS

@@ -15,11 +15,11 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from aftcli.core.classes import Classes
+from aftcli.data.names import BUILTIN
 from aftcli.data.parts import split_kind, spread
 from aftcli.data.picture import Picture
 from aftcli.data.sets import DataSet, Format, Sample
-from aftcli.data.text import BUILTIN, reason
-from aftcli.errors import AftError, nearest
+from aftcli.errors import AftError, nearest, reason
 from aftcli.formats.listed import label_classes
 
 Options = Mapping[str, Mapping[str, object]]  # of a constructor, by the split

@@ -21,8 +21,7 @@ from aftcli.data.objects import from_rle, polygon_mask
 from aftcli.data.parts import split_kind
 from aftcli.data.picture import FilePicture, Listed, Marks, Picture
 from aftcli.data.sets import Annotations, DataSet
-from aftcli.data.text import listed, reason
-from aftcli.errors import AftError
+from aftcli.errors import AftError, listed, reason
 from aftcli.files import inside
 from aftcli.formats.listed import (
     Entry,

@@ -1,7 +1,4 @@
-"""Class folders as a format of data sets: tells classes, splits and other folders apart.
-
-Other formats tell the splits of files by `choose_files`.
-"""
+"""Class folders as a format of data sets: tells classes, splits and other folders apart."""
 
 from __future__ import annotations
 
@@ -9,24 +6,16 @@ import csv
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.parts import split_kind
-from aftcli.data.picture import Listed, Marks
+from aftcli.data.parts import choose_split, split_kind
+from aftcli.data.picture import Listed, Marks, is_picture
 from aftcli.data.sets import Annotations, DataSet, Format, Sample, map_to_model
-from aftcli.data.text import (
-    folders_in,
-    has_pictures,
-    is_hidden,
-    is_picture,
-    listed,
-    pictures_of,
-)
-from aftcli.errors import AftError
+from aftcli.errors import AftError, listed
 from aftcli.files import inside
 
 EDGES = ("x1", "y1", "x2", "y2")
@@ -39,6 +28,9 @@ SPLIT_LIKE = re.compile(
     r"(?:set|data|images?|imgs|split|[\W_\d])*",
     re.IGNORECASE,
 )
+
+# What archives, file servers and file systems leave in folders.
+CLUTTER = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"})
 
 
 class ClassFolders(Format):
@@ -170,7 +162,7 @@ def find_split(path: Path, split: str | None, classes: Classes, default: str) ->
     splits = bool(known) and _are_splits(path, known, others)
     notes = _guess(path, known, others, splits) if known and others else ()
     if splits:
-        return Split(_choose(path, folders, known, split or default), notes)
+        return Split(choose_split(path, folders, known, split or default), notes)
     if split in folders:
         raise AftError(
             f"{path}: {split}/ is taken as a class, because it lies beside others "
@@ -210,16 +202,6 @@ def _guess(path: Path, known: list[str], others: list[str], splits: bool) -> tup
     return (f"{path}: took {listed(known)} as a split; {listed(others)} beside it is none of it",)
 
 
-def _choose(path: Path, folders: list[str], known: list[str], wanted: str) -> str:
-    if wanted in folders:
-        return wanted
-    same = [name for name in known if split_kind(name) == (split_kind(wanted) or None)]
-    if len(same) == 1:
-        return same[0]
-    what = f"has several folders for the split {wanted!r}" if same else f"has no split {wanted!r}"
-    raise AftError(f"{path}: {what}; there are {', '.join(same or folders)}; name one by --split")
-
-
 def _refuse_unknown_splits(path: Path, folders: list[str], classes: Classes) -> None:
     """Refuse folders that hold the classes themselves, each of them, under unknown names."""
     named = [name for name in folders if SPLIT_LIKE.fullmatch(name)]
@@ -245,91 +227,71 @@ def _known(names: list[str], classes: Classes) -> int:
     return sum(found is not None for found in classes.match(names))
 
 
-class Chosen(NamedTuple):
-    """Files of a split.
+class Pictures(NamedTuple):
+    """The pictures below class folders.
 
     Attributes:
-        root: the folder that they lie in or below.
-        split: the word for it in their names; "" where they have none.
-        files: names below the root, with forward slashes.
+        found: paths below each class folder, by its name, sorted.
+        empty: class folders without a picture.
+        skipped: notes of what was left out.
     """
 
-    root: Path
-    split: str
-    files: list[str]
+    found: dict[str, list[str]]
+    empty: list[str]
+    skipped: tuple[str, ...]
 
 
-def choose_files(path: Path, found: Sequence[Path], split: str | None, default: str) -> Chosen:
-    """Choose the files of a split by the words in their names, such as `train-000.tar`.
+def is_hidden(name: str) -> bool:
+    """Tell if a file or folder is none of the data set's: hidden, or left by a system."""
+    return name.startswith(".") or name in CLUTTER
 
-    Args:
-        path: what the user named: a folder, one file, or a pattern. Of files that are named, all
-            of one split, no split has to be asked for.
-        found: the files.
-        split: that is asked for.
-        default: otherwise.
 
-    Raises:
-        AftError: there is no such split, or only some files are of one.
+def pictures_of(path: Path) -> Pictures:
+    """Find the class folders of a folder and their pictures; hidden and empty ones are skipped."""
+    folders, hidden = folders_in(path)
+    found, below = {}, 0
+    for folder in folders:
+        found[folder], more = _pictures_below(path / folder)
+        below += more
+    empty = [folder for folder in folders if not found[folder]]
+    skipped = []
+    if hidden:
+        skipped.append(f"{path}: skipped hidden folders: {listed(hidden)}")
+    if empty:
+        skipped.append(f"{path}: skipped folders without a picture: {listed(empty)}")
+    if below:
+        skipped.append(f"{path}: skipped {below} hidden pictures in class folders")
+    filled = {name: names for name, names in found.items() if names}
+    return Pictures(filled, empty, tuple(skipped))
+
+
+def folders_in(path: Path) -> tuple[list[str], list[str]]:
+    """List the folders in a folder, sorted: those of the data set, and hidden ones."""
+    names = sorted(p.name for p in path.iterdir() if p.is_dir())
+    return [n for n in names if not is_hidden(n)], [n for n in names if is_hidden(n)]
+
+
+def _pictures_below(folder: Path) -> tuple[list[str], int]:
+    """List the pictures below a folder, relative to it, sorted; count the hidden ones.
+
+    Links to folders are not followed.
     """
-    named = not path.is_dir()
-    root = Path(os.path.commonpath([file.parent for file in found])) if named else path
-    files = [file.relative_to(root).as_posix() for file in found]
-    words = [_word_of_split(name) for name in files]
-    spelled = {word.lower(): word for word in reversed(words) if word}
-    known = list(reversed(spelled.values()))  # one of those that differ in case alone
-    if not known:
-        if split:
-            raise AftError(
-                f"{path}: no name of a file says its split, so there is no {split!r}; leave "
-                "--split out, or call the files train-..., val-..."
-            )
-        return Chosen(root, "", files)
-    if "" in words:
-        raise AftError(
-            f"{path}: {files[words.index('')]} is of no split, but {files[words.index(known[0])]} "
-            f"is of {known[0]}; name the files that you mean, by braces or wildcards"
-        )
-    wanted = known[0] if named and split is None and len(known) == 1 else split or default
-    word = _choose(path, known, known, wanted)
-    chosen = [n for n, own in zip(files, words, strict=True) if own.lower() == word.lower()]
-    return Chosen(root, word, chosen)
+    found, hidden = [], 0
+    for relative, names in _walk(folder):
+        out = any(map(is_hidden, relative.parts))
+        shown = [] if out else [name for name in names if not is_hidden(name)]
+        hidden += len(names) - len(shown)
+        found += [(relative / name).as_posix() for name in shown]
+    return sorted(found), hidden
 
 
-def are_of_split(root: Path, found: Sequence[Path], split: str) -> bool:
-    """Tell if some of the files in a folder are of a split."""
-    try:
-        return bool(choose_files(root, found, split, split).files)
-    except AftError:
-        return False
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the pictures in a folder and each of its subfolders, by their path from it."""
+    for where, _, files in os.walk(folder):
+        names = [name for name in files if is_picture(name)]
+        yield Path(where).relative_to(folder), names
 
 
-def _word_of_split(name: str) -> str:
-    """Find the word for a split in a file's name, otherwise in those of its folders."""
-    for part in reversed(name.split("/")):
-        for word in re.split(r"[\W_\d]+", part):
-            if split_kind(word):
-                return word
-    return ""
-
-
-def refuse_mixed(root: Path, members: Sequence[str]) -> None:
-    """Refuse archives with folders of several splits above those of classes.
-
-    Args:
-        root: the folder of the archives.
-        members: files in them: the archive, folders and the file's name, with forward slashes.
-
-    Raises:
-        AftError: there are such; taken as one they would mix training and evaluation.
-    """
-    found: dict[str, str] = {}
-    for member in members:
-        for part in member.split("/")[1:-2]:
-            if kind := split_kind(part):
-                found.setdefault(kind, member)
-    if len(found) > 1:
-        raise AftError(
-            f"{root}: holds several splits within its archives ({listed(list(found.values()))}); "
-            "write each split as archives of its own, called train-... and val-..."
-        )
+def has_pictures(folder: Path) -> bool:
+    """Tell if there is a picture in a folder or below it."""
+    return any(names for _, names in _walk(folder))

@@ -14,21 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from aftcli.core.classes import Classes
-from aftcli.data.parts import split_kind
+from aftcli.data.names import files_named, is_pattern
+from aftcli.data.parts import Chosen, are_of_split, choose_files, split_kind
 from aftcli.data.picture import FilePicture, Picture
 from aftcli.data.sets import DataSet, Format, Sample
-from aftcli.data.text import (
-    files_named,
-    has_pictures,
-    is_hidden,
-    is_pattern,
-    listed,
-    read_text,
-    reason,
-)
-from aftcli.errors import AftError
-from aftcli.files import inside
-from aftcli.formats.folders import Chosen, are_of_split, choose_files
+from aftcli.errors import AftError, listed, reason
+from aftcli.files import inside, read_text
+from aftcli.formats.folders import has_pictures, is_hidden
 from aftcli.formats.listed import label_classes
 
 PARQUET, ARROW = ".parquet", ".arrow"

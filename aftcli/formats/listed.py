@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from aftcli.core.classes import Classes
 from aftcli.data.sets import DataSet, Format, Sample, map_to_model
-from aftcli.data.text import MOST_NAMED, listed
-from aftcli.errors import AftError
+from aftcli.errors import MOST_NAMED, AftError, listed
 
 ODD = {"", ".", ".."}  # parts of a path that is not plain
 

@@ -14,8 +14,7 @@ from aftcli.core.classes import Classes
 from aftcli.data.parts import split_kind
 from aftcli.data.picture import FilePicture, Listed, Marks, Picture
 from aftcli.data.sets import Annotations, DataSet
-from aftcli.data.text import reason
-from aftcli.errors import AftError
+from aftcli.errors import AftError, reason
 from aftcli.files import inside
 from aftcli.formats.listed import (
     Entry,

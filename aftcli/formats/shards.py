@@ -21,21 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.picture import FilePicture, Picture
+from aftcli.data.names import files_named, is_pattern
+from aftcli.data.parts import Chosen, are_of_split, choose_files, refuse_mixed
+from aftcli.data.picture import SUFFIXES, FilePicture, Picture, is_picture
 from aftcli.data.sets import DataSet, Format, Sample
-from aftcli.data.text import (
-    SUFFIXES,
-    files_named,
-    has_pictures,
-    is_hidden,
-    is_pattern,
-    is_picture,
-    listed,
-    reason,
-)
-from aftcli.errors import AftError, AftWarning
+from aftcli.errors import AftError, AftWarning, listed, reason
 from aftcli.files import FOLLOW, cache_folder, inside, replacing
-from aftcli.formats.folders import Chosen, are_of_split, choose_files, refuse_mixed
+from aftcli.formats.folders import has_pictures, is_hidden
 from aftcli.formats.listed import label_classes
 
 ENDING = ".tar"

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from xml.etree import ElementTree
+from xml.parsers import expat
 
 from aftcli.core.classes import Classes
 from aftcli.data.images import image_labels, open_picture
 from aftcli.data.picture import Listed, Marks
 from aftcli.data.sets import Annotations, DataSet, Format, Sample, map_to_model
-from aftcli.data.text import read_text, read_xml, reason
-from aftcli.errors import AftError
-from aftcli.files import inside
+from aftcli.errors import AftError, reason
+from aftcli.files import inside, read_bounded, read_text
 
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -243,3 +243,27 @@ def _box_areas(root: ElementTree.Element) -> tuple[list[float], set[str]]:
                 raise ValueError(f"a box of {name} ends before it begins")
             areas[place] += wide * high / max(whole, 1)
     return areas, others
+
+
+def read_xml(path: Path) -> ElementTree.Element:
+    """Read an XML file that declares no entities: some expand to more than any memory holds.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no regular file, larger than LARGEST_TEXT, not XML, or has a DOCTYPE.
+    """
+
+    def refuse(*_: object) -> None:
+        raise ValueError("it has a DOCTYPE, which annotations do without")
+
+    builder = ElementTree.TreeBuilder()
+    parser = expat.ParserCreate()
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    try:
+        parser.Parse(read_bounded(path), True)
+    except (expat.ExpatError, LookupError) as error:
+        raise ValueError(f"it is not XML: {error}") from error
+    return builder.close()

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from aftcli.core.methods import FAMILIES, METHODS
-from aftcli.data.text import FORMATS
+from aftcli.data.names import FORMATS
 from aftcli.errors import AftError
 
 
@@ -58,7 +58,7 @@ def layers(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def classes(ctx: typer.Context, incomplete: str) -> list[str]:
     """Complete names of --classes FILE, otherwise of ImageNet's classes."""
-    from aftcli.data.text import read_classes
+    from aftcli.core.classes import read_classes
     from aftcli.networks.sources import imagenet_classes
 
     file = ctx.params.get("classes")

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 import typer
 
-from aftcli.data.text import check_format
+from aftcli.data.names import check_format
 from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
 

@@ -11,6 +11,7 @@ from aftcli.core.methods import check_device, spelled
 from aftcli.errors import AftError
 from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
+from aftcli.options.read import asked_too
 from aftcli.settings import (
     Fill,
     Fuse,
@@ -19,6 +20,7 @@ from aftcli.settings import (
     Output,
     Search,
     SearchKind,
+    Shaping,
     Smooth,
     read_thresholds,
 )
@@ -243,6 +245,11 @@ class TargetMaps(Maps):
         """Way to combine the maps of several layers."""
         return self.fuse or "max"
 
+    @property
+    def shaping(self) -> Shaping:
+        """Steps that change a method's map."""
+        return Shaping(self.cells, 0.0, self.smooth, self.fusion)
+
 
 @dataclass(frozen=True)
 class Thresholds:
@@ -279,6 +286,27 @@ class Thresholds:
         """
         values = read_thresholds(self.thresholds)
         return Search(values, self.masking, self.fill, self.mode, self.search)
+
+
+@dataclass(frozen=True)
+class JudgedThresholds(Thresholds):
+    """The search of thresholds, and who else it asks."""
+
+    judges: Annotated[
+        list[str] | None,
+        option(
+            "--tft-judges",
+            "NAME",
+            "Ask mirror or a network too; repeatable.",
+            callback=usage(asked_too),
+            autocompletion=complete.models,
+        ),
+    ] = None
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Names of the judges that are asked beside the network."""
+        return asked_too(self.judges or ())
 
 
 @dataclass(frozen=True)

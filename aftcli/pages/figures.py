@@ -21,6 +21,7 @@ from aftcli.files import durable, file_stem, make_folder
 from aftcli.pictures.figure import best, cam_title, draw_curve, number
 from aftcli.pictures.overlay import Subject, seen_part, shaded
 from aftcli.report.names import stems
+from aftcli.settings import Shaping
 from aftcli.tft.explain import Explanation, explain
 from aftcli.tft.threshold import relative_probability_increase
 
@@ -102,7 +103,7 @@ def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Ite
     paths = [Path(picture.name) for picture in pictures]
     names = stems(paths)
     tuned = {v.cams[0]: v.load() for v in study.variants if v.name == "aft"}
-    search = study.searched(masking)
+    search, shaping = study.searched(masking), Shaping(study.cells)
     for place, path, stored in zip(chosen, paths, pictures, strict=True):
         picture = read_image(stored)
         view = view_of(picture.size, study.f.preprocessing)
@@ -112,10 +113,10 @@ def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Ite
         grid = figure.subplots(len(study.cams), across, squeeze=False)
         x = to_input(picture, study.f.preprocessing).to(next(study.f.parameters()))
         for row, cam in zip(grid, study.cams, strict=True):
-            (found,) = explain(study.f, x, [cam], settings=search, cells=study.cells)
+            (found,) = explain(study.f, x, [cam], settings=search, shaping=shaping)
             own = None
             if cam in tuned:
-                (own,) = explain(tuned[cam], x, [cam], cells=study.cells)
+                (own,) = explain(tuned[cam], x, [cam], shaping=shaping)
             _draw_row(row, subject, study.f, found, own)
         target = folder / f"{file_stem(study.f.name, study.data_name)}-{subject.stem}.png"
         _save(figure, target)

@@ -26,10 +26,11 @@ from aftcli.pictures import figure as figures
 from aftcli.pictures import grid as grids
 from aftcli.pictures.colours import LOOK, Look
 from aftcli.pictures.overlay import Subject, shaded
-from aftcli.settings import COLORMAPS, RANGES, SOFTMAX, Search
+from aftcli.settings import COLORMAPS, RANGES, SOFTMAX, Search, Shaping
 from aftcli.tft import explain as explaining
 from aftcli.tft.explain import Explanation
-from aftcli.tft.search import MOST_SHOWN, html_image
+from aftcli.tft.judges import Judge
+from aftcli.tft.threshold import MOST_SHOWN, html_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,6 +121,7 @@ def explain(
     target: Target | None = None,
     contrast: int | str | None = None,
     tft: bool = False,
+    judges: Sequence[Judge] = (),
 ) -> Explanations:
     """Explain pictures by several methods and for several classes.
 
@@ -143,6 +145,7 @@ def explain(
         contrast: a class B, by index or name: maps of y^A - y^B show why each class A explained and
             not B; thresholds are still searched by the probability of A.
         tft: search thresholds, by the default settings where none are given.
+        judges: who else a search asks, see `fine_tune_threshold`.
 
     Returns:
         One explanation for each picture, method and class, picture by picture, method by method.
@@ -156,7 +159,8 @@ def explain(
     asked = (
         _methods(first, methods, contrast is not None),
         _classes(first, targets),
-        *(top_k, settings or (Search() if tft else None), cells, fixed, zero_level),
+        *(top_k, settings or (Search() if tft else None)),
+        Shaping(cells, zero_level, smooth, fuse),
     )
     against = first.classes.index(contrast) if isinstance(contrast, str) else contrast
     score = target is not None or isinstance(first, Targeted)
@@ -165,7 +169,13 @@ def explain(
     for each in x if several else (x,):  # type: ignore[union-attr]
         of_picture, subject = _read(first, each)  # type: ignore[arg-type]
         explained = explaining.explain(
-            f, of_picture, *asked, smooth=smooth, fuse=fuse, target=target, contrast=against
+            f,
+            of_picture,
+            *asked,
+            fixed=fixed,
+            target=target,
+            contrast=against,
+            judges=judges,
         )
         of = partial(Pictured, subject=subject, classes=classes, is_score=score)
         of = partial(of, model=first.name, output=first.output)

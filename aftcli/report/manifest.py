@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aftcli.errors import AftError
-from aftcli.files import BusyError, replacing, waiting
+from aftcli.files import replacing, sweep
+from aftcli.locks import BusyError, waiting
 from aftcli.version import __version__
 
 NAME = "manifest.json"
@@ -229,6 +230,7 @@ class Manifest:
             return Listed({}, {})
 
     def _write(self, listed: Listed) -> None:
+        sweep(self.path)
         with replacing(self.path) as temporary:
             temporary.write_text(_text(listed), encoding="ascii")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from aftcli.networks.names import spelled
 from aftcli.networks.sources import DEFAULT_MODEL
 from aftcli.pictures.colours import LOOK, Look
-from aftcli.settings import AUTO, Search
+from aftcli.settings import AS_COMPUTED, AUTO, Search, Shaping
 
 LONGEST = 40  # characters of settings in a name; systems allow 255 bytes of it in all
 
@@ -100,21 +100,20 @@ def of_network(
 
 
 def of_map(
+    shaping: Shaping = AS_COMPUTED,
+    target: str | None = None,
     file: Path | None = None,
     absolute: bool = False,
-    cells: bool = False,
-    zero_level: float = 0.0,
-    smooth: str = "none",
-    target: str | None = None,
 ) -> list[Setting]:
-    """List settings of the map: another tool's file, magnitudes, cells, zero, smoothing, target.
+    """List settings of the map: how it was shaped, its target, another tool's file, magnitudes.
 
-    Smoothing says nothing of a file. A target is FILE.py:NAME.
+    Shaping says nothing of a file. `of_network` lists the fusion, beside the layers. A target is
+    FILE.py:NAME.
     """
-    flags = {"absolute": absolute and file is not None, "cells": cells and file is None}
+    flags = {"absolute": absolute and file is not None, "cells": shaping.cells and file is None}
     named = [_file(file)] if file else []
-    zero = [_number("zero", zero_level)] if zero_level else []
-    smoothed = [] if file else _word(smooth, "none")
+    zero = [_number("zero", shaping.zero_level)] if shaping.zero_level else []
+    smoothed = [] if file else _word(shaping.smooth, "none")
     words = [Setting(word, word) for word, is_on in flags.items() if is_on]
     path, _, _ = (target or "").rpartition(":")
     return named + words + zero + smoothed + ([_file(Path(path))] if path else [])
@@ -126,12 +125,13 @@ def of_threshold(threshold: float | None, mute: float | None) -> list[Setting]:
     return [_number(word, value) for word, value in given.items() if value is not None]
 
 
-def of_search(settings: Search, thresholds: str) -> list[Setting]:
+def of_search(settings: Search, thresholds: str, judges: Iterable[str] = ()) -> list[Setting]:
     """List a search of thresholds, and where it differs from the default.
 
     Args:
         settings: of the search.
         thresholds: as the option gives them.
+        judges: who else is asked, as the options give them.
     """
     default = Search()
     found = [Setting("tft", "tft")]
@@ -140,7 +140,15 @@ def of_search(settings: Search, thresholds: str) -> list[Setting]:
         found.append(Setting(f"T{UNSAFE.sub('_', said)}", f"T{said}"))
     for name in ("masking", "fill", "mode", "search"):
         found += _word(getattr(settings, name), getattr(default, name))
-    return found
+    return found + [_judge(name) for name in judges]
+
+
+def _judge(name: str) -> Setting:
+    """Show a judge by its name, or its file's, and tell files apart by where they are."""
+    model, _, file = name.rpartition("=")
+    path = Path(file)
+    shown, value = (path.stem, f"{model}={path.resolve()}") if path.is_file() else (name, name)
+    return Setting(f"by_{UNSAFE.sub('_', shown)[:LONGEST_FILE]}", f"by_{value}")
 
 
 def of_look(look: Look) -> list[Setting]:

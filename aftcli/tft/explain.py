@@ -30,8 +30,10 @@ from aftcli.core.methods import METHODS
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.models.targets import Target, Targeted, contrasted, with_target
-from aftcli.settings import Search
-from aftcli.tft.search import TftResult, search_threshold
+from aftcli.settings import AS_COMPUTED, Search, Shaping
+from aftcli.tft.judges import Judge
+from aftcli.tft.search import search_threshold
+from aftcli.tft.threshold import TftResult
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Explanation:
             None where the method has no sign, or its map was averaged, lowered, smoothed or fused.
         contrast: the class B of a map of y^A - y^B, where A is the class explained.
         contrast_probability: y^B, in [0, 1]; 0 without.
+        judges: names of those that the search asked beside the classifier.
     """
 
     cam: str
@@ -74,6 +77,7 @@ class Explanation:
     signed: Tensor | None = None
     contrast: int | None = None
     contrast_probability: float = 0.0
+    judges: tuple[str, ...] = ()
 
     @property
     def cut(self) -> TftResult | None:
@@ -96,14 +100,24 @@ def passes(
     classes: int,
     settings: Search | None,
     smooth: str = "none",
+    mirrors: int = 0,
 ) -> int:
-    """Count the images that pass the network, at the most, to explain one."""
-    searched = len(settings.thresholds) if settings else 0
+    """Count the images that pass the network, at the most, to explain one.
+
+    Args:
+        f: the classifier.
+        methods: keys of METHODS.
+        classes: how many are explained.
+        settings: of the search; None without one.
+        smooth: see `attribution_map`.
+        mirrors: how many judges of the search are the network itself.
+    """
+    searched = (1 + mirrors) * len(settings.thresholds) if settings else 0
     own = (METHODS[name].passes if name in METHODS else 0 for name in methods)
     perturbed = sum(f.activation_shape[0] if n is None else n for n in own)
-    if smooth == "aug":
-        perturbed = COPIES * (len(methods) + perturbed)
-    return 1 + classes * (len(methods) * searched + perturbed)
+    if COPIES[smooth]:
+        perturbed = COPIES[smooth] * (len(methods) + perturbed)
+    return 1 + mirrors + classes * (len(methods) * searched + perturbed)
 
 
 @outside_inference_mode
@@ -114,14 +128,12 @@ def explain(
     targets: Sequence[int] | int = (),
     top_k: int = 1,
     settings: Search | None = None,
-    cells: bool = False,
-    fixed: bool = False,
-    zero_level: float = 0.0,
+    shaping: Shaping = AS_COMPUTED,
     *,
-    smooth: str = "none",
-    fuse: str = "max",
+    fixed: bool = False,
     target: Target | None = None,
     contrast: int | None = None,
+    judges: Sequence[Judge] = (),
 ) -> list[Explanation]:
     """Explain one image by several methods and for several classes, with one stem pass.
 
@@ -135,15 +147,13 @@ def explain(
         targets: classes to explain, or one; by default the predicted ones.
         top_k: how many predicted classes.
         settings: search thresholds with these; None for plain maps.
-        cells: average maps of pixels over the activation's cells.
+        shaping: how maps are averaged, lowered, smoothed and fused.
         fixed: cut maps at the one threshold of the settings, as other tools do (Table 1).
-        zero_level: subtract this share of the maximum from maps of cells first, in [0, 1).
-        smooth: see `attribution_map`.
-        fuse: see `attribution_map`.
         target: a score of the network's output, explained in place of classes, see
             aftcli/models/targets.py; a threshold search needs scores in [0, 1].
         contrast: a class B: maps show why each class A and not B, as maps of y^A - y^B; thresholds
             are still searched by the probability of A.
+        judges: who else a search asks, see `fine_tune_threshold`.
 
     Returns:
         One explanation for each method and class, method by method.
@@ -164,17 +174,17 @@ def explain(
     with torch.no_grad():
         y = first.probabilities(g.head(activation).float())[0]
     classes = _explained(first, y, targets, top_k)
-    how = (cells, zero_level, smooth, fuse)
     if contrast is None:
-        maps = _maps(seen, classes, x, methods, how)
+        maps = _maps(seen, classes, x, methods, shaping)
     else:
-        maps = _contrasts(first, seen, classes, contrast, x, methods, how)
+        maps = _contrasts(first, seen, classes, contrast, x, methods, shaping)
     named = [method for method in methods for _ in classes]
     attribution = torch.cat([each.attribution for each in maps])
     signed: list[Tensor | None] = []
     for each in maps:
         signed += [None] * len(each.attribution) if each.signed is None else wide(each.signed)
-    found = _search(first, x, attribution, named, classes.repeat(len(methods)), y, settings)
+    asked = (classes.repeat(len(methods)), y, settings, judges)
+    found = _search(first, x, attribution, named, *asked)
     found = [replace(each, signed=s) for each, s in zip(found, signed, strict=True)]
     if contrast is not None:
         other = float(y[contrast])
@@ -183,22 +193,20 @@ def explain(
         found = [replace(each, tft=None, fixed=each.tft) for each in found]
     if len(layers) > 1:
         names = tuple(each.layer_name for each in layers)
-        found = [replace(each, layers=names, fuse=fuse) for each in found]
+        found = [replace(each, layers=names, fuse=shaping.fuse) for each in found]
+    cells, zero_level, smooth, _ = shaping
     return [replace(each, cells=cells, zero_level=zero_level, smooth=smooth) for each in found]
 
 
-How = tuple[bool, float, str, str]  # cells, zero_level, smooth, fuse
-
-
 def _maps(
-    seen: Sequence[Seen], classes: Tensor, x: Tensor, methods: Sequence[str], how: How
+    seen: Sequence[Seen], classes: Tensor, x: Tensor, methods: Sequence[str], shaping: Shaping
 ) -> list[Signed]:
     """Compute the maps of each method for all classes, with one A."""
     count = len(classes)
     x_c = x.expand(count, *x.shape[1:])
     wide_a = [a.expand(count, *a.shape[1:]) for _, a in seen]
     seen_c = [(each.sharing(a, classes), a) for (each, _), a in zip(seen, wide_a, strict=True)]
-    return [signed_maps(seen_c, classes, x_c, method, *how) for method in methods]
+    return [signed_maps(seen_c, classes, x_c, method, shaping) for method in methods]
 
 
 def _contrasts(
@@ -208,7 +216,7 @@ def _contrasts(
     other: int,
     x: Tensor,
     methods: Sequence[str],
-    how: How,
+    shaping: Shaping,
 ) -> list[Signed]:
     """Compute the maps of y^A - y^B of each method, for each class A."""
     if isinstance(f, Targeted):
@@ -225,7 +233,7 @@ def _contrasts(
             )
     zero = torch.zeros_like(classes[:1])
     against = [[(contrasted(g, int(c), other), a) for g, a in seen] for c in classes]
-    return [signed_maps(each, zero, x, method, *how) for method in methods for each in against]
+    return [signed_maps(each, zero, x, method, shaping) for method in methods for each in against]
 
 
 @outside_inference_mode
@@ -236,6 +244,7 @@ def explain_map(
     targets: Sequence[int] | int = (),
     top_k: int = 1,
     settings: Search | None = None,
+    judges: Sequence[Judge] = (),
 ) -> list[Explanation]:
     """Fine-tune the threshold of a map from another tool.
 
@@ -246,6 +255,7 @@ def explain_map(
         targets: see `explain`.
         top_k: see `explain`.
         settings: see `explain`.
+        judges: see `explain`.
     """
     check_shape(x, 1)
     with torch.no_grad():
@@ -253,7 +263,7 @@ def explain_map(
     classes = _explained(f, y, targets, top_k)
     count = len(classes)
     maps = attribution.expand(count, -1, -1)
-    return _search(f, x, maps, ["map"] * count, classes, y, settings)
+    return _search(f, x, maps, ["map"] * count, classes, y, settings, judges)
 
 
 def _explained(f: Classifier, y: Tensor, targets: Sequence[int] | int, top_k: int) -> Tensor:
@@ -275,12 +285,13 @@ def _search(
     classes: Tensor,
     y: Tensor,
     settings: Search | None,
+    judges: Sequence[Judge],
 ) -> list[Explanation]:
     results: list[TftResult | None] = [None] * len(maps)
     if settings:
         owner = torch.zeros_like(classes)
-        found = search_threshold(f, x, maps, classes, settings, y[classes], owner)
-        results = [TftResult(*(field[i : i + 1] for field in found)) for i in range(len(maps))]
+        found = search_threshold(f, x, maps, classes, settings, y[classes], owner, judges)
+        results = [found.rows(slice(i, i + 1)) for i in range(len(maps))]
     highest = y.topk(min(3, len(y)))
     likeliest = tuple(zip(highest.indices.tolist(), highest.values.tolist(), strict=True))
     return [
@@ -292,6 +303,7 @@ def _search(
             result,
             settings.thresholds if settings else (),
             likeliest=likeliest,
+            judges=tuple(judge.name for judge in judges) if settings else (),
         )
         for method, c, attribution, result in zip(methods, classes, maps, results, strict=True)
     ]

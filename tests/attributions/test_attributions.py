@@ -19,7 +19,7 @@ from aftcli.core.cam import normalise, scaled_map, to_cells
 from aftcli.core.methods import CAMS, FAMILIES, METHODS
 from aftcli.engine.export import traced
 from aftcli.report import terminal as report_progress
-from aftcli.settings import THRESHOLDS
+from aftcli.settings import THRESHOLDS, Shaping
 from aftcli.tft.explain import explain, passes
 from aftcli.tft.generate import tune_batch
 from tests.helpers.command import aft
@@ -302,6 +302,6 @@ def explain_picture(path, cells=False):
     f = load_classifier("efficientnet_lite0")
     x = to_input(read_image(path), f.preprocessing)
     settings = Search(masking="soft" if cells else "binary")
-    (found,) = explain(f, x, ["lrp"], settings=settings, cells=cells)
+    (found,) = explain(f, x, ["lrp"], settings=settings, shaping=Shaping(cells))
     y_hat = float(found.tft.probabilities[0, found.tft.best])
     return max(found.probability - y_hat, 0) / found.probability

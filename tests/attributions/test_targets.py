@@ -27,7 +27,7 @@ from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
 from aftcli.errors import AftError
 from aftcli.models.targets import image_of, overlap
-from aftcli.settings import Search
+from aftcli.settings import Search, Shaping
 from aftcli.tft.explain import explain, fits
 from aftcli.tft.search import fine_tune_threshold
 from tests.helpers.command import aft, usage_error
@@ -270,7 +270,7 @@ def test_a_probability_is_searched_as_a_classs_is(fuse):
     preprocessing = Preprocessing(size=SIZE, mean=MEAN, std=STD)
     shallow = cut_classifier(s.model, "conv1+bn1+relu1", preprocessing=preprocessing)
     layers, x = (s.f, shallow), s.x[:1]
-    how = {"settings": Search(), "fuse": fuse}
+    how = {"settings": Search(), "shaping": Shaping(fuse=fuse)}
     [found] = explain(layers, x, ["gradcam"], target=probability, **how)
     maps = [with_target(f, probability) for f in layers]
     assert_near(found.attribution, attribution_map(maps, x, 0, "gradcam", fuse=fuse)[0])

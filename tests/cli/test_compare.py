@@ -12,9 +12,10 @@ from PIL import Image
 from aftcli.core.classes import Preprocessing
 from aftcli.errors import AftError
 from aftcli.report import compared
-from tests.cli.test_explain import draw, folder, objects  # noqa: F401 - a fixture
-from tests.helpers.command import aft, leftovers, usage_error, without_chance
-from tests.helpers.stored import small_float
+from tests.helpers.command import aft, leftovers, quiet_objects, usage_error, without_chance
+from tests.helpers.stored import draw, small_float
+
+pytestmark = pytest.mark.usefixtures("folder")
 
 SIDE, GAP, STEP = 224, 12, 20
 
@@ -53,7 +54,7 @@ def parts(found):
     return {**found, "outputs": {k: Path(v).name for k, v in own.items()}}
 
 
-def test_what_one_network_cannot_explain_others_may(folder):  # noqa: F811 - a fixture
+def test_what_one_network_cannot_explain_others_may(folder):
     draw("a.png")
     both = compared_objects("explain", "a.png", *BOTH, "--save", "none")
     mine, other = (found["class_name"] for found in both)
@@ -83,8 +84,8 @@ def test_two_networks_find_and_write_what_each_finds_alone():
     images = ("explain", "a.png", "b.png")
     options = (*images, "--tft", "--cam", "gradcam,layercam", "--save", "overlay,map", *TORCH)
     together = compared_objects(*options, *BOTH, "--out", "both")
-    one = objects(*options, "--out", "one")
-    two = objects(*options, "--model", "resnet50", "--out", "two")
+    one = quiet_objects(*options, "--out", "one")
+    two = quiet_objects(*options, "--model", "resnet50", "--out", "two")
     assert [parts(found) for found in together] == [
         parts(found) for found in (*one[:2], *two[:2], *one[2:], *two[2:])
     ]
@@ -121,7 +122,7 @@ def test_a_grid_of_two_networks_holds_the_pictures_of_each_alone(cut):
     options = ("explain", "a.png", "--cam", "gradcam", "--cam", "layercam", "--target", "pear")
     together = read(compared_objects(*options, *cut, *BOTH)[-1]["outputs"]["grid"])
     alone = [
-        read(objects(*options, *cut, "--model", name)[-1]["outputs"]["grid"])
+        read(quiet_objects(*options, *cut, "--model", name)[-1]["outputs"]["grid"])
         for name in ("efficientnet_lite0", "resnet50")
     ]
     assert together.shape[1] == GAP + 4 * (SIDE + GAP)
@@ -144,14 +145,14 @@ def test_an_overview_holds_the_rows_of_the_images():
     for seed, name in enumerate("abc"):
         draw(f"{name}.png", seed=seed)
     options = ("explain", "--cam", "gradcam,layercam", "--tft", "--save", "overlay", *TORCH)
-    *others, last = objects(*options, "a.png", "b.png", "c.png", "--out", "all")
+    *others, last = quiet_objects(*options, "a.png", "b.png", "c.png", "--out", "all")
     assert not any("overview" in found["outputs"] for found in others)
     overview = read(last["outputs"]["overview"])
     assert Path(last["outputs"]["overview"]).name.startswith("images-3x2-")
     down = GAP + STEP + 2 * (2 * STEP + SIDE + GAP)
     assert overview.shape[:2] == (3 * down, GAP + 2 * (SIDE + GAP))
     for row, name in enumerate("abc"):
-        single = read(objects(*options, f"{name}.png", "--out", name)[-1]["outputs"]["grid"])
+        single = read(quiet_objects(*options, f"{name}.png", "--out", name)[-1]["outputs"]["grid"])
         for column in range(2):
             for y in (GAP + 2 * STEP, 2 * GAP + 4 * STEP + SIDE):
                 at = row * down + STEP + y
@@ -161,17 +162,17 @@ def test_an_overview_holds_the_rows_of_the_images():
 def test_images_of_one_map_each_stand_side_by_side():
     for seed, name in enumerate("ab"):
         draw(f"{name}.png", seed=seed)
-    first, last = objects("explain", "a.png", "b.png")
+    first, last = quiet_objects("explain", "a.png", "b.png")
     assert list(first["outputs"]) == ["overlay"]
     assert list(last["outputs"]) == ["overlay", "overview"]
     size = (GAP + 2 * (SIDE + GAP), GAP + 3 * STEP + SIDE + GAP)
     with Image.open(last["outputs"]["overview"]) as image:
         assert image.size == size
     # The same images and options write the same file, and others another one.
-    assert objects("explain", "a.png", "b.png")[1]["outputs"] == last["outputs"]
+    assert quiet_objects("explain", "a.png", "b.png")[1]["outputs"] == last["outputs"]
     for options in (("b.png", "a.png"), ("a.png", "b.png", "--tft"), ("a.png", "c.png")):
         draw("c.png", seed=3)
-        other = objects("explain", *options)[1]["outputs"]["overview"]
+        other = quiet_objects("explain", *options)[1]["outputs"]["overview"]
         assert other != last["outputs"]["overview"]
 
 
@@ -249,11 +250,11 @@ def test_a_tuned_network_is_compared_with_the_published_one():
         "resnet50 published",
         "resnet50 tuned.pth",
     ]
-    [only] = objects("explain", "a.png", "--model", "resnet50", "--checkpoint", "tuned.pth")
+    [only] = quiet_objects("explain", "a.png", "--model", "resnet50", "--checkpoint", "tuned.pth")
     assert parts(only) == parts(tuned)
     # A file of the published network alone has nothing to do with the checkpoint beside it.
     Path("tuned.pth").write_bytes(b"+")
-    [only] = objects("explain", "a.png", "--model", "resnet50")
+    [only] = quiet_objects("explain", "a.png", "--model", "resnet50")
     assert parts(only) == parts(plain)
 
 
@@ -290,7 +291,7 @@ def test_an_image_of_the_same_name_in_another_call_has_a_name_of_its_own():
     for where, seed in (("a", 1), ("b", 2), ("c", 1)):
         draw(f"{where}/photo.png", seed=seed)
     options = ("--target", "pear", "--save", "overlay,map")
-    [first] = objects("explain", "a/photo.png", *options)
+    [first] = quiet_objects("explain", "a/photo.png", *options)
     before = {name: (Path("aft-out") / name).read_bytes() for name in leftovers(Path("aft-out"))}
     assert set(first["outputs"].values()) == {f"aft-out/{name}" for name in before}
     result = aft("explain", "b/photo.png", *options, "--json")

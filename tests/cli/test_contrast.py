@@ -15,12 +15,12 @@ from aftcli.pictures.colours import DIVERGING, Look, bar, heat, palette
 from aftcli.pictures.figure import Shown, caption, figure
 from aftcli.report.explain import shown_of
 from aftcli.tft.explain import explain as explained
-from tests.cli.test_explain import draw
-from tests.cli.test_options import f, folder, objects  # noqa: F401 - fixtures
 from tests.cli.test_pictures import pixels, searched, subject_of, texts
-from tests.helpers.command import aft, without_chance
+from tests.helpers.command import aft, objects, without_chance
 from tests.helpers.grids import grid
-from tests.helpers.stored import NAMES
+from tests.helpers.stored import NAMES, draw
+
+pytestmark = pytest.mark.usefixtures("picture", "f")
 
 A, B = NAMES[1], NAMES[2]
 COLOURS = np.frombuffer(palette(DIVERGING), np.uint8).reshape(-1, 3).astype(int)
@@ -93,7 +93,7 @@ def test_a_contrast_and_methods_with_signs_are_shown_signed_where_plain():
     assert said[:5] == ["Grad-CAM", "pear 0.600", "not plum", "tau* = 0.25", said[4]]
 
 
-def test_a_contrast_is_named_in_table_json_and_files(f):  # noqa: F811 - a fixture
+def test_a_contrast_is_named_in_table_json_and_files(f):
     options = ("explain", "a.png", "--target", A, "--contrast", B)
     [found] = objects(*options, "--save", "overlay,figure,map,mask")
     assert found["cam"] == "gradcam"
@@ -141,7 +141,7 @@ def test_what_cannot_be_contrasted_is_refused(options, message):
     assert not list(Path().glob("aft-out/*.png"))
 
 
-def test_an_image_that_cannot_be_contrasted_is_named_and_others_are_explained(folder):  # noqa: F811
+def test_an_image_that_cannot_be_contrasted_is_named_and_others_are_explained(folder):
     predicted = {n: objects("explain", n)[0]["class_name"] for n in map(draw_seed, range(6))}
     contrast = predicted["0.png"]
     others = [name for name, found in predicted.items() if found != contrast]
@@ -171,7 +171,7 @@ def test_a_class_less_likely_than_chance_is_said():
     assert aft("explain", "a.png", "--target", least["class_name"], "--quiet").err == ""
 
 
-def test_labels_that_do_not_exclude_each_other_have_no_chance(f):  # noqa: F811 - a fixture
+def test_labels_that_do_not_exclude_each_other_have_no_chance(f):
     with torch.no_grad():
         list(f.head.parameters())[-1].sub_(5)
     options = ("explain", "a.png", "--target", A, "--target", B)

@@ -28,29 +28,16 @@ from aftcli.report import names
 from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft import explain as engine
 from aftcli.tft.explain import Explanation
-from aftcli.tft.search import TftResult
-from tests.helpers.command import aft, leftovers, usage_error, without_chance
-from tests.helpers.stored import NAMES, small_float
+from aftcli.tft.threshold import TftResult
+from tests.helpers.command import aft, leftovers, quiet_objects, usage_error
+from tests.helpers.stored import NAMES, draw, small_float
+
+pytestmark = pytest.mark.usefixtures("folder")
 
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs/images"
 CHELSEA = IMAGES / "chelsea.jpg"
 MAP = np.exp(-((np.mgrid[:32, :32] - 14.0) ** 2).sum(0) / 50)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty folder to be in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def f(monkeypatch):
-    """The commands' classifier: a small one, the same every time."""
-    small = small_float()
-    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: small)
-    return small
 
 
 @pytest.fixture
@@ -60,26 +47,10 @@ def real(monkeypatch, lite0):
     return lite0
 
 
-def draw(path, size=(60, 44), seed=0):
-    """A picture with a bright square."""
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 120, (size[1], size[0], 3), dtype=np.uint8)
-    pixels[8:28, 20:40] += 100
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-    return Path(path)
-
-
 def done(result):
     """The result of a command that has nothing to complain about."""
     assert (result.code, result.err) == (0, "")
     return result.out
-
-
-def objects(*arguments):
-    result = aft(*arguments, "--json")
-    assert (result.code, without_chance(result.err)) == (0, "")
-    return json.loads(result.out)
 
 
 def close(expected):
@@ -98,7 +69,9 @@ def test_explain_tft_says_and_writes_what_the_engine_finds(real, folder, masking
     settings = Search(THRESHOLDS, masking, "mean", "percentile")
     [expected] = expected_of(real, CHELSEA, ["layercam"], settings)
     options = ("--masking", masking, "--threshold-mode", "percentile", "--out", "o")
-    [found] = objects("explain", CHELSEA, "--tft", "--save", "overlay,figure,map,mask", *options)
+    [found] = quiet_objects(
+        "explain", CHELSEA, "--tft", "--save", "overlay,figure,map,mask", *options
+    )
     outputs = found.pop("outputs")
     tft = found.pop("tft")
     assert found == {
@@ -142,7 +115,7 @@ def test_explain_tft_says_and_writes_what_the_engine_finds(real, folder, masking
 def test_the_figure_shows_image_map_and_fine_tuned_map(real, folder):
     with Image.open(CHELSEA) as image:
         image.convert("L").save("grey.png")
-    [found] = objects("explain", "grey.png", "--tft", "--target", "tabby", "--save", "figure")
+    [found] = quiet_objects("explain", "grey.png", "--tft", "--target", "tabby", "--save", "figure")
     # On a grey picture colour is the map's.
     shown = panels(found["outputs"]["figure"], 3)
     coloured = [np.ptp(panel, axis=2) > 15 for panel in shown]
@@ -184,7 +157,7 @@ def rotated(path):
 def test_the_overlay_is_the_picture_with_the_map_where_the_model_looked(f, folder):
     tall = draw(folder / "tall.png", (44, 90))
     for path in (CHELSEA, rotated(folder / "rotated.png"), tall):
-        [found] = objects("explain", path, "--save", "overlay,map")
+        [found] = quiet_objects("explain", path, "--save", "overlay,map")
         original = read_image(path)
         painted = np.asarray(Image.open(found["outputs"]["overlay"])).astype(int)
         assert painted.shape[1:] == (original.width, 3)
@@ -282,12 +255,14 @@ def test_the_table(f, folder):
 
 def test_all_methods_by_name(f):
     draw("a.png")
-    every = objects("explain", "a.png", "--cam", "all", "--save", "map")
+    every = quiet_objects("explain", "a.png", "--cam", "all", "--save", "map")
     assert [found["cam"] for found in every] == list(CAMS)
     expected = expected_of(f, Path("a.png"), list(CAMS))
     for found, e in zip(every, expected, strict=True):
         np.testing.assert_allclose(np.load(found["outputs"]["map"]), e.attribution, atol=1e-5)
-    some = objects("explain", "a.png", "--cam", "xgradcam", "--cam", "cam", "--cam", "xgradcam")
+    some = quiet_objects(
+        "explain", "a.png", "--cam", "xgradcam", "--cam", "cam", "--cam", "xgradcam"
+    )
     assert [found["cam"] for found in some] == ["xgradcam", "cam"]
 
 
@@ -299,7 +274,7 @@ def test_all_methods_by_name(f):
     ],
 )
 def test_targets(real, target, index):
-    [found] = objects("explain", CHELSEA, "--target", target, "--save", "none")
+    [found] = quiet_objects("explain", CHELSEA, "--target", target, "--save", "none")
     assert (found["class_index"], found["outputs"]) == (index, {})
     with torch.no_grad():
         y = real(to_input(read_image(CHELSEA), real.preprocessing)).softmax(1)[0]
@@ -320,7 +295,7 @@ def test_several_targets_and_the_likeliest(f):
     assert (result.code, result.err.splitlines()) == (0, said)
     named = json.loads(result.out)
     assert [found["class_name"] for found in named] == ["plum", "apple"]
-    likeliest = objects("explain", "a.png", "--top-k", "3")
+    likeliest = quiet_objects("explain", "a.png", "--top-k", "3")
     probabilities = [found["probability"] for found in likeliest]
     assert probabilities == sorted(probabilities, reverse=True)
     assert sum(probabilities) == close(1)
@@ -335,7 +310,7 @@ def test_several_targets_and_the_likeliest(f):
     [(("--mute", "60"), 0.4), (("--mute", "0"), 1), (("--mute", "100"), 0), ((), 1)],
 )
 def test_mute_keeps_a_share_of_the_map(real, options, share):
-    [found] = objects("explain", CHELSEA, *options, "--save", "mask,figure")
+    [found] = quiet_objects("explain", CHELSEA, *options, "--save", "mask,figure")
     mask = np.asarray(Image.open(found["outputs"]["mask"])) > 0
     assert mask.mean() == pytest.approx(share, abs=0.006)
     panels(found["outputs"]["figure"], 2 if share == 1 else 3)
@@ -344,7 +319,7 @@ def test_mute_keeps_a_share_of_the_map(real, options, share):
 @pytest.mark.parametrize("threshold", [0, 0.3, 1])
 def test_threshold_mutes_scores_below(f, threshold):
     draw("a.png")
-    [found] = objects("explain", "a.png", "--threshold", threshold, "--save", "mask,map")
+    [found] = quiet_objects("explain", "a.png", "--threshold", threshold, "--save", "mask,map")
     scores = np.load(found["outputs"]["map"])
     mask = np.asarray(Image.open(found["outputs"]["mask"])) > 0
     np.testing.assert_array_equal(mask, (scores >= np.float32(threshold)) & (scores > 0))
@@ -357,7 +332,7 @@ def test_tft_of_a_map_of_another_tool(f, absolute):
     np.save("m.npy", values * 1e300)
     flags = ["--absolute"] if absolute else []
     kinds = ("--save", "map,mask", "--target", "pear")
-    [found] = objects("tft", "a.png", "--map", "m.npy", *flags, *kinds)
+    [found] = quiet_objects("tft", "a.png", "--map", "m.npy", *flags, *kinds)
     x = to_input(picture, f.preprocessing)
     view = view_of(picture.size, f.preprocessing)
     attribution = fit_map(torch.from_numpy(values), x, picture.size, view, absolute)
@@ -373,8 +348,8 @@ def test_tft_of_a_map_of_another_tool(f, absolute):
 
 def test_tft_without_a_map_is_explain_with_tft(f):
     draw("a.png")
-    ours = objects("tft", "a.png", "--fill", "blur")
-    theirs = objects("explain", "a.png", "--tft", "--cam", "gradcam", "--fill", "blur")
+    ours = quiet_objects("tft", "a.png", "--fill", "blur")
+    theirs = quiet_objects("explain", "a.png", "--tft", "--cam", "gradcam", "--fill", "blur")
     assert ours == theirs
     assert list(ours[0]["outputs"]) == ["overlay", "figure"]
 
@@ -395,7 +370,7 @@ def test_any_name_is_printed_as_it_is(f, folder, name):
     assert lines[1].startswith(f"{shown}  layercam  pear (1)")
     stem = shown.removesuffix(".png")
     assert lines[2] == f"wrote aft-out/{stem}-pear-layercam-overlay.png"
-    [found] = objects("explain", "in")
+    [found] = quiet_objects("explain", "in")
     assert found["image"] == f"in/{name}"
     assert Path(found["outputs"]["overlay"]).is_file()
 
@@ -427,7 +402,7 @@ def test_class_names_are_printed_as_they_are(f, folder, monkeypatch):
 def test_classes_of_one_spelling_do_not_overwrite_each_other(f, folder):
     object.__setattr__(f.classes, "names", ("猫", "犬", "x" * 300))
     draw("a.png")
-    results = objects("explain", "a.png", "--top-k", "3")
+    results = quiet_objects("explain", "a.png", "--top-k", "3")
     assert len({found["outputs"]["overlay"] for found in results}) == 3
     assert len(leftovers(folder / "aft-out")) == 3 + 1  # the grid of all
 
@@ -444,7 +419,7 @@ def test_images_of_one_name_are_told_apart(f, folder):
             )
             == 1
         )
-    results = objects("explain", *paths, "--target", "pear", "--save", "map")
+    results = quiet_objects("explain", *paths, "--target", "pear", "--save", "map")
     files = [found["outputs"]["map"] for found in results]
     assert files[0] == "aft-out/x-pear-layercam-map.npy"
     assert len({file.lower() for file in files}) == len(paths)
@@ -463,7 +438,7 @@ def test_stems_of_many_and_of_long_names(folder):
 
 def test_a_name_of_the_greatest_length(f, folder):
     draw(f"{'n' * 251}.png")
-    [found] = objects("explain", f"{'n' * 251}.png")
+    [found] = quiet_objects("explain", f"{'n' * 251}.png")
     assert Path(found["outputs"]["overlay"]).is_file()
 
 
@@ -486,15 +461,16 @@ def test_folders_globs_and_dashes(f, folder, monkeypatch):
 def test_own_results_are_not_explained_again(f, folder):
     draw("a.png")
     for _ in range(2):
-        assert [found["image"] for found in objects("explain", ".")] == ["a.png"]
+        assert [found["image"] for found in quiet_objects("explain", ".")] == ["a.png"]
     for out in (".", ".", "other", "aft-out/in"):
-        assert [found["image"] for found in objects("explain", ".", "--out", out)] == ["a.png"]
+        [found] = quiet_objects("explain", ".", "--out", out)
+        assert found["image"] == "a.png"
     # One that is named is explained, and so is what no manifest lists.
     [overlay] = Path().glob("*-overlay.png")
-    assert [found["image"] for found in objects("explain", overlay)] == [str(overlay)]
+    assert [found["image"] for found in quiet_objects("explain", overlay)] == [str(overlay)]
     for folder in (".", "other", "aft-out", "aft-out/in"):
         Path(folder, "manifest.json").write_text("garbage")
-    found = objects("explain", ".", "--out", "new", "--save", "none")
+    found = quiet_objects("explain", ".", "--out", "new", "--save", "none")
     assert sum(each["image"].endswith("-overlay.png") for each in found) > 3
 
 

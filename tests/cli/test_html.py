@@ -31,20 +31,7 @@ from tests.helpers.browser import browse, chromium
 from tests.helpers.command import aft, leftovers
 from tests.helpers.stored import small_float
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty folder to be in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def f(monkeypatch):
-    """The commands' classifier: a small one, the same every time."""
-    small = small_float()
-    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: small)
-    return small
+pytestmark = pytest.mark.usefixtures("folder", "f")
 
 
 def draw(name, seed=0, size=(60, 44)):

@@ -13,34 +13,12 @@ from PIL import Image
 from aftcli.cli.app import app
 from aftcli.data.images import read_image, to_input
 from aftcli.pages.grids import Tables
-from tests.helpers.command import aft, leftovers, usage_error
-from tests.helpers.stored import NAMES, small_float
+from tests.helpers.command import aft, leftovers, objects, usage_error
+from tests.helpers.stored import NAMES
+
+pytestmark = pytest.mark.usefixtures("picture", "f")
 
 COMMANDS = typer.main.get_command(app).commands
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty folder to be in, with a picture."""
-    monkeypatch.chdir(tmp_path)
-    pixels = np.random.default_rng(0).integers(0, 120, (44, 60, 3), dtype=np.uint8)
-    pixels[8:28, 20:40] += 100
-    Image.fromarray(pixels).save("a.png")
-    return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def f(monkeypatch):
-    """The commands' classifier: a small one, the same every time."""
-    small = small_float()
-    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: small)
-    return small
-
-
-def objects(*arguments):
-    result = aft(*arguments, "--json")
-    assert result.code == 0, result.err
-    return json.loads(result.out)
 
 
 @pytest.fixture
@@ -70,6 +48,7 @@ ALONE = [
         "--thresholds, --search have no effect without --tft",
     ),
     (("--threshold-mode", "percentile"), "--threshold-mode has no effect without --tft"),
+    (("--tft-judges", "mirror"), "--tft-judges has no effect without --tft"),
     (
         ("--colormap", "jet", "--save", "map"),
         "--colormap has no effect without pictures in --save, or --html",
@@ -258,6 +237,7 @@ SETTINGS = [
     (*OWN, "--tft", "--fill", "blur"),
     (*OWN, "--tft", "--threshold-mode", "percentile"),
     (*OWN, "--tft", "--search", "fast"),
+    (*OWN, "--tft", "--tft-judges", "mirror"),
     (*OWN, "--tft", "--thresholds", "0:1:0.05"),
     (*OWN, "--tft", "--thresholds", "0,1"),
     (*OWN, "--tft", "--thresholds", ",".join(str(i / 1000) for i in range(1, 400))),

@@ -16,9 +16,11 @@ from aftcli.pictures.figure import Shown, caption, figure, number
 from aftcli.pictures.overlay import Subject, captioned, shaded, wrapped
 from aftcli.settings import COLORMAPS
 from aftcli.tft.explain import Explanation
-from aftcli.tft.search import TftResult
-from tests.cli.test_options import f, folder, objects  # noqa: F401 - fixtures
+from aftcli.tft.threshold import TftResult
+from tests.helpers.command import objects
 from tests.helpers.grids import grid
+
+pytestmark = pytest.mark.usefixtures("picture", "f")
 
 TAUS = (0.0, 0.25, 0.5, 0.75)
 

@@ -19,22 +19,8 @@ from aftcli.pages.results import COLUMNS, FORMATS, MOST, STREAMED, elided, line_
 from aftcli.report.explain import OUTPUTS
 from aftcli.report.summary import Summary, label_of
 from tests.helpers.command import aft, leftovers, without_chance
-from tests.helpers.stored import small_float
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty folder to be in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(autouse=True)
-def f(monkeypatch):
-    """The commands' classifier: a small one, the same every time."""
-    small = small_float()
-    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: small)
-    return small
+pytestmark = pytest.mark.usefixtures("folder", "f")
 
 
 def draw(count, start=0):

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import struct
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from aftcli.core.cam import normalise, upsample
 from aftcli.core.classes import Preprocessing
 from aftcli.data.images import LONGEST, read_image, to_input, view_of
 from aftcli.data.maps import fit_map, read_map
-from aftcli.data.text import find_images, read_classes
 from aftcli.errors import AftError
 from aftcli.networks.sources import find_source
 
@@ -387,45 +385,6 @@ def test_cutting_a_long_picture_changes_nothing():
         assert (to_input(picture, prep) - expected).abs().mean() < 0.1, size
 
 
-def test_find_images(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in (
-        *("b.PNG", "a.jpg", "notes.txt", ".hidden.jpg", "._a.jpg", "[x]/c d.jpeg", "[x]/e/ü.tif"),
-        *("out/a-cat-overlay.png", ".cache/thumb.png", "empty/notes.txt"),
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    (tmp_path / "folder.jpg").mkdir()
-    os.symlink("nowhere", tmp_path / "link.jpg")
-    nested = ["[x]/c d.jpeg", "[x]/e/ü.tif"]
-    everything = [*nested, "a.jpg", "b.PNG", "link.jpg", "out/a-cat-overlay.png"]
-
-    def names(*arguments, out=None):
-        paths, problems = find_images(arguments, out)
-        return list(map(str, paths)), problems
-
-    assert names(".") == (everything, [])
-    assert names(".", out=Path("out")) == (everything[:-1], [])
-    assert names(str(tmp_path), out=Path("out"))[0] == [str(tmp_path / n) for n in everything[:-1]]
-    assert names("out", out=Path("out")) == (everything[-1:], [])
-    assert names("a.jpg", "./a.jpg", "*.jpg", "notes.txt", "a.jpg") == (
-        ["a.jpg", "link.jpg", "notes.txt"],
-        [],
-    )
-    assert names("[x]") == (nested, [])
-    assert names("**/*.tif") == (nested[1:], [])
-    assert names("?x?", "[[]x]") == (nested, [])
-    for argument, what in {
-        "empty": "empty: there is no image in this folder",
-        "emp*": "emp*: there is no image in this folder",
-        "*.bmp": "*.bmp: there is no such file or folder",
-        "": "'': there is no such file or folder",
-        "y" * 300: f"{'y' * 300}: there is no such file or folder",
-        "a.jpg/b": "a.jpg/b: there is no such file or folder",
-    }.items():
-        assert names(argument, "b.PNG") == (["b.PNG"], [what])
-
-
 BLOB = np.exp(-((np.mgrid[:40, :40][0] - 10.0) ** 2) / 60 - (np.mgrid[:40, :40][1] - 26) ** 2 / 90)
 
 # File: how it is written; its values are BLOB's but for scale, within the tolerance.
@@ -531,12 +490,6 @@ def test_a_map_of_the_pictures_size_is_cropped_with_it(size):
     # Transposed it is of another size: it covers the view as it is.
     other = fit_map(tensor(values.T), X, size, view)
     assert (other - expected).abs().mean() > 0.1
-
-
-def test_read_classes(tmp_path):
-    path = tmp_path / "names.txt"
-    path.write_bytes("\ufeffäpfel\r\nred [b]pear[/b]\r\n猫, cat\r\n\r\n".encode())
-    assert read_classes(path) == ("äpfel", "red [b]pear[/b]", "猫, cat")
 
 
 def test_sizes_of_views_are_torchvisions():

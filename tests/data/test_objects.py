@@ -6,9 +6,8 @@ from PIL import Image
 from aftcli.core.classes import Preprocessing
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
-from aftcli.data.text import read_xml
 from aftcli.errors import AftError
-from aftcli.formats.voc import VOC_CLASSES
+from aftcli.formats.voc import VOC_CLASSES, read_xml
 from tests.helpers import bombs, mutants
 from tests.helpers.stored import make_images, small_float
 
@@ -73,7 +72,7 @@ def test_damaged_annotations(voc, name):
 
 
 def test_large_annotations_are_refused(voc, monkeypatch):
-    monkeypatch.setattr("aftcli.data.text.LARGEST_TEXT", 99)
+    monkeypatch.setattr("aftcli.files.LARGEST_TEXT", 99)
     with pytest.raises(ValueError, match="larger than 99 bytes"):
         read_xml(voc / "Annotations/one.xml")
 

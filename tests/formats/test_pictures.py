@@ -8,10 +8,10 @@ import pytest
 
 from aftcli import AftError, MaskStore, read_image
 from aftcli.data.blocks import content_of, stamp_of
+from aftcli.data.names import DATA_FILES, FORMATS, check_data_set
 from aftcli.data.parts import Reading
 from aftcli.data.picture import FilePicture, Picture
 from aftcli.data.sets import DataSet, Format, Sample, open_data_set
-from aftcli.data.text import DATA_FILES, FORMATS, check_data_set
 from tests.helpers.command import aft, usage_error
 from tests.helpers.stored import NAMES, generate, make_images, small_float
 

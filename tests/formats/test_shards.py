@@ -15,9 +15,9 @@ from aftcli import AftError, MaskStore, read_image
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.data.blocks import GONE, content_of
+from aftcli.data.names import unbraced
 from aftcli.data.parts import Reading
 from aftcli.data.sets import data_name, open_data_set, validation_of
-from aftcli.data.text import unbraced
 from aftcli.formats import shards as module
 from aftcli.networks.sources import imagenet_classes
 from aftcli.report.masks import summarise

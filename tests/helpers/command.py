@@ -66,3 +66,17 @@ def usage_error(result):
 def without_chance(err):
     """Leave out of stderr what is said of classes less likely than chance."""
     return "".join(line for line in err.splitlines(True) if "less than chance" not in line)
+
+
+def objects(*arguments):
+    """Return the results of a command that succeeds, as `--json` prints them."""
+    result = aft(*arguments, "--json")
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def quiet_objects(*arguments):
+    """Return them of a command that says nothing, but of classes less likely than chance."""
+    result = aft(*arguments, "--json")
+    assert (result.code, without_chance(result.err)) == (0, ""), result.err
+    return json.loads(result.out)

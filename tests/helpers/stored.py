@@ -16,7 +16,7 @@ from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.data.blocks import Processes
 from aftcli.data.sets import open_data_set
-from aftcli.files import locked
+from aftcli.locks import locked
 from aftcli.settings import Search
 from aftcli.tft.generate import generate_masks
 
@@ -34,6 +34,16 @@ def make_images(root, each=5, seed=0):
             pixels[top : top + 14, left : left + 14] += 110
             Image.fromarray(pixels).save(root / name / f"{i}.png")
     return root
+
+
+def draw(path, size=(60, 44), seed=0):
+    """A picture with a bright square."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 120, (size[1], size[0], 3), dtype=np.uint8)
+    pixels[8:28, 20:40] += 100
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return Path(path)
 
 
 def small_float():

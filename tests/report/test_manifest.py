@@ -16,18 +16,19 @@ from PIL import Image
 
 import aftcli
 from aftcli.errors import AftError
-from aftcli.files import BusyError, waiting
+from aftcli.locks import BusyError, waiting
 from aftcli.report import manifest as listing
 from aftcli.report.manifest import Manifest, writing
-from tests.cli.test_explain import draw
-from tests.cli.test_options import f, folder, objects  # noqa: F401 - fixtures
-from tests.helpers.command import aft, leftovers
+from tests.helpers.command import aft, leftovers, objects
+from tests.helpers.stored import draw
+
+pytestmark = pytest.mark.usefixtures("f")
 
 OUT = Path("out")
 
 
 @pytest.fixture(autouse=True)
-def out(folder):  # noqa: F811
+def out(picture):
     OUT.mkdir()
 
 
@@ -60,7 +61,7 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def test_a_command_lists_what_made_each_file(f):  # noqa: F811
+def test_a_command_lists_what_made_each_file(f):
     draw("in/b.png", seed=2)
     options = ("--cam", "gradcam", "--cam", "layercam", "--tft", "--fill", "black", "--save")
     before = time.time()
@@ -90,7 +91,7 @@ def test_a_command_lists_what_made_each_file(f):  # noqa: F811
     assert [each["cam"] for each in grid["shows"]] == ["gradcam", "layercam"]
 
 
-def test_without_files_there_is_no_manifest(f):  # noqa: F811
+def test_without_files_there_is_no_manifest(f):
     objects("explain", "a.png", "--save", "none")
     assert leftovers(Path("aft-out")) == [] and not Path("aft-out/manifest.json").exists()
 
@@ -173,7 +174,7 @@ def test_files_that_are_not_listed_are_overwritten_with_a_note():
     "option",
     [("--checkpoint", "one.pth"), ("--classes", "one.txt"), ("--target-fn", "one.py:mean")],
 )
-def test_files_of_other_weights_are_overwritten_with_a_note(f, option):  # noqa: F811
+def test_files_of_other_weights_are_overwritten_with_a_note(f, option):
     path = Path(option[1].partition(":")[0])
     path.write_text({".pth": "-", ".txt": "x\ny\nz"}.get(path.suffix, MEAN))
     Path("two.pth").write_text("+")
@@ -378,7 +379,7 @@ def test_calls_side_by_side_keep_their_names_and_list_all():
 HOLDING = """
 import sys, time
 from pathlib import Path
-from aftcli.files import waiting
+from aftcli.locks import waiting
 with waiting(Path("out/manifest.json")):
     print("held", flush=True)
     sys.stdin.read(1)
@@ -401,9 +402,9 @@ def test_a_lock_is_waited_for_and_given_back():
 
 def test_a_lock_whose_file_was_removed_is_taken_again(monkeypatch):
     """Its holder may remove it between another process's opening and locking of it."""
-    from aftcli import files
+    from aftcli import locks
 
-    target, removed, missing = OUT / "manifest.json", [], files._without_locks
+    target, removed, missing = OUT / "manifest.json", [], locks._without_locks
 
     def late(descriptor, path):
         if not removed:
@@ -411,13 +412,13 @@ def test_a_lock_whose_file_was_removed_is_taken_again(monkeypatch):
             (OUT / ".manifest.lock").unlink()
         return missing(descriptor, path)
 
-    monkeypatch.setattr(files, "_without_locks", late)
+    monkeypatch.setattr(locks, "_without_locks", late)
     with waiting(target):
         assert removed and (OUT / ".manifest.lock").exists()
     assert list(OUT.iterdir()) == []
 
 
-def test_a_held_manifest_ends_a_command_with_advice(f, monkeypatch):  # noqa: F811
+def test_a_held_manifest_ends_a_command_with_advice(f, monkeypatch):
     @contextmanager
     def busy(path):
         raise BusyError("held")
@@ -429,7 +430,7 @@ def test_a_held_manifest_ends_a_command_with_advice(f, monkeypatch):  # noqa: F8
     assert result.err.startswith("aft: aft-out/manifest.json: another process has held it for too")
 
 
-def test_outputs_of_many_images_are_listed_once_each(f, monkeypatch):  # noqa: F811
+def test_outputs_of_many_images_are_listed_once_each(f, monkeypatch):
     """Writes of the list take a small share of the time, however many files there are."""
     writes = []
     text = listing._text

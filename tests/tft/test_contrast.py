@@ -10,7 +10,7 @@ from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
 from aftcli.errors import AftError
 from aftcli.models.targets import output_target
-from aftcli.settings import Search
+from aftcli.settings import Search, Shaping
 from aftcli.tft.explain import explain
 from tests.helpers.compare import assert_near
 from tests.helpers.small import SIZE, small
@@ -145,13 +145,13 @@ def test_the_positive_part_of_a_signed_map_is_the_map(method):
 
 
 @pytest.mark.parametrize(
-    "how",
-    [{"smooth": "aug"}, {"cells": True}, {"zero_level": 0.2}],
+    "shaping",
+    [Shaping(smooth="aug"), Shaping(cells=True), Shaping(zero_level=0.2)],
     ids=["smooth", "cells", "zero level"],
 )
-def test_a_map_that_was_changed_has_no_sign(how):
+def test_a_map_that_was_changed_has_no_sign(shaping):
     s = small("linear", 3)
-    [e] = explain(s.f, s.x[:1], ["gradcam"], A, **how)
+    [e] = explain(s.f, s.x[:1], ["gradcam"], A, shaping=shaping)
     assert e.signed is None
     for method in ("layercam", "eigencam", "smoothgrad", "rise"):
         assert METHODS[method].load_before_relu() is None

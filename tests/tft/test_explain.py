@@ -5,17 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.cam import score_gradient
 from aftcli.core.methods import CAMS
-from aftcli.settings import Search
+from aftcli.settings import Search, Shaping
 from aftcli.tft.explain import explain, explain_map
 from aftcli.tft.generate import tune_batch
 from aftcli.tft.search import fine_tune_threshold
 from tests.helpers.compare import assert_near
-from tests.helpers.small import SIZE, small
+from tests.helpers.small import SIZE, GradientPasses, small
 
 SETTINGS = [
     Search(),
@@ -89,18 +88,6 @@ def test_one_pass_of_the_stem_serves_all_methods_and_classes():
     assert passes == [1]
 
 
-class GradientPasses(nn.Module):
-    """A head that counts its passes for gradients."""
-
-    def __init__(self, head):
-        super().__init__()
-        self.inner, self.count = head, 0
-
-    def forward(self, activation):
-        self.count += torch.is_grad_enabled()
-        return self.inner(activation)
-
-
 def counted(kind, seed):
     """A small network whose head counts, an image, and the CAMs that fit."""
     s = small(kind, seed)
@@ -114,9 +101,10 @@ def counted(kind, seed):
 def test_all_cams_need_one_gradient_of_each_score(kind, smooth):
     f, x, methods = counted(kind, 7)
     methods = [method for method in methods if smooth == "none" or method != "eigencam"]
-    alone = [explain(f, x, [method], [2, 0], smooth=smooth) for method in methods]
+    shaping = Shaping(smooth=smooth)
+    alone = [explain(f, x, [method], [2, 0], shaping=shaping) for method in methods]
     assert f.head.count == 6  # gradcam, gradcam++, layercam, xgradcam, hirescam; finercam
-    together = explain(f, x, methods, [2, 0], smooth=smooth)
+    together = explain(f, x, methods, [2, 0], shaping=shaping)
     assert f.head.count == 6 + 2  # of the class's score, and of Finer-CAM's
     for found, expected in zip(together, (e for each in alone for e in each), strict=True):
         assert (found.cam, found.class_index) == (expected.cam, expected.class_index)

@@ -32,7 +32,7 @@ ORDER = [
     {"core"},
     {"cutting"},
     {"settings"},
-    {"files"},
+    {"files", "locks"},
     {"errors"},
     {"version"},
 ]

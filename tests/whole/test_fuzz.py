@@ -14,11 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aftcli.core.classes import Classes
+from aftcli.core.classes import Classes, read_classes
 from aftcli.data.images import read_image
 from aftcli.data.maps import read_map
-from aftcli.data.text import read_classes, read_xml
 from aftcli.errors import AftError
+from aftcli.formats.voc import read_xml
 from aftcli.options.read import OUTPUTS
 from aftcli.report import terminal as foreign
 from aftcli.report.masks import summarise
@@ -286,7 +286,7 @@ def test_a_zipped_map_is_checked_to_its_end(tmp_path):
 
 @pytest.mark.parametrize("name", ["fifo", "device", "large"])
 def test_class_names_come_from_a_file_of_bounded_size(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("aftcli.data.text.LARGEST_TEXT", 999)
+    monkeypatch.setattr("aftcli.files.LARGEST_TEXT", 999)
     path = tmp_path / name
     if name == "fifo":
         os.mkfifo(path)

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from aftcli import AftError, MaskStore, load_classifier
 from aftcli.aft.jobs import mask_job
+from aftcli.cli.images import find_images
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
-from aftcli.data.text import find_images
-from aftcli.files import durable, inside, locked, tensors_hash
+from aftcli.files import durable, inside, tensors_hash
+from aftcli.locks import locked
 from aftcli.networks.weights import read_state_dict
 from aftcli.tft.hdf5 import SEAL, Rows, fold_rows, read_settings, seal_of
 from tests.helpers.command import aft

@@ -1,0 +1,45 @@
+"""The images that a command finds by the names that users give."""
+
+import os
+from pathlib import Path
+
+from aftcli.cli.images import find_images
+
+
+def test_find_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        *("b.PNG", "a.jpg", "notes.txt", ".hidden.jpg", "._a.jpg", "[x]/c d.jpeg", "[x]/e/ü.tif"),
+        *("out/a-cat-overlay.png", ".cache/thumb.png", "empty/notes.txt"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "folder.jpg").mkdir()
+    os.symlink("nowhere", tmp_path / "link.jpg")
+    nested = ["[x]/c d.jpeg", "[x]/e/ü.tif"]
+    everything = [*nested, "a.jpg", "b.PNG", "link.jpg", "out/a-cat-overlay.png"]
+
+    def names(*arguments, out=None):
+        paths, problems = find_images(arguments, out)
+        return list(map(str, paths)), problems
+
+    assert names(".") == (everything, [])
+    assert names(".", out=Path("out")) == (everything[:-1], [])
+    assert names(str(tmp_path), out=Path("out"))[0] == [str(tmp_path / n) for n in everything[:-1]]
+    assert names("out", out=Path("out")) == (everything[-1:], [])
+    assert names("a.jpg", "./a.jpg", "*.jpg", "notes.txt", "a.jpg") == (
+        ["a.jpg", "link.jpg", "notes.txt"],
+        [],
+    )
+    assert names("[x]") == (nested, [])
+    assert names("**/*.tif") == (nested[1:], [])
+    assert names("?x?", "[[]x]") == (nested, [])
+    for argument, what in {
+        "empty": "empty: there is no image in this folder",
+        "emp*": "emp*: there is no image in this folder",
+        "*.bmp": "*.bmp: there is no such file or folder",
+        "": "'': there is no such file or folder",
+        "y" * 300: f"{'y' * 300}: there is no such file or folder",
+        "a.jpg/b": "a.jpg/b: there is no such file or folder",
+    }.items():
+        assert names(argument, "b.PNG") == (["b.PNG"], [what])
