@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aftcli.core.cam import normalise, upsample
-from aftcli.core.classifier import Classifier
+from aftcli.core.classifier import Classifier, ahead
 from aftcli.core.inputs import check_shape, class_indices
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
@@ -27,7 +26,7 @@ from aftcli.tft.threshold import (
     first_maximum,
     mask_at,
     mask_of,
-    masked_image,
+    masked_images,
     relative_probability_increase,
     threshold_map,
 )
@@ -140,19 +139,14 @@ def masked_probabilities(
     """
     owners = owner.tolist()
     pairs, source = distinct_masks(attribution, cut, owners, search)
-    filled = FILLS[search.fill](f, x)
-    rows = []
-    steps = torch.tensor([t for _, t in pairs], dtype=torch.long, device=x.device)
-    for start in range(0, len(pairs), BATCH):
-        maps, end = [n for n, _ in pairs[start : start + BATCH]], 0
-        x_hat = x.new_empty(len(maps), *x.shape[1:])
-        # Map by map, so that nothing of one or its image is copied for each threshold.
-        for n, same in groupby(maps):
-            begin, end = end, end + len(list(same))
-            at = cut[n, steps[start + begin : start + end]]
-            weight, image = MASKINGS[search.masking](attribution[n], at), owners[n]
-            masked_image(x[image], weight, filled[image], out=x_hat[begin:end])
-        rows.append(ask(x_hat) if ask else f.probabilities(f(x_hat).float()))
+    filled, of_maps = FILLS[search.fill](f, x), (attribution, cut, owners, pairs)
+    made = masked_images(x, filled, *of_maps, search.masking, BATCH)
+
+    def passed(x_hat: Tensor) -> Tensor:
+        with torch.no_grad():  # which each thread has of its own
+            return ask(x_hat) if ask else f.probabilities(f(x_hat).float())
+
+    rows = [*(map(passed, made) if ask else ahead(f, passed, made))]
     if not rows:
         return y[:, None].repeat(1, cut.shape[1])
     source = source.to(x.device)
