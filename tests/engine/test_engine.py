@@ -411,6 +411,31 @@ def test_the_cache_is_where_users_expect_it(variables, folder, monkeypatch):
     assert cache_folder() == Path(folder)
 
 
+def test_many_images_take_several_passes_with_the_same_results(monkeypatch):
+    f, model = network()
+    graph = accelerated(f, "onnxruntime", note=lambda text: None).engine.graph
+    x, sizes = inputs(7), []
+
+    class Counting:
+        """A session that remembers how many images each pass has."""
+
+        def __init__(self, session):
+            self.session = session
+
+        def run(self, names, given):
+            sizes.append(len(given["x"]))
+            return self.session.run(names, given)
+
+    monkeypatch.setattr(graph, "session", Counting(graph.session))
+    monkeypatch.setattr(engine_onnx, "A_THREAD", 0)
+    monkeypatch.setattr(engine_onnx, "AT_LEAST", 3 * x[0].numel())
+    activation, logits = graph.run(x)
+    assert sizes == [3, 3, 1]
+    with torch.no_grad():
+        assert_near(logits, model(x), CLOSE)
+        assert_near(activation, f.activation(x), CLOSE)
+
+
 def test_a_wrapper_in_training_mode_is_refused():
     """Exporting one would leave the whole network in training mode."""
     with pytest.raises(engine.Unfit, match="training"):
