@@ -33,6 +33,10 @@ MOST_SHOWN = 8  # images in a notebook
 
 BATCH = 16  # masked images in one pass of the network
 
+# Values of x in a pass of PyTorch on a CPU, for each thread: two images of 224 x 224 pixels. The
+# system maps larger activations again in every layer (docs/method/decisions/search.md, Folding).
+A_THREAD = 2 * 3 * 224 * 224
+
 
 def html_image(image: Image.Image, kind: str = "PNG") -> str:
     """Return a picture as an element of HTML that holds it."""
@@ -170,6 +174,13 @@ def _same(
     return torch.equal(*weights)
 
 
+def _at_once(f: Classifier, x: Tensor) -> int:
+    """Return how many masked images of x's size share a pass; engines divide theirs."""
+    if f.engine or x.device.type != "cpu":
+        return BATCH
+    return min(max(A_THREAD * torch.get_num_threads() // x[0].numel(), 1), BATCH)
+
+
 @torch.no_grad()
 def masked_probabilities(
     f: Classifier,
@@ -199,9 +210,10 @@ def masked_probabilities(
     filled = FILLS[search.fill](f, x)
     rows = []
     places = torch.tensor(pairs, dtype=torch.long).view(-1, 2).to(x.device)
-    for n, t in (part.unbind(1) for part in places.split(BATCH) if len(part)):
+    for n, t in (part.unbind(1) for part in places.split(_at_once(f, x)) if len(part)):
         weight = MASKINGS[search.masking](threshold_map(attribution[n], cut[n, t]))
-        image = owner[n]
+        # One image is broadcast, not copied for each mask.
+        image = owner[n] if len(x) > 1 else slice(None)
         x_hat = masked_image(x[image], weight, filled[image])
         rows.append(ask(x_hat) if ask else f.probabilities(f(x_hat).float()))
     if not rows:
