@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from aftcli.tft.generate import generate_masks as generate_masks
     from aftcli.tft.judges import Judge as Judge
     from aftcli.tft.masks import MaskStore as MaskStore
-    from aftcli.tft.search import TftResult as TftResult
     from aftcli.tft.search import fine_tune_threshold as fine_tune_threshold
     from aftcli.tft.stores import Source as Source
+    from aftcli.tft.threshold import TftResult as TftResult
 
 _HOMES = {
     "AftError": "aftcli.errors",
@@ -70,7 +70,7 @@ _HOMES = {
     "Search": "aftcli.settings",
     "Source": "aftcli.tft.stores",
     "Study": "aftcli.evaluation.study",
-    "TftResult": "aftcli.tft.search",
+    "TftResult": "aftcli.tft.threshold",
     "Training": "aftcli.aft.training",
     "accelerated": "aftcli.engine.accelerate",
     "attribution_map": "aftcli.attributions.maps",

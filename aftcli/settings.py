@@ -27,7 +27,7 @@ Fill = Literal["mean", "black", "blur"]
 Mode = Literal["value", "percentile"]
 SearchKind = Literal["exact", "fast"]
 # Of those in aftcli.attributions.maps.
-Smooth = Literal["none", "aug", "eigen"]
+Smooth = Literal["none", "aug", "eigen", "noise"]
 Fuse = Literal["max", "product"]
 
 # Of matplotlib's: the first three are perceptual, equal steps of a score look equal.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from aftcli.aft.loss import (
 from aftcli.aft.tail import Earlier, Tail
 from aftcli.core.classifier import Classifier
 from aftcli.core.zero_level import check_plain
+from aftcli.data.parts import choose_held_out
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import Tuner
 
@@ -166,31 +166,6 @@ def _check_w0_alone(f: Classifier, earlier: Earlier | None) -> None:
             f"{f.layer_name}: shares weights with layers before it, so it can't be trained alone; "
             "choose another --layer"
         )
-
-
-def choose_held_out(
-    names: Sequence[str], labels: Sequence[int], share: float, seed: int
-) -> tuple[list[int], list[int]]:
-    """Divide training images into those trained on and those that choose the epoch.
-
-    Every n-th image in the order of the classes, within a class in an order that depends on
-    the name and the seed only: the held-out images are spread over the classes. An image may have
-    several samples, one for each label, which are all on the same side.
-
-    Returns:
-        Positions of those to train on and of those held out, each ascending.
-    """
-
-    def rank(i: int) -> tuple[int, bytes]:
-        name = f"{seed}\0{names[i]}".encode("utf-8", "surrogateescape")
-        return labels[i], hashlib.sha256(name).digest()
-
-    order = sorted(range(len(names)), key=rank)
-    count = int(len(order) * share)
-    picked = {names[order[(2 * i + 1) * len(order) // (2 * count)]] for i in range(count)}
-    train = [i for i, name in enumerate(names) if name not in picked]
-    # Where one image has all of the labels, none is held out.
-    return (train, sorted({*order} - {*train})) if train else (sorted(order), [])
 
 
 def shuffled(indices: Sequence[int], seed: int, epoch: int) -> list[int]:

@@ -27,7 +27,6 @@ from aftcli.aft.training import (
     _load_optimizer,
     _tensors_of,
     _under,
-    choose_held_out,
     shuffled,
 )
 from aftcli.core.cam import class_score
@@ -45,7 +44,7 @@ from aftcli.core.zero_level import (
     zero_level_loss,
 )
 from aftcli.cutting.networks import copied
-from aftcli.data.parts import spread
+from aftcli.data.parts import choose_held_out, spread
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
 from aftcli.tft.search import level_probabilities

@@ -1,7 +1,8 @@
 """Attribution maps I of one layer or several, as their method gives them or smoothed (§2.4, §3.1).
 
 Fused maps: torchcam's maximum of the layers' maps, and the product that Domeniconi et al., "How to
-evaluate and refine your CAM" (arXiv 2605.14641, RefineCAM), take. Smoothing is pytorch-grad-cam's.
+evaluate and refine your CAM" (arXiv 2605.14641, RefineCAM), take. Smoothing by copies and by
+components is pytorch-grad-cam's, by noise that of Smooth Grad-CAM++ (Omeiza et al., 2019).
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from aftcli.attributions import activation as beyond
+from aftcli.attributions.gradient import NOISE
 from aftcli.core import cam
 from aftcli.core.cam import cells_of, first_component, normalise, scaled_map, stretch, upsample
 from aftcli.core.classifier import Classifier
+from aftcli.core.head import Score
 from aftcli.core.inputs import class_indices, first_activation
 from aftcli.core.methods import METHODS, Method, method
 from aftcli.core.zero_level import without_constant
@@ -42,7 +45,21 @@ WEIGHTS: dict[str, Method] = {
     "finercam": beyond.finer_cam_weights,
 }
 
+# The score whose gradient in A each of these takes.
+SCORES: dict[str, Score] = {
+    "gradcam": cam.class_score,
+    "gradcam++": cam.class_score,
+    "layercam": cam.class_score,
+    "xgradcam": cam.class_score,
+    "hirescam": cam.class_score,
+    "finercam": beyond.finer_score,
+}
+
 FACTORS = (0.9, 1.0, 1.1)  # of the input's copies
+
+NOISY = 8  # copies whose gradients are averaged (torchcam: 4)
+
+SEED = 0
 
 
 def eigen_smoothed(
@@ -78,14 +95,40 @@ def augmented(
     return torch.stack(maps).mean(0)
 
 
+@torch.no_grad()
+def denoised(
+    name: str, f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor
+) -> Tensor:
+    """Compute a method's I_pre from A of x and the mean gradient at x + N(0, sigma^2), (N, h, w).
+
+    sigma = NOISE (max x - min x), as in SmoothGrad. The noise is the same for every image, so that
+    an image has the same map in any batch. torchcam averages the gradient's powers instead, and
+    takes A of the last copy. This costs NOISY passes with gradients.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    low, high = (
+        side(x, tuple(range(1, x.dim())), keepdim=True) for side in (torch.amin, torch.amax)
+    )
+    gradient = torch.zeros_like(activation)
+    for _ in range(NOISY):
+        noise = torch.randn(x.shape[1:], generator=generator, dtype=x.dtype).to(x.device)
+        near = f.at(x + NOISE * (high - low) * noise)
+        gradient += cam.score_gradient(*near, class_index, SCORES[name]) / NOISY
+    smoothed = f.sharing(activation, class_index)
+    smoothed.known_gradients(activation, class_index)[SCORES[name]] = gradient
+    return METHODS[name].load()(smoothed, activation, class_index, x)
+
+
 # Each gives a function that takes the place of a method's.
 SMOOTHINGS: dict[str, Callable[[str], Method] | None] = {
     "none": None,
     "aug": lambda name: partial(augmented, name),
     "eigen": lambda name: partial(eigen_smoothed, name),
+    "noise": lambda name: partial(denoised, name),
 }
 
-COPIES = 2 * len(FACTORS)  # of an image that `aug` maps
+# Maps of an image that a way needs beside its own, or in place of it.
+COPIES = {"none": 0, "eigen": 0, "aug": 2 * len(FACTORS), "noise": NOISY}
 
 
 def check_smooth(smooth: str, name: str) -> None:
@@ -99,6 +142,11 @@ def check_smooth(smooth: str, name: str) -> None:
         raise AftError(
             f"{method(name).title} is no weighted sum of channels, so it has no principal "
             f"component; --smooth eigen takes {', '.join(WEIGHTS)}, --smooth aug every method"
+        )
+    if smooth == "noise" and name not in SCORES:
+        raise AftError(
+            f"{method(name).title} takes no gradient by the activation, which noise could smooth; "
+            f"--smooth noise takes {', '.join(SCORES)}, --smooth aug every method"
         )
 
 
@@ -262,8 +310,9 @@ def attribution_map(
         method: a key of METHODS: gradcam, ablationcam, layercam, lrp, rise, …
         cells: average a map of pixels over the activation's cells, see `to_cells`.
         zero_level: see `scaled_map`; for maps of cells.
-        smooth: "none"; "aug", the mean over mirrored and scaled inputs; or "eigen", the first
-            principal component of the weighted channels in place of their sum.
+        smooth: "none"; "aug", the mean over mirrored and scaled inputs; "eigen", the first
+            principal component of the weighted channels in place of their sum; or "noise", the
+            mean gradient over noisy inputs, see `denoised`.
         fuse: "max" or "product", which combines several layers' maps, see `fused`.
 
     Returns:

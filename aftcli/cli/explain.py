@@ -26,7 +26,13 @@ from aftcli.cli.images import (
 )
 from aftcli.core.methods import named
 from aftcli.errors import AftError
-from aftcli.options.groups import ComparedNetworks, LayeredNetwork, Run, TargetMaps, Thresholds
+from aftcli.options.groups import (
+    ComparedNetworks,
+    JudgedThresholds,
+    LayeredNetwork,
+    Run,
+    TargetMaps,
+)
 from aftcli.options.make import number, option
 from aftcli.options.read import muting, outputs
 from aftcli.settings import Shaping
@@ -41,6 +47,7 @@ if TYPE_CHECKING:
     from aftcli.report.manifest import Manifest
     from aftcli.settings import Search
     from aftcli.tft.explain import Explanation
+    from aftcli.tft.judges import Judge
 
 # Options that entries of a manifest have on their own, or that change no file.
 ELSEWHERE = {"models", "checkpoints", "cam", "target", "top_k", "out", "save", "json"}
@@ -95,7 +102,7 @@ class GivenMap(TargetMaps):
 
 
 @dataclass(frozen=True)
-class WantedThresholds(Thresholds):
+class WantedThresholds(JudgedThresholds):
     """The search of thresholds, where one is wanted, or a fixed one."""
 
     tft: Annotated[bool, option("--tft", "", "Cut where the class's probability rises most.")] = (
@@ -128,12 +135,13 @@ def explain(
     kinds, accelerate, found = _begin(images, networks, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
     loaded = setup.networks(networks, run.device, run.quiet, maps.fuse, maps.target_fn)
+    judges = setup.judges(thresholds.asked, [f for f, *_ in loaded], run.device, run.quiet)
 
     from aftcli.report import names
     from aftcli.report.compared import labels
 
     wanted = settings if tft or cut else None
-    searched = names.of_search(settings, thresholds.thresholds) if tft else []
+    searched = names.of_search(settings, thresholds.thresholds, thresholds.asked) if tft else []
     fixed = names.of_threshold(thresholds.threshold, thresholds.mute)
     of_map = names.of_map(maps.shaping, maps.target_fn)
     manifest = _manifest(kinds, network, maps, thresholds if wanted else None, output, run)
@@ -145,7 +153,10 @@ def explain(
         methods = dict.fromkeys(method for question in asked for method in question.methods)
         setup.advise(list(methods), thresholds.mode, maps.cells, run.quiet)
     shown = labels([(f.name, f.checkpoint) for f, *_ in loaded]) if loaded[1:] else [""]
-    task = Task(maps, wanted, bool(cut), accelerate, len(found.paths), results, run.quiet)
+    masked = len(found.paths) * len(loaded) * len(settings.thresholds)
+    judges = setup.fast_judges(judges, accelerate, masked)
+    of_run = (accelerate, len(found.paths), results, run.quiet)
+    task = Task(maps, wanted, bool(cut), *of_run, judges=judges)
     each = zip(networks, loaded, asked, called, shown, strict=True)
     jobs = [task.job(*one) for one in each]
     each_image(jobs, found, settings, output, run, results)
@@ -155,7 +166,7 @@ def tft(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture.")],
     network: LayeredNetwork,
     maps: GivenMap,
-    thresholds: Thresholds,
+    thresholds: JudgedThresholds,
     output: Files,
     run: Run,
 ) -> None:
@@ -167,15 +178,18 @@ def tft(
     from aftcli.report import names
 
     of_map = names.of_map(maps.shaping, maps.target_fn, maps.map_, maps.absolute)
-    searched = names.of_search(settings, thresholds.thresholds)
+    searched = names.of_search(settings, thresholds.thresholds, thresholds.asked)
     values = read_map(maps.map_) if maps.map_ else None
     cuts = setup.classifiers(network, run.device, run.quiet, maps.fuse, maps.target_fn)
+    judges = setup.judges(thresholds.asked, cuts[:1], run.device, run.quiet)
+    judges = setup.fast_judges(judges, accelerate, len(settings.thresholds))
     targets = setup.targets(cuts[0], maps)
     methods = ["map"] if maps.map_ else setup.methods(cuts[0], maps.cam, "gradcam", cuts[1:])
     setup.advise(methods, thresholds.mode, maps.cells, run.quiet)
     manifest = _manifest(kinds, network, maps, thresholds, output, run)
     results = results_of(kinds, [network], maps, of_map, searched, found, output, run, manifest)
-    task = Task(maps, settings, False, accelerate, len(found.paths), results, run.quiet, values)
+    of_run = (accelerate, len(found.paths), results, run.quiet)
+    task = Task(maps, settings, False, *of_run, values, judges)
     job = task.job(network, cuts, Question(methods, targets))
     each_image([job], found, settings, output, run, results)
 
@@ -221,6 +235,7 @@ class Task:
         results: where they go.
         quiet: notes are not printed.
         given: another tool's map, shape (H, W).
+        judges: who else the search asks.
     """
 
     maps: TargetMaps
@@ -231,6 +246,7 @@ class Task:
     results: Results
     quiet: bool
     given: Tensor | None = None
+    judges: Sequence[Judge] = ()
 
     def job(
         self,
@@ -256,10 +272,12 @@ class Task:
         of_map = [*of_network(network, maps), *self.results.of_map]
         settings = suffixes(of_map, self.results.of_cut)
         classes = len(question.targets) or maps.top_k
-        each = passes(f, question.methods, classes, self.search, maps.smooth)
+        mirrors = setup.mirrors(self.judges)
+        each = passes(f, question.methods, classes, self.search, maps.smooth, mirrors)
 
         def explain_image(fast: Classifier, subject: Subject) -> list[Report]:
             explained = self._explained((fast, *cuts[1:]), f, subject, question)
+            setup.say_not_asked(self.judges, f, subject, explained, self.quiet)
             if question.targets:
                 setup.warn_of_chance(f, subject, explained, self.quiet)
             return self.results.write(f, subject, explained, settings, label)
@@ -277,9 +295,16 @@ class Task:
         asked = (question.targets, maps.top_k, self.search)
         if self.given is not None and isinstance(maps, GivenMap):
             attribution = _fitted(self.given, maps, f, x, subject, self.quiet)
-            return explain_map(layers[0], x, attribution, *asked)
+            return explain_map(layers[0], x, attribution, *asked, self.judges)
         known = (question.methods, *asked, maps.shaping)
-        return explain(layers, x, *known, fixed=self.fixed, contrast=question.contrast)
+        return explain(
+            layers,
+            x,
+            *known,
+            fixed=self.fixed,
+            contrast=question.contrast,
+            judges=self.judges,
+        )
 
 
 def _begin(
@@ -314,7 +339,7 @@ def _manifest(
     kinds: tuple[str, ...],
     network: LayeredNetwork,
     maps: TargetMaps,
-    thresholds: Thresholds | None,
+    thresholds: JudgedThresholds | None,
     output: Files,
     run: Run,
 ) -> Manifest | None:
@@ -334,6 +359,8 @@ def _manifest(
     call = {"settings": plain, "command": shlex.join(["aft", *sys.argv[1:]])}
     code = [name.rpartition(":")[0] for name in [*(network.models or ()), maps.target_fn or ""]]
     named = [*(network.checkpoints or ()), network.classes, getattr(maps, "map_", None)]
+    judges = thresholds.asked if thresholds else ()
+    named += [Path(name.rpartition("=")[2]) for name in judges]
     files = [*map(Path, filter(None, code)), *filter(None, named)]
     inputs = [path for path in files if path.is_file()]
     return Manifest(output.out, call, setup.noting(run.quiet), inputs)

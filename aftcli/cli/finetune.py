@@ -31,7 +31,7 @@ class TunedNetwork(Weights):
     """The network and its layers, the last being the masks'."""
 
     layers: Annotated[
-        list[str] | None, layer_names("Layers to tune. Default, and last: the masks'.")
+        list[str] | None, layer_names("Layers to tune, the masks' last. Default: that.")
     ] = None
 
 
@@ -133,7 +133,7 @@ class TunedMaps(Methods):
     ] = None
     gauge: Annotated[
         Gauge,
-        words("--gauge", Gauge, "Learn t, or v and t"),
+        words("--gauge", Gauge, "Zero level by t, or v and t"),
     ] = "t"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from aftcli.pictures.overlay import Subject
     from aftcli.settings import Search
     from aftcli.tft.explain import Explanation
+    from aftcli.tft.judges import Judge
     from aftcli.tft.stores import Source
 
 
@@ -123,6 +125,7 @@ def classifiers(
     Raises:
         AftError: maps are to be fused, and only one layer is named, or see `load_classifier`.
     """
+    from aftcli.core.inputs import check_images
     from aftcli.models.load import find_device, load_classifier
 
     layers: Sequence[str | None] = network.layers or (None,)
@@ -134,7 +137,8 @@ def classifiers(
     files, own = (network.model, network.checkpoint), names(network.classes)
     read = partial(load_classifier, output=network.output, output_key=network.output_key)
     score = load_target(target) if target else None
-    found = (read(*files, layer, classes=own, device=where, note=note) for layer in layers)
+    found = [read(*files, layer, classes=own, device=where, note=note) for layer in layers]
+    check_images(found[0])
     return tuple(with_target(f, score) if score else f for f in found)
 
 
@@ -247,6 +251,53 @@ def methods(
     if "all" not in spelled(asked or []):
         return methods
     return [m for m in methods if all(fits(each, m) for each in (f, *others))]
+
+
+def judges(
+    names: Sequence[str], networks: Sequence[Classifier], device: str, quiet: bool
+) -> tuple[Judge, ...]:
+    """Load judges of a search, and check that they know classes of each network."""
+    if not names:
+        return ()
+    from aftcli.models.load import find_device
+    from aftcli.tft.judges import load_judges
+
+    option = "--tft-judges"
+    found = load_judges(names, find_device(device), noting(quiet), option)
+    for judge, f in product(found, networks):
+        judge.check(f, option)
+    return found
+
+
+def fast_judges(
+    judges: Sequence[Judge], accelerate: Accelerate, passes: int | None
+) -> tuple[Judge, ...]:
+    """Make judges fast, but for the network itself, which is already."""
+    return tuple(
+        replace(each, classifier=accelerate(each.classifier, passes)) if each.classifier else each
+        for each in judges
+    )
+
+
+def mirrors(judges: Sequence[Judge]) -> int:
+    """Count the judges that are the network itself."""
+    return sum(judge.classifier is None for judge in judges)
+
+
+def say_not_asked(
+    judges: Sequence[Judge],
+    f: Classifier,
+    subject: Subject,
+    explained: Sequence[Explanation],
+    quiet: bool,
+) -> None:
+    """Say which judges do not know a class explained, so that the search did not ask them."""
+    for judge, c in product(judges, dict.fromkeys(each.class_index for each in explained)):
+        if judge.matching(f)[c] < 0:
+            noting(quiet)(
+                f"{subject.path}: {judge.name} does not know {f.classes.name(c)}, so the search "
+                "did not ask it"
+            )
 
 
 def advise(methods: list[str], mode: str, cells: bool, quiet: bool) -> None:

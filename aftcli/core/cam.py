@@ -248,7 +248,7 @@ def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Te
 def _channel_features(head: LinearHead, activation: Tensor) -> Tensor:
     """Compute what zeroing each channel takes from the linear layer's input, shape (N, K, m)."""
     taken = head.pool(activation) - head.pool(torch.zeros_like(activation[:1]))
-    # Not len(): a tracer (serving.py) would take it for a fixed number.
+    # Not len(): a tracer (engine/export.py) would take it for a fixed number.
     return taken.view(*activation.shape[:2], -1)  # type: ignore[no-any-return]
 
 

@@ -73,8 +73,9 @@ class Held(nn.Module):
 
     def forward(self, activation: Tensor, *rest: Tensor) -> Tensor:
         """Compute logits, shape (N, C), of A, shape (N, K, h, w); `rest` replaces what is held."""
-        count = len(activation)
-        held = (r.expand(count, *r.shape[1:]) if len(r) == 1 else r for r in self.rest)
+        # Not len(): a tracer (engine/export.py) would take it for a fixed number.
+        count = activation.shape[0]
+        held = (r.expand(count, *r.shape[1:]) if r.shape[0] == 1 else r for r in self.rest)
         return self.inner(activation, *(rest or held))  # type: ignore[no-any-return]
 
 

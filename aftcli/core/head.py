@@ -43,8 +43,9 @@ def gradient_of(layer: str, y: Tensor, activation: Tensor, create_graph: bool) -
     except CheckpointError as error:
         raise AftError(
             "the network computes its activations again for gradients (torch.utils.checkpoint), "
-            f"which layer {layer} can't follow; switch that off, as "
-            "gradient_checkpointing_disable() of transformers does"
+            f"which layer {layer} can't follow; do so only `if self.training`, or switch it off as "
+            "timm's set_grad_checkpointing(False) does; methods without gradients, such as "
+            "scorecam, take the network as it is"
         ) from error
 
 

@@ -17,7 +17,7 @@ from aftcli.errors import AftError
 SIDES = (32, 64, 96, 128, 192, 240, 256, 288, 299, 320, 384, 448, 512)
 
 
-FRAMES = 8  # of the video that a cut is checked on
+FRAMES = 8  # of the video that a cut is checked on, where none are said
 
 
 @torch.no_grad()
@@ -66,9 +66,13 @@ def find_preprocessing(
 
 
 def input_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...]:
-    """Return the shape of an input of a network: (C, H, W), of videos (C, D, H, W)."""
+    """Return the shape of an input of a network: (C, H, W), of videos (C, D, H, W).
+
+    A volume's preprocessing may say D too, as size=(D, H, W).
+    """
     channels, *size = preprocessing.shape
-    return (channels, *([FRAMES] if takes_videos(model) else []), *size)
+    frames = [FRAMES] if takes_videos(model) and len(size) == 2 else []
+    return (channels, *frames, *size)
 
 
 def _guess(model: nn.Module, guessed: Preprocessing, is_recorded: bool) -> str:
@@ -99,7 +103,7 @@ class Cut(Protocol):
 
 def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, Tensor]:
     """Check inputs that a caller gave, and return f.at(x), without gradients: f for them, and A."""
-    check_shape(x, count, len(f.activation_shape) == 4)
+    check_shape(x, count, len(f.activation_shape) == 4, len(f.preprocessing.mean))
     try:
         with torch.no_grad():
             return f.at(x)
@@ -119,9 +123,11 @@ def first_activation(f: Cut, x: Tensor, count: int | None = None) -> tuple[Any, 
         ) from error
 
 
-def check_shape(x: Tensor, count: int | None = None, videos: bool = False) -> None:
+def check_shape(
+    x: Tensor, count: int | None = None, videos: bool = False, channels: int = 3
+) -> None:
     """Check that x is a batch of images, or of videos."""
-    shape = "(N, 3, D, H, W)" if videos else "(N, 3, H, W)"
+    shape = f"(N, {channels}, D, H, W)" if videos else f"(N, {channels}, H, W)"
     if not isinstance(x, Tensor):
         raise AftError(
             f"x must be a tensor of shape {shape}, got {type(x).__name__}; to_input makes one "
@@ -132,6 +138,16 @@ def check_shape(x: Tensor, count: int | None = None, videos: bool = False) -> No
         raise AftError(f"x must have shape {shape}, got {tuple(x.shape)}{single}")
     if count is not None and len(x) != count:
         raise AftError(f"x must hold {count} image, got {len(x)}; pass one after the other")
+
+
+def check_images(f: Cut) -> None:
+    """Check that a network takes images, which commands read."""
+    if len(f.activation_shape) == 4:
+        raise AftError(
+            f"{f.name} takes volumes or videos, (N, {len(f.preprocessing.mean)}, D, H, W), and "
+            "commands read images; explain it in Python: attribution_map(f, x, class_index, "
+            '"gradcam") (docs/guides/choose-a-method.md)'
+        )
 
 
 def check_classes(f: Cut) -> None:

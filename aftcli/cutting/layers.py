@@ -128,7 +128,8 @@ def default_layer(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> s
 
     That is the last convolutional layer, with its norm and activation, unless later modules mix its
     cells, as attention does. Then it is the last module most of whose cells move the logits. For a
-    vision transformer with a class token, that is the first norm of the last block.
+    vision transformer with a class token, that is the first norm of the last block. Of volumes and
+    videos it is the last module with weights and cells.
 
     Args:
         model: the network, in eval mode.
@@ -144,6 +145,8 @@ def default_layer(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> s
     calls, out = calls_of(model, x)
     logits = first_tensor(out)
     count = logits.shape[1] if logits is not None and logits.dim() == 2 else None
+    if x.dim() == 5:
+        return _last_of_volumes(model, calls, count)
     layer = last_convolution(model, (x.shape[2], x.shape[3]), count)
     behind = _with_cells_behind(layer, calls, x, count)
     if layer is None or _convolutions(behind):
@@ -157,6 +160,24 @@ def default_layer(model: nn.Module, x: Tensor, note: Callable[[str], None]) -> s
             "cells do not move the output; --layer NAME chooses another"
         )
     return layer
+
+
+def _last_of_volumes(model: nn.Module, calls: Sequence[Ran], classes: int | None) -> str:
+    found = [
+        ran
+        for ran in calls
+        if ran.alone
+        and ran.output.dim() == 5
+        and ran.output.shape[1] not in (1, classes)
+        and ran.output[0, 0].numel() > 1
+        and any(True for _ in ran.module.parameters())
+    ]
+    if not found:
+        raise AftError(
+            f"{type(model).__name__} takes volumes, (N, C, D, H, W), and has no layer with cells "
+            "of them; pass --layer NAME"
+        )
+    return next(ran.name for ran in found if ran.output is found[-1].output)
 
 
 def _with_cells_behind(

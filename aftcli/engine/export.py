@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from aftcli.core.cam import normalise, upsample
 from aftcli.core.classifier import Classifier
+from aftcli.core.head import attention_in_steps
 from aftcli.core.methods import METHODS
 from aftcli.core.methods import method as find_method
 from aftcli.engine.onnx import onnx_program
@@ -110,12 +111,16 @@ def traced(f: Classifier, method: str) -> nn.Module:
     x = next(f.parameters()).new_zeros(TRACED, *f.preprocessing.shape)
     rules: dict[Any, Callable[..., Any]] = {**core_aten_decompositions(), **BACKWARD}
     try:
-        graph = make_fx(both, rules, "symbolic", _allow_non_fake_inputs=True)(x)
+        with attention_in_steps(True):  # ONNX has no gradient of torch's kernels
+            graph = make_fx(both, rules, "symbolic", _allow_non_fake_inputs=True)(x)
     except Exception as error:
         raise _not_exportable(f, method, error) from error
-    # Tensors of ONNX have none, and its exporters of older versions do not take it.
+    # Tensors of ONNX have none, and its exporters of older versions do not take it. Without it a
+    # copy may keep its strides, which a view can't always have.
     for node in graph.graph.nodes:
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "memory_format"}
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
     graph.recompile()
     return graph.eval()
 

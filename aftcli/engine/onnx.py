@@ -9,9 +9,12 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -21,7 +24,6 @@ from aftcli.errors import AftError, Unfit, first_line, root_of
 from aftcli.files import cache_folder, replacing, tensors_hash
 
 if TYPE_CHECKING:
-    import numpy as np
     from onnxruntime import InferenceSession
     from torch.onnx import ONNXProgram
 
@@ -30,9 +32,8 @@ VERSION = 1  # of what is exported
 
 KEPT = 4 * 2**30  # bytes of exported networks
 
-# Values of x in one pass, for each thread and at least: what more images of 224 x 224 pixels
-# compute leaves the processor's cache before the next layer reads it.
-A_THREAD, AT_LEAST = (images * 3 * 224 * 224 for images in (2, 4))
+# Images in one pass of a thread: what the first layers compute of more leaves the caches.
+AT_ONCE = 4
 
 
 class OnnxRuntime:
@@ -110,31 +111,47 @@ class Graph:
             raise Unfit("it is in training mode")
         self.shape, self.outputs = shape, tuple(outputs)
         path = cache_folder() / f"{_key(module, self.shape, outputs)}.onnx"
-        session = _session(path)
+        session = _session(path, 1)
         if session is None:
             note(f"exporting {what} for ONNX Runtime, once: some seconds")
             _export_to(path, module, self.shape, outputs)
-            session = _session(path)
+            session = _session(path, 1)
         if session is None:
             raise Unfit("its exported graph can't be run")
-        self.session = session
+        self.path, self.session, self.shared = path, session, session
+        self.threads = torch.get_num_threads()
+        self.lanes = ThreadPoolExecutor(self.threads)
+        # Not where a tensor has no axis of images: each part would give it again.
+        self.parted = all(o.shape and isinstance(o.shape[0], str) for o in session.get_outputs())
 
     def takes(self, x: Tensor) -> bool:
         """Take float32 inputs of the size that was exported, any number but none."""
         return x.dtype == torch.float32 and x.shape[1:] == self.shape and len(x) > 0
 
     def run(self, x: Tensor, *names: str) -> tuple[Tensor, ...]:
-        """Return outputs of inputs x, all or the named ones; some images at a time."""
-        x = x.detach().contiguous()
-        values = max(AT_LEAST, A_THREAD * torch.get_num_threads())
-        parts = x.split(max(values // x[0].numel(), 1))
-        found = [self.session.run(names or self.outputs, {"x": part.numpy()}) for part in parts]
-        return tuple(_joined(rows) for rows in zip(*found, strict=True))
+        """Return outputs of inputs x, all or the named ones.
+
+        Threads that each take a few images do not wait for one another. Threads that share each
+        operation do, all the more while a process that decodes images takes a processor.
+        """
+        values, wanted = x.detach().contiguous(), names or self.outputs
+        if not self.parted or len(x) < self.threads:
+            return tuple(map(torch.from_numpy, _pass(self._shared(), wanted, values)))
+        count = self.threads * -(-len(x) // (self.threads * AT_ONCE))
+        passes = partial(_pass, self.session, wanted)
+        parts = values.tensor_split(min(count, len(x)))
+        found = self.lanes.map(passes, parts) if self.threads > 1 else map(passes, parts)
+        return tuple(torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True))
+
+    def _shared(self) -> InferenceSession:
+        """Open the session whose threads share each operation, where few images need one."""
+        if self.shared is self.session and self.threads > 1:
+            self.shared = _session(self.path, self.threads) or self.session
+        return self.shared
 
 
-def _joined(parts: Sequence[np.ndarray]) -> Tensor:
-    tensors = [torch.from_numpy(part) for part in parts]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _pass(session: InferenceSession, names: Sequence[str], x: Tensor) -> list[np.ndarray]:
+    return session.run(names, {"x": x.numpy()})  # type: ignore[no-any-return]
 
 
 def _key(module: nn.Module, shape: tuple[int, ...], outputs: Sequence[str]) -> str:
@@ -172,14 +189,14 @@ def _prune(newest: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _session(path: Path) -> InferenceSession | None:
+def _session(path: Path, threads: int) -> InferenceSession | None:
     """Open an exported graph; None if it is missing or damaged."""
     import onnxruntime
 
     if not path.is_file():
         return None
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
     # Its threads would otherwise wait for work in a loop, at the cost of torch's between passes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4

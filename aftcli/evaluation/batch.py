@@ -23,8 +23,8 @@ from aftcli.data.objects import Regions
 from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, QUANTUS, Measure
 from aftcli.evaluation.results import Images, Muting, Unit, Values, Verdict, View, Wanted
 from aftcli.settings import Search
-from aftcli.tft.judges import judged, judged_masks
-from aftcli.tft.search import masked_probabilities
+from aftcli.tft.judges import Judge, judged
+from aftcli.tft.search import judged_masks, masked_probabilities
 from aftcli.tft.threshold import (
     cut_off,
     drop,
@@ -157,10 +157,8 @@ def measure_batch(
     Returns:
         The values of each unit, on the CPU.
     """
-    x, (maps, cells, common, scores) = images.x, _made(f, images, units, wanted)
-    class_index = maps[units[0].cam].class_index
+    maps, cells, common, y, scores = _made(f, images, units, wanted)
     known: dict[str, list[tuple[Muting, dict[str, Tensor]]]] = {cam: [] for cam in maps}
-    y = {key: judged(judge, f, x, class_index) for key, judge in wanted.judges.items()}
     found: dict[Unit, Values] = {}
     for masking in dict.fromkeys(unit.masking for unit in units):
         own = [unit.cam for unit in units if unit.masking == masking]
@@ -183,11 +181,15 @@ def measure_batch(
 
 
 class _Made(NamedTuple):
-    """Maps, their cells before they are stretched, and columns that all results share."""
+    """Maps, their cells before they are stretched, columns that all results share, and scores.
+
+    `y` is each judge's p(c | x), by its key.
+    """
 
     maps: dict[str, _Maps]
     cells: dict[str, Tensor]
     common: tuple[Tensor, Tensor, Tensor, Tensor]
+    y: dict[str, Tensor]
     scores: Tensor | None
 
 
@@ -200,12 +202,32 @@ def _made(f: Classifier, images: Images, units: Sequence[Unit], wanted: Wanted) 
     y = class_score(p, c)
     regions = [images.regions(int(i), int(own)) for i, own in zip(index, c, strict=True)]
     cams = dict.fromkeys(unit.cam for unit in units)
+    g = g.sharing(activation, c)
     cells = {cam: scaled_map(g, activation, c, x, cam, wanted.cells) for cam in cams}
     maps = {
         cam: _Maps(f, cam, x, c, y, index, upsample(own, x), regions) for cam, own in cells.items()
     }
     common = (index, images.label, c.cpu(), y.cpu())
-    return _Made(maps, cells, common, p.cpu() if images.every else None)
+    asked = {key: judged(judge, f, x, c) for key, judge in wanted.judges.items()}
+    return _Made(maps, cells, common, asked, p.cpu() if images.every else None)
+
+
+class _Masked(NamedTuple):
+    """N images, masked by M maps each, shape (M * N, H, W), cut at thresholds, (M * N, |T|)."""
+
+    images: _Maps
+    attribution: Tensor
+    cut: Tensor
+    search: Search
+
+    def ask(self, y: Tensor, judge: Judge | None = None) -> Tensor:
+        """Return p(c | x_hat), shape (M * N, |T|); y is p(c | x), shape (N,)."""
+        f, x, c = self.images.f, self.images.x, self.images.class_index
+        count = len(self.attribution) // len(x)
+        owner = torch.arange(len(x), device=x.device)
+        c, y, owner = (each.repeat(count) for each in (c, y, owner))
+        score = partial(judged_masks, judge) if judge else masked_probabilities
+        return score(f, x, self.attribution, self.cut, c, y, owner, self.search)
 
 
 @torch.no_grad()
@@ -220,11 +242,7 @@ def measure_controls(
 
     Measures that cost passes are not taken. The network and each judge pass a control once.
     """
-    x, (maps, cells, common, _) = images.x, _made(f, images, units, wanted)
-    whole = {
-        key: judged(judge, f, x, maps[units[0].cam].class_index)
-        for key, judge in wanted.judges.items()
-    }
+    maps, cells, common, y, _ = _made(f, images, units, wanted)
     mode = wanted.search.mode if wanted.search else "value"
     found = {}
     for unit in units:
@@ -235,18 +253,15 @@ def measure_controls(
             return Muting(tau.to(plain), mode).of(plain)
 
         shown = controlled[unit].maps(cells[unit.cam], plain, at, unit.masking, muted)
-        count = len(shown)
         attribution = torch.cat([control.maps for control in shown.values()])
-        owner = torch.arange(len(x), device=x.device).repeat(count)
-        given = (f, x, attribution, attribution.new_zeros(len(owner), 1))
-        c, search = own.class_index.repeat(count), _search(wanted, unit.masking)
+        uncut = attribution.new_zeros(len(attribution), 1)
+        masked = _Masked(own, attribution, uncut, _search(wanted, unit.masking))
 
         def by_view(y_hat: Tensor, shown: Mapping[str, Control] = shown) -> dict[str, Tensor]:
-            parts = zip(shown.items(), y_hat[:, 0].cpu().split(len(x)), strict=True)
+            parts = zip(shown.items(), y_hat[:, 0].cpu().split(len(images.x)), strict=True)
             return {view: torch.where(control.known, v, torch.nan) for (view, control), v in parts}
 
-        p = masked_probabilities(*given, c, own.probability.repeat(count), owner, search)
-        y_hat = by_view(p)
+        y_hat = by_view(masked.ask(own.probability))
         views = {}
         for view, control in shown.items():
             nothing = Muting(torch.zeros_like(own.probability), "value")
@@ -257,11 +272,10 @@ def measure_controls(
                 if not (control.flat and name == "pointing")
             }
             views[view] = View(y_hat[view], of_map)
-        verdicts = {}
-        for key, judge in wanted.judges.items():
-            y = whole[key]
-            p = judged_masks(judge, *given, c, y.repeat(count), owner, search)
-            verdicts[key] = Verdict(y.cpu(), by_view(p))
+        verdicts = {
+            key: Verdict(y[key].cpu(), by_view(masked.ask(y[key], judge)))
+            for key, judge in wanted.judges.items()
+        }
         found[unit] = Values(*common, views, judges=verdicts)
     return found
 
@@ -300,16 +314,8 @@ def _scores(
         1,
     )
     baselines = BASELINES in wanted.extras
-    y_hat = masked_probabilities(
-        some.f,
-        some.x,
-        attribution,
-        cut if baselines else cut[:, :-1],
-        some.class_index.repeat(len(cams)),
-        some.probability.repeat(len(cams)),
-        torch.arange(count, device=cut.device).repeat(len(cams)),
-        _search(wanted, masking),
-    )
+    cut = cut if baselines else cut[:, :-1]
+    y_hat = _Masked(some, attribution, cut, _search(wanted, masking)).ask(some.probability)
     found = {}
     for i, cam in enumerate(cams):
         own = y_hat[i * count : (i + 1) * count]
@@ -338,27 +344,17 @@ def _verdicts(
     found: dict[str, dict[str, Verdict]] = {cam: {} for cam in scored}
     if not wanted.judges:
         return found
-    some, repeats = maps[next(iter(scored))], len(scored)
-    count = len(some.x)
+    some = maps[next(iter(scored))]
     names = list(dict.fromkeys(name for each in scored.values() for name in each.views))
     attribution, cuts = [maps[cam].attribution for cam in scored], []
     for own, each in zip(attribution, scored.values(), strict=True):
         # A view that this method lacks costs nothing as the plain one.
         mutings = [each.views.get(name, each.views["original"])[0] for name in names]
         cuts.append(torch.cat([cut_off(own, m.tau[:, None], m.mode) for m in mutings], 1))
+    masked = _Masked(some, torch.cat(attribution), torch.cat(cuts), _search(wanted, masking))
     for key, judge in wanted.judges.items():
-        y_hat = judged_masks(
-            judge,
-            some.f,
-            some.x,
-            torch.cat(attribution),
-            torch.cat(cuts),
-            some.class_index.repeat(repeats),
-            y[key].repeat(repeats),
-            torch.arange(count, device=some.x.device).repeat(repeats),
-            _search(wanted, masking),
-        ).cpu()
-        for (cam, each), own in zip(scored.items(), y_hat.split(count), strict=True):
+        y_hat = masked.ask(y[key], judge).cpu()
+        for (cam, each), own in zip(scored.items(), y_hat.split(len(some.x)), strict=True):
             of_view = dict(zip(names, own.T.contiguous(), strict=True))
             found[cam][key] = Verdict(y[key].cpu(), {name: of_view[name] for name in each.views})
     return found

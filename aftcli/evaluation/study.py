@@ -143,10 +143,14 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
             there are no images with labels among the classes, or a judge knows none of these.
     """
     studies = _studies(run, asked := asked or Asked())
-    judges = load_judges(asked.judges, asked.source.device, asked.source.note)
-    for judge, study in product(judges, studies):
-        judge.check(study.f)
-    return [replace(study, judges=judges) for study in studies]
+    loaded = load_judges(asked.judges, asked.source.device, asked.source.note)
+    found = []
+    for study in studies:
+        judges = tuple(judge.named_by(study.f, asked.source.note) for judge in loaded)
+        for judge in judges:
+            judge.check(study.f, "--judge")
+        found.append(replace(study, judges=judges))
+    return found
 
 
 def _studies(run: Path, asked: Asked) -> list[Study]:

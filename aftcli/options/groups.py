@@ -11,6 +11,7 @@ from aftcli.core.methods import check_device, spelled
 from aftcli.errors import AftError
 from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
+from aftcli.options.read import asked_too
 from aftcli.settings import (
     Fill,
     Fuse,
@@ -285,6 +286,27 @@ class Thresholds:
         """
         values = read_thresholds(self.thresholds)
         return Search(values, self.masking, self.fill, self.mode, self.search)
+
+
+@dataclass(frozen=True)
+class JudgedThresholds(Thresholds):
+    """The search of thresholds, and who else it asks."""
+
+    judges: Annotated[
+        list[str] | None,
+        option(
+            "--tft-judges",
+            "NAME",
+            "Ask mirror or a network too; repeatable.",
+            callback=usage(asked_too),
+            autocompletion=complete.models,
+        ),
+    ] = None
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Names of the judges that are asked beside the network."""
+        return asked_too(self.judges or ())
 
 
 @dataclass(frozen=True)

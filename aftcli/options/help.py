@@ -26,10 +26,7 @@ DEFAULT = f"{METHODS_HELP} Default: a checkpoint's, or"
 BELOW: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "explain": (
         (f"{DEFAULT} layercam.",),
-        (
-            "aft explain cat.jpg --cam gradcam,layercam --tft",
-            "aft explain photos/ --model net.py:build --checkpoint net.pth",
-        ),
+        ("aft explain photos/ --model net.py:build --checkpoint net.pth --tft",),
     ),
     "tft": (
         (f"{DEFAULT} gradcam.",),

@@ -116,7 +116,7 @@ OF_IMAGES = (
 # By command. Options that exclude each other are not here.
 IDLE: dict[str, tuple[Idle, ...]] = {
     "explain": (
-        Idle(("--thresholds", "--threshold-mode", "--search"), _without("--tft")),
+        Idle(("--thresholds", "--threshold-mode", "--search", "--tft-judges"), _without("--tft")),
         Idle(("--masking", "--fill"), _without("--tft", "--threshold", "--mute")),
         *OF_IMAGES,
     ),

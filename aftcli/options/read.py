@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aftcli.errors import AftError
-from aftcli.evaluation.measures import EVALUATED, MEASURED, TABLES
+from aftcli.evaluation.measures import EVALUATED, MEASURED, MOST_JUDGES, TABLES
+from aftcli.settings import MIRROR, SELF
 
 OUTPUTS = ("overlay", "figure", "map", "mask")  # as in aftcli.report.explain
 
@@ -48,6 +49,23 @@ def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[floa
     if threshold is not None:
         return threshold, "value"
     return (mute / 100, "percentile") if mute is not None else None
+
+
+def asked_too(names: Sequence[str]) -> tuple[str, ...]:
+    """Read names of judges that a search asks beside the network itself.
+
+    Raises:
+        AftError: one is nobody, or they are too many.
+
+    >>> asked_too(["mirror", "self", "resnet50", "mirror"])
+    ('mirror', 'resnet50')
+    """
+    found = tuple(dict.fromkeys(name for name in names if name != SELF))
+    if not {"", "none"}.isdisjoint(found):
+        raise AftError(f"name a judge: {MIRROR}, a model, a checkpoint or MODEL=FILE")
+    if len(found) > MOST_JUDGES:
+        raise AftError(f"{len(found)} judges; at most {MOST_JUDGES} are asked in one call")
+    return found
 
 
 def tables(text: str | None) -> tuple[int, ...]:

@@ -17,7 +17,14 @@ from rich.table import Table
 from aftcli.errors import AftError
 from aftcli.files import replacing
 from aftcli.report.manifest import Manifest, unwritable
-from aftcli.report.summary import Summary, label_of, network_labels, network_of, numbers_of
+from aftcli.report.summary import (
+    Summary,
+    increases_of,
+    label_of,
+    network_labels,
+    network_of,
+    numbers_of,
+)
 from aftcli.report.terminal import cell, csv_cell, plain, say, stdout_console
 
 Result = dict[str, Any]  # what `aftcli.report.explain.as_dict` gives
@@ -197,6 +204,10 @@ def print_table(results: Sequence[Result]) -> None:
             row[i] = " ".join(elided(word, widths[i]) for word in row[i].split(" "))
         table.add_row(*map(cell, row))
     console.print(table)
+    for row, result in zip(rows, results, strict=True):
+        if said := increases_of(result):
+            named = f"{row[0]}, {result['cam']}, {label_of(result)}"
+            console.print(cell(f"{named}: {said}"), soft_wrap=True)
     for result in results:
         for path in result["outputs"].values():
             say(f"wrote {path}")

@@ -29,7 +29,8 @@ from aftcli.pictures.overlay import Subject, shaded
 from aftcli.settings import COLORMAPS, RANGES, SOFTMAX, Search, Shaping
 from aftcli.tft import explain as explaining
 from aftcli.tft.explain import Explanation
-from aftcli.tft.search import MOST_SHOWN, html_image
+from aftcli.tft.judges import Judge
+from aftcli.tft.threshold import MOST_SHOWN, html_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,6 +121,7 @@ def explain(
     target: Target | None = None,
     contrast: int | str | None = None,
     tft: bool = False,
+    judges: Sequence[Judge] = (),
 ) -> Explanations:
     """Explain pictures by several methods and for several classes.
 
@@ -143,6 +145,7 @@ def explain(
         contrast: a class B, by index or name: maps of y^A - y^B show why each class A explained and
             not B; thresholds are still searched by the probability of A.
         tft: search thresholds, by the default settings where none are given.
+        judges: who else a search asks, see `fine_tune_threshold`.
 
     Returns:
         One explanation for each picture, method and class, picture by picture, method by method.
@@ -166,7 +169,13 @@ def explain(
     for each in x if several else (x,):  # type: ignore[union-attr]
         of_picture, subject = _read(first, each)  # type: ignore[arg-type]
         explained = explaining.explain(
-            f, of_picture, *asked, fixed=fixed, target=target, contrast=against
+            f,
+            of_picture,
+            *asked,
+            fixed=fixed,
+            target=target,
+            contrast=against,
+            judges=judges,
         )
         of = partial(Pictured, subject=subject, classes=classes, is_score=score)
         of = partial(of, model=first.name, output=first.output)

@@ -22,7 +22,7 @@ from aftcli.pictures.figure import Shown, best, figure, overlaid, shown_as
 from aftcli.pictures.overlay import Subject
 from aftcli.report.manifest import Manifest, writing
 from aftcli.report.names import PLAIN, Suffixes
-from aftcli.settings import SOFTMAX, Search
+from aftcli.settings import SELF, SOFTMAX, Search
 from aftcli.tft.explain import Explanation
 
 
@@ -223,6 +223,8 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
             "threshold_mode": settings.mode,
             "search": settings.search,
         }
+        if e.judges:
+            result["tft"]["judges"] = _judged(e)
     if e.fixed:
         result["fixed"] = {
             "threshold": e.thresholds[0],
@@ -233,6 +235,17 @@ def as_dict(f: Classifier, report: Report, settings: Search) -> dict[str, Any]:
             "threshold_mode": settings.mode,
         }
     return result
+
+
+def _judged(e: Explanation) -> list[dict[str, Any]]:
+    """List the network and its judges with what they say at tau*; None where one was not asked."""
+    assert e.tft
+    best = e.tft.best
+    whole = [e.probability, *_plain_list(e.tft.judged_whole[0])]
+    masked = [float(e.tft.probabilities[0, best]), *_plain_list(e.tft.judged[0, :, int(best)])]
+    columns = zip((SELF, *e.judges), whole, masked, _plain_list(e.tft.increases[0]), strict=True)
+    names = ("name", "whole", "probability", "log_odds_increase")
+    return [dict(zip(names, row, strict=True)) for row in columns]
 
 
 def _plain_list(values: Tensor) -> list[float | None]:

@@ -125,12 +125,13 @@ def of_threshold(threshold: float | None, mute: float | None) -> list[Setting]:
     return [_number(word, value) for word, value in given.items() if value is not None]
 
 
-def of_search(settings: Search, thresholds: str) -> list[Setting]:
+def of_search(settings: Search, thresholds: str, judges: Iterable[str] = ()) -> list[Setting]:
     """List a search of thresholds, and where it differs from the default.
 
     Args:
         settings: of the search.
         thresholds: as the option gives them.
+        judges: who else is asked, as the options give them.
     """
     default = Search()
     found = [Setting("tft", "tft")]
@@ -139,7 +140,15 @@ def of_search(settings: Search, thresholds: str) -> list[Setting]:
         found.append(Setting(f"T{UNSAFE.sub('_', said)}", f"T{said}"))
     for name in ("masking", "fill", "mode", "search"):
         found += _word(getattr(settings, name), getattr(default, name))
-    return found
+    return found + [_judge(name) for name in judges]
+
+
+def _judge(name: str) -> Setting:
+    """Show a judge by its name, or its file's, and tell files apart by where they are."""
+    model, _, file = name.rpartition("=")
+    path = Path(file)
+    shown, value = (path.stem, f"{model}={path.resolve()}") if path.is_file() else (name, name)
+    return Setting(f"by_{UNSAFE.sub('_', shown)[:LONGEST_FILE]}", f"by_{value}")
 
 
 def of_look(look: Look) -> list[Setting]:

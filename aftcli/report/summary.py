@@ -40,6 +40,18 @@ def numbers_of(result: Mapping[str, Any]) -> Numbers:
     return Numbers(y)
 
 
+def increases_of(result: Mapping[str, Any]) -> str:
+    """Write what each judge of a search gains at tau*; "" where none was asked."""
+    judges = result.get("tft", {}).get("judges", ())
+    said = ", ".join(
+        f"{each['name']} not asked"
+        if each["log_odds_increase"] is None
+        else f"{each['name']} {each['log_odds_increase']:+.2f}"
+        for each in judges
+    )
+    return f"log-odds at tau* {said}" if said else ""
+
+
 def label_of(result: Mapping[str, Any]) -> str:
     """Name the class of a result for people: its name and its index, the class it is not."""
     named = f"{result['class_name']} ({result['class_index']})"

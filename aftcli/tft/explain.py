@@ -31,7 +31,9 @@ from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.models.targets import Target, Targeted, contrasted, with_target
 from aftcli.settings import AS_COMPUTED, Search, Shaping
-from aftcli.tft.search import TftResult, search_threshold
+from aftcli.tft.judges import Judge
+from aftcli.tft.search import search_threshold
+from aftcli.tft.threshold import TftResult
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Explanation:
             None where the method has no sign, or its map was averaged, lowered, smoothed or fused.
         contrast: the class B of a map of y^A - y^B, where A is the class explained.
         contrast_probability: y^B, in [0, 1]; 0 without.
+        judges: names of those that the search asked beside the classifier.
     """
 
     cam: str
@@ -74,6 +77,7 @@ class Explanation:
     signed: Tensor | None = None
     contrast: int | None = None
     contrast_probability: float = 0.0
+    judges: tuple[str, ...] = ()
 
     @property
     def cut(self) -> TftResult | None:
@@ -96,14 +100,24 @@ def passes(
     classes: int,
     settings: Search | None,
     smooth: str = "none",
+    mirrors: int = 0,
 ) -> int:
-    """Count the images that pass the network, at the most, to explain one."""
-    searched = len(settings.thresholds) if settings else 0
+    """Count the images that pass the network, at the most, to explain one.
+
+    Args:
+        f: the classifier.
+        methods: keys of METHODS.
+        classes: how many are explained.
+        settings: of the search; None without one.
+        smooth: see `attribution_map`.
+        mirrors: how many judges of the search are the network itself.
+    """
+    searched = (1 + mirrors) * len(settings.thresholds) if settings else 0
     own = (METHODS[name].passes if name in METHODS else 0 for name in methods)
     perturbed = sum(f.activation_shape[0] if n is None else n for n in own)
-    if smooth == "aug":
-        perturbed = COPIES * (len(methods) + perturbed)
-    return 1 + classes * (len(methods) * searched + perturbed)
+    if COPIES[smooth]:
+        perturbed = COPIES[smooth] * (len(methods) + perturbed)
+    return 1 + mirrors + classes * (len(methods) * searched + perturbed)
 
 
 @outside_inference_mode
@@ -119,6 +133,7 @@ def explain(
     fixed: bool = False,
     target: Target | None = None,
     contrast: int | None = None,
+    judges: Sequence[Judge] = (),
 ) -> list[Explanation]:
     """Explain one image by several methods and for several classes, with one stem pass.
 
@@ -138,6 +153,7 @@ def explain(
             aftcli/models/targets.py; a threshold search needs scores in [0, 1].
         contrast: a class B: maps show why each class A and not B, as maps of y^A - y^B; thresholds
             are still searched by the probability of A.
+        judges: who else a search asks, see `fine_tune_threshold`.
 
     Returns:
         One explanation for each method and class, method by method.
@@ -167,7 +183,8 @@ def explain(
     signed: list[Tensor | None] = []
     for each in maps:
         signed += [None] * len(each.attribution) if each.signed is None else wide(each.signed)
-    found = _search(first, x, attribution, named, classes.repeat(len(methods)), y, settings)
+    asked = (classes.repeat(len(methods)), y, settings, judges)
+    found = _search(first, x, attribution, named, *asked)
     found = [replace(each, signed=s) for each, s in zip(found, signed, strict=True)]
     if contrast is not None:
         other = float(y[contrast])
@@ -227,6 +244,7 @@ def explain_map(
     targets: Sequence[int] | int = (),
     top_k: int = 1,
     settings: Search | None = None,
+    judges: Sequence[Judge] = (),
 ) -> list[Explanation]:
     """Fine-tune the threshold of a map from another tool.
 
@@ -237,6 +255,7 @@ def explain_map(
         targets: see `explain`.
         top_k: see `explain`.
         settings: see `explain`.
+        judges: see `explain`.
     """
     check_shape(x, 1)
     with torch.no_grad():
@@ -244,7 +263,7 @@ def explain_map(
     classes = _explained(f, y, targets, top_k)
     count = len(classes)
     maps = attribution.expand(count, -1, -1)
-    return _search(f, x, maps, ["map"] * count, classes, y, settings)
+    return _search(f, x, maps, ["map"] * count, classes, y, settings, judges)
 
 
 def _explained(f: Classifier, y: Tensor, targets: Sequence[int] | int, top_k: int) -> Tensor:
@@ -266,12 +285,13 @@ def _search(
     classes: Tensor,
     y: Tensor,
     settings: Search | None,
+    judges: Sequence[Judge],
 ) -> list[Explanation]:
     results: list[TftResult | None] = [None] * len(maps)
     if settings:
         owner = torch.zeros_like(classes)
-        found = search_threshold(f, x, maps, classes, settings, y[classes], owner)
-        results = [TftResult(*(field[i : i + 1] for field in found)) for i in range(len(maps))]
+        found = search_threshold(f, x, maps, classes, settings, y[classes], owner, judges)
+        results = [found.rows(slice(i, i + 1)) for i in range(len(maps))]
     highest = y.topk(min(3, len(y)))
     likeliest = tuple(zip(highest.indices.tolist(), highest.values.tolist(), strict=True))
     return [
@@ -283,6 +303,7 @@ def _search(
             result,
             settings.thresholds if settings else (),
             likeliest=likeliest,
+            judges=tuple(judge.name for judge in judges) if settings else (),
         )
         for method, c, attribution, result in zip(methods, classes, maps, results, strict=True)
     ]

@@ -29,8 +29,8 @@ from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
 from aftcli.tft.masks import FORMAT_VERSION, MaskStore, changed_images, refuse_other_settings
-from aftcli.tft.search import TftResult, search_threshold
-from aftcli.tft.threshold import cut_off, mask_of, threshold_map
+from aftcli.tft.search import search_threshold
+from aftcli.tft.threshold import TftResult, cut_off, mask_of, threshold_map
 from aftcli.version import __version__
 
 BATCH = 16  # images in one pass of the stem
@@ -108,7 +108,7 @@ def tune_batch(
     cut = cut_off(high, result.tau[:, None], settings.mode)[:, 0]
     mask = mask_of(threshold_map(low, cut))
     return [
-        Tuned(class_index, TftResult(*(field[part] for field in result)), low[part], mask[part])
+        Tuned(class_index, result.rows(part), low[part], mask[part])
         for part in (slice(i, i + count) for i in range(0, len(low), count))
     ]
 

@@ -6,11 +6,12 @@ it, so what a judge gains is of the image.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -23,8 +24,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import read_card
 from aftcli.models.load import load_classifier
-from aftcli.settings import MIRROR, SELF, SOFTMAX, Search
-from aftcli.tft.search import masked_probabilities
+from aftcli.settings import MIRROR, SELF, SOFTMAX
 
 JUDGED = "judge"  # begins a judge's name in columns and extras of results; no measure's does
 
@@ -63,6 +63,24 @@ class Judge:
         mean, std = g.preprocessing.channels(colours)
         return g.probabilities(g(((colours - mean) / std).to(next(g.parameters()))).float())
 
+    def named_by(self, f: Classifier, note: Callable[[str], None]) -> Judge:
+        """Return the judge with f's class names, if it has as many classes and none have names.
+
+        Args:
+            f: the classifier of the masks.
+            note: is told of this guess.
+        """
+        g = self.classifier
+        if g is None or g.classes == f.classes or g.classes != Classes.numbered(len(f.classes)):
+            return self
+        note(
+            f"--judge {self.name}: its {len(g.classes)} classes have no names; taken to be those "
+            f"of {f.name} in the same order"
+        )
+        named = copy.copy(g)
+        named.classes = f.classes
+        return replace(self, classifier=named)
+
     def matching(self, f: Classifier) -> Tensor:
         """Return the judge's class for each of f's, shape (classes of f,); -1 where it has none."""
         return _matching(f.classes, (self.classifier or f).classes)
@@ -80,8 +98,12 @@ class Judge:
         """A hash of the weights; "" for the network itself."""
         return self.classifier.weights_hash() if self.classifier else ""
 
-    def check(self, f: Classifier) -> None:
+    def check(self, f: Classifier, option: str = "judge") -> None:
         """Check that the judge knows some of f's classes.
+
+        Args:
+            f: the classifier that inputs are of.
+            option: in messages, what names the judge.
 
         Raises:
             AftError: it knows none, or takes other channels.
@@ -89,21 +111,21 @@ class Judge:
         depths = [len(g.preprocessing.mean) for g in (self.classifier or f, f)]
         if len(set(depths)) == 2 and set(depths) != {1, 3}:
             raise AftError(
-                f"--judge {self.name}: takes {depths[0]} channels, {f.name} takes {depths[1]}; "
-                f"name a network of the same input, or take --judge {MIRROR}"
+                f"{option} {self.name}: takes {depths[0]} channels, {f.name} takes {depths[1]}; "
+                f"name a network of the same input, or take {option} {MIRROR}"
             )
         if (self.matching(f) < 0).all():
             theirs = (self.classifier or f).classes
             if theirs == Classes.numbered(len(theirs)):
                 raise AftError(
-                    f"--judge {self.name}: its {len(theirs)} classes have no names, so it can't "
+                    f"{option} {self.name}: its {len(theirs)} classes have no names, so it can't "
                     f"judge those of {f.name}; take a checkpoint of aft finetune, which has "
-                    f"them, or --judge {MIRROR}"
+                    f"them, or {option} {MIRROR}"
                 )
             raise AftError(
-                f"--judge {self.name}: has none of the {len(f.classes)} classes of {f.name} by "
+                f"{option} {self.name}: has none of the {len(f.classes)} classes of {f.name} by "
                 "name or wnid, so it can't judge; name a network with the same classes, or take "
-                f"--judge {MIRROR}"
+                f"{option} {MIRROR}"
             )
 
 
@@ -136,67 +158,29 @@ def _matching(own: Classes, theirs: Classes) -> Tensor:
 
 
 @torch.no_grad()
-def judged(judge: Judge, f: Classifier, x: Tensor, class_index: Tensor) -> Tensor:
+def judged(
+    judge: Judge, f: Classifier, x: Tensor, class_index: Tensor, owner: Tensor | None = None
+) -> Tensor:
     """Return the judge's p(c | x), shape (N,); NaN where it does not know class c.
 
     Args:
         judge: who is asked.
         f: the classifier that x is an input of.
-        x: inputs, whole or masked, shape (N, 3, H, W).
+        x: inputs, whole or masked, shape (M, 3, H, W).
         class_index: c, a class of f, shape (N,).
+        owner: which input each class is of, shape (N,). Default one each.
     """
     theirs = judge.matching(f).to(class_index.device)[class_index]
     p = judge.probabilities(f, x)
+    p = p if owner is None else p[owner]
     return torch.where(theirs < 0, torch.nan, class_score(p, theirs.clamp(min=0)))
-
-
-@torch.no_grad()
-def judged_masks(
-    judge: Judge,
-    f: Classifier,
-    x: Tensor,
-    attribution: Tensor,
-    cut: Tensor,
-    class_index: Tensor,
-    y: Tensor,
-    owner: Tensor,
-    search: Search,
-) -> Tensor:
-    """Return the judge's p(c | x_hat), shape (N, |T|); equal masks are asked about once.
-
-    Args:
-        judge: who is asked.
-        f: the classifier that x is an input of.
-        x: inputs, shape (M, 3, H, W).
-        attribution: I, shape (N, H, W).
-        cut: thresholds, from `cut_off`, shape (N, |T|).
-        class_index: c, a class of f, shape (N,).
-        y: the judge's p(c | x) of each map, shape (N,); NaN where it does not know class c.
-        owner: which input each map is of, shape (N,).
-        search: gives masking and fill.
-    """
-    theirs = judge.matching(f).to(class_index.device)[class_index]
-    known = (theirs >= 0).nonzero()[:, 0]
-    found = y.new_full(cut.shape, torch.nan)
-    if len(known):
-        found[known] = masked_probabilities(
-            f,
-            x,
-            attribution[known],
-            cut[known],
-            theirs[known],
-            y[known],
-            owner[known],
-            search,
-            partial(judge.probabilities, f),
-        )
-    return found
 
 
 def load_judges(
     names: Sequence[str],
     device: torch.device | str = "cpu",
     note: Callable[[str], None] = warnings.warn,
+    option: str = "--judge",
 ) -> tuple[Judge, ...]:
     """Load judges by name.
 
@@ -205,6 +189,7 @@ def load_judges(
             model; see `load_classifier`.
         device: where they run.
         note: see `load_classifier`.
+        option: what names them, in messages.
 
     Raises:
         AftError: a network can't be had.
@@ -221,8 +206,8 @@ def load_judges(
             found[name] = Judge(name, load_classifier(model, path, device=device, note=note))
         except AftError as error:
             unsaid = path and model is None and path.is_file() and read_card(path) is None
-            how = f"; for a state dict write --judge MODEL={path}" if unsaid else ""
-            raise AftError(f"--judge {text}: {error}{how}") from error
+            how = f"; for a state dict write {option} MODEL={path}" if unsaid else ""
+            raise AftError(f"{option} {text}: {error}{how}") from error
     return tuple(found.values())
 
 

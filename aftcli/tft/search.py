@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from aftcli.core.cam import normalise, upsample
@@ -17,86 +17,26 @@ from aftcli.core.inputs import check_shape, class_indices
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import THRESHOLDS, Search
+from aftcli.tft.judges import Judge, judged
 from aftcli.tft.threshold import (
     FILLS,
     MASKINGS,
+    TftResult,
     cut_off,
+    first_for_all,
     first_maximum,
+    mask_at,
     mask_of,
     masked_image,
-    raised,
     relative_probability_increase,
     threshold_map,
 )
 
-MOST_SHOWN = 8  # images in a notebook
-
 BATCH = 16  # masked images in one pass of the network
 
 # Values of x in a pass of PyTorch on a CPU, for each thread: two images of 224 x 224 pixels. The
-# system maps larger activations again in every layer (docs/method/decisions/search.md, Folding).
+# system maps larger activations again in every layer (docs/method/decisions/search.md, Passes).
 A_THREAD = 2 * 3 * 224 * 224
-
-
-def html_image(image: Image.Image, kind: str = "PNG") -> str:
-    """Return a picture as an element of HTML that holds it."""
-    held = io.BytesIO()
-    image.save(held, kind, quality=90)
-    coded = base64.b64encode(held.getvalue()).decode()
-    return f'<img src="data:image/{kind.lower()};base64,{coded}" style="max-width: 100%">'
-
-
-class TftResult(NamedTuple):
-    """Result of Algorithm 1 for N images.
-
-    Attributes:
-        tau: tau*, the first threshold with the largest RPI (`first_maximum`), shape (N,).
-        rpi: RPI of each threshold, shape (N, |T|).
-        probabilities: y_hat^c of each threshold, shape (N, |T|).
-        probability: y^c of the whole image, shape (N,).
-        attribution: I_tau*, shape (N, H, W), in [0, 1].
-        mask: M_tau*, shape (N, H, W), bool.
-
-    `rpi` and `probabilities` are NaN at thresholds that a fast search left out.
-    """
-
-    tau: Tensor
-    rpi: Tensor
-    probabilities: Tensor
-    probability: Tensor
-    attribution: Tensor
-    mask: Tensor
-
-    @property
-    def best(self) -> Tensor:
-        """Return the index of tau* in T, shape (N,)."""
-        return first_maximum(self.rpi, self.probability)
-
-    def __str__(self) -> str:
-        """Return a line of numbers for each image."""
-        kept = self.mask.flatten(1).float().mean(1)
-        columns = (self.tau, self.best, self.probability, kept)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        return "\n".join(
-            f"tau* = {tau:g}: RPI {float(self.rpi[n, best]):.3f}, probability {y:.3f} → "
-            f"{float(self.probabilities[n, best]):.3f}, {area:.1%} kept"
-            for n, (tau, best, y, area) in enumerate(rows)
-        )
-
-    def _repr_html_(self) -> str:
-        """Return the cut maps in grey and the numbers, for notebooks; MOST_SHOWN images at most."""
-        rows = []
-        lines = str(self).splitlines()
-        for attribution, line in zip(self.attribution[:MOST_SHOWN], lines, strict=False):
-            grey = attribution.detach().float().mul(255).round().byte().cpu().numpy()
-            rows.append(f"<div>{html_image(Image.fromarray(grey))}<br>{line}</div>")
-        left = len(lines) - len(rows)
-        return "\n".join([*rows, *([f"<div>… and {left} more</div>"] if left else [])])
-
-    @property
-    def helps(self) -> Tensor:
-        """Tell where a threshold raises the probability by more than rounding, (N,), bool."""
-        return raised(self.rpi, self.probability).any(1)
 
 
 def areas(attribution: Tensor, cut: Tensor) -> Tensor:
@@ -108,9 +48,12 @@ def areas(attribution: Tensor, cut: Tensor) -> Tensor:
     """
     counts = []
     for maps, at in zip(attribution.split(BATCH), cut.split(BATCH), strict=True):
-        flat = maps.flatten(1)[:, None]
-        # As mask_of(threshold_map(...)), of all thresholds at once and without the map between.
-        counts.append(((flat >= at[..., None]) & (flat != 0)).sum(2))
+        masks = mask_at(maps[:, None], at).flatten(2)
+        if masks.device.type == "cpu":  # where a sum takes three times as long
+            found = [np.count_nonzero(mask) for mask in masks.flatten(0, 1).numpy()]
+            counts.append(torch.tensor(found, dtype=torch.long).view(at.shape))
+        else:
+            counts.append(masks.sum(2))
     return torch.cat(counts)
 
 
@@ -170,7 +113,7 @@ def distinct_masks(attribution: Tensor, cut: Tensor, owner: list[int], search: S
 def _same(
     attribution: Tensor, cut: Tensor, one: tuple[int, int], two: tuple[int, int], masking: str
 ) -> bool:
-    weights = [MASKINGS[masking](threshold_map(attribution[n], cut[n, t])) for n, t in (one, two)]
+    weights = [MASKINGS[masking](attribution[n], cut[n, t]) for n, t in (one, two)]
     return torch.equal(*weights)
 
 
@@ -206,15 +149,21 @@ def masked_probabilities(
         search: gives masking and fill.
         ask: gives probabilities of masked images, where another network than f is asked.
     """
-    pairs, source = distinct_masks(attribution, cut, owner.tolist(), search)
+    owners = owner.tolist()
+    pairs, source = distinct_masks(attribution, cut, owners, search)
     filled = FILLS[search.fill](f, x)
     rows = []
-    places = torch.tensor(pairs, dtype=torch.long).view(-1, 2).to(x.device)
-    for n, t in (part.unbind(1) for part in places.split(_at_once(f, x)) if len(part)):
-        weight = MASKINGS[search.masking](threshold_map(attribution[n], cut[n, t]))
-        # One image is broadcast, not copied for each mask.
-        image = owner[n] if len(x) > 1 else slice(None)
-        x_hat = masked_image(x[image], weight, filled[image])
+    steps = torch.tensor([t for _, t in pairs], dtype=torch.long, device=x.device)
+    size = _at_once(f, x)
+    for start in range(0, len(pairs), size):
+        maps, end = [n for n, _ in pairs[start : start + size]], 0
+        x_hat = x.new_empty(len(maps), *x.shape[1:])
+        # Map by map, so that nothing of one or its image is copied for each threshold.
+        for n, same in groupby(maps):
+            begin, end = end, end + len(list(same))
+            at = cut[n, steps[start + begin : start + end]]
+            weight, image = MASKINGS[search.masking](attribution[n], at), owners[n]
+            masked_image(x[image], weight, filled[image], out=x_hat[begin:end])
         rows.append(ask(x_hat) if ask else f.probabilities(f(x_hat).float()))
     if not rows:
         return y[:, None].repeat(1, cut.shape[1])
@@ -222,6 +171,49 @@ def masked_probabilities(
     y_hat = torch.cat(rows)[source.clamp(min=0), class_index[:, None]]
     # A mask that keeps everything changes nothing: exactly y, not y up to rounding.
     return torch.where(source == WHOLE, y[:, None], y_hat)
+
+
+@torch.no_grad()
+def judged_masks(
+    judge: Judge,
+    f: Classifier,
+    x: Tensor,
+    attribution: Tensor,
+    cut: Tensor,
+    class_index: Tensor,
+    y: Tensor,
+    owner: Tensor,
+    search: Search,
+) -> Tensor:
+    """Return the judge's p(c | x_hat), shape (N, |T|); equal masks are asked about once.
+
+    Args:
+        judge: who is asked.
+        f: the classifier that x is an input of.
+        x: inputs, shape (M, 3, H, W).
+        attribution: I, shape (N, H, W).
+        cut: thresholds, from `cut_off`, shape (N, |T|).
+        class_index: c, a class of f, shape (N,).
+        y: the judge's p(c | x) of each map, shape (N,); NaN where it does not know class c.
+        owner: which input each map is of, shape (N,).
+        search: gives masking and fill.
+    """
+    theirs = judge.matching(f).to(class_index.device)[class_index]
+    known = (theirs >= 0).nonzero()[:, 0]
+    found = y.new_full(cut.shape, torch.nan)
+    if len(known):
+        found[known] = masked_probabilities(
+            f,
+            x,
+            attribution[known],
+            cut[known],
+            theirs[known],
+            y[known],
+            owner[known],
+            search,
+            partial(judge.probabilities, f),
+        )
+    return found
 
 
 def level_probabilities(
@@ -256,30 +248,43 @@ def level_probabilities(
     return y_hat.view(len(x), len(levels))
 
 
-Score = Callable[[Tensor], Tensor]  # steps of T, shape (N, k), to their y_hat^c
+# Steps of T, shape (N, k), to y_hat^c of the network and each judge, shape (N, 1 + J, k).
+Score = Callable[[Tensor], Tensor]
+
+
+def best_step(y_hat: Tensor, y: Tensor) -> Tensor:
+    """Return the index of tau* in T, shape (N,): by RPI, or by what all judges gain.
+
+    Args:
+        y_hat: of the network and each judge, shape (N, 1 + J, |T|); NaN where not tried.
+        y: the same for the whole image, shape (N, 1 + J).
+    """
+    if y.shape[1] > 1:
+        return first_for_all(y_hat, y)
+    return first_maximum(relative_probability_increase(y_hat[:, 0], y), y[:, 0])
 
 
 def every_threshold(score: Score, y: Tensor, count: int) -> Tensor:
-    """Score all of T, y_hat^c of shape (N, |T|): Algorithm 1."""
+    """Score all of T, y_hat^c of shape (N, 1 + J, |T|): Algorithm 1."""
     return score(torch.arange(count, device=y.device).repeat(len(y), 1))
 
 
 def coarse_to_fine(score: Score, y: Tensor, count: int) -> Tensor:
-    """Score some of T, y_hat^c of shape (N, |T|), NaN elsewhere.
+    """Score some of T, y_hat^c of shape (N, 1 + J, |T|), NaN elsewhere.
 
     A coarse part of T comes first. Then the stride is halved each time, and both sides of the best
-    so far are scored. This finds tau* where RPI has one prominent peak.
+    so far are scored. This finds tau* where what is maximised has one prominent peak.
     """
-    y_hat = y.new_full((len(y), count), torch.nan)
+    y_hat = y.new_full((*y.shape, count), torch.nan)
     stride = 1 << max((count - 1) // 4, 1).bit_length() - 1
     coarse = sorted({*range(0, count, stride), count - 1})
     steps = torch.tensor(coarse, device=y.device).repeat(len(y), 1)
     while True:
-        y_hat.scatter_(1, steps, score(steps))
+        y_hat.scatter_(2, steps[:, None].expand(-1, y.shape[1], -1), score(steps))
         if stride == 1:
             return y_hat
         stride //= 2
-        best = first_maximum(relative_probability_increase(y_hat, y[:, None]), y)
+        best = best_step(y_hat, y)
         # At an end of T there is one side only; it is scored once.
         low = torch.where(best < stride, best + stride, best - stride)
         high = torch.where(best + stride >= count, best - stride, best + stride)
@@ -305,10 +310,13 @@ def fine_tune_threshold(
     probability: Tensor | None = None,
     owner: Tensor | None = None,
     search: str = "exact",
+    judges: Sequence[Judge] = (),
 ) -> TftResult:
     """Find each image's threshold tau* = argmax RPI (Algorithm 1).
 
-    All thresholds of all images share passes of the network; equal masks are scored once.
+    All thresholds of all images share passes of the network; equal masks are scored once. With
+    judges tau* pleases not only the network that is explained: it is the threshold with the
+    largest of the least increases of log-odds over the network and its judges (`first_for_all`).
 
     Args:
         classifier: f.
@@ -324,6 +332,8 @@ def fine_tune_threshold(
         owner: index of each map's input, shape (N,), if several maps (of other methods or
             classes) share inputs: equal masks of one input are scored once. Default one each.
         search: "exact", all of T, or "fast", some of T, coarse to fine.
+        judges: who else is asked, of `load_judges`. One that does not know a class is not asked
+            about it.
 
     Returns:
         tau*, RPI and probabilities of all thresholds, I_tau* and M_tau*. Of maxima that are
@@ -331,13 +341,15 @@ def fine_tune_threshold(
 
     Raises:
         AftError: thresholds are out of range or order, a name is unknown, shapes disagree, a
-            class is out of range, or the network has one output only.
+            class is out of range, the network has one output only, or a judge knows none of its
+            classes.
     """
     settings = Search(tuple(thresholds), masking, fill, mode, search)
-    return search_threshold(classifier, x, attribution, class_index, settings, probability, owner)
+    given = (probability, owner, judges)
+    return search_threshold(classifier, x, attribution, class_index, settings, *given)
 
 
-def _check_unit(f: Classifier, y: Tensor) -> None:
+def _check_unit(f: Classifier | Judge, y: Tensor) -> None:
     """Check that probabilities lie in [0, 1]; a target's scores may not."""
     wrong = y[(y < -1e-6) | (y > 1 + 1e-6)]
     if len(wrong):
@@ -356,9 +368,12 @@ def search_threshold(
     search: Search,
     probability: Tensor | None = None,
     owner: Tensor | None = None,
+    judges: Sequence[Judge] = (),
 ) -> TftResult:
     """Find each image's threshold: `fine_tune_threshold` with its settings as one `Search`."""
     check_shape(x)
+    for judge in judges:
+        judge.check(f)
     owner = torch.arange(len(x), device=x.device) if owner is None else owner
     count = len(owner)
     if attribution.shape != (count, *x.shape[2:]):
@@ -372,15 +387,26 @@ def search_threshold(
             y = f.probabilities(f(x).float())
         probability = y[owner, classes]
 
-    def score(steps: Tensor) -> Tensor:
-        known = (cut.gather(1, steps), classes, probability, owner)
-        return masked_probabilities(f, x, attribution, *known, search)
+    whole = [probability, *(judged(judge, f, x, classes, owner) for judge in judges)]
+    asking: list[Callable[..., Tensor]] = [
+        masked_probabilities,
+        *(partial(judged_masks, judge) for judge in judges),
+    ]
 
-    y_hat = SEARCHES[search.search](score, probability, len(search.thresholds))
+    def score(steps: Tensor) -> Tensor:
+        masks = (f, x, attribution, cut.gather(1, steps), classes)
+        pairs = zip(asking, whole, strict=True)
+        return torch.stack([ask(*masks, y, owner, search) for ask, y in pairs], 1)
+
+    y = torch.stack(whole, 1)
+    y_hat = SEARCHES[search.search](score, y, len(search.thresholds))
     if len(search.thresholds) > 1:
-        _check_unit(f, torch.cat([probability[:, None], y_hat], 1))
-    rpi = relative_probability_increase(y_hat, probability[:, None])
-    best = first_maximum(rpi, probability)
+        everybody: tuple[Classifier | Judge, ...] = (f, *judges)
+        for i, each in enumerate(everybody):
+            _check_unit(each, torch.cat([y[:, i, None], y_hat[:, i]], 1))
+    best = best_step(y_hat, y)
     chosen = threshold_map(attribution, cut.gather(1, best[:, None]).squeeze(1))
     tau = attribution.new_tensor(search.thresholds)[best]
-    return TftResult(tau, rpi, y_hat, probability, chosen, mask_of(chosen))
+    rpi = relative_probability_increase(y_hat[:, 0], y[:, :1])
+    maps = (chosen, mask_of(chosen))
+    return TftResult(tau, rpi, y_hat[:, 0], probability, *maps, y_hat[:, 1:], y[:, 1:])

@@ -14,6 +14,7 @@ import torch
 
 from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
+from aftcli.core.inputs import check_images
 from aftcli.core.methods import METHODS
 from aftcli.data.parts import AS_FOUND, Held, Reading, spread
 from aftcli.data.sets import DataSet, Sample, format_of, open_data_set
@@ -45,7 +46,12 @@ class Source(NamedTuple):
     output: str = AUTO
 
     def load(self) -> Classifier:
-        """Load the classifier."""
+        """Load the classifier.
+
+        Raises:
+            AftError: it takes volumes, which no file that is read here holds, or see
+                `load_classifier`.
+        """
         f = load_classifier(
             self.model,
             self.checkpoint,
@@ -56,6 +62,7 @@ class Source(NamedTuple):
             output_key=self.output_key,
             note=self.note,
         )
+        check_images(f)
         if self.classes is None and len(self.known) == len(f.classes):
             f.classes = Classes(self.known)
         return f

@@ -1,11 +1,14 @@
-"""Thresholds of a map (§4.1, equations 4 to 7)."""
+"""Thresholds of a map (§4.1, equations 4 to 7), and the result of a search for them."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
@@ -59,6 +62,57 @@ def first_maximum(rpi: Tensor, y: Tensor) -> Tensor:
     # An RPI is infinite where y underflows.
     equal = tried >= largest - (1 + largest) * slack(y_hat)
     return ((tried == largest) | equal).int().argmax(1)
+
+
+def log_odds_increase(y_hat: Tensor, y: Tensor) -> Tensor:
+    """Return log(y_hat / (1 - y_hat)) - log(y / (1 - y)), same shape, in float64.
+
+    Unlike RPI it is as large for networks that are sure of a class as for others. Probabilities
+    within a rounding's width of 1 count as this far from it, so that no increase is infinite.
+
+    Args:
+        y_hat: probability of class c for the masked image, in [0, 1].
+        y: the same for the whole image.
+
+    >>> log_odds_increase(torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5])).exp()
+    tensor([3.0000, 0.3333], dtype=torch.float64)
+    """
+    finite = torch.finfo(torch.float32)
+    ends = finite.tiny, 1 - 4 * finite.eps
+    return y_hat.double().clamp(*ends).logit() - y.double().clamp(*ends).logit()
+
+
+def least_increase(y_hat: Tensor, y: Tensor) -> Tensor:
+    """Return the least increase of log-odds over judges, at least 0, shape (N, |T|), in float64.
+
+    Args:
+        y_hat: of each judge, shape (N, J, |T|); NaN at thresholds that were not tried.
+        y: the same for the whole image, shape (N, J); NaN where a judge does not know the class,
+            who is not asked.
+    """
+    rise = log_odds_increase(y_hat, y[..., None])
+    return torch.where(y.isnan()[..., None], torch.inf, rise).amin(1).clamp(min=0)
+
+
+def first_for_all(y_hat: Tensor, y: Tensor) -> Tensor:
+    """Return which threshold raises the log-odds of all judges most, shape (N,).
+
+    Of those whose `least_increase` is equal up to rounding the first; where none helps all judges
+    it is the first of T. Of one judge this is Algorithm 1.
+
+    Args:
+        y_hat: see `least_increase`.
+        y: see `least_increase`.
+    """
+    least = least_increase(y_hat, y)
+    tried = torch.where(least.isnan(), -1, least)
+    largest, at = tried.max(1, keepdim=True)
+    # The rounding of the judge that gains least there.
+    reached = y_hat.gather(2, at[:, None].expand(-1, y.shape[1], -1))[..., 0].double()
+    rise = torch.where(y.isnan(), torch.inf, log_odds_increase(reached, y))
+    last = reached.gather(1, rise.argmin(1, keepdim=True))
+    error = slack(last) / (1 - last).clamp(min=4 * torch.finfo(torch.float32).eps)
+    return (tried >= largest - error).int().argmax(1)
 
 
 def raised(rpi: Tensor, y: Tensor) -> Tensor:
@@ -164,6 +218,16 @@ def mask_of(thresholded: Tensor) -> Tensor:
     return thresholded != 0
 
 
+def mask_at(attribution: Tensor, cut: Tensor) -> Tensor:
+    """M_tau as `mask_of(threshold_map(...))`, without the map between, bool.
+
+    Args:
+        attribution: I, shape (..., H, W).
+        cut: from `cut_off`, shape (...).
+    """
+    return (attribution >= cut[..., None, None]) & (attribution != 0)
+
+
 def _mean_fill(f: Classifier, x: Tensor) -> Tensor:
     return torch.zeros_like(x)
 
@@ -189,18 +253,106 @@ FILLS: dict[str, Callable[[Classifier, Tensor], Tensor]] = {
 }
 
 # What multiplies the image: the mask (the paper's text) or the muted map (the authors' code).
-MASKINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "binary": lambda thresholded: mask_of(thresholded).to(thresholded),
-    "soft": lambda thresholded: thresholded,
+MASKINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "binary": lambda attribution, cut: mask_at(attribution, cut).to(attribution),
+    "soft": threshold_map,
 }
 
 
-def masked_image(x: Tensor, weight: Tensor, fill: Tensor) -> Tensor:
+def masked_image(x: Tensor, weight: Tensor, fill: Tensor, out: Tensor | None = None) -> Tensor:
     """x_hat = M_tau * x, elementwise (eq. 6), muted pixels showing the fill.
 
     Args:
-        x: inputs, shape (N, 3, H, W).
+        x: inputs, shape (N, 3, H, W), or of one image (3, H, W).
         weight: M_tau or I_tau, shape (N, H, W), in [0, 1].
-        fill: what muted pixels show, shape (N, 3, H, W); zeros are the mean colour.
+        fill: what muted pixels show, in x's shape; zeros are the mean colour.
+        out: takes the result, shape (N, 3, H, W).
     """
-    return torch.lerp(fill, x, weight[:, None].to(x))
+    return torch.lerp(fill, x, weight[:, None].to(x), out=out)
+
+
+MOST_SHOWN = 8  # images in a notebook
+
+
+def html_image(image: Image.Image, kind: str = "PNG") -> str:
+    """Return a picture as an element of HTML that holds it."""
+    held = io.BytesIO()
+    image.save(held, kind, quality=90)
+    coded = base64.b64encode(held.getvalue()).decode()
+    return f'<img src="data:image/{kind.lower()};base64,{coded}" style="max-width: 100%">'
+
+
+class TftResult(NamedTuple):
+    """Result of Algorithm 1 for N images.
+
+    Attributes:
+        tau: tau*, the first threshold with the largest RPI (`first_maximum`), shape (N,); where
+            judges were asked, the first that raises the log-odds of all most (`first_for_all`).
+        rpi: RPI of each threshold, shape (N, |T|).
+        probabilities: y_hat^c of each threshold, shape (N, |T|).
+        probability: y^c of the whole image, shape (N,).
+        attribution: I_tau*, shape (N, H, W), in [0, 1].
+        mask: M_tau*, shape (N, H, W), bool.
+        judged: y_hat^c of each threshold by each judge, shape (N, J, |T|).
+        judged_whole: y^c of the whole image by each judge, shape (N, J); NaN where it does not
+            know the class.
+
+    `rpi`, `probabilities` and `judged` are NaN at thresholds that a fast search left out.
+    """
+
+    tau: Tensor
+    rpi: Tensor
+    probabilities: Tensor
+    probability: Tensor
+    attribution: Tensor
+    mask: Tensor
+    judged: Tensor = torch.empty(0)
+    judged_whole: Tensor = torch.empty(0)
+
+    @property
+    def best(self) -> Tensor:
+        """Return the index of tau* in T, shape (N,)."""
+        if not self.judged.numel():
+            return first_maximum(self.rpi, self.probability)
+        y_hat = torch.cat([self.probabilities[:, None], self.judged], 1)
+        return first_for_all(y_hat, torch.cat([self.probability[:, None], self.judged_whole], 1))
+
+    @property
+    def increases(self) -> Tensor:
+        """Return each judge's increase of log-odds at tau*, the network's own first, (N, 1 + J)."""
+        y_hat, y = self.probabilities[:, None], self.probability[:, None]
+        if self.judged.numel():
+            y_hat = torch.cat([y_hat, self.judged], 1)
+            y = torch.cat([y, self.judged_whole], 1)
+        at = self.best[:, None, None].expand(-1, y.shape[1], -1)
+        return log_odds_increase(y_hat.gather(2, at)[..., 0], y)
+
+    def rows(self, part: slice) -> TftResult:
+        """Take the results of some images."""
+        return TftResult(*(field[part] for field in self))
+
+    def __str__(self) -> str:
+        """Return a line of numbers for each image."""
+        kept = self.mask.flatten(1).float().mean(1)
+        columns = (self.tau, self.best, self.probability, kept)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return "\n".join(
+            f"tau* = {tau:g}: RPI {float(self.rpi[n, best]):.3f}, probability {y:.3f} → "
+            f"{float(self.probabilities[n, best]):.3f}, {area:.1%} kept"
+            for n, (tau, best, y, area) in enumerate(rows)
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the cut maps in grey and the numbers, for notebooks; MOST_SHOWN images at most."""
+        rows = []
+        lines = str(self).splitlines()
+        for attribution, line in zip(self.attribution[:MOST_SHOWN], lines, strict=False):
+            grey = attribution.detach().float().mul(255).round().byte().cpu().numpy()
+            rows.append(f"<div>{html_image(Image.fromarray(grey))}<br>{line}</div>")
+        left = len(lines) - len(rows)
+        return "\n".join([*rows, *([f"<div>… and {left} more</div>"] if left else [])])
+
+    @property
+    def helps(self) -> Tensor:
+        """Tell where a threshold raises the probability by more than rounding, (N,), bool."""
+        return raised(self.rpi, self.probability).any(1)

@@ -43,13 +43,14 @@ from aftcli.models.load import find_device
 from aftcli.tft.stores import Source
 from benchmarks import pages
 from benchmarks.quality.aft_results import aft
+from benchmarks.quality.grid_tables import number
 
 NETWORKS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 SETS = ("imagenet", "imagenette", "voc")
 GAUGES = ("t", "v")
 UNIT = Unit("gradcam", "binary")
 PROBABILITIES = ("average_increase", "average_drop")
-OTHERS = ("area", "energy", "iou")
+OTHERS = {"area": "kept area", "energy": "energy in boxes", "iou": "IoU with boxes"}
 HALVES = {"all": slice(None), "first half": slice(0, None, 2), "second half": slice(1, None, 2)}
 
 # By column of a gauge's run: a row of the page. Rows of TFT are the same in both runs.
@@ -174,9 +175,10 @@ def head(root: Path, network: str, out: Path, common: Sequence[str]) -> Path:
 def _cell(found: dict[str, Any] | None, signed: bool = False, interval: bool = False) -> str:
     if found is None or not found["n"]:
         return ""
-    text = f"{found['value']:+.3f}" if signed else f"{found['value']:.3f}"
-    text = text.replace("0.", ".", 1)
-    return text + (f" [{found['low']:+.3f}, {found['high']:+.3f}]" if interval else "")
+    text = number(found["value"], signed)
+    if not interval:
+        return text
+    return f"{text} [{number(found['low'], True)}, {number(found['high'], True)}]"
 
 
 def _titles(judges: Sequence[str]) -> str:
@@ -188,12 +190,13 @@ def tables(results: dict[str, Any], name: str) -> str:
     """Write a data set's tables: a row a map and network, a column a judge."""
     lines = []
     for network, one in results[name].items():
-        judges = one["judges"]
+        judges, plain = one["judges"], one["rows"]["plain map"]["all"]
+        others = [measure for measure in OTHERS if plain[measure]["n"]]
         lines += [
             f"**{network}**: increase / drop by each judge",
             "",
-            f"| map | {_titles(judges)} | kept area | energy in boxes | IoU with boxes |",
-            "|---|" + "---|" * (len(judges) + 3),
+            f"| map | {_titles(judges)} | {' | '.join(OTHERS[m] for m in others)} |",
+            "|---|" + "---|" * (len(judges) + len(others)),
         ]
         for title, halves in one["rows"].items():
             of = halves["all"]
@@ -203,16 +206,16 @@ def tables(results: dict[str, Any], name: str) -> str:
                 f"{_cell(of.get(f'average_increase {j}'))} / {_cell(of.get(f'average_drop {j}'))}"
                 for j in judges
             ]
-            rest = [_cell(of.get(measure)) for measure in OTHERS]
+            rest = [_cell(of.get(measure)) for measure in others]
             lines.append(f"| {title} | {' | '.join(both + rest)} |")
-        count = one["rows"]["plain map"]["all"]["area"]["n"]
+        count = plain["area"]["n"]
         moved = max(value for value, _ in one["probability"].values())
         lines += ["", f"{count} images; largest change of a probability {moved:.0e}.", ""]
     return "\n".join(lines).rstrip()
 
 
 def gains(results: dict[str, Any], name: str) -> str:
-    """Write the differences of Average Increase, on all images and both halves."""
+    """Write the differences of Average Increase; those of t from the plain map on halves too."""
     lines = []
     for network, one in results[name].items():
         judges = one["judges"]
@@ -223,8 +226,9 @@ def gains(results: dict[str, Any], name: str) -> str:
             "|---|---|" + "---|" * len(judges),
         ]
         for title, halves in one["differences"].items():
-            # Halves are test sets of what is claimed; a control answers for all.
-            for half, of in halves.items() if "plain" in title else [("all", halves["all"])]:
+            # Halves are test sets of what is claimed.
+            claimed = title == "**zero level, t** minus plain map"
+            for half, of in halves.items() if claimed else [("all", halves["all"])]:
                 cells = [
                     _cell(of.get(f"average_increase {j}"), signed=True, interval=True)
                     for j in judges
@@ -270,7 +274,10 @@ def main() -> None:
 
 def keep_page(results: dict[str, Any]) -> None:
     """Keep results as the figures of the page."""
-    on = [f"{name}: {where}" for name, where in results["machine"].items()]
+    sets: dict[str, list[str]] = {}
+    for name, where in results["machine"].items():
+        sets.setdefault(where, []).append(name)
+    on = [f"{', '.join(names)}: {where}" for where, names in sets.items()]
     pages.keep("results/judges", "machine", f"Measured on: {'; '.join(on)}.")
     for name in SETS:
         if name in results:

@@ -13,7 +13,14 @@ from torch import nn
 from torchcam.methods.core import _CAM
 
 from aftcli.attributions import activation as beyond
-from aftcli.attributions.maps import FUSIONS, SMOOTHINGS, WEIGHTS, attribution_map, fused
+from aftcli.attributions.maps import (
+    FUSIONS,
+    SCORES,
+    SMOOTHINGS,
+    WEIGHTS,
+    attribution_map,
+    fused,
+)
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
@@ -21,6 +28,7 @@ from aftcli.errors import AftError
 from aftcli.settings import Search, Shaping
 from aftcli.tft.explain import explain, passes
 from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.stores import Source
 from tests.helpers.command import aft, usage_error
 from tests.helpers.compare import assert_near
 from tests.helpers.small import CELLS, MEAN, SIZE, STD, small
@@ -150,6 +158,29 @@ def test_augmentation_is_pytorch_grad_cams(method, kind):
     assert_near(ours_on_cells(s, method, "aug"), expected, 1e-5)
 
 
+@pytest.mark.parametrize("method", SCORES)
+def test_noise_averages_the_gradient_over_copies(method, monkeypatch):
+    s = small("mlp", 0)
+    plain = attribution_map(s.f, s.x, s.class_index, method)
+    found = attribution_map(
+        s.f, s.x.clone().requires_grad_(), s.class_index, method, smooth="noise"
+    )
+    gradient_at = reference.gradient_of
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(1, *s.x.shape[1:], generator=generator, dtype=s.x.dtype) for _ in range(8)]
+
+    def averaged(model, layer, x, c):
+        values = x.flatten().tolist()
+        sigma = 0.15 * (max(values) - min(values))
+        return sum(gradient_at(model, layer, x + sigma * each, c) for each in noise) / 8
+
+    monkeypatch.setattr(reference, "gradient_of", averaged)
+    for n, c in enumerate(s.class_index.tolist()):
+        cells = reference.CAMS[method](s.model, s.layer, s.x[n : n + 1], c)
+        assert_near(found[n], reference.upsample(reference.scale(cells), SIZE), 1e-7)
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+
 def test_smoothing_is_of_each_image_and_leaves_the_plain_map_alone():
     s = small("mlp", 5)
     for smooth in SMOOTHINGS:
@@ -166,7 +197,7 @@ def test_an_activation_of_zeros_has_no_component():
     s = small("linear", 0)
     s.f.layer.get_submodule("bn2").weight.zero_()
     s.f.layer.get_submodule("bn2").bias.zero_()
-    for smooth in ("aug", "eigen"):
+    for smooth in ("aug", "eigen", "noise"):
         found = attribution_map(s.f, s.x, s.class_index, "gradcam", smooth=smooth)
         assert not found.any()
 
@@ -175,6 +206,8 @@ def test_smoothing_that_is_not_defined_is_refused():
     s = small("linear", 0)
     with pytest.raises(AftError, match="Eigen-CAM is no weighted sum.*--smooth eigen takes cam"):
         attribution_map(s.f, s.x, s.class_index, "eigencam", smooth="eigen")
+    with pytest.raises(AftError, match="RISE takes no gradient.*--smooth noise takes gradcam, "):
+        attribution_map(s.f, s.x, s.class_index, "rise", smooth="noise")
     with pytest.raises(AftError, match="smoothing 'eign'"):
         attribution_map(s.f, s.x, s.class_index, "gradcam", smooth="eign")
 
@@ -284,6 +317,7 @@ def test_layers_of_one_network_only():
 def test_copies_are_counted_as_passes():
     s = small("linear", 0)
     assert passes(s.f, ["gradcam", "layercam"], 2, None, "aug") == 1 + 2 * 6 * 2
+    assert passes(s.f, ["gradcam", "layercam"], 2, None, "noise") == 1 + 2 * 8 * 2
     assert passes(s.f, ["gradcam", "layercam"], 2, None, "eigen") == 1
 
 
@@ -474,5 +508,49 @@ def test_videos_are_fused_smoothed_and_explained():
         attribution_map(f, x[:, :, 0], [0, 1], "gradcam")
     with pytest.raises(AftError, match="RISE explains images only; take a CAM for videos"):
         attribution_map(f, x, [0, 1], "rise")
-    with pytest.raises(AftError, match="pass --layer NAME"):
-        cut_classifier(model, preprocessing=f.preprocessing)
+    # Of layers with weights: mix, or conv where mix does not run.
+    assert cut_classifier(model, preprocessing=f.preprocessing).layer_name == "mix"
+    model.pooled = True
+    assert cut_classifier(model, preprocessing=f.preprocessing).layer_name == "conv"
+
+
+class Scan(nn.Module):
+    """A network of volumes of one channel that takes 4 slices of 8 x 8 only."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.features = nn.Sequential(nn.Conv3d(1, 6, 3, padding=1), nn.BatchNorm3d(6), nn.ReLU())
+        self.flat, self.fc = nn.Linear(4 * 8 * 8 * 6, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.fc(self.flat(self.features(x).flatten(1)).relu())
+
+
+def test_volumes_of_one_channel_have_a_default_layer():
+    model = Scan().double().eval()
+    f = cut_classifier(model, preprocessing=Preprocessing(size=(4, 8, 8), resize=None))
+    assert (f.layer_name, f.activation_shape) == ("features", (6, 4, 8, 8))
+    x = torch.randn(2, 1, 4, 8, 8, dtype=torch.double)
+    assert torch.equal(f(x), model(x))
+    found = attribution_map(f, x, [0, 2], "hirescam")
+    for n, c in enumerate((0, 2)):
+        a = model.features(x[n : n + 1]).detach().requires_grad_()
+        y = model.fc(model.flat(a.flatten(1)).relu())[0, c]
+        (gradient,) = torch.autograd.grad(y, a)
+        expected = np.zeros((4, 8, 8))
+        for d, i, j in np.ndindex(4, 8, 8):
+            terms = (gradient * a.detach())[0, :, d, i, j].tolist()
+            expected[d, i, j] = max(sum(terms), 0.0)
+        assert_near(found[n], reference.scale(expected))
+    with pytest.raises(AftError, match="x must have shape .N, 1, D, H, W., got .2, 1, 8, 8"):
+        attribution_map(f, x[:, :, 0], [0, 2], "gradcam")
+
+
+def test_commands_say_what_to_do_with_volumes(monkeypatch):
+    f = cut_classifier(Scan(), preprocessing=Preprocessing(size=(4, 8, 8), resize=None))
+    monkeypatch.setattr("aftcli.tft.stores.load_classifier", lambda *_, **__: f)
+    with pytest.raises(
+        AftError, match="Scan takes volumes or videos, .N, 1, D, H, W., and comm.*Py"
+    ):
+        Source().load()

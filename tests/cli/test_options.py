@@ -48,6 +48,7 @@ ALONE = [
         "--thresholds, --search have no effect without --tft",
     ),
     (("--threshold-mode", "percentile"), "--threshold-mode has no effect without --tft"),
+    (("--tft-judges", "mirror"), "--tft-judges has no effect without --tft"),
     (
         ("--colormap", "jet", "--save", "map"),
         "--colormap has no effect without pictures in --save, or --html",
@@ -236,6 +237,7 @@ SETTINGS = [
     (*OWN, "--tft", "--fill", "blur"),
     (*OWN, "--tft", "--threshold-mode", "percentile"),
     (*OWN, "--tft", "--search", "fast"),
+    (*OWN, "--tft", "--tft-judges", "mirror"),
     (*OWN, "--tft", "--thresholds", "0:1:0.05"),
     (*OWN, "--tft", "--thresholds", "0,1"),
     (*OWN, "--tft", "--thresholds", ",".join(str(i / 1000) for i in range(1, 400))),

@@ -18,7 +18,7 @@ from aftcli.engine import accelerate as engine
 from aftcli.engine import onnx as engine_onnx
 from aftcli.engine.accelerate import ENGINES, ENOUGH, accelerated, fast_stem
 from aftcli.engine.folded import FoldedTorch, folded
-from aftcli.engine.onnx import Graph, OnnxRuntime
+from aftcli.engine.onnx import AT_ONCE, Graph, OnnxRuntime
 from aftcli.errors import AftError
 from aftcli.files import cache_folder
 from aftcli.tft.search import fine_tune_threshold
@@ -411,31 +411,6 @@ def test_the_cache_is_where_users_expect_it(variables, folder, monkeypatch):
     assert cache_folder() == Path(folder)
 
 
-def test_many_images_take_several_passes_with_the_same_results(monkeypatch):
-    f, model = network()
-    graph = accelerated(f, "onnxruntime", note=lambda text: None).engine.graph
-    x, sizes = inputs(7), []
-
-    class Counting:
-        """A session that remembers how many images each pass has."""
-
-        def __init__(self, session):
-            self.session = session
-
-        def run(self, names, given):
-            sizes.append(len(given["x"]))
-            return self.session.run(names, given)
-
-    monkeypatch.setattr(graph, "session", Counting(graph.session))
-    monkeypatch.setattr(engine_onnx, "A_THREAD", 0)
-    monkeypatch.setattr(engine_onnx, "AT_LEAST", 3 * x[0].numel())
-    activation, logits = graph.run(x)
-    assert sizes == [3, 3, 1]
-    with torch.no_grad():
-        assert_near(logits, model(x), CLOSE)
-        assert_near(activation, f.activation(x), CLOSE)
-
-
 def test_a_wrapper_in_training_mode_is_refused():
     """Exporting one would leave the whole network in training mode."""
     with pytest.raises(engine.Unfit, match="training"):
@@ -471,6 +446,45 @@ def test_a_stem_with_several_outputs(empty_cache):
     with torch.no_grad():
         for given, expected in zip(run(inputs()), stem(inputs()), strict=True):
             assert_near(given, expected, CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(1, [1]), (2, [1, 1]), (11, [2, 3, 3, 3]), (16, [4] * 4), (17, [2, *[3] * 5])],
+)
+def test_each_thread_passes_a_few_images(count, sizes, kept, empty_cache, monkeypatch):
+    kept.put(empty_cache, 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    engine = accelerated(network()[0], "onnxruntime", note=silent).engine
+    x, seen, run = inputs(count), [], engine_onnx._pass
+    alone = torch.cat([engine.logits(each) for each in x.split(1)])
+    monkeypatch.setattr(
+        engine_onnx,
+        "_pass",
+        lambda session, names, x: seen.append(len(x)) or run(session, names, x),
+    )
+    assert_near(engine.logits(x), alone, CLOSE)
+    assert sorted(seen) == sorted(sizes)
+
+
+def test_a_tensor_of_no_image_stays_as_it_is(empty_cache):
+    class WithTable(nn.Module):
+        """A stem that also gives a tensor of shape (1, 2), whatever the images are."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.tensor([[2.0, 3.0]]))
+
+        def forward(self, x):
+            return x + 1, self.table * 2
+
+    f, _ = network()
+    run = fast_stem(f, WithTable().eval(), "onnxruntime", note=lambda text: None)
+    x = inputs(AT_ONCE + 1)
+    with torch.no_grad():
+        given, table = run(x)
+    assert_near(given, x + 1, CLOSE)
+    assert table.tolist() == [[4, 6]]
 
 
 @pytest.mark.parametrize(("name", "passes"), [("torch", None), ("auto", ENOUGH - 1)])

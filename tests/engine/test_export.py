@@ -7,9 +7,18 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 
-from aftcli import AftError, attribution_map, load_classifier, read_image, to_input
+from aftcli import (
+    AftError,
+    Preprocessing,
+    attribution_map,
+    cut_classifier,
+    load_classifier,
+    read_image,
+    to_input,
+)
 from aftcli.engine.export import TRACED, traced
 from tests.conftest import ROOT
 from tests.helpers.command import aft
@@ -123,6 +132,35 @@ def test_other_methods_of_a_linear_head(method):
     attribution = session.run(None, {"x": images.numpy()})[1]
     maps = attribution_map(f, images, f(images).argmax(1), method)
     assert np.abs(attribution - maps.numpy()).max() < 1e-4
+
+
+def transformers():
+    """A tiny ViT and a tiny Swin."""
+    vit, swin = timm.models.VisionTransformer, timm.models.SwinTransformer
+    size = {"img_size": 32, "num_classes": 5, "patch_size": 4, "embed_dim": 12}
+    return {
+        "vit": lambda: vit(**size, depth=2, num_heads=2),
+        "swin": lambda: swin(**size, window_size=4, depths=(1, 1), num_heads=(2, 2)),
+    }
+
+
+@pytest.mark.parametrize("method", ["gradcam", "layercam"])
+@pytest.mark.parametrize("kind", transformers())
+def test_attention_is_in_the_graph(kind, method):
+    torch.manual_seed(2)
+    model = transformers()[kind]()
+    model.get_submodule("head" if kind == "vit" else "head.fc").weight.data.mul_(50)
+    f = cut_classifier(model, preprocessing=Preprocessing(size=(32, 32)))
+    session = graph_of(f, method)
+    for count in (1, 3):
+        images = torch.randn(count, 3, 32, 32)
+        logits, attribution = session.run(None, {"x": images.numpy()})
+        with torch.no_grad():
+            expected = f(images)
+        maps = attribution_map(f, images, expected.argmax(1), method)
+        assert expected.abs().max() > 0.1 and attribution.max() > 0.5
+        assert np.abs(logits - expected.numpy()).max() < 1e-4
+        assert np.abs(attribution - maps.numpy()).max() < 1e-4
 
 
 def test_a_method_without_a_fixed_graph_is_an_error():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.blocks import Processes, content_hash
 from aftcli.data.objects import Regions
@@ -36,11 +37,13 @@ from aftcli.pages.grids import LOOKS, Cell, Grid, Shown
 from aftcli.pages.printed import FORMATS
 from aftcli.settings import MODES, Search
 from aftcli.tft.threshold import MASKINGS, rises
+from tests.helpers.small import GradientPasses
 from tests.helpers.stored import NAMES, make_images, small_float
 from tests.reference import metrics as slow
 from tests.reference import paper as reference
 
 CAMS = ("gradcam", "layercam", "xgradcam")
+BY_GRADIENT = (*CAMS, "gradcam++", "hirescam")  # of the class's score
 UNITS = [Unit(cam, masking) for masking in MASKINGS for cam in CAMS]
 T = (0.0, 0.2, 0.4, 0.7, 1.0)
 ALL = frozenset({*EXTRAS, "baselines"})
@@ -211,6 +214,26 @@ def test_a_batch_equals_its_images_one_by_one():
                 torch.testing.assert_close(
                     values[0], together[name][n], rtol=0, atol=1e-6, equal_nan=True
                 )
+
+
+@pytest.mark.parametrize("extras", [(), ("adcc",)])
+def test_plain_maps_share_their_gradient(monkeypatch, extras):
+    f = small_float()
+    f.head = GradientPasses(f.head)
+    images = some_images(f, 3)
+    units = [Unit(cam, "binary") for cam in BY_GRADIENT]
+    wanted = Wanted(None, frozenset(extras))
+    shared, passes = measure_batch(f, images, units, wanted), f.head.count
+    monkeypatch.setattr(Classifier, "sharing", lambda self, *_: self)
+    alone = measure_batch(f, images, units, wanted)
+    # For ADCC each method explains x * I too, an input of its own.
+    own = len(units) * len(extras)
+    assert (passes, f.head.count - passes) == (1 + own, len(units) + own)
+    for unit, values in alone.items():
+        expected, found = values.columns(), shared[unit].columns()
+        assert set(found) == set(expected)
+        for name, column in expected.items():
+            torch.testing.assert_close(found[name], column, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("masking", MASKINGS)

@@ -78,5 +78,5 @@ def objects(*arguments):
 def quiet_objects(*arguments):
     """Return them of a command that says nothing, but of classes less likely than chance."""
     result = aft(*arguments, "--json")
-    assert (result.code, without_chance(result.err)) == (0, "")
+    assert (result.code, without_chance(result.err)) == (0, ""), result.err
     return json.loads(result.out)

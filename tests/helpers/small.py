@@ -118,3 +118,15 @@ def small(kind, seed=0):
     # The first image's best class, the second one's second best, the third one's worst.
     class_index = torch.stack([ranked[0, 0], ranked[1, 1], ranked[2, -1]])
     return Small(model, layer.split("+")[-1], f, x, class_index)
+
+
+class GradientPasses(nn.Module):
+    """A head that counts its passes for gradients."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.inner, self.count = head, 0
+
+    def forward(self, activation):
+        self.count += torch.is_grad_enabled()
+        return self.inner(activation)

@@ -9,9 +9,9 @@ What aft refuses on purpose, so that no test asks for it:
 
 - Hooks that are switched on and off, removed twice, or kept for the next call: a cut network has
   none.
-- Methods that add no kind of evidence to ours: SSCAM, ISCAM, Smooth Grad-CAM++ and LeGrad
-  (torchcam); FullGrad, KPCA-CAM, Eigen-Grad-CAM, Seg-Eigen-CAM, Shapley-CAM (pytorch-grad-cam);
-  DeepLiftSHAP, VarGrad, deconvolution, neuron and layer attributions (captum).
+- Methods that add no kind of evidence to ours: SSCAM, ISCAM and LeGrad (torchcam); FullGrad,
+  KPCA-CAM, Eigen-Grad-CAM, Seg-Eigen-CAM, Shapley-CAM (pytorch-grad-cam); DeepLiftSHAP, VarGrad,
+  deconvolution, neuron and layer attributions (captum).
 - Settings of methods, measures and pictures that a paper fixes: baselines, windows, strides,
   steps, noise levels, the relevance rule of each layer, opacity, colours.
 - Inputs that are no images: vectors, sequences, several inputs, additional arguments, integers.

@@ -152,3 +152,12 @@ def of_torchcam(name, model, layer, x, classes, **given):
     with getattr(torchcam.methods, name)(model, layer, **given) as extract:
         (found,) = extract(classes, model(x), normalized=False)
     return found.detach().relu()
+
+
+def smooth_of_torchcam(model, layer, x, classes):
+    """torchcam's smooth Grad-CAM++: its weights by A of x, where it takes the last noisy copy's."""
+    kept = []
+    with torchcam.methods.SmoothGradCAMpp(model, layer) as extract:
+        model(x)
+        kept += [extract.hook_a[0].clone(), extract._get_weights(classes, eps=0)[0]]
+    return torch.einsum("nk...,nk->n...", *kept).relu()

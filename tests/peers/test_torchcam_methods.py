@@ -11,11 +11,20 @@ from torchvision.models import get_model
 
 from aftcli import METHODS, AftError, attribution_map, cut_classifier, explain
 from aftcli.attributions.activation import fuse, layer_cam_fusion, stage_maps
+from aftcli.attributions.maps import denoised
 from aftcli.core import cam
 from aftcli.core.cam import normalise
 from tests.helpers.compare import assert_near
 from tests.helpers.small import small
-from tests.peers.networks import of_torchcam, plain, raw, scaled, tiny, tiny_cut
+from tests.peers.networks import (
+    of_torchcam,
+    plain,
+    raw,
+    scaled,
+    smooth_of_torchcam,
+    tiny,
+    tiny_cut,
+)
 from tests.reference import paper as reference
 
 CAMS = ("gradcam", "gradcam++", "layercam", "xgradcam", "hirescam", "ablationcam", "scorecam")
@@ -221,6 +230,44 @@ def test_grad_cam_plus_plus_equals_its_sums():
         x, c = case.x[n : n + 1], int(case.class_index[n])
         expected = reference.gradcam_plus_plus(case.model, case.layer, x, c)
         assert_near(raw(case.f, x, c, "gradcam++")[0], torch.as_tensor(expected).relu())
+
+
+@pytest.mark.parametrize("kind", ["linear", "signed"])
+def test_noise_equals_torchcams_smooth_grad_cam_plus_plus(kind):
+    """torchcam: test_methods_gradient.py::test_img_cams, its SmoothGradCAMpp
+
+    Behind a mean and a linear layer the gradient is the same at each copy, so that the mean of its
+    powers, which theirs takes, is the power of its mean.
+    """
+    case = small(kind, seed=5)
+    classes = case.class_index.tolist()
+    expected = smooth_of_torchcam(case.model, case.layer, case.x, classes)
+    found = denoised("gradcam++", case.f, case.f.activation(case.x), case.class_index, case.x)
+    assert_near(found, expected, 1e-5)
+
+
+def test_smoothed_maps_say_how_they_were_made():
+    """torchcam: test_methods_gradient.py::test_smoothgradcampp_repr"""
+    f = cut_classifier(tiny(), "2", preprocessing=plain(8, 8))
+    x = torch.rand(1, 3, 8, 8, dtype=torch.double)
+    (found,) = explain(f, x, ["gradcam++"], smooth="noise")
+    assert (f.layer_name, found.cam, found.smooth) == ("2", "gradcam++", "noise")
+
+
+def test_smoothing_leaves_nothing_after_an_error(monkeypatch):
+    """torchcam: test_methods_gradient.py::test_smoothgradcampp_restores_input_hook_on_error"""
+    f = cut_classifier(tiny(), "2", preprocessing=plain(8, 8))
+    x = torch.rand(2, 3, 8, 8, dtype=torch.double)
+    before = attribution_map(f, x, [0, 1], "gradcam++", smooth="noise")
+
+    def broken(*_):
+        raise RuntimeError("boom")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="boom"):
+        patched.setattr(cam, "gradient_of", broken)
+        attribution_map(f, x, [0, 1], "gradcam++", smooth="noise")
+    assert not hooks(f) and f.gradients is None and torch.is_grad_enabled()
+    assert torch.equal(attribution_map(f, x, [0, 1], "gradcam++", smooth="noise"), before)
 
 
 def test_gradients_of_the_weights_stay():

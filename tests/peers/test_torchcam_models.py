@@ -8,7 +8,7 @@ from aftcli import AftError, attribution_map, cut_classifier, explain
 from aftcli.core.cam import normalise
 from aftcli.evaluation import metrics
 from tests.helpers.compare import assert_near
-from tests.peers.networks import of_torchcam, plain, scaled, tiny_cut
+from tests.peers.networks import of_torchcam, plain, scaled, smooth_of_torchcam, tiny_cut
 
 
 def video(classes=3):
@@ -50,6 +50,15 @@ def test_maps_of_videos(method, theirs):
     assert found.shape == (2, 4, 6, 6) and found.isfinite().all()
     if theirs:
         assert_near(found, scaled(of_torchcam(theirs, model, "3", x, [0, 2])), 1e-6)
+
+
+def test_smooth_maps_of_videos():
+    """torchcam: test_methods_gradient.py::test_video_cams, its SmoothGradCAMpp"""
+    model = video().eval()
+    x = torch.rand(2, 3, 4, 6, 6, generator=torch.Generator().manual_seed(6)).double()
+    f = cut_classifier(model, "3", preprocessing=plain(4, 6))
+    found = attribution_map(f, x, [0, 2], "gradcam++", smooth="noise")
+    assert_near(found, scaled(smooth_of_torchcam(model, "3", x, [0, 2])), 1e-5)
 
 
 def test_maps_of_videos_are_scaled_to_0_and_1():
@@ -97,6 +106,16 @@ def test_targets_of_named_outputs(method):
         if method == "gradcam":
             assert_near(found.attribution[None], scaled(model.features(x)[:, k].detach().relu()))
     assert not torch.equal(*maps)
+
+
+def test_targets_of_smoothed_maps():
+    """torchcam: test_methods_gradient.py::test_smoothgradcampp_supports_output_targets"""
+    model = Structured().double().eval()
+    f = cut_classifier(model, "features", preprocessing=plain(8, 8))
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    for k, name in enumerate(("primary", "secondary")):
+        (found,) = explain(f, x, ["gradcam++"], target=named(name), smooth="noise")
+        assert_near(found.attribution[None], scaled(model.features(x)[:, k].detach().relu()))
 
 
 class Pair(nn.Module):

@@ -342,6 +342,31 @@ def first_maximum(y_hat, y):
     raise AssertionError
 
 
+def log_odds(p):
+    """log(p / (1 - p)); float32 ends a rounding's width below 1, and above 0."""
+    p = min(max(p, 2.0**-126), 1 - 2**-21)
+    return math.log(p) - math.log(1 - p)
+
+
+def first_for_all(y_hats, ys):
+    """The first threshold with the largest least rise of log-odds, and each one's least rise.
+
+    One list of y_hat and one y for each judge; None for one who does not know the class.
+    """
+    least = []
+    for t in range(len(y_hats[0])):
+        rises = [
+            (max(log_odds(y_hat[t]) - log_odds(y), 0.0), y_hat[t])
+            for y_hat, y in zip(y_hats, ys, strict=True)
+            if y is not None
+        ]
+        least.append(min(rises))
+    largest, reached = max(least, key=lambda each: each[0])
+    error = 1e-4 + 2**-21 / max(1 - reached, 2**-21)
+    first = next(t for t, (rise, _) in enumerate(least) if rise >= largest - error)
+    return first, [rise for rise, _ in least]
+
+
 def algorithm_1(
     model, x, attribution, c, thresholds, masking, fill, mode, mean=(0, 0, 0), std=(1, 1, 1)
 ):

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.cam import score_gradient
@@ -15,7 +14,7 @@ from aftcli.tft.explain import explain, explain_map
 from aftcli.tft.generate import tune_batch
 from aftcli.tft.search import fine_tune_threshold
 from tests.helpers.compare import assert_near
-from tests.helpers.small import SIZE, small
+from tests.helpers.small import SIZE, GradientPasses, small
 
 SETTINGS = [
     Search(),
@@ -87,18 +86,6 @@ def test_one_pass_of_the_stem_serves_all_methods_and_classes():
     plain = [method for method in CAMS if method != "scorecam"]
     explain(s.f, s.x[:1], plain, targets=[0, 1, 2])
     assert passes == [1]
-
-
-class GradientPasses(nn.Module):
-    """A head that counts its passes for gradients."""
-
-    def __init__(self, head):
-        super().__init__()
-        self.inner, self.count = head, 0
-
-    def forward(self, activation):
-        self.count += torch.is_grad_enabled()
-        return self.inner(activation)
 
 
 def counted(kind, seed):

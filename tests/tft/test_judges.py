@@ -25,6 +25,7 @@ from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import MODES, Search
 from aftcli.tft import judges as judging
 from aftcli.tft.judges import Judge, judged, load_judges
+from aftcli.tft.search import judged_masks
 from aftcli.tft.stores import Source
 from aftcli.tft.threshold import FILLS, MASKINGS
 from tests.evaluation.test_run import PLAN, UNITS, run_all, same, study_of
@@ -224,7 +225,7 @@ def test_a_judge_is_asked_about_a_whole_image_once_and_about_equal_masks_once():
     seen.clear()
     # Masks that keep every pixel are not asked about.
     maps = torch.ones(len(case.x), *SIZE, dtype=torch.float64)
-    judging.judged_masks(
+    judged_masks(
         judge,
         case.f,
         case.x,
@@ -282,6 +283,27 @@ def test_a_judge_without_a_common_class_is_refused():
     MIRROR.check(f)
 
 
+def test_a_judge_without_names_has_those_of_the_run():
+    f, said = small_float(), []
+    unnamed = Judge("unnamed", another(Classes.numbered(3).names).classifier)
+    named = unnamed.named_by(f, said.append)
+    named.check(f)
+    assert "unnamed: its 3 classes have no names; taken to be those of small in the" in said.pop()
+    assert named.classifier.classes == f.classes and len(unnamed.classifier.classes) == 3
+    assert unnamed.classifier.classes == Classes.numbered(3)
+    x = torch.rand(2, 3, *f.preprocessing.size)
+    c = torch.tensor([0, 2])
+    p = another().probabilities(f, x)
+    assert torch.equal(judged(named, f, x, c), p[[0, 1], c]) and named.key(f) == another().key(f)
+    # Other names, other counts and the network itself stay what they are.
+    two = Judge("two", another(Classes.numbered(2).names).classifier)
+    for judge in (another(), another(("one", "two", "three")), two, MIRROR):
+        assert judge.named_by(f, said.append) is judge
+    assert not said
+    f.classes = Classes.numbered(3)
+    assert unnamed.named_by(f, said.append) is unnamed and not said
+
+
 def test_studies_are_found_with_their_judges(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Source, "load", lambda self: small_float())
     strange = another(("one", "two", "three"))
@@ -296,6 +318,9 @@ def test_studies_are_found_with_their_judges(base, tmp_path, monkeypatch):
         return find_studies(tmp_path / "run", asked)
 
     assert found()[0].judges == () and found("good")[0].judges == (here["good"],)
+    here["unnamed"] = another(Classes.numbered(3).names)
+    with pytest.warns(UserWarning, match="classes have no names; taken to be"):
+        assert found("unnamed")[0].judges[0].classifier.classes.names == NAMES
     with pytest.raises(AftError, match="has none of the 3 classes of small"):
         found("good", "strange")
 

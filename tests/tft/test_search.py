@@ -11,11 +11,12 @@ from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Classes
 from aftcli.errors import AftError
 from aftcli.settings import MODES, THRESHOLDS, Search
-from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.search import areas, fine_tune_threshold
 from aftcli.tft.threshold import (
     FILLS,
     MASKINGS,
     cut_off,
+    mask_at,
     mask_of,
     masked_image,
     relative_probability_increase,
@@ -480,6 +481,18 @@ def test_each_image_may_have_its_own_threshold():
     for mode in MODES:
         (cut,) = cut_off(attribution, own, mode).mT
         assert mask_of(threshold_map(attribution, cut)).sum((1, 2)).tolist() == [80, 10]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_mask_alone_is_that_of_the_cut_map(mode):
+    torch.manual_seed(3)
+    attribution = torch.rand(3, 9, 10)
+    attribution[0, :4], attribution[1] = 0, 0
+    cut = cut_off(attribution, torch.tensor(THRESHOLDS), mode)
+    masks = mask_of(threshold_map(attribution[:, None], cut))
+    assert torch.equal(mask_at(attribution[:, None], cut), masks)
+    counted = [[sum(mask.flatten().tolist()) for mask in each] for each in masks]
+    assert areas(attribution, cut).tolist() == counted
 
 
 def test_pixels_of_score_zero_are_never_kept():

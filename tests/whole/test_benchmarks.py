@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import __main__ as tool
 from benchmarks import pages
-from benchmarks.quality import results
+from benchmarks.quality import grid_tables, results
 from benchmarks.speed import memory, peers
 
 ROOT = Path(tool.__file__).parents[1]
@@ -116,6 +116,52 @@ def test_how_far_maps_of_peers_agree_is_a_table():
         "| gradcam | 0.625 | 1.000 |",
     ]
     assert "\n".join(rows) in text
+
+
+def of_grid(gain, low, beyond_shift, accuracy):
+    """Figures of a tuned network, as benchmarks grid keeps them, by itself and one judge."""
+    judges = ("self", "lite1")
+    rows = {
+        row: {f"average_{what} {judge}": [value, 0, 1] for judge in judges for what in of}
+        | {"area": [0.9, 0, 1]}
+        for row, value, of in (
+            ("plain map", 0.25, ("increase", "drop")),
+            ("tuned", 0.25 + gain, ("increase", "drop")),
+        )
+    }
+    differences = {
+        "tuned minus plain map": {f"average_increase {judge}": [gain, low, 1] for judge in judges},
+        "tuned minus shift": {
+            "average_increase self": [gain, beyond_shift, 1],
+            "average_increase lite1": [gain, -0.1, 1],
+        },
+    }
+    accuracies = {"plain map": [0.5, 0, 1], "tuned": [accuracy, 0, 1]}
+    found = {"images": 440, "judges": judges, "rows": rows, "differences": differences}
+    return {**found, "accuracy": accuracies}
+
+
+@pytest.mark.parametrize(
+    ("lows", "beyond", "marks"),
+    [
+        ((0.01, 0.02), (0.01, 0.01), ("\\*†", "\\*")),
+        ((0.01, 0.0), (0.01, 0.01), ("†", "")),
+        ((0.01, 0.02), (0.01, -0.01), ("\\*", "\\*")),
+    ],
+)
+def test_a_gain_of_seeds_is_marked_where_each_shows_it(lows, beyond, marks):
+    seeds = {
+        str(seed): of_grid(0.25 * (seed + 1), lows[seed], beyond[seed], 0.5 + 0.25 * seed)
+        for seed in range(2)
+    }
+    text = grid_tables.of_objectives({"lite0": {"cam": seeds}})
+    title, head, _, plain, tuned = [line for line in text.split("\n") if line]
+    assert title == "**lite0**, 440 images: increase / drop"
+    assert head == "| objective | seeds | self | lite1 | kept area | accuracy |"
+    assert plain == "| plain map | | .250 / .250 | .250 / .250 | .900 | .500 |"
+    cells = [f".625 (.500 .. .750){mark} / .625" for mark in marks]
+    shown = ["the CAM itself, with consistency", "2", *cells, ".900", ".625 (.500 .. .750)"]
+    assert tuned == f"| {' | '.join(shown)} |"
 
 
 @pytest.mark.parametrize("last", [3200, 3168])  # the last block may not be seen on its own

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -11,6 +12,7 @@ import torchvision
 
 # Imported here: it takes load_classifier when it is first imported.
 import aftcli.engine.export  # noqa: F401
+from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing
 from aftcli.data.images import read_image, to_input
 from aftcli.models.load import load_classifier
@@ -89,6 +91,19 @@ def p_of(model, x):
     return y / y.sum()
 
 
+def same_in_one_graph(tuned, x):
+    """Compare what `--export onnx` wrote with the checkpoint, for other counts than it was made."""
+    f = load_classifier(checkpoint=tuned)
+    session = onnxruntime.InferenceSession(tuned.with_suffix(".onnx"))
+    for images in (x[:1], x):
+        logits, attribution = session.run(None, {"x": images.numpy()})
+        with torch.no_grad():
+            y = f(images)
+        maps = attribution_map(f, images, y.argmax(1), "gradcam")
+        assert np.abs(logits - y.numpy()).max() < 1e-4 * max(1, float(y.abs().max()))
+        assert np.abs(attribution - maps.numpy()).max() < 1e-4 and attribution.max() > 0.5
+
+
 @pytest.mark.slow
 def test_from_a_picture_to_tables(case):
     model, layer, file = case
@@ -120,7 +135,10 @@ def test_from_a_picture_to_tables(case):
         # A zero level moves all logits alike.
         assert (f(x).softmax(1) - model(x).softmax(1)).abs().max() < 1e-5
 
-    done("finetune", "--objective", "tuner", "--epochs", "1", "--overwrite", *QUICK)
+    for objective in ("cam", "tuner"):
+        how = ("--objective", objective, "--epochs", "1", "--overwrite", "--export", "onnx")
+        done("finetune", *how, *QUICK)
+        same_in_one_graph(tuned, x)
     report = json.loads(done("evaluate", "--masking", "binary", "--json", *QUICK).out)
     rows = [row for row in report["table3"] if row["judge"] == "self"]
     assert {row["variant"] for row in rows} == {"original", "tft", "aft"}

@@ -10,9 +10,9 @@ import pytest
 from aftcli.aft.jobs import control_job, control_jobs, mask_job
 from aftcli.aft.loss import in_situation
 from aftcli.aft.run import Options, Tuned, fine_tune
-from aftcli.aft.training import choose_held_out
 from aftcli.cli.evaluate import TableOutput, evaluated
 from aftcli.data.blocks import Processes, content_of, pack, unpack
+from aftcli.data.parts import choose_held_out
 from aftcli.errors import AftError
 from aftcli.evaluation import study as evaluate_jobs
 from aftcli.evaluation.run import Plan
