@@ -143,7 +143,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     f = load_classifier(args.model, device=args.device)
     data = open_data_set(args.data, None, f.classes).limited(args.limit)
     x = inputs(f, data)
-    yield from ("## On a GPU", "", f"{device_name(f.device)}; torch {torch.__version__}; ")
+    yield from ("## On a GPU", "", f"{device_name(f.device)}; torch {torch.__version__};")
     yield from (f"{len(x)} images. Made by `python -m benchmarks gpu DATA --page`.", "")
     head = [f"{args.paper}, s an image", "plain", "with TFT", "difference"]
     yield from table(head, table5(paper, inputs(paper, data.limited(RUNS)), args.cams))
@@ -156,7 +156,7 @@ def lines(args: argparse.Namespace) -> Iterator[str]:
     yield from (f"gen-masks, {args.model}: {speed}.", "")
     done = finetune.ours(args.data, max(args.limit, finetune.BATCH), EPOCHS, args.device)
     first, later = done["fill"], median(done["epochs"])
-    yield f"Fine-tuning, {done['images']} images: {first:.2f} s to fill the cache of features, "
+    yield f"Fine-tuning, {done['images']} images: {first:.2f} s to fill the cache of features,"
     yield f"{later:.2f} s an epoch."
     if f.device.type == "cuda":
         yield f"Peak GPU memory: {torch.cuda.max_memory_allocated(f.device) / 2**20:,.0f} MiB."

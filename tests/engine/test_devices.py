@@ -49,7 +49,8 @@ def test_maps_and_searches_are_those_of_the_cpu(method, engine, there):
         assert found.probability == pytest.approx(expected.probability, abs=CLOSE)
 
 
-def test_bf16_is_close(there):
+def test_bf16_is_close(there, monkeypatch):
+    monkeypatch.setattr("aftcli.engine.accelerate.has_bf16", lambda: True)
     f = small_float().to(there)
     lower = accelerated(f, "torch", note=pytest.fail, precision="bf16")
     with torch.no_grad():
