@@ -33,6 +33,10 @@ from aftcli.tft.threshold import (
 
 BATCH = 16  # masked images in one pass of the network
 
+# Values of x in a pass of PyTorch on a CPU, for each thread: two images of 224 x 224 pixels. The
+# system maps larger activations again in every layer (docs/method/decisions/search.md, Passes).
+A_THREAD = 2 * 3 * 224 * 224
+
 
 def areas(attribution: Tensor, cut: Tensor) -> Tensor:
     """Count the pixels that each threshold keeps, shape (N, |T|).
@@ -112,6 +116,13 @@ def _same(
     return torch.equal(*weights)
 
 
+def _at_once(f: Classifier, x: Tensor) -> int:
+    """Return how many masked images of x's size share a pass; engines divide theirs."""
+    if f.engine or x.device.type != "cpu":
+        return BATCH
+    return min(max(A_THREAD * torch.get_num_threads() // x[0].numel(), 1), BATCH)
+
+
 @torch.no_grad()
 def masked_probabilities(
     f: Classifier,
@@ -140,7 +151,7 @@ def masked_probabilities(
     owners = owner.tolist()
     pairs, source = distinct_masks(attribution, cut, owners, search)
     filled, of_maps = FILLS[search.fill](f, x), (attribution, cut, owners, pairs)
-    made = masked_images(x, filled, *of_maps, search.masking, BATCH)
+    made = masked_images(x, filled, *of_maps, search.masking, _at_once(f, x))
 
     def passed(x_hat: Tensor) -> Tensor:
         with torch.no_grad():  # which each thread has of its own

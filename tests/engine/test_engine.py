@@ -217,13 +217,22 @@ def test_what_cannot_be_traced_is_run_as_it_is():
     assert isinstance(folded(Branching()), Branching)
 
 
-def test_lower_precision_is_close_but_not_the_same(lite0, chelsea):
+def test_lower_precision_is_close_but_not_the_same(lite0, chelsea, monkeypatch):
+    monkeypatch.setattr(engine, "has_bf16", lambda: True)
     lower = accelerated(lite0, "torch", note=silent, precision="bf16")
     with torch.no_grad():
         given, expected = lower(chelsea), lite0(chelsea)
     assert given.dtype == torch.float32
     assert not torch.allclose(given, expected, atol=1e-4)
     assert_near(given, expected, 0.1)
+
+
+@pytest.mark.parametrize(("known", "said"), [({"avx512_bf16": False}, 1), ({"x_bf16": True}, 0)])
+def test_a_cpu_without_bf16_is_named(known, said, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    notes = []
+    accelerated(network()[0], "torch", note=notes.append, precision="bf16")
+    assert len(notes) == said and all("no bf16 instructions" in note for note in notes)
 
 
 # What is chosen, and what happens where it can't be used
