@@ -101,7 +101,7 @@ class Judge:
         """A hash of the weights; "" for the network itself."""
         return self.classifier.weights_hash() if self.classifier else ""
 
-    def check(self, f: Classifier, option: str = "judge") -> None:
+    def check(self, f: Classifier, option: str = "--judge") -> None:
         """Check that the judge knows some of f's classes.
 
         Args:
