@@ -16,12 +16,11 @@ from aftcli.core.inputs import check_shape, class_indices
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import THRESHOLDS, Search
-from aftcli.tft.judges import Judge, judged
+from aftcli.tft.judges import Judge, best_step, judged
 from aftcli.tft.threshold import (
     FILLS,
     MASKINGS,
     TftResult,
-    best_step,
     cut_off,
     mask_at,
     mask_of,

@@ -141,18 +141,6 @@ def relative_probability_increase(y_hat: Tensor, y: Tensor) -> Tensor:
     return torch.where(rise == 0, 0, rise / y)
 
 
-def best_step(y_hat: Tensor, y: Tensor) -> Tensor:
-    """Return the index of tau* in T, shape (N,): by RPI, or by what all judges gain.
-
-    Args:
-        y_hat: of the network and each judge, shape (N, 1 + J, |T|); NaN where not tried.
-        y: the same for the whole image, shape (N, 1 + J).
-    """
-    if y.shape[1] > 1:
-        return first_for_all(y_hat, y)
-    return first_maximum(relative_probability_increase(y_hat[:, 0], y), y[:, 0])
-
-
 class Tried(NamedTuple):
     """Average Increase and Average Drop of one t, a share of the maps' mean maximum (§5.2)."""
 

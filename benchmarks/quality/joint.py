@@ -30,10 +30,9 @@ from aftcli.data.blocks import batches, load_blocks, spans_of
 from aftcli.data.sets import DataSet, open_data_set
 from aftcli.evaluation.metrics import estimate
 from aftcli.settings import Search
-from aftcli.tft.judges import Judge, judged, load_judges
+from aftcli.tft.judges import Judge, best_step, judged, load_judges
 from aftcli.tft.search import areas, judged_masks, masked_probabilities
 from aftcli.tft.threshold import (
-    best_step,
     cut_off,
     drop,
     first_maximum,
