@@ -25,6 +25,7 @@ from aftcli.errors import AftError
 from aftcli.models.checkpoint import read_card
 from aftcli.models.load import load_classifier
 from aftcli.settings import MIRROR, SELF, SOFTMAX
+from aftcli.tft.threshold import first_for_all, first_maximum, relative_probability_increase
 
 JUDGED = "judge"  # begins a judge's name in columns and extras of results; no measure's does
 
@@ -177,6 +178,18 @@ def judged(
     p = judge.probabilities(f, x)
     p = p if owner is None else p[owner]
     return torch.where(theirs < 0, torch.nan, class_score(p, theirs.clamp(min=0)))
+
+
+def best_step(y_hat: Tensor, y: Tensor) -> Tensor:
+    """Return the index of tau* in T, shape (N,): by RPI, or by what all judges gain.
+
+    Args:
+        y_hat: of the network and each judge, shape (N, 1 + J, |T|); NaN where not tried.
+        y: the same for the whole image, shape (N, 1 + J).
+    """
+    if y.shape[1] > 1:
+        return first_for_all(y_hat, y)
+    return first_maximum(relative_probability_increase(y_hat[:, 0], y), y[:, 0])
 
 
 def load_judges(

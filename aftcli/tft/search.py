@@ -16,14 +16,12 @@ from aftcli.core.inputs import check_shape, class_indices
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import THRESHOLDS, Search
-from aftcli.tft.judges import Judge, judged
+from aftcli.tft.judges import Judge, best_step, judged
 from aftcli.tft.threshold import (
     FILLS,
     MASKINGS,
     TftResult,
     cut_off,
-    first_for_all,
-    first_maximum,
     mask_at,
     mask_of,
     masked_images,
@@ -243,18 +241,6 @@ def level_probabilities(
 
 # Steps of T, shape (N, k), to y_hat^c of the network and each judge, shape (N, 1 + J, k).
 Score = Callable[[Tensor], Tensor]
-
-
-def best_step(y_hat: Tensor, y: Tensor) -> Tensor:
-    """Return the index of tau* in T, shape (N,): by RPI, or by what all judges gain.
-
-    Args:
-        y_hat: of the network and each judge, shape (N, 1 + J, |T|); NaN where not tried.
-        y: the same for the whole image, shape (N, 1 + J).
-    """
-    if y.shape[1] > 1:
-        return first_for_all(y_hat, y)
-    return first_maximum(relative_probability_increase(y_hat[:, 0], y), y[:, 0])
 
 
 def every_threshold(score: Score, y: Tensor, count: int) -> Tensor:

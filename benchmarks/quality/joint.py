@@ -30,8 +30,8 @@ from aftcli.data.blocks import batches, load_blocks, spans_of
 from aftcli.data.sets import DataSet, open_data_set
 from aftcli.evaluation.metrics import estimate
 from aftcli.settings import Search
-from aftcli.tft.judges import Judge, judged, load_judges
-from aftcli.tft.search import areas, best_step, judged_masks, masked_probabilities
+from aftcli.tft.judges import Judge, best_step, judged, load_judges
+from aftcli.tft.search import areas, judged_masks, masked_probabilities
 from aftcli.tft.threshold import (
     cut_off,
     drop,
