@@ -14,6 +14,10 @@ class AftError(Exception):
     """Mistake that the user can put right; the message says what is wrong, where, what to do."""
 
 
+class UsageError(AftError):
+    """Mistake in how options stand together; commands end with 2 on it, as on an unknown option."""
+
+
 class AftWarning(UserWarning):
     """News that the user should know, though nothing is wrong; the command line prints it."""
 

@@ -22,7 +22,7 @@ from aftcli.aft.loss import Batch, Features, Recipe
 from aftcli.core.classifier import Classifier
 from aftcli.data.sets import DataSet, validation_of
 from aftcli.engine.accelerate import Accelerate, as_it_is
-from aftcli.tft.stores import advice
+from aftcli.models.load import advice
 
 SAVE_EVERY = 30.0  # seconds between stored states, at the least
 

@@ -23,7 +23,7 @@ from aftcli.aft.loss import Features
 from aftcli.core.classifier import Classifier
 from aftcli.data.blocks import Broken, Loaded, load_blocks, stamp_of
 from aftcli.data.sets import DataSet
-from aftcli.errors import AftError, nearest
+from aftcli.errors import AftError, UsageError, nearest
 from aftcli.files import make_folder, tensors_hash, write_tensors
 
 CACHES = ("auto", "memory", "disk", "off")
@@ -282,7 +282,7 @@ def check_cache(how: str, augment: bool) -> None:
     if how not in CACHES:
         raise AftError(f"unknown cache {how!r}; nearest: {nearest(how, CACHES)}")
     if augment and how in ("memory", "disk"):
-        raise AftError(
+        raise UsageError(
             "--augment changes the images from epoch to epoch, so nothing can be cached: leave "
             "--cache out"
         )

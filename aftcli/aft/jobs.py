@@ -23,13 +23,12 @@ from aftcli.data.parts import AS_FOUND, Reading
 from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set, refuse_one_class
 from aftcli.errors import AftError
 from aftcli.files import file_stem
-from aftcli.models.load import with_new_head
+from aftcli.models.load import advice, with_new_head
 from aftcli.tft.hdf5 import Rows, join_float
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.stores import (
     Source,
     StoredImages,
-    advice,
     check_made_for,
     choose_held,
     chunks_of,

@@ -23,7 +23,7 @@ from aftcli.cli.explain import explain, tft
 from aftcli.cli.finetune import finetune
 from aftcli.cli.masks import gen_masks
 from aftcli.cli.process import INTERRUPTED, Stopping, flush, what_is_wrong
-from aftcli.errors import AftError, AftWarning
+from aftcli.errors import AftError, AftWarning, UsageError
 from aftcli.evaluation.measures import TABLES
 from aftcli.options.groups import Run
 from aftcli.options.help import epilog
@@ -58,7 +58,7 @@ class Command(TyperCommand):
         """Run the command if each option has an effect; notes follow its end, and no error.
 
         Raises:
-            UsageError: options have no effect.
+            click.UsageError: options have no effect, or exclude each other.
         """
         refusals, notes = idle(str(self.name), *self._given(ctx))
         if refusals:
@@ -68,6 +68,8 @@ class Command(TyperCommand):
         except typer.Exit:
             _say(ctx, notes)
             raise
+        except UsageError as error:
+            ctx.fail(str(error))
         _say(ctx, notes)
         return result
 

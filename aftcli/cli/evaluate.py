@@ -154,7 +154,7 @@ def evaluate(
     and accelerate launch run it in several processes.
     """
     cams = named(maps.cam or [])
-    setup.check(network, data.dataset)
+    setup.check(network, data)
     values = read_thresholds(thresholds.thresholds) if thresholds.thresholds else None
 
     from aftcli.data.parts import Reading
@@ -172,6 +172,7 @@ def evaluate(
     columns = (tables(output.table), measures(output.metrics), thresholds.maskings)
     if 3 in columns[0] and any(MEASURES[name].of_probabilities for name in columns[1]):
         asked = asked._replace(judges=judges(network.judge))
+    data.fetch(quiet, processes.index == 0, processes.wait)
     keep_freed_memory()
     plan = _plan(thresholds, output, run, setup.engine(run.engine, "no", quiet))
     studies = find_studies(run.run, asked)

@@ -25,7 +25,7 @@ from aftcli.cli.images import (
     results_of,
 )
 from aftcli.core.methods import named
-from aftcli.errors import AftError
+from aftcli.errors import UsageError
 from aftcli.options.groups import (
     ComparedNetworks,
     JudgedThresholds,
@@ -130,7 +130,7 @@ def explain(
     tft = thresholds.tft
     cut = muting(thresholds.threshold, thresholds.mute, tft)
     if maps.contrast is not None and maps.target_fn:
-        raise AftError("--contrast and --target-fn exclude each other: a target is no class")
+        raise UsageError("--contrast and --target-fn exclude each other: a target is no class")
     networks = network.each()
     kinds, accelerate, found = _begin(images, networks, maps, output, run, tft)
     settings = setup.at_fixed(thresholds.settings(), cut)
@@ -148,7 +148,7 @@ def explain(
     of_cut = [*searched, *fixed]
     results = results_of(kinds, networks, maps, of_map, of_cut, found, output, run, manifest)
     called = [setup.title(one) if loaded[1:] else "" for one in networks]
-    asked = [_question(maps, *each) for each in zip(loaded, called, strict=True)]
+    asked = [_question(maps, *each, run.quiet) for each in zip(loaded, called, strict=True)]
     if tft:
         methods = dict.fromkeys(method for question in asked for method in question.methods)
         setup.advise(list(methods), thresholds.mode, maps.cells, run.quiet)
@@ -184,7 +184,9 @@ def tft(
     judges = setup.judges(thresholds.asked, cuts[:1], run.device, run.quiet)
     judges = setup.fast_judges(judges, accelerate, len(settings.thresholds))
     targets = setup.targets(cuts[0], maps)
-    methods = ["map"] if maps.map_ else setup.methods(cuts[0], maps.cam, "gradcam", cuts[1:])
+    methods = ["map"]
+    if not maps.map_:
+        methods = setup.methods(cuts[0], maps.cam, "gradcam", cuts[1:], maps.smooth, run.quiet)
     setup.advise(methods, thresholds.mode, maps.cells, run.quiet)
     manifest = _manifest(kinds, network, maps, thresholds, output, run)
     results = results_of(kinds, [network], maps, of_map, searched, found, output, run, manifest)
@@ -208,13 +210,15 @@ class Question(NamedTuple):
     contrast: int | None = None
 
 
-def _question(maps: ContrastedMaps, cuts: Sequence[Classifier], called: str) -> Question:
+def _question(
+    maps: ContrastedMaps, cuts: Sequence[Classifier], called: str, quiet: bool
+) -> Question:
     """Find the methods that fit a network, and its classes; errors name it."""
     f, *others = cuts
     # Layer-CAM has no sign, which is what a contrast is about.
     default = "layercam" if maps.contrast is None else "gradcam"
     with setup.naming(called):
-        methods = setup.methods(f, maps.cam, default, others)
+        methods = setup.methods(f, maps.cam, default, others, maps.smooth, quiet)
         targets = setup.targets(f, maps)
         if maps.contrast is None:
             return Question(methods, targets)
@@ -319,10 +323,10 @@ def _begin(
     kinds = outputs(output.save, tft)
     named(maps.cam or [])
     if (maps.target is not None) + (maps.top_k > 1) + (maps.target_fn is not None) > 1:
-        raise AftError("--target, --target-fn and --top-k exclude each other: give one")
+        raise UsageError("--target, --target-fn and --top-k exclude each other: give one")
     precision = networks[0].precision
     if maps.target_fn and precision != "no":
-        raise AftError("--target-fn runs in full precision: leave --precision out")
+        raise UsageError("--target-fn runs in full precision: leave --precision out")
     for network in networks:
         setup.check(network)
     accelerate = setup.engine(run.engine, precision, run.quiet)

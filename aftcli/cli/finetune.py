@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
-from aftcli.errors import AftError
-from aftcli.options.data import Data, ValShare
+from aftcli.errors import UsageError
+from aftcli.options.data import Data, LabelsOption, ValShare
 from aftcli.options.groups import Methods, Printed, StudyRun, Weights, layer_names, method_names
 from aftcli.options.make import number, option, words
 
@@ -44,7 +44,7 @@ class TrainingData(Data):
         option(
             "--no-masks",
             "",
-            "Train a control by plain cross-entropy. Other classes get a new last layer.",
+            "Train by labels alone, also other classes.",
         ),
     ] = False
     held_out: Annotated[
@@ -52,6 +52,7 @@ class TrainingData(Data):
         number("--held-out", "SHARE", "held_out", "Share held out to choose the epoch."),
     ] = 0.1
     val_share: ValShare = None
+    labels: LabelsOption = None
     augment: Annotated[bool, option("--augment", "", "Flip and crop at random; uses no cache.")] = (
         False
     )
@@ -128,9 +129,7 @@ class Training:
 class TunedMaps(Methods):
     """The maps that are tuned."""
 
-    cam: Annotated[
-        list[str] | None, method_names("Of the masks; repeatable. Default: all of them.")
-    ] = None
+    cam: Annotated[list[str] | None, method_names("Of the masks; repeatable. Default: all.")] = None
     gauge: Annotated[
         Gauge,
         words("--gauge", Gauge, "Zero level by t, or v and t"),
@@ -177,7 +176,7 @@ def finetune(
     """
     cams = named(maps.cam or [])
     _check(data, maps, training)
-    setup.check(network, data.dataset)
+    setup.check(network, data)
 
     from aftcli.aft.jobs import control_jobs, mask_jobs
     from aftcli.aft.loss import in_situation
@@ -192,12 +191,13 @@ def finetune(
     settings = in_situation(held_out=data.held_out, gauge=maps.gauge, **asked)
     accelerator = setup.accelerator(run.device, run.precision)
     first = accelerator.process_index == 0
+    data.fetch(run.quiet, first, accelerator.wait_for_everyone)
     note = setup.noting(run.quiet or not first)
     options = _options(run, data.augment, note)
     *earlier, last = network.layers or [""]
     source = setup.source(network, last, accelerator.device, note, tuple(earlier))
     keep_freed_memory()
-    reading = Reading(data.data_format)
+    reading = Reading(data.data_format, data.labels and data.labels == "all")
     if data.no_masks:
         own = (data.dataset, data.split, data.limit, training.seed, reading, data.val_share)
         jobs = control_jobs(run.run, source, *own)
@@ -213,12 +213,14 @@ def finetune(
 def _check(data: TrainingData, maps: Methods, training: Training) -> None:
     """Check that nothing is asked for that needs masks, or their images, where it does not fit."""
     if data.no_masks and maps.cam:
-        raise AftError("--no-masks and --cam exclude each other: a control has no CAM")
+        raise UsageError("--no-masks and --cam exclude each other: a control has no CAM")
     if data.split and not data.no_masks:
-        raise AftError("--split goes with --no-masks: masks know the images that they were made of")
+        raise UsageError(
+            "--split goes with --no-masks: masks know the images that they were made of"
+        )
     for name in ("lam", "consistency", "classification"):
         if data.no_masks and getattr(training, name) is not None:
-            raise AftError(f"--{name} and --no-masks exclude each other: a control has no masks")
+            raise UsageError(f"--{name} and --no-masks exclude each other: a control has no masks")
 
 
 def _options(run: TuneRun, augment: bool, note: Callable[[str], None]) -> Options:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -76,10 +77,24 @@ class Files(Printed):
 
 
 class Found(NamedTuple):
-    """Images to explain, and what is wrong with what else was asked for."""
+    """Images to explain, and what is wrong with them or with what else was asked for."""
 
     paths: list[Path]
     problems: list[str]
+
+    def gather(self, refused: Mapping[str, list[str]], count: int) -> None:
+        """Say once what is wrong with every image, as with a method that does not fit.
+
+        Args:
+            refused: problems of images, by their text without the image.
+            count: of the images that were read.
+        """
+        for problems in refused.values():
+            if 1 < len(problems) == count:
+                first = self.problems.index(problems[0])
+                self.problems[first] += f" (the same for all {count} images)"
+                others = set(problems[1:])
+                self.problems[:] = [each for each in self.problems if each not in others]
 
 
 def find_images(
@@ -113,10 +128,16 @@ def find_images(
                     leading_out.append(str(error))
         problems += leading_out
         if not images and not leading_out:
-            missing = "image in this folder" if names else "such file or folder"
-            problems.append(f"{argument or repr(argument)}: there is no {missing}")
+            problems.append(f"{argument or repr(argument)}: {_missing(names)}")
         found.update(dict.fromkeys(images))
     return list(found), problems
+
+
+def _missing(names: Sequence[str]) -> str:
+    """Say what is missing where names of folders, or none, have led to no image."""
+    if any(_images_in(Path(name), None, lambda folder: ()) for name in names):
+        return "holds only pictures that aft has written; name your own"
+    return f"there is no {'image in this folder' if names else 'such file or folder'}"
 
 
 def _images_in(folder: Path, out: Path | None, written: Written) -> list[Path]:
@@ -255,13 +276,16 @@ def each_image(
         add = ending.enter_context(FORMATS[output.words](output.out, count, manifest))
         ready = [(job.ready(), job) for job in jobs]
         last: list[dict[str, Any]] = []
+        refused: dict[str, list[str]] = defaultdict(list)
+        read = 0
         for path in progress(found.paths, "explaining", count, quiet):
             numbers: list[dict[str, Any]] = []
             with _told(found, run):
                 picture, made = read_image(path), []
+                read += 1
                 for f, job in ready:
                     # What one network can't explain, others may.
-                    with _told(found, run), _naming(path, job.called):
+                    with _told(found, run), _noted(refused, path), _naming(path, job.called):
                         view = view_of(picture.size, f.preprocessing)
                         subject = Subject(path, called[path], picture, view)
                         made += [(f, subject, each) for each in job.explain(f, subject)]
@@ -275,6 +299,7 @@ def each_image(
                 last = numbers
             if page and numbers:
                 page.add([(subject, each) for _, subject, each in made], numbers)
+        found.gather(refused, read)
         with _told(found, run):
             if (overview := grids.overview()) and last:
                 # A list of results is printed at the end only.
@@ -295,6 +320,16 @@ def _told(found: Found, run: Run) -> Iterator[None]:
         found.problems.append(str(error))
         if run.debug:
             say_traceback(*sys.exc_info())
+
+
+@contextmanager
+def _noted(refused: dict[str, list[str]], path: Path) -> Iterator[None]:
+    """Note an error by its text without the image."""
+    try:
+        yield
+    except AftError as error:
+        refused[str(error).removeprefix(f"{path}: ")].append(str(error))
+        raise
 
 
 @contextmanager

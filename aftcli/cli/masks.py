@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
-from aftcli.errors import AftError
+from aftcli.errors import UsageError
 from aftcli.options.data import Data, LabelsOption, ValShare
 from aftcli.options.groups import EvaluateRun, LowerPrecision, Methods, Network, Printed, Thresholds
 from aftcli.options.make import number, option, words
@@ -64,11 +64,12 @@ def gen_masks(
     if output.show or data.dataset is None:
         return _show(output)
     named(maps.cam or [])
-    setup.check(network, data.dataset)
+    setup.check(network, data)
     settings = thresholds.settings()
     processes, device = setup.processes(run.device)
     quiet = run.quiet or processes.index > 0
     accelerate = setup.engine(run.engine, run.precision, quiet)
+    data.fetch(quiet, processes.index == 0, processes.wait)
     f = setup.classifier(network, device, quiet)
 
     from aftcli.data.parts import Reading
@@ -85,7 +86,7 @@ def gen_masks(
     images = open_data_set(data.dataset, data.split, f.classes, reading=reading).limited(data.limit)
     for text in images.notes:
         setup.noting(quiet)(text)
-    methods = setup.methods(f, maps.cam, "gradcam")
+    methods = setup.methods(f, maps.cam, "gradcam", quiet=quiet)
     count = len(images.samples)
     # Of all processes, so that their number changes no result.
     f = accelerate(f, count * passes(f, methods, 1, settings))
@@ -108,7 +109,7 @@ def gen_masks(
 
 def _show(output: MaskOutput) -> None:
     if output.show is None:
-        raise AftError("name a DATASET to make masks of, or --show FILE to see what a file holds")
+        raise UsageError("name a DATASET to make masks of, or --show FILE to see what a file holds")
 
     from aftcli.report.masks import export_store, show_store
 

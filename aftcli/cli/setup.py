@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from aftcli.cli.process import kept_from_collector
 from aftcli.core.methods import METHODS, named, spelled
 from aftcli.data.names import check_data_set
-from aftcli.errors import AftError
+from aftcli.errors import AftError, UsageError
 from aftcli.files import check_checkpoint
+from aftcli.options.data import Data
 from aftcli.options.groups import Network, TargetMaps, Weights
 from aftcli.report.terminal import complain
 
@@ -35,12 +36,12 @@ if TYPE_CHECKING:
     from aftcli.tft.stores import Source
 
 
-def check(network: Weights, dataset: Path | None = None) -> None:
+def check(network: Weights, data: Data | None = None) -> None:
     """Check at once what can be told without torch."""
     if network.checkpoint:
         check_checkpoint(network.checkpoint)
-    if dataset:
-        check_data_set(dataset)
+    if data and data.dataset and not data.download:
+        check_data_set(data.dataset)
     names(network.classes)
 
 
@@ -123,14 +124,15 @@ def classifiers(
     A target, FILE.py:NAME, becomes its only class.
 
     Raises:
-        AftError: maps are to be fused, and only one layer is named, or see `load_classifier`.
+        UsageError: maps are to be fused, and only one layer is named.
+        AftError: see `load_classifier`.
     """
     from aftcli.core.inputs import check_images
     from aftcli.models.load import find_device, load_classifier
 
     layers: Sequence[str | None] = network.layers or (None,)
     if fuse and len(layers) < 2:
-        raise AftError(f"--fuse {fuse} takes the maps of two layers or more: repeat --layer")
+        raise UsageError(f"--fuse {fuse} takes the maps of two layers or more: repeat --layer")
     where, note = find_device(device), note or noting(quiet)
     from aftcli.models.targets import load_target, with_target
 
@@ -242,15 +244,36 @@ def names(classes: Path | None) -> tuple[str, ...] | None:
 
 
 def methods(
-    f: Classifier, asked: list[str] | None, default: str, others: Sequence[Classifier] = ()
+    f: Classifier,
+    asked: list[str] | None,
+    default: str,
+    others: Sequence[Classifier] = (),
+    smooth: str = "none",
+    quiet: bool = False,
 ) -> list[str]:
-    """`--cam all` is all that fit the model at each layer; a method asked for by name must fit."""
-    from aftcli.tft.explain import fits
+    """Find the methods: `all` and families are those that fit the model at each layer.
 
-    methods = named(asked or [f.cam or default])
-    if "all" not in spelled(asked or []):
-        return methods
-    return [m for m in methods if all(fits(each, m) for each in (f, *others))]
+    Those that do not fit are named on stderr. A method that is asked for by name must fit.
+
+    Raises:
+        AftError: no method of a family fits.
+    """
+    from aftcli.tft.explain import refusal
+
+    methods, words = named(asked or [f.cam or default]), spelled(asked or [])
+    of_families = [name for name in methods if name not in words] if words else []
+    reasons = {name: refusal((f, *others), name, smooth) for name in of_families}
+    refused: dict[str, list[str]] = defaultdict(list)
+    for name in filter(reasons.get, of_families):
+        refused[reasons[name]].append(name)
+    found = [name for name in methods if not reasons.get(name)]
+    if not found:
+        raise AftError(
+            f"no method of --cam {', '.join(words)} fits {f.name}: {next(iter(refused))}"
+        )
+    for reason, names in refused.items():
+        noting(quiet)(f"skipped {', '.join(names)}: {reason}")
+    return found
 
 
 def judges(
@@ -262,8 +285,10 @@ def judges(
     from aftcli.models.load import find_device
     from aftcli.tft.judges import load_judges
 
-    option = "--tft-judges"
-    found = load_judges(names, find_device(device), noting(quiet), option)
+    option, note = "--tft-judges", noting(quiet)
+    found = load_judges(names, find_device(device), note, option)
+    for f in networks:
+        found = tuple(judge.named_by(f, note, option) for judge in found)
     for judge, f in product(found, networks):
         judge.check(f, option)
     return found

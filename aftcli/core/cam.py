@@ -18,6 +18,7 @@ from aftcli.core.head import LinearHead, Score, attention_in_steps, gradient_of
 from aftcli.core.methods import Method
 from aftcli.core.methods import method as find_method
 from aftcli.core.zero_level import above, without_constant
+from aftcli.cutting.watched import replaced_until_gradient
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time
@@ -39,7 +40,7 @@ def score_gradient(
     trained = torch.is_grad_enabled() and activation.requires_grad
     known = {} if trained else f.known_gradients(activation, class_index)
     if score not in known:
-        with torch.enable_grad(), attention_in_steps(trained):
+        with torch.enable_grad(), attention_in_steps(trained), replaced_until_gradient():
             leaf = activation if trained else activation.detach().requires_grad_()
             y = score(f.head(leaf), class_index)
             known[score] = gradient_of(f.layer_name, y, leaf, trained)
@@ -213,8 +214,7 @@ def masked_scores(f: Classifier, activation: Tensor, class_index: Tensor, x: Ten
 def ablation_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
     """Ablation-CAM: alpha_k = (y^c - y_k^c) / |y^c|, y_k^c with channel k set to zero.
 
-    The magnitude in the denominator keeps the map from turning inside out where the score is
-    negative; for the usual positive score it is the paper's formula.
+    |y^c|, where the paper has y^c, keeps maps of negative scores from turning inside out.
     """
     return _signed_ablation(f, activation, class_index, x).relu()
 
@@ -248,7 +248,7 @@ def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Te
 def _channel_features(head: LinearHead, activation: Tensor) -> Tensor:
     """Compute what zeroing each channel takes from the linear layer's input, shape (N, K, m)."""
     taken = head.pool(activation) - head.pool(torch.zeros_like(activation[:1]))
-    # Not len(): a tracer (engine/export.py) would take it for a fixed number.
+    # Not len(), which engine/export.py would take for a fixed number.
     return taken.view(*activation.shape[:2], -1)  # type: ignore[no-any-return]
 
 

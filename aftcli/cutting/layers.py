@@ -8,13 +8,20 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from aftcli.cutting.cut import CutPoint, Parts, Untraceable, cut, cut_points, is_spatial
 from aftcli.cutting.layouts import same_output
 from aftcli.cutting.networks import copied
 from aftcli.cutting.places import Place, calls_of, find_layout, layout_at, places, two_images
-from aftcli.cutting.watched import Ran, RunFrom, RunTo, first_tensor, run_watched
+from aftcli.cutting.watched import (
+    Ran,
+    RunFrom,
+    RunTo,
+    first_tensor,
+    replaced_until_gradient,
+    run_watched,
+)
 from aftcli.errors import AftError, first_line
 
 ROUNDING = 1e-5  # of the largest logit
@@ -61,6 +68,8 @@ def divided(
         if not _are_maps(flow[0], x):
             parts = cut(model, layer, x, layout_at(model, layer, x)[0])
             flow = parts.flow(x)
+        if len(flow) > 1 and (times := _times(parts, layer)) > 1:
+            note(_last_of(layer, times))
         return _checked(parts, flow, layer, expected, 0.0)
     except Untraceable as error:
         reason, _, _ = first_line(error).partition("; ")
@@ -76,7 +85,20 @@ def divided(
             f"{type(model).__name__} is cut at {layer} by running it twice, which is slower: "
             f"{textwrap.shorten(reason, 160, placeholder='...')}"
         )
+        if calls > 1:
+            note(_last_of(layer, calls))
     return found
+
+
+def _times(parts: Parts, layer: str) -> int:
+    """Count the calls of a layer in a pass."""
+    graphs = (m.graph for part in parts for m in part.modules() if isinstance(m, fx.GraphModule))
+    name = layer.split("+")[-1]
+    return sum(n.op == "call_module" and n.target == name for g in graphs for n in g.nodes)
+
+
+def _last_of(layer: str, times: int) -> str:
+    return f"layer {layer} runs {times} times in a pass; maps explain its last output only"
 
 
 def moves_output(head: nn.Module, activation: Tensor, rest: Sequence[Tensor]) -> bool:
@@ -87,7 +109,7 @@ def moves_output(head: nn.Module, activation: Tensor, rest: Sequence[Tensor]) ->
         activation: A, shape (1, K, h, w).
         rest: what bypasses the layer.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), replaced_until_gradient():
         a = activation.detach().requires_grad_()
         out = head(a, *rest)
         score = _weighted_sum(out)

@@ -6,8 +6,9 @@ Only here does a network get hooks; they are removed when the pass ends.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, ValuesView
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, ValuesView
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch import Tensor, jit, nn
@@ -71,6 +72,20 @@ class _Done(Exception):  # noqa: N818 - it is no error
     """A signal that the layer's output is known, so that the rest need not run."""
 
 
+_REPLACED: ContextVar[ExitStack | None] = ContextVar("replaced", default=None)
+
+
+@contextmanager
+def replaced_until_gradient() -> Iterator[None]:
+    """Keep layers replaced while a gradient is computed: torch.utils.checkpoint runs them again."""
+    with ExitStack() as stack:
+        token = _REPLACED.set(stack)
+        try:
+            yield
+        finally:
+            _REPLACED.reset(token)
+
+
 class _Interrupted(SameModules):
     """A network that torch.fx can't trace, run to or from the output of one of its modules.
 
@@ -83,9 +98,14 @@ class _Interrupted(SameModules):
         layout: the layout of that output; None for (N, K, h, w).
     """
 
+    layer: str
+    call: int
+    layout: Layout | None
+
     def __init__(self, network: nn.Module, layer: str, call: int, layout: Layout | None) -> None:
         super().__init__(network)
-        self.layer, self.call, self.layout = layer, call, layout
+        # Not as attributes, since a module of the network may have such a name.
+        self.__dict__.update(layer=layer, call=call, layout=layout)
 
     def run(self, x: Tensor, change: Callable[[object], object]) -> object:
         """Run the network with the layer's output changed."""
@@ -94,14 +114,13 @@ class _Interrupted(SameModules):
         def ended(module: nn.Module, _: object, out: object) -> object:
             nonlocal calls
             calls += 1
-            return change(out) if calls == self.call else None
+            return change(out) if self.call in (calls, 1) else None
 
         network = self.whole
         handle = network.get_submodule(self.layer).register_forward_hook(ended)
-        try:
+        with ExitStack() as stack:
+            (_REPLACED.get() or stack).callback(handle.remove)
             return network(x)
-        finally:
-            handle.remove()
 
 
 class RunTo(_Interrupted):

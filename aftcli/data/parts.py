@@ -42,11 +42,13 @@ class Reading(NamedTuple):
         every: a sample for each image and class that it shows; otherwise one for each image. None
             is as masks were made, otherwise one.
         held: what is held out where there is no val split; None holds out nothing.
+        trained: names of the images that were not held out, where the data set has changed since.
     """
 
     kind: str | None = None
     every: bool | None = None
     held: Held | None = None
+    trained: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, made: Mapping[str, Any]) -> Reading:
@@ -194,7 +196,9 @@ def check_held(values: object) -> None:
         raise ValueError(f"its held is {values}"[:120])
 
 
-def held_names(samples: Iterable[tuple[str, int]], held: Held) -> frozenset[str]:
+def held_names(
+    samples: Iterable[tuple[str, int]], held: Held, trained: frozenset[str] = frozenset()
+) -> frozenset[str]:
     """Choose the images that are held out: of each class the same share.
 
     The choice depends on the names and the seed alone. A class of two images or more has one held
@@ -203,6 +207,8 @@ def held_names(samples: Iterable[tuple[str, int]], held: Held) -> frozenset[str]
     Args:
         samples: names of images and labels.
         held: the share and the seed.
+        trained: names that were not held out before. Then those that come before the first of
+            their class in the order of the choice are held out: they were, or are new.
     """
     classes: dict[int, list[str]] = defaultdict(list)
     for name, label in dict(reversed([*samples])).items():
@@ -210,7 +216,10 @@ def held_names(samples: Iterable[tuple[str, int]], held: Held) -> frozenset[str]
     chosen: set[str] = set()
     for names in classes.values():
         count = min(max(round(held.share * len(names)), 1), len(names) - 1)
-        chosen.update(sorted(names, key=lambda name: _order(name, held.seed))[:count])
+        ordered = sorted(names, key=lambda name: _order(name, held.seed))
+        if trained:
+            count = next((i for i, name in enumerate(ordered) if name in trained), 0)
+        chosen.update(ordered[:count])
     return frozenset(chosen)
 
 
@@ -218,15 +227,24 @@ def _order(name: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}\0".encode() + os.fsencode(name)).digest()
 
 
-def held_note(root: object, names: Iterable[str], total: int, held: Held) -> str:
-    """Say which images are held out."""
-    names = sorted(names)
+def held_note(
+    root: object, out: frozenset[str], every: Iterable[str], held: Held, trained: frozenset[str]
+) -> str:
+    """Say which images are held out, and which are new where some were trained on before."""
+    names, total = sorted(out), len(set(every))
     use = "only these are taken" if held.part == "val" else "these are left out"
     return (
         f"{root}: has no val split, so {len(names)} of {total} images are held out to evaluate on "
         f"(--val-share {held.share:g}, seed {held.seed}); {use}: "
-        f"{listed(names)}"
+        f"{listed(names)}{_new_note(set(every) - out - trained) if trained else ''}"
     )
+
+
+def _new_note(new: set[str]) -> str:
+    changed = "; the data set has changed since, the split stays as it was"
+    if not new:
+        return changed
+    return f"{changed}, and {len(new)} new images are in no part of it: {listed(sorted(new))}"
 
 
 def choose_held_out(

@@ -281,7 +281,7 @@ def open_data_set(
         if whole is None:
             raise
         found = whole
-    return _part_of(found, reading.held._replace(part=kind or "train"))
+    return _part_of(found, reading.held._replace(part=kind or "train"), reading.trained)
 
 
 def _open(
@@ -323,14 +323,14 @@ def _lacks_val(data_set: DataSet) -> bool:
     return not kind or (kind == "train" and not form.has_split(root.parent, "val"))
 
 
-def _part_of(data_set: DataSet, held: Held) -> DataSet:
+def _part_of(data_set: DataSet, held: Held, trained: frozenset[str]) -> DataSet:
     """Take a part of a data set without a val split; one with a val split stays as it is."""
-    out = held_names(data_set.samples, held) if _lacks_val(data_set) else frozenset()
+    out = held_names(data_set.samples, held, trained) if _lacks_val(data_set) else frozenset()
     if not out:
         return data_set
     samples = [s for s in data_set.samples if (s.name in out) == (held.part == "val")]
-    total = len({sample.name for sample in data_set.samples})
-    notes = (*data_set.notes, held_note(data_set.root, out, total, held))
+    named = [sample.name for sample in data_set.samples]
+    notes = (*data_set.notes, held_note(data_set.root, out, named, held, trained))
     return replace(data_set, samples=samples, notes=notes, held=held, held_out=out)
 
 

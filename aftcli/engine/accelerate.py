@@ -60,8 +60,8 @@ def accelerated(
         passes: images that will pass the network, None for many; only "auto" looks.
         note: is told what a user should know: an export that takes time, an engine that can't
             be used and what is used instead.
-        precision: "bf16" or "fp16" runs the passes by autocast, for GPUs; results then differ
-            by more than rounding. "no" does not.
+        precision: "bf16" or "fp16" runs the passes by autocast, for GPUs and CPUs that have
+            bf16; results then differ by more than rounding. "no" does not.
 
     Returns:
         A classifier that shares f's modules. Its results are f's up to rounding.
@@ -70,6 +70,8 @@ def accelerated(
         AftError: there is no such engine, or it can't be used on this device at all.
     """
     check_engine(engine, precision)
+    if precision == "bf16" and f.device.type == "cpu" and not has_bf16():
+        note("this CPU has no bf16 instructions, so --precision bf16 saves no time here")
     name = choose(f, passes, precision) if engine == "auto" else engine
     if name is None:
         return f
@@ -89,6 +91,14 @@ def check_engine(engine: str, precision: str = "no") -> None:
         raise AftError(f"unknown precision {precision!r}; there are {', '.join(TOLERANCES)}")
     if engine == "onnxruntime" and precision != "no":
         raise AftError(f"--engine onnxruntime has no --precision {precision}; use --engine torch")
+
+
+def has_bf16() -> bool:
+    """Tell if this CPU has instructions for bf16; True where PyTorch can't say."""
+    import torch
+
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return not known or any("bf16" in name and has for name, has in known.items())
 
 
 def choose(f: Classifier, passes: int | None, precision: str) -> str | None:

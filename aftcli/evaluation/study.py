@@ -25,11 +25,11 @@ from aftcli.data.sets import (
 from aftcli.errors import AftError
 from aftcli.evaluation.results import with_kept_names
 from aftcli.models.checkpoint import read_card
-from aftcli.models.load import load_classifier
+from aftcli.models.load import advice, load_classifier
 from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.judges import Judge, load_judges
 from aftcli.tft.masks import MaskStore
-from aftcli.tft.stores import Source, advice, check_made_for, open_stores, reread, stored_contents
+from aftcli.tft.stores import Source, check_made_for, open_stores, reread, stored_contents
 
 
 class Variant(NamedTuple):
@@ -148,7 +148,7 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
     for study in studies:
         judges = tuple(judge.named_by(study.f, asked.source.note) for judge in loaded)
         for judge in judges:
-            judge.check(study.f, "--judge")
+            judge.check(study.f)
         found.append(replace(study, judges=judges))
     return found
 
@@ -210,7 +210,7 @@ def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked)
     _check_pairs(f, tuned)
     made = _made_of(run, stores, tuned, asked)
     cams = tuple(cam for cam in METHODS if cam in known)
-    of = _data_set(f, made, asked), cams, tuple(_variants(f, cams, tuned, asked))
+    of = _data_set(f, made, asked, *stores), cams, tuple(_variants(f, cams, tuned, asked))
     return Study(f, *of, _search(run, stores, tuned, asked), _trained_on(made), asked.cells)
 
 
@@ -331,9 +331,9 @@ def _made_of(
     return first.made
 
 
-def _data_set(f: Classifier, made: dict[str, Any], asked: Asked) -> DataSet:
+def _data_set(f: Classifier, made: dict[str, Any], asked: Asked, *stores: MaskStore) -> DataSet:
     path, split = asked.data, asked.split
-    reading = reread(path, asked.reading, made, f.classes)
+    reading = reread(path, asked.reading, made, f.classes, stores)
     if path is None:
         path = format_of(made["data_kind"]).above(Path(made["data_set"]), made["split"])
         if not format_of(made["data_kind"]).is_there(path):

@@ -56,16 +56,25 @@ BUDGET = 20.0  # seconds a method: fewer runs are made of one that takes longer
 LEAST = 3  # runs that are timed however long they take
 
 
-def _some_inputs(study: Study, count: int) -> Tensor:
-    """Read inputs of so many images, spread over a study's data set, shape (N, 3, H, W)."""
+class _Some(NamedTuple):
+    """Inputs of some images, shape (N, 3, H, W), and labels to explain, shape (N,), or None."""
+
+    x: Tensor
+    labels: Tensor | None
+
+
+def _some_of(study: Study, count: int) -> _Some:
+    """Read so many images, spread over a study's data set."""
     few = study.data_set.limited(count)
-    inputs = []
-    for i in range(len(few.samples)):
+    inputs, labels = [], []
+    for i, sample in enumerate(few.samples):
         with contextlib.suppress(AftError):
             inputs.append(to_input(read_image(few.picture(i)), study.f.preprocessing))
+            labels.append(sample.label)
     if not inputs:
         raise AftError(f"{few.root}: holds no image that could be read")
-    return torch.cat(inputs).to(next(study.f.parameters()))
+    x = torch.cat(inputs).to(next(study.f.parameters()))
+    return _Some(x, torch.tensor(labels, device=x.device) if few.every else None)
 
 
 @dataclass(frozen=True)
@@ -163,18 +172,24 @@ def _maps(
 
 
 def sanity(
-    f: Classifier, x: Tensor, cam: str, search: Search | None, seed: int = SEED, cells: bool = False
+    f: Classifier,
+    x: Tensor,
+    cam: str,
+    search: Search | None,
+    seed: int = SEED,
+    cells: bool = False,
+    labels: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compare the maps of a classifier with those of its random copies, for the same classes.
 
     Maps of inputs x, shape (N, 3, H, W), are plain, or, with a search, those of TFT, which is made
-    on each network.
+    on each network. They explain the labels, shape (N,), or without the predicted classes.
 
     Returns:
         `STAGE/MEASURE`, shape (N,) each, in the order of the stages.
     """
     with torch.no_grad():
-        class_index = f(x).argmax(1)
+        class_index = f(x).argmax(1) if labels is None else labels
     trained = _maps(f, x, class_index, cam, search, cells)
     found = {}
     for stage in randomised(f, seed):
@@ -198,7 +213,7 @@ def sanity_rows(
     folder = make_folder(run / "results")
     images = content_hash(few.pictures(), folder / ".contents-0.json")
     search = study.searched(masking)
-    x: Tensor | None = None
+    some: _Some | None = None
     for variant in study.variants:
         kinds = (("original", None), ("tft", search)) if variant.name == "original" else ()
         for name, own in kinds or ((variant.name, None),):
@@ -207,8 +222,9 @@ def sanity_rows(
                 if overwrite:
                     file.clear()
                 if file.read() is None:
-                    x = _some_inputs(study, COMPARED) if x is None else x
-                    found = sanity(variant.load(), x, cam, own, cells=study.cells)
+                    some = some or _some_of(study, COMPARED)
+                    asked = (cam, own, SEED, study.cells, some.labels)
+                    found = sanity(variant.load(), some.x, *asked)
                     # A file's tensors come back in another order than the stages'.
                     numbered = {f"{i:03d}/{key}": v for i, (key, v) in enumerate(found.items())}
                     file.write(numbered)
@@ -242,6 +258,7 @@ def _sanity_file(
         "images": images,
         "seed": SEED,
         **({"cells": True} if study.cells else {}),
+        **({"every": True} if study.data_set.every else {}),
     }
     stem = f"{file_stem(study.f.name, cam)}-{name}-sanity"
     return ResultFile(folder, stem, identity, frozenset())
@@ -369,9 +386,10 @@ def table5(
         path = ResultFile(folder, stem, identity, frozenset()).path.with_suffix(".json")
         row = None if overwrite else _known(path)
         if row is None:
-            inputs = inputs or list(_some_inputs(study, TIMED).split(1))
+            inputs = inputs or list(_some_of(study, TIMED).x.split(1))
             row = time_map(f, inputs, cam, search)
-            _keep(path, row)
+            with durable(path) as temporary:
+                temporary.write_text(json.dumps(asdict(row)), encoding="utf-8")
         yield row
 
 
@@ -380,8 +398,3 @@ def _known(path: Path) -> Table5Row | None:
         return Table5Row(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _keep(path: Path, row: Table5Row) -> None:
-    with durable(path) as temporary:
-        temporary.write_text(json.dumps(asdict(row)), encoding="utf-8")

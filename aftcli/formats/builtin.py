@@ -1,12 +1,16 @@
 """torchvision's own data sets as a format: `torchvision:CIFAR10=DIR`, read where they lie.
 
-Nothing is downloaded: `download=True` of torchvision puts a data set there once.
+Nothing is downloaded unless that is asked for (`download`); torchvision then does it, once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-from collections.abc import Mapping, Sequence
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -47,6 +51,8 @@ SETS: Mapping[str, Options] = {
 COLUMNS = ("targets", "_labels", "labels", "_samples")
 
 DEPTHS = ("*", "*/*", "*/*/*")
+
+PATIENCE = 30.0  # seconds without a byte after which a download has failed
 
 CHECKED = 3  # pictures whose label is compared with that of such a column
 
@@ -130,6 +136,47 @@ def _root_of(path: Path) -> Path | None:
     return Path(folder).expanduser() / name
 
 
+def download(path: Path, quiet: bool = False) -> None:
+    """Let torchvision download all splits of a data set, and check those that are there.
+
+    Args:
+        path: `torchvision:NAME=DIR`; the folder is made.
+        quiet: show no progress.
+
+    Raises:
+        AftError: path names no data set of torchvision, or it can't be downloaded.
+    """
+    root = _root_of(path)
+    if root is None:
+        raise AftError(f"{path}: --download takes {BUILTIN}NAME=DIR")
+    from torchvision import datasets
+
+    name, folder = root.name, root.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _aside(quiet):
+            for options in SETS[name].values():
+                getattr(datasets, name)(str(folder), **options, download=True)
+    except Exception as error:
+        raise AftError(
+            f"{folder}: {name} of torchvision can't be downloaded ({reason(error)}); look at the "
+            "network and the disk, then try again, or copy the data set there"
+        ) from error
+    _load.cache_clear()
+
+
+@contextlib.contextmanager
+def _aside(quiet: bool) -> Iterator[None]:
+    """Let what libraries print go to stderr, or nowhere, and no server keep them waiting."""
+    where, before = io.StringIO() if quiet else sys.stderr, socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)
+    try:
+        with contextlib.redirect_stdout(where), contextlib.redirect_stderr(where):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 class Part(NamedTuple):
     """A split of a data set, and notes of how it was found."""
 
@@ -164,8 +211,8 @@ def _load(root: Path, split: str) -> Any:  # noqa: ANN401 - any data set
         return getattr(datasets, name)(str(folder), **SETS[name][split], download=False)
     except Exception as error:
         raise AftError(
-            f"{folder}: {name} of torchvision can't be read there ({reason(error)}); "
-            f"torchvision.datasets.{name}({str(folder)!r}, download=True) in Python puts it there"
+            f"{folder}: {name} of torchvision can't be read there ({reason(error)}); pass "
+            f"--download, or in Python torchvision.datasets.{name}({str(folder)!r}, download=True)"
         ) from error
 
 

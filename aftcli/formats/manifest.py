@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -31,6 +32,8 @@ from aftcli.formats.listed import (
 Note = Callable[[str], None]
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+EXCEL = re.compile('"?sep=([,;\t|])"?')  # a first line that names the delimiter
 
 PARQUET = ".parquet"
 
@@ -148,6 +151,7 @@ def _open(
         for row in rows:
             spelled.setdefault(row.split.lower(), row.split)
         own = _choose(path, spelled, split or default)
+        guessed += _alike(own, spelled, rows)
         rows = [row for row in rows if row.split.lower() == own.lower()]
     elif split and not own:
         raise AftError(
@@ -181,6 +185,19 @@ def _open(
         class_of=labels.class_of,
         every=every,
     )
+
+
+def _alike(own: str, spelled: Mapping[str, str], rows: Iterable[Row]) -> list[str]:
+    """Say which other splits have a name of the same meaning, such as training beside train."""
+    found = []
+    for lower, name in spelled.items():
+        if lower != own.lower() and split_kind(lower) and split_kind(lower) == split_kind(own):
+            count = sum(row.split.lower() == lower for row in rows)
+            found.append(
+                f"took the split {own!r}; {count} lines of {name!r} are another one: give both "
+                "one name if they belong together"
+            )
+    return found
 
 
 def _area(box: Listed | None) -> float | None:
@@ -260,8 +277,10 @@ def _text(path: Path, note: Note) -> Iterator[tuple[str, dict[str, str]]]:
     with path.open("rb") as file:
         lines = _decoded(path, file)
         first = next(lines, "")
-        delimiter = DELIMITERS[path.suffix.lower()]
-        if delimiter not in first:
+        delimiter, above = DELIMITERS[path.suffix.lower()], 0
+        if said := EXCEL.fullmatch(first.rstrip("\r\n")):
+            delimiter, first, above = said[1], next(lines, ""), 1
+        elif delimiter not in first:
             other = next((each for each in ",\t;" if each in first), delimiter)
             if other != delimiter:
                 note(f"its columns are taken as separated by {other!r}")
@@ -269,7 +288,7 @@ def _text(path: Path, note: Note) -> Iterator[tuple[str, dict[str, str]]]:
         reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
         header = [name.strip() for name in next(reader, [])]
         _refuse_twice(path, header)
-        number = reader.line_num + 1
+        number = reader.line_num + above + 1
         for values in reader:
             if len(values) not in (0, len(header)):
                 raise AftError(
@@ -278,7 +297,7 @@ def _text(path: Path, note: Note) -> Iterator[tuple[str, dict[str, str]]]:
                 )
             if any(map(str.strip, values)):  # spreadsheets write empty rows
                 yield f"line {number}", dict(zip(header, values, strict=True))
-            number = reader.line_num + 1
+            number = reader.line_num + above + 1
 
 
 def _decoded(path: Path, file: Iterable[bytes]) -> Iterator[str]:

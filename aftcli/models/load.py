@@ -259,3 +259,25 @@ def find_device(name: str) -> torch.device:
             f"device {name!r} can't be used here ({_reason(error)}); use --device auto or cpu"
         ) from error
     return device
+
+
+def advice(f: Classifier) -> str:
+    """Say what to do if a data set's labels are not among a classifier's classes.
+
+    A network that its user has trained is never to be replaced.
+    """
+    if f.classes == Classes.numbered(len(f.classes)):
+        return (
+            f"; its {len(f.classes)} classes have no names: name them by --classes FILE, one a "
+            "line, in the order of its outputs"
+        )
+    if f.checkpoint:
+        return (
+            "; name a data set of its classes, call the folders as its classes are called, or name "
+            "the classes by --classes FILE, one a line, in the order of its outputs"
+        )
+    return (
+        "; name a data set of its classes, or give it an output for each of these: aft finetune "
+        "DATASET --no-masks, then run aft gen-masks and aft finetune with the --checkpoint that "
+        "this writes"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -59,7 +60,20 @@ class Data:
             autocompletion=complete.formats,
         ),
     ] = None
+    download: Annotated[
+        bool, option("--download", "", "Let torchvision download its data set to DIR.")
+    ] = False
     limit: Annotated[
         int | None,
         number("--limit", "N", "limit", "Take N images, spread over the classes."),
     ] = None
+
+    def fetch(self, quiet: bool, first: bool, wait: Callable[[], None]) -> None:
+        """Download the data set if that is asked for: one process does, and others wait for it."""
+        if not self.download or self.dataset is None:
+            return
+        if first:
+            from aftcli.formats.builtin import download
+
+            download(self.dataset, quiet)
+        wait()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from aftcli.core.methods import check_device, spelled
-from aftcli.errors import AftError
+from aftcli.errors import AftError, UsageError
 from aftcli.options import complete
 from aftcli.options.make import number, option, usage, words
 from aftcli.options.read import asked_too
@@ -174,14 +174,14 @@ class ComparedNetworks(LayeredNetwork):
         """List the networks: one for each model, or for each checkpoint.
 
         Raises:
-            AftError: a network is named twice, or checkpoints are given for several models.
+            UsageError: a network is named twice, or checkpoints are given for several models.
         """
         models, files = self.models or [], self.checkpoints or []
         for option_, given in (("--model", models), ("--checkpoint", files)):
             if twice := [each for i, each in enumerate(given) if each in given[:i]]:
-                raise AftError(f"{option_} names {twice[0]} twice; name each network once")
+                raise UsageError(f"{option_} names {twice[0]} twice; name each network once")
         if len(models) > 1 and files:
-            raise AftError(
+            raise UsageError(
                 "--checkpoint belongs to one network: give --model once, or leave --checkpoint out"
             )
         shared = {each.name: getattr(self, each.name) for each in fields(self)}
@@ -237,7 +237,7 @@ class TargetMaps(Maps):
         option("--target-fn", "FN", "Explain your score: runs FILE.py:NAME."),
     ] = None
     top_k: Annotated[int, number("--top-k", "N", "top_k", "Explain the N likeliest classes.")] = 1
-    smooth: Annotated[Smooth, words("--smooth", Smooth, "Smooth the map")] = "none"
+    smooth: Annotated[Smooth, words("--smooth", Smooth, "Smooth")] = "none"
     fuse: Annotated[Fuse | None, words("--fuse", Fuse, "Combine layers by")] = None
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from aftcli.core.methods import METHODS, named
+from aftcli.data.names import BUILTIN
 from aftcli.errors import AftError
 from aftcli.evaluation.measures import EVALUATED, MEASURED, MEASURES, measures
 from aftcli.options.read import tables, undrawn
@@ -89,6 +90,14 @@ def _without_tables(*numbers: int, parts: tuple[str, ...] = ()) -> When:
     return When(f"{words}, or {', '.join(parts)}" if parts else words, holds)
 
 
+def _of_own_files(given: Values) -> bool:
+    """Check that the data set is none that torchvision downloads."""
+    return not str(given["DATASET"] or "").startswith(BUILTIN)
+
+
+DOWNLOAD = Idle(("--download",), When(f"without {BUILTIN}NAME=DIR", _of_own_files))
+
+
 def _in_long_form(given: Values) -> bool:
     """Check that JSON or CSV is printed, which hold all there is, and no page is written."""
     return (given["--json"] or given["--format"] in ("json", "csv")) and not given["--figures"]
@@ -126,6 +135,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         *OF_IMAGES,
     ),
     "gen-masks": (
+        DOWNLOAD,
         Idle(("--format",), _without("--show")),
         Idle(("--format",), _with("--json")),
         Idle(
@@ -134,6 +144,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
                 *(
                     "--cam",
                     "--data-format",
+                    "--download",
                     "--limit",
                     "--thresholds",
                     "--masking",
@@ -148,7 +159,8 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         ),
     ),
     "finetune": (
-        Idle(("--val-share",), _without("--no-masks")),
+        DOWNLOAD,
+        Idle(("--val-share", "--labels"), _without("--no-masks")),
         Idle(("--objective", "--gauge"), _with("--no-masks")),
         Idle(
             ("--lam", "--consistency", "--classification", "--blend", "--patience"),
@@ -168,6 +180,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
         ),
     ),
     "evaluate": (
+        DOWNLOAD,
         Idle(("--image",), _without("--figures")),
         Idle(("--format",), _with("--json")),
         Idle(("--metrics", "--baselines", "--judge"), _without_tables(3)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aftcli.errors import AftError
+from aftcli.errors import AftError, UsageError
 from aftcli.evaluation.measures import EVALUATED, MEASURED, MOST_JUDGES, TABLES
 from aftcli.settings import MIRROR, SELF
 
@@ -42,10 +42,10 @@ def muting(threshold: float | None, mute: float | None, tft: bool) -> tuple[floa
     """Read a fixed cut-off: (tau, mode) as `muted` takes it, or None.
 
     Raises:
-        AftError: more than one way of muting is asked for.
+        UsageError: more than one way of muting is asked for.
     """
     if (threshold is not None) + (mute is not None) + tft > 1:
-        raise AftError("--threshold, --mute and --tft exclude each other: give one")
+        raise UsageError("--threshold, --mute and --tft exclude each other: give one")
     if threshold is not None:
         return threshold, "value"
     return (mute / 100, "percentile") if mute is not None else None

@@ -112,16 +112,20 @@ def _figure3(study: Study, chosen: list[int], folder: Path, masking: str) -> Ite
         figure = _new_figure(across, len(study.cams))
         grid = figure.subplots(len(study.cams), across, squeeze=False)
         x = to_input(picture, study.f.preprocessing).to(next(study.f.parameters()))
+        label = study.data_set.samples[place].label
+        targets = [label] if study.data_set.every else []
         for row, cam in zip(grid, study.cams, strict=True):
-            (found,) = explain(study.f, x, [cam], settings=search, shaping=shaping)
+            (found,) = explain(study.f, x, [cam], targets, settings=search, shaping=shaping)
             own = None
             if cam in tuned:
-                (own,) = explain(tuned[cam], x, [cam], shaping=shaping)
+                (own,) = explain(tuned[cam], x, [cam], targets, shaping=shaping)
             _draw_row(row, subject, study.f, found, own)
-        target = folder / f"{file_stem(study.f.name, study.data_name)}-{subject.stem}.png"
+        # A picture of several labels may have several rows.
+        stem = "-".join([subject.stem, *map(str, targets)])
+        target = folder / f"{file_stem(study.f.name, study.data_name)}-{stem}.png"
         _save(figure, target)
-        label = study.f.classes.name(study.data_set.samples[place].label)
-        caption = f"Figure 3: {path.name}, labelled {label} ({study.f.name}, {masking} masks)"
+        labelled = study.f.classes.name(label)
+        caption = f"Figure 3: {path.name}, labelled {labelled} ({study.f.name}, {masking} masks)"
         yield Picture(target, caption)
 
 

@@ -14,7 +14,10 @@ from aftcli.attributions.maps import (
     Layers,
     Seen,
     Signed,
+    check_explains,
+    check_smooth,
     cuts,
+    map_of_layers,
     signed_maps,
     takes_target,
 )
@@ -92,6 +95,36 @@ def fits(f: Classifier, method: str) -> bool:
     return method != "cam" or (
         f.linear_head is not None and f.linear_head.is_last and f.linear_head.is_mean
     )
+
+
+TRIED = 10  # passes that a method may take to be tried on a network
+
+
+def refusal(layers: Sequence[Classifier], method: str, smooth: str = "none") -> str:
+    """Say why a method can't explain a network; "" where it can.
+
+    Methods that explain any score fit every network. Others are tried on a picture of noise, if
+    that takes few passes.
+
+    Args:
+        layers: the network, cut at each layer whose maps are fused.
+        method: a key of METHODS.
+        smooth: see `attribution_map`.
+    """
+    f, passes = layers[0], METHODS[method].passes
+    like = next(f.parameters())
+    noise = torch.randn(1, *f.preprocessing.shape, generator=torch.Generator().manual_seed(0))
+    x = noise.to(like)
+    try:
+        check_smooth(smooth, method)
+        seen = [first_activation(each, x, 1) for each in layers]
+        check_explains(seen, x, method)
+        of_any_score = takes_target(method) and method != "layercam-fusion"
+        if not of_any_score and passes is not None and passes <= TRIED:
+            map_of_layers(seen, torch.zeros(1, dtype=torch.long, device=x.device), x, method)
+    except AftError as error:
+        return str(error)
+    return ""
 
 
 def passes(

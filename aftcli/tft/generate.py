@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,6 +243,21 @@ def _rows(data_set: DataSet, loaded: Loaded, tuned: list[Tuned], size: _Columns)
     )
 
 
+@contextmanager
+def _one_thread(f: Classifier) -> Iterator[None]:
+    """Let PyTorch use one thread where ONNX Runtime runs the passes.
+
+    PyTorch's threads spin after each operation, and take the processors from the engine's.
+    """
+    threads = torch.get_num_threads()
+    if f.engine and f.engine.name == "onnxruntime":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @outside_inference_mode
 def generate_masks(
     f: Classifier,
@@ -293,6 +308,7 @@ def generate_masks(
     }
     columns = _Columns.of(f, data_set, settings)
     with ExitStack() as held:
+        held.enter_context(_one_thread(f))
         if processes.index == 0:
             _take(stores, data_set, held, overwrite)
         processes.wait()

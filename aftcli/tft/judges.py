@@ -63,18 +63,21 @@ class Judge:
         mean, std = g.preprocessing.channels(colours)
         return g.probabilities(g(((colours - mean) / std).to(next(g.parameters()))).float())
 
-    def named_by(self, f: Classifier, note: Callable[[str], None]) -> Judge:
+    def named_by(
+        self, f: Classifier, note: Callable[[str], None], option: str = "--judge"
+    ) -> Judge:
         """Return the judge with f's class names, if it has as many classes and none have names.
 
         Args:
             f: the classifier of the masks.
             note: is told of this guess.
+            option: in messages, what names the judge.
         """
         g = self.classifier
         if g is None or g.classes == f.classes or g.classes != Classes.numbered(len(f.classes)):
             return self
         note(
-            f"--judge {self.name}: its {len(g.classes)} classes have no names; taken to be those "
+            f"{option} {self.name}: its {len(g.classes)} classes have no names; taken to be those "
             f"of {f.name} in the same order"
         )
         named = copy.copy(g)
@@ -98,7 +101,7 @@ class Judge:
         """A hash of the weights; "" for the network itself."""
         return self.classifier.weights_hash() if self.classifier else ""
 
-    def check(self, f: Classifier, option: str = "judge") -> None:
+    def check(self, f: Classifier, option: str = "--judge") -> None:
         """Check that the judge knows some of f's classes.
 
         Args:

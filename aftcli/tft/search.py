@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aftcli.core.cam import normalise, upsample
-from aftcli.core.classifier import Classifier
+from aftcli.core.classifier import Classifier, ahead
 from aftcli.core.inputs import check_shape, class_indices
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
@@ -27,12 +26,16 @@ from aftcli.tft.threshold import (
     first_maximum,
     mask_at,
     mask_of,
-    masked_image,
+    masked_images,
     relative_probability_increase,
     threshold_map,
 )
 
 BATCH = 16  # masked images in one pass of the network
+
+# Values of x in a pass of PyTorch on a CPU, for each thread: two images of 224 x 224 pixels. The
+# system maps larger activations again in every layer (docs/method/decisions/search.md, Passes).
+A_THREAD = 2 * 3 * 224 * 224
 
 
 def areas(attribution: Tensor, cut: Tensor) -> Tensor:
@@ -113,6 +116,13 @@ def _same(
     return torch.equal(*weights)
 
 
+def _at_once(f: Classifier, x: Tensor) -> int:
+    """Return how many masked images of x's size share a pass; engines divide theirs."""
+    if f.engine or x.device.type != "cpu":
+        return BATCH
+    return min(max(A_THREAD * torch.get_num_threads() // x[0].numel(), 1), BATCH)
+
+
 @torch.no_grad()
 def masked_probabilities(
     f: Classifier,
@@ -140,19 +150,14 @@ def masked_probabilities(
     """
     owners = owner.tolist()
     pairs, source = distinct_masks(attribution, cut, owners, search)
-    filled = FILLS[search.fill](f, x)
-    rows = []
-    steps = torch.tensor([t for _, t in pairs], dtype=torch.long, device=x.device)
-    for start in range(0, len(pairs), BATCH):
-        maps, end = [n for n, _ in pairs[start : start + BATCH]], 0
-        x_hat = x.new_empty(len(maps), *x.shape[1:])
-        # Map by map, so that nothing of one or its image is copied for each threshold.
-        for n, same in groupby(maps):
-            begin, end = end, end + len(list(same))
-            at = cut[n, steps[start + begin : start + end]]
-            weight, image = MASKINGS[search.masking](attribution[n], at), owners[n]
-            masked_image(x[image], weight, filled[image], out=x_hat[begin:end])
-        rows.append(ask(x_hat) if ask else f.probabilities(f(x_hat).float()))
+    filled, of_maps = FILLS[search.fill](f, x), (attribution, cut, owners, pairs)
+    made = masked_images(x, filled, *of_maps, search.masking, _at_once(f, x))
+
+    def passed(x_hat: Tensor) -> Tensor:
+        with torch.no_grad():  # which each thread has of its own
+            return ask(x_hat) if ask else f.probabilities(f(x_hat).float())
+
+    rows = [*(map(passed, made) if ask else ahead(f, passed, made))]
     if not rows:
         return y[:, None].repeat(1, cut.shape[1])
     source = source.to(x.device)
@@ -361,7 +366,7 @@ def search_threshold(
     """Find each image's threshold: `fine_tune_threshold` with its settings as one `Search`."""
     check_shape(x)
     for judge in judges:
-        judge.check(f)
+        judge.check(f, "judge")
     owner = torch.arange(len(x), device=x.device) if owner is None else owner
     count = len(owner)
     if attribution.shape != (count, *x.shape[2:]):

@@ -16,11 +16,12 @@ from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
 from aftcli.core.inputs import check_images
 from aftcli.core.methods import METHODS
+from aftcli.data.blocks import content_of
 from aftcli.data.parts import AS_FOUND, Held, Reading, spread
 from aftcli.data.sets import DataSet, Sample, format_of, open_data_set
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import card_classes, read_card
-from aftcli.models.load import load_classifier
+from aftcli.models.load import advice, load_classifier
 from aftcli.networks.sources import is_model, refuse_unnamed
 from aftcli.settings import AUTO, SOFTMAX
 from aftcli.tft.hdf5 import Rows
@@ -290,6 +291,8 @@ def _data_set(
     return DataSet(*of, every=bool(made.get("every")), held=held)
 
 
+COMPARED = 32  # images of a data set that may be that of masks
+
 VAL_SHARE = 0.2  # of a data set without a val split
 
 
@@ -331,32 +334,54 @@ def _above(made: Mapping[str, Any]) -> Path | None:
 
 
 def reread(
-    data: Path | None, reading: Reading, made: Mapping[str, Any], classes: Classes
+    data: Path | None,
+    reading: Reading,
+    made: Mapping[str, Any],
+    classes: Classes,
+    stores: Sequence[MaskStore] = (),
 ) -> Reading:
     """Read a data set that is named as that of masks was read, where it is the same.
 
     Args:
-        data: the data set; None for that of the masks.
+        data: the data set, which may have been moved or changed; None for that of the masks.
         reading: what was asked for.
         made: settings of the masks; empty without masks.
         classes: the model's.
+        stores: the masks.
     """
     if not made:
         return reading
     before = Reading.of(made)
     every = before.every if reading.every is None else reading.every
-    if data is None:
-        return before._replace(every=every)
-    reading = reading._replace(every=every)
-    if before.held is None:
+    reading = (before if data is None else reading)._replace(every=every)
+    place, other = data or _above(made), reading._replace(held=before.held)
+    if before.held is None or place is None:
         return reading
-    same = data.resolve() == _above(made)
-    if not same:  # It may have been moved.
+    same = place.resolve() == _above(made)
+    with contextlib.suppress(AftError):
+        part = open_data_set(place, made["held"]["part"], classes, reading=other)
+        if part.limited(int(made["images"])).fingerprint() == made["images_hash"]:
+            return other
+        own = [s for s in stores if s.settings.get("images_hash") == made["images_hash"]]
+        if own and made["held"]["part"] == "train" and (same or _holds_most(part, own[0])):
+            paths = (path for chunk in chunks_of(own[0]) for path in chunk.path)
+            names = {
+                *(os.fsdecode(bytes(path)) for path in paths),
+                *(b.path for b in own[0].broken),
+            }
+            return other._replace(trained=frozenset(names))
+    return other if same else reading
+
+
+def _holds_most(data_set: DataSet, store: MaskStore) -> bool:
+    """Tell if a data set, under their names, has most of a store's images: of some of them."""
+    some = [store.rows(i, i + 1) for i in spread(len(store), COMPARED)]
+    names = [os.fsdecode(bytes(row.path[0])) for row in some]
+    there = 0
+    for name, row in zip(names, some, strict=True):
         with contextlib.suppress(AftError):
-            other = reading._replace(held=before.held)
-            part = open_data_set(data, made["held"]["part"], classes, reading=other)
-            same = part.limited(int(made["images"])).fingerprint() == made["images_hash"]
-    return reading._replace(held=before.held) if same else reading
+            there += content_of(data_set.format.picture(data_set, name)) == int(row.content[0])
+    return 2 * there > len(some)
 
 
 def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
@@ -371,25 +396,3 @@ def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
             f"{store.path}: the labels of these images are no classes of {f.name}{advice(f)}"
         )
     return np.array(found)
-
-
-def advice(f: Classifier) -> str:
-    """Say what to do if a data set's labels are not among a classifier's classes.
-
-    A network that its user has trained is never to be replaced.
-    """
-    if f.classes == Classes.numbered(len(f.classes)):
-        return (
-            f"; its {len(f.classes)} classes have no names: name them by --classes FILE, one a "
-            "line, in the order of its outputs"
-        )
-    if f.checkpoint:
-        return (
-            "; name a data set of its classes, call the folders as its classes are called, or name "
-            "the classes by --classes FILE, one a line, in the order of its outputs"
-        )
-    return (
-        "; name a data set of its classes, or give it an output for each of these: aft finetune "
-        "DATASET --no-masks, then run aft gen-masks and aft finetune with the --checkpoint that "
-        "this writes"
-    )

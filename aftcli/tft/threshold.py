@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -269,6 +270,40 @@ def masked_image(x: Tensor, weight: Tensor, fill: Tensor, out: Tensor | None = N
         out: takes the result, shape (N, 3, H, W).
     """
     return torch.lerp(fill, x, weight[:, None].to(x), out=out)
+
+
+def masked_images(
+    x: Tensor,
+    filled: Tensor,
+    attribution: Tensor,
+    cut: Tensor,
+    owner: list[int],
+    pairs: list[tuple[int, int]],
+    masking: str,
+    batch: int,
+) -> Iterator[Tensor]:
+    """Make masked images, map by map: nothing of one or its image is copied for each threshold.
+
+    Args:
+        x: inputs, shape (M, 3, H, W).
+        filled: what muted pixels show, shape (M, 3, H, W).
+        attribution: I, shape (N, H, W).
+        cut: thresholds, from `cut_off`, shape (N, |T|).
+        owner: which input each map is of.
+        pairs: (map, threshold) of each, those of a map together.
+        masking: a key of MASKINGS.
+        batch: how many are made at a time.
+    """
+    steps = torch.tensor([t for _, t in pairs], dtype=torch.long, device=x.device)
+    for start in range(0, len(pairs), batch):
+        maps, end = [n for n, _ in pairs[start : start + batch]], 0
+        x_hat = x.new_empty(len(maps), *x.shape[1:])
+        for n, same in groupby(maps):
+            begin, end = end, end + len(list(same))
+            at = cut[n, steps[start + begin : start + end]]
+            weight, image = MASKINGS[masking](attribution[n], at), owner[n]
+            masked_image(x[image], weight, filled[image], out=x_hat[begin:end])
+        yield x_hat
 
 
 MOST_SHOWN = 8  # images in a notebook

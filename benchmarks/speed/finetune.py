@@ -27,7 +27,7 @@ from pathlib import Path
 BATCH = 32
 
 
-def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
+def ours(data: Path, limit: int | None, epochs: int, device: str = "cpu") -> dict[str, object]:
     """Measure the seconds of each epoch with cached features, and of filling the cache."""
     import torch
 
@@ -40,7 +40,7 @@ def ours(data: Path, limit: int | None, epochs: int) -> dict[str, object]:
     from aftcli.data.sets import open_data_set
 
     keep_freed_memory()
-    f = load_classifier()
+    f = load_classifier(device=device)
     data_set = open_data_set(data, "train", f.classes).limited(limit)
     start = time.perf_counter()
     cache = Cache(f, data_set, "memory", Path())

@@ -407,8 +407,8 @@ def test_functions_that_can_not_be_loaded_are_named(f, tmp_path):
         assert done.code == 1 and message in done.err and done.err.count("\n") == 1
     options = ("explain", "a.png", "--target-fn", "mine.py:warm")
     for more in (("--target", "pear"), ("--top-k", "2")):
-        assert "exclude each other" in aft(*options, *more).err
-    assert "leave --precision out" in aft(*options, "--precision", "bf16").err
+        assert "exclude each other" in usage_error(aft(*options, *more))
+    assert "leave --precision out" in usage_error(aft(*options, "--precision", "bf16"))
     refused = usage_error(aft(*options, "--engine", "torch"))
     assert refused.endswith("--engine has no effect with --target-fn")
 

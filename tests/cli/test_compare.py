@@ -260,12 +260,14 @@ def test_a_tuned_network_is_compared_with_the_published_one():
 
 REFUSED = [
     (("--model", "vgg16", "--model", "resnet50"), "vgg16: no layer of that name"),
-    ((*BOTH, "--model", "resnet50"), "--model names resnet50 twice"),
     ((*BOTH, "--model", "ResNet-50"), "resnet50 is named twice"),
-    ((*BOTH, "--checkpoint", "a.pth"), "--checkpoint belongs to one network"),
     (("--checkpoint", "a.pth", "--checkpoint", "gone.pth"), "gone.pth: there is no such"),
-    (("--checkpoint", "a.pth", "--checkpoint", "a.pth"), "--checkpoint names a.pth twice"),
     ((*BOTH, "--target", "cat"), "efficientnet_lite0: unknown class 'cat'"),
+]
+MISUSED = [
+    ((*BOTH, "--model", "resnet50"), "--model names resnet50 twice"),
+    ((*BOTH, "--checkpoint", "a.pth"), "--checkpoint belongs to one network"),
+    (("--checkpoint", "a.pth", "--checkpoint", "a.pth"), "--checkpoint names a.pth twice"),
 ]
 
 
@@ -276,6 +278,13 @@ def test_networks_that_can_not_be_meant_are_refused(networks, options, wrong):
     result = aft("explain", "a.png", *options)
     assert result.code == 1 and not Path("aft-out").exists()
     assert result.err.splitlines()[-1].startswith(f"aft: {wrong}")
+
+
+@pytest.mark.parametrize(("options", "wrong"), MISUSED, ids=lambda each: str(each)[:40])
+def test_networks_named_against_each_other_are_a_usage_error(networks, options, wrong):
+    draw("a.png"), Path("a.pth").touch()
+    assert usage_error(aft("explain", "a.png", *options)).startswith(f"Error {wrong}")
+    assert not Path("aft-out").exists()
 
 
 @pytest.mark.parametrize("command", ["tft", "gen-masks", "finetune", "evaluate"])

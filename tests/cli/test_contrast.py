@@ -16,7 +16,7 @@ from aftcli.pictures.figure import Shown, caption, figure
 from aftcli.report.explain import shown_of
 from aftcli.tft.explain import explain as explained
 from tests.cli.test_pictures import pixels, searched, subject_of, texts
-from tests.helpers.command import aft, objects, without_chance
+from tests.helpers.command import aft, objects, usage_error, without_chance
 from tests.helpers.grids import grid
 from tests.helpers.stored import NAMES, draw
 
@@ -127,7 +127,6 @@ def test_the_grid_of_a_contrast_has_a_name_of_its_own():
 
 REFUSED = [
     (("--target", A, "--contrast", A), f"--contrast {A}: it is the class explained"),
-    (("--target-fn", "t.py:score", "--contrast", A), "--contrast and --target-fn exclude"),
     (("--contrast", "nothing"), "unknown class 'nothing'"),
     (("--contrast", A, "--target", B, "--cam", "cam"), "cam can't explain a difference"),
     (("--contrast", A, "--top-k", "3"), f"{A} is the class explained; contrast it with another"),
@@ -141,10 +140,17 @@ def test_what_cannot_be_contrasted_is_refused(options, message):
     assert not list(Path().glob("aft-out/*.png"))
 
 
+def test_a_contrast_with_a_target_is_a_usage_error():
+    said = usage_error(aft("explain", "a.png", "--target-fn", "t.py:score", "--contrast", A))
+    assert "--contrast and --target-fn exclude" in said
+    assert not list(Path().glob("aft-out/*.png"))
+
+
 def test_an_image_that_cannot_be_contrasted_is_named_and_others_are_explained(folder):
     predicted = {n: objects("explain", n)[0]["class_name"] for n in map(draw_seed, range(6))}
     contrast = predicted["0.png"]
     others = [name for name, found in predicted.items() if found != contrast]
+    assert 0 < len(others) < len(predicted) - 1
     result = aft("explain", *predicted, "--contrast", contrast, "--json")
     assert result.code == 1
     assert [found["image"] for found in json.loads(result.out)] == others
@@ -157,6 +163,10 @@ def test_an_image_that_cannot_be_contrasted_is_named_and_others_are_explained(fo
 
 def draw_seed(seed):
     draw(f"{seed}.png", seed=seed)
+    if seed in (1, 2):
+        pixels = np.array(Image.open(f"{seed}.png"))
+        pixels[..., 0] = 255 - pixels[..., 0]
+        Image.fromarray(pixels).save(f"{seed}.png")
     return f"{seed}.png"
 
 

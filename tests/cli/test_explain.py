@@ -543,8 +543,11 @@ def test_version_and_help():
 
 
 def test_debug_shows_the_traceback(f):
-    with pytest.raises(AftError, match="exclude each other"):
-        aft("explain", "a.png", "--mute", "50", "--tft", "--debug")
+    refused = aft("explain", "a.png", "--mute", "50", "--tft", "--debug")
+    assert "exclude each other" in usage_error(refused)
+    draw("a.png")
+    with pytest.raises(AftError, match="unknown class 'cat'"):
+        aft("explain", "a.png", "--target", "cat", "--debug")
     assert "unknown method" in usage_error(aft("explain", "a.png", "--cam", "nonsense", "--debug"))
     result = aft("explain", "gone.png", str(CHELSEA.parent.parent / "gone"), "--debug", "--json")
     assert result.code == 1

@@ -124,6 +124,17 @@ def test_a_class_that_a_judge_does_not_know_is_said(f, monkeypatch):
     assert done.code == 1 and "--tft-judges other: has none of the 3 classes of small" in done.err
 
 
+def test_a_judge_without_class_names_has_those_of_the_network(monkeypatch):
+    other = another(Classes.numbered(3).names).classifier
+    options = ("--tft", "--save", "none", "--tft-judges", "other", "--json")
+    [named] = json.loads(aft("explain", "a.png", *options).out)
+    monkeypatch.setattr("aftcli.tft.judges.load_classifier", lambda *_, **__: other)
+    done = aft("explain", "a.png", *options)
+    said = "--tft-judges other: its 3 classes have no names; taken to be those of small in the same"
+    assert said in done.err
+    assert json.loads(done.out)[0]["tft"] == named["tft"] and named["tft"]["judges"]
+
+
 @pytest.mark.parametrize("name", ["none", ""])
 def test_nobody_is_no_judge(name):
     said = usage_error(aft("explain", "a.png", "--tft", "--tft-judges", name))

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,6 +15,8 @@ from aftcli.cutting.layers import default_layer
 from aftcli.cutting.layouts import Layout, before_maps, from_maps, to_maps
 from aftcli.cutting.watched import RunTo
 from aftcli.errors import AftError
+from tests.helpers.compare import assert_near
+from tests.reference import paper as reference
 
 SIZE = (24, 32)
 PREPROCESSING = Preprocessing(SIZE)
@@ -520,3 +523,39 @@ def test_the_gradient_behind_attention_can_be_trained():
     expected = (u * (ahead - back)).sum() / (2 * step)
     assert expected.abs() > 1e-3
     assert torch.allclose((own.grad * v).sum(), expected, rtol=1e-4)
+
+
+class Shared(nn.Module):
+    """One layer for the image and for its mirror image, or for its own output."""
+
+    def __init__(self, serial, asks):
+        super().__init__()
+        torch.manual_seed(4)
+        self.layer = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU())
+        self.fc, self.serial, self.asks = nn.Linear(6, 4), serial, asks
+
+    def forward(self, x):
+        # torch.fx can't follow a question about values.
+        one = self.layer(x * 2 if self.asks and x.sum() > 1e6 else x)
+        two = self.layer(one if self.serial else x.flip(3))
+        return self.fc(torch.cat([one.mean((2, 3)), two.amax((2, 3))], 1))
+
+
+@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("serial", [False, True])
+def test_of_a_layer_that_runs_twice_the_last_output_is_explained_and_that_is_said(serial, asks):
+    model, said = Shared(serial, asks).double().eval(), []
+    f = cut_classifier(model, preprocessing=Preprocessing(size=(6, 8)), note=said.append)
+    assert f.layer_name == "layer"
+    assert "layer layer runs 2 times in a pass; maps explain its last output only" in said
+    x = torch.randn(1, 3, 6, 8, dtype=torch.double)
+    assert_near(f(x), model(x), 1e-12)
+    with torch.no_grad():
+        one = model.layer(x)
+        last = model.layer(one if serial else x.flip(3))[0]
+    g = np.zeros(last.shape)
+    for k in range(3):
+        i, j = divmod(int(last[k].argmax()), 8)
+        g[k, i, j] = model.fc.weight[2, 3 + k].item()
+    cells = np.maximum((g * last.numpy()).sum(0), 0)
+    assert_near(attribution_map(f, x, 2, "hirescam")[0], reference.scale(cells))

@@ -2,7 +2,9 @@
 
 import json
 import os
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import onnx
@@ -13,7 +15,7 @@ from torch import nn
 from aftcli.aft.tail import earlier_layers
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing
-from aftcli.core.classifier import cut_classifier
+from aftcli.core.classifier import ahead, cut_classifier
 from aftcli.engine import accelerate as engine
 from aftcli.engine import onnx as engine_onnx
 from aftcli.engine.accelerate import ENGINES, ENOUGH, accelerated, fast_stem
@@ -215,13 +217,22 @@ def test_what_cannot_be_traced_is_run_as_it_is():
     assert isinstance(folded(Branching()), Branching)
 
 
-def test_lower_precision_is_close_but_not_the_same(lite0, chelsea):
+def test_lower_precision_is_close_but_not_the_same(lite0, chelsea, monkeypatch):
+    monkeypatch.setattr(engine, "has_bf16", lambda: True)
     lower = accelerated(lite0, "torch", note=silent, precision="bf16")
     with torch.no_grad():
         given, expected = lower(chelsea), lite0(chelsea)
     assert given.dtype == torch.float32
     assert not torch.allclose(given, expected, atol=1e-4)
     assert_near(given, expected, 0.1)
+
+
+@pytest.mark.parametrize(("known", "said"), [({"avx512_bf16": False}, 1), ({"x_bf16": True}, 0)])
+def test_a_cpu_without_bf16_is_named(known, said, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    notes = []
+    accelerated(network()[0], "torch", note=notes.append, precision="bf16")
+    assert len(notes) == said and all("no bf16 instructions" in note for note in notes)
 
 
 # What is chosen, and what happens where it can't be used
@@ -465,6 +476,36 @@ def test_each_thread_passes_a_few_images(count, sizes, kept, empty_cache, monkey
     )
     assert_near(engine.logits(x), alone, CLOSE)
     assert sorted(seen) == sorted(sizes)
+
+
+@pytest.mark.parametrize(("name", "meanwhile"), [("onnxruntime", True), ("torch", False)])
+def test_inputs_are_made_while_onnxruntime_runs(name, meanwhile):
+    f, made = network()[0], threading.Event()
+    f.engine = SimpleNamespace(name=name)
+    own, seen = threading.get_ident(), []
+
+    def inputs_of(count):
+        for i in range(count):
+            if i == 1:
+                made.set()
+            yield torch.tensor(float(i))
+
+    def run(x):
+        # The first pass ends when the second input is made, where that does not wait for it.
+        seen.append((threading.get_ident() != own, meanwhile and made.wait(60)))
+        return 2 * x
+
+    found = [float(each) for each in ahead(f, run, inputs_of(5))]
+    assert found == [0, 2, 4, 6, 8]
+    assert seen == [(meanwhile, meanwhile)] * 5
+    assert [*ahead(f, run, inputs_of(0))] == []
+
+
+def test_a_pass_that_fails_in_its_thread_fails_here():
+    f = network()[0]
+    f.engine = SimpleNamespace(name="onnxruntime")
+    with pytest.raises(ZeroDivisionError):
+        [*ahead(f, lambda x: 1 // 0, iter(inputs(2)))]
 
 
 def test_a_tensor_of_no_image_stays_as_it_is(empty_cache):

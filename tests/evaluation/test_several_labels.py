@@ -1,6 +1,7 @@
 """Images of several classes: a row for each, from masks to tables."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,18 +9,21 @@ import torch
 from PIL import Image
 
 from aftcli import AftError, MaskStore, read_image, to_input
+from aftcli.aft import jobs
 from aftcli.core.classes import Classes
 from aftcli.data.objects import Objects
 from aftcli.data.parts import Reading
 from aftcli.data.sets import open_data_set
+from aftcli.evaluation import trials
 from aftcli.evaluation.results import Values, classified
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Study, Variant
 from aftcli.evaluation.tables import table2, table3, table4
 from aftcli.formats.voc import VOC_CLASSES
+from aftcli.pages import figures
 from aftcli.settings import Search
 from aftcli.tft.generate import generate_masks, tune_batch
-from tests.helpers.command import aft
+from tests.helpers.command import aft, usage_error
 from tests.helpers.stored import NAMES, small_float
 from tests.helpers.voc import annotation, make_voc
 
@@ -197,3 +201,70 @@ def test_the_chain_keeps_the_labels(listed):
     # The largest alone, where that is asked for.
     largest = aft("evaluate", *own, "--table", "4", "--labels", "largest", "--json")
     assert "precision" not in json.loads(largest.out)["table4"][0]
+
+
+@pytest.fixture
+def chain(listed, tmp_path):
+    """Options of commands on a network of its own."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    own = ("--model", f"{tmp_path}/net.py:network", "--classes", tmp_path / "names.txt")
+    return (*own, "--run", tmp_path / "run", "--workers", "0", "--quiet")
+
+
+def test_figures_and_the_sanity_check_explain_the_label(listed, chain, tmp_path, monkeypatch):
+    masks = aft("gen-masks", listed, "--labels", "all", "--thresholds", "0.3", *chain)
+    assert masks.code in (0, None), masks.err
+    drawn, compared = [], []
+    draw, compare = figures._draw_row, trials.sanity
+
+    def drawing(row, subject, f, found, own):
+        drawn.append((Path(subject.path).name, found.class_index))
+        draw(row, subject, f, found, own)
+
+    def comparing(f, x, cam, search, seed, cells, labels):
+        compared.append((len(x), labels))
+        found = compare(f, x, cam, search, seed, cells, labels)
+        rows = [
+            compare(f, x[i : i + 1], cam, search, seed, cells, labels[i : i + 1])
+            for i in range(len(x))
+        ]
+        for key, values in found.items():
+            torch.testing.assert_close(values, torch.cat([r[key] for r in rows]))
+        predicted = f(x).argmax(1)
+        assert not predicted.equal(labels)
+        other = compare(f, x, cam, search, seed, cells)
+        assert any(not values.equal(other[key]) for key, values in found.items())
+        return found
+
+    monkeypatch.setattr(figures, "_draw_row", drawing)
+    monkeypatch.setattr(trials, "sanity", comparing)
+    options = ("--table", "4", "--sanity", "--figures", "--masking", "binary")
+    done = aft("evaluate", *options, *chain, "--image", "val3", "--json")
+    assert done.code in (0, None), done.err
+    samples = open_data_set(listed, "val", Classes(NAMES), reading=EVERY).samples
+    assert next(s.label for s in samples if s.name == "val3.png") == 2
+    assert drawn == [("val3.png", 2)]
+    (_, labels), *_ = compared
+    assert labels.tolist() == [s.label for s in samples]
+    names = {path.name for path in (tmp_path / "run/results/figures").glob("*val3*")}
+    assert names == {f"net.py_network-{tmp_path.name}-val3-2.png"}
+
+
+def test_a_control_learns_each_label(listed, chain, monkeypatch):
+    seen = []
+    real = jobs.control_job
+
+    def watched(*given, **named):
+        seen.append(real(*given, **named).data_set)
+        return real(*given, **named)
+
+    monkeypatch.setattr(jobs, "control_job", watched)
+    learn = ("finetune", listed, "--no-masks", "--epochs", "1", "--held-out", "0", *chain)
+    done = aft(*learn, "--labels", "all")
+    assert done.code in (0, None), done.err
+    assert [s.label for s in seen[0].samples] == [0, 0, 0, 1, 2] and seen[0].every
+    refused = aft(*learn)
+    assert refused.code == 1 and "settings" in refused.err
+    said = usage_error(aft("finetune", "--labels", "all", *chain))
+    assert said.endswith("--labels has no effect without --no-masks")

@@ -2,7 +2,11 @@
 
 import inspect
 import os
+import shutil
+import socket
 import struct
+import urllib.request
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from aftcli.data.sets import data_name, open_data_set, validation_of
 from aftcli.formats import builtin as module
 from aftcli.formats.builtin import SETS
 from aftcli.networks.sources import imagenet_classes
-from tests.helpers.command import aft
+from tests.helpers.command import aft, usage_error
 from tests.helpers.stored import generate
 
 DIGITS = Classes(("0 - zero", "1 - one", "2 - two"))
@@ -101,6 +105,7 @@ def test_every_name_and_split_is_one_of_torchvisions(name, tmp_path):
         with pytest.raises(AftError, match=f"{name} of torchvision can't be read there") as error:
             opened(f"torchvision:{name}={tmp_path}", split)
         assert f"datasets.{name}({str(tmp_path)!r}, download=True)" in str(error.value)
+        assert "pass --download" in str(error.value)
         assert "Unknown value" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -162,3 +167,58 @@ def test_a_name_is_said_with_its_folder(tmp_path):
     ):
         found = aft("gen-masks", f"torchvision:{name}", "--run", tmp_path / "run", "--quiet")
         assert found.code == 1 and said in found.err
+
+
+def test_a_download_is_torchvisions_and_of_all_splits(mnist, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def fetched(url, download_root, filename=None, md5=None, **options):
+        asked.append(filename)
+        assert socket.getdefaulttimeout() == module.PATIENCE
+        print("downloading")
+        name = filename.removesuffix(".gz")
+        shutil.copyfile(mnist / "MNIST/raw" / name, os.path.join(download_root, name))
+
+    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", fetched)
+    place = module.Path(f"torchvision:MNIST={tmp_path / 'new/place'}")
+    module.download(place)
+    assert {name.split("-")[0] for name in asked} == {"train", "t10k"} and len(asked) == 4
+    found = capsys.readouterr()
+    assert found.out == "" and "downloading" in found.err
+    assert len(opened(str(place)).samples) == 6 and len(opened(str(place), "test").samples) == 3
+    assert socket.getdefaulttimeout() is None
+    module.download(place, quiet=True)
+    assert len(asked) == 4 and capsys.readouterr() == ("", "")
+
+
+def test_without_a_network_a_download_is_an_error_of_ours(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise URLError(OSError(-3, "Temporary failure in name resolution"))
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    for name in SETS:
+        with pytest.raises(AftError, match=f"{name} of torchvision can't be downloaded") as error:
+            module.download(module.Path(f"torchvision:{name}={tmp_path / name}"), quiet=True)
+        assert "look at the network" in str(error.value)
+    with pytest.raises(AftError, match="--download takes torchvision:NAME=DIR"):
+        module.download(tmp_path)
+
+
+def test_commands_download_only_where_that_is_asked_for(mnist, tmp_path, monkeypatch):
+    wanted = []
+
+    def refuse(path, quiet=False):
+        wanted.append(str(path))
+        raise AftError("no network")
+
+    monkeypatch.setattr(module, "download", refuse)
+    given = f"torchvision:MNIST={tmp_path / 'new'}"
+    for command in ("gen-masks", "finetune", "evaluate"):
+        done = aft(command, given, "--run", tmp_path / "run", "--quiet")
+        assert (done.code, done.err) == (1, f"aft: {tmp_path / 'new'}: there is no such folder\n")
+        assert wanted == []
+        done = aft(command, given, "--run", tmp_path / "run", "--download", "--quiet")
+        assert (done.code, done.err) == (1, "aft: no network\n")
+        assert wanted.pop() == given
+        said = usage_error(aft(command, tmp_path, "--download"))
+        assert said.endswith("--download has no effect without torchvision:NAME=DIR")

@@ -66,6 +66,9 @@ def test_labels_are_names_ordered_by_class_and_name(root):
         ("labels.CSV", ("id,path,label", "7,a.png,pear", "", "8,a.png,pear"), ["1 lines repeat"]),
         ("labels.csv", ("\ufeffpath,label", '"a.png"," pear "'), []),
         ("labels.csv", ("path,label", "./a.png,Pear"), []),
+        ("labels.csv", ("sep=;", "path;label", "a.png;pear"), []),
+        ("labels.csv", ('"sep=|"\r', "path|label", "a.png|pear"), []),
+        ("labels.tsv", ("\ufeffsep=,", "path,label", "a.png,pear"), []),
         ("labels.csv", ("path;label;;", "a.png;pear;;", ";;;", " ;;;"), ["separated by ';'"]),
     ],
 )
@@ -320,3 +323,23 @@ def test_what_is_no_manifest_is_refused(root):
     (root / "list.txt").write_text("a.png pear\n")
     result = aft("gen-masks", root / "list.txt", "--run", root / "run")
     assert result.code == 1 and "a file that ends in .csv" in result.err
+
+
+def test_lines_are_counted_below_one_that_names_the_delimiter(root):
+    path = manifest(root, "sep=;", "path;label", "a.png;pear", "b.png;")
+    with pytest.raises(AftError, match="labels.csv: line 4: has no label"):
+        listing(path)
+
+
+def test_splits_of_one_meaning_are_said(root):
+    lines = ("path,label,split", "a.png,pear,train", "b.png,pear,Training", "c.png,pear,training")
+    pictures(root, "a.png", "b.png", "c.png")
+    path = manifest(root, *lines)
+    data = open_data_set(path, None, FRUIT)
+    assert [s.name for s in data.samples] == ["a.png"]
+    (note,) = data.notes
+    assert "took the split 'train'; 2 lines of 'Training' are another one" in note
+    assert [s.name for s in open_data_set(path, "training", FRUIT).samples] == [
+        "b.png",
+        "c.png",
+    ]

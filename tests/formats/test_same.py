@@ -9,13 +9,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from aftcli import MaskStore
 from aftcli.data.sets import open_data_set
 from tests.helpers import faulty
-from tests.helpers.archives import make_shards, make_tables, pictures_below
+from tests.helpers.archives import PACKED
 from tests.helpers.faulty import At, aft
 from tests.helpers.stored import (
     NAMES,
@@ -27,64 +26,6 @@ from tests.helpers.stored import (
 from tests.helpers.trained import make_colours
 
 EACH = 6  # of a class in train; two more are in val: 24 pictures
-
-
-def as_shards(colours, out):
-    for split in ("train", "val"):
-        make_shards(colours / split, out, each=5, stem=f"colours-{split}")
-    return out
-
-
-def as_parquet(colours, out):
-    for split in ("train", "val"):
-        make_tables(colours / split, out / "data", ".parquet", each=5, stem=split)
-    return out
-
-
-def as_saved(colours, out):
-    for split in ("train", "val"):
-        make_tables(colours / split, out / split, ".arrow")
-    return out
-
-
-def as_manifest(colours, out):
-    lines = ["path,label,split"]
-    for path in pictures_below(colours):
-        relative = path.relative_to(out.parent).as_posix()
-        lines.append(f"{relative},{path.parent.name},{path.parent.parent.name}")
-    file = out.with_suffix(".csv")
-    file.write_text("\n".join(lines))
-    return file
-
-
-def as_coco(colours, out):
-    """Pictures in one folder a split, as COCO has them."""
-    (out / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        (out / split).mkdir()
-        images, objects = [], []
-        for number, path in enumerate(pictures_below(colours / split)):
-            name = f"{path.parent.name}-{path.name}"
-            (out / split / name).write_bytes(path.read_bytes())
-            with Image.open(path) as picture:
-                width, height = picture.size
-            label = NAMES.index(path.parent.name)
-            images.append({"id": number, "file_name": name, "width": width, "height": height})
-            box = {"bbox": [0, 0, width, height], "area": width * height, "iscrowd": 0}
-            objects.append({"id": number, "image_id": number, "category_id": label, **box})
-        kinds = [{"id": i, "name": name} for i, name in enumerate(NAMES)]
-        said = {"images": images, "annotations": objects, "categories": kinds}
-        (out / f"annotations/instances_{split}.json").write_text(json.dumps(said))
-    return out
-
-
-FORMATS = {
-    "shards": as_shards,
-    "parquet": as_parquet,
-    "saved": as_saved,
-    "manifest": as_manifest,
-    "coco": as_coco,
-}
 
 
 class Packed(NamedTuple):
@@ -99,14 +40,14 @@ def colours(tmp_path_factory):
     return make_colours(tmp_path_factory.mktemp("colours") / "colours", each=EACH)
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=PACKED)
 def packed(request, colours, tmp_path_factory, monkeypatch):
     if request.param in ("parquet", "saved"):
         pytest.importorskip("pyarrow")
     folder = colours.parent / request.param
     monkeypatch.setenv("AFT_CACHE", str(tmp_path_factory.mktemp("cache")))
     path = folder.with_suffix(".csv") if request.param == "manifest" else folder
-    return Packed(request.param, path if path.exists() else FORMATS[request.param](colours, folder))
+    return Packed(request.param, path if path.exists() else PACKED[request.param](colours, folder))
 
 
 def columns(run, cam="gradcam"):

@@ -5,6 +5,8 @@ import json
 import tarfile
 from pathlib import Path
 
+from PIL import Image
+
 
 def pictures_below(root):
     """The pictures below a folder, in the order in which class folders are read."""
@@ -85,3 +87,67 @@ def make_tables(root, out, ending, each=7, stem="train", names=None):
         name = f"{stem}-{part_of}" if ending == ".parquet" else f"data-{part_of}"
         save_table(out / f"{name}{ending}", table_of(rows, names))
     return out
+
+
+def as_shards(root, out):
+    """Pack train/ and val/ of class folders into shards."""
+    for split in ("train", "val"):
+        make_shards(root / split, out, each=5, stem=f"colours-{split}")
+    return out
+
+
+def as_parquet(root, out):
+    """Pack both splits as `datasets` pushes them."""
+    for split in ("train", "val"):
+        make_tables(root / split, out / "data", ".parquet", each=5, stem=split)
+    return out
+
+
+def as_saved(root, out):
+    """Pack both splits as `datasets` saves them to a disk."""
+    for split in ("train", "val"):
+        make_tables(root / split, out / split, ".arrow")
+    return out
+
+
+def as_manifest(root, out):
+    """List the pictures of both splits, where they lie, in a CSV file."""
+    lines = ["path,label,split"]
+    for path in pictures_below(root):
+        relative = path.relative_to(out.parent).as_posix()
+        lines.append(f"{relative},{path.parent.name},{path.parent.parent.name}")
+    file = out.with_suffix(".csv")
+    file.write_text("\n".join(lines))
+    return file
+
+
+def as_coco(root, out):
+    """Copy the pictures of each split into one folder, as COCO has them, with a box of each."""
+    names = sorted({path.parent.name for path in pictures_below(root)})
+    (out / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (out / split).mkdir()
+        images, objects = [], []
+        for number, path in enumerate(pictures_below(root / split)):
+            name = f"{path.parent.name}-{path.name}"
+            (out / split / name).write_bytes(path.read_bytes())
+            with Image.open(path) as picture:
+                width, height = picture.size
+            label = names.index(path.parent.name)
+            images.append({"id": number, "file_name": name, "width": width, "height": height})
+            box = {"bbox": [0, 0, width, height], "area": width * height, "iscrowd": 0}
+            objects.append({"id": number, "image_id": number, "category_id": label, **box})
+        kinds = [{"id": i, "name": name} for i, name in enumerate(names)]
+        said = {"images": images, "annotations": objects, "categories": kinds}
+        (out / f"annotations/instances_{split}.json").write_text(json.dumps(said))
+    return out
+
+
+# Each packs a folder with train/ and val/; the path that opens it.
+PACKED = {
+    "shards": as_shards,
+    "parquet": as_parquet,
+    "saved": as_saved,
+    "manifest": as_manifest,
+    "coco": as_coco,
+}

@@ -16,7 +16,7 @@ from aftcli.data.blocks import Loaded, batches, spans_of
 from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
 from aftcli.settings import Search
-from aftcli.tft.generate import store_settings, tune_batch
+from aftcli.tft.generate import generate_masks, store_settings, tune_batch
 from aftcli.tft.hdf5 import Rows
 from tests.conftest import ROOT
 from tests.helpers.faulty import aft
@@ -110,7 +110,6 @@ def test_a_torn_part_is_made_again(images, uninterrupted, tmp_path):
 
 def stop_after(images, run, steps):
     """Leave a run in the middle, as an exception would."""
-    from aftcli.tft.generate import generate_masks
 
     f = small_float()
     data = open_data_set(images, None, f.classes)
@@ -239,6 +238,31 @@ def test_a_full_disk_while_joining_leaves_the_parts(images, uninterrupted, tmp_p
     monkeypatch.setattr(module, "join_parts", real)
     generate(images, tmp_path)
     assert_same(content(tmp_path), uninterrupted)
+
+
+@pytest.mark.parametrize(("name", "threads"), [("onnxruntime", 1), ("torch", 3)])
+def test_torch_leaves_the_processors_to_the_engine(name, threads, images, tmp_path):
+    class Engine:
+        """One that takes nothing, so that the network itself runs."""
+
+        precision = "no"
+
+        def takes(self, x):
+            return False
+
+    f, seen = small_float(), []
+    data = open_data_set(images, None, f.classes).limited(2)
+    f.engine, f.watch = Engine(), lambda count: seen.append(torch.get_num_threads())
+    f.engine.name = name
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in generate_masks(f, data, ["gradcam"], tmp_path, Search(), workers=0):
+            pass
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {threads}
 
 
 def test_methods_together_equal_each_alone():

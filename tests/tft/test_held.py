@@ -11,8 +11,11 @@ from aftcli import AftError, MaskStore
 from aftcli.core.classes import Classes
 from aftcli.data.parts import Held, Reading, held_names
 from aftcli.data.sets import open_data_set, validation_of
+from aftcli.settings import Search
+from aftcli.tft.generate import generate_masks
+from aftcli.tft.stores import reread
 from tests.helpers.command import aft
-from tests.helpers.stored import NAMES, generate, make_images
+from tests.helpers.stored import NAMES, generate, make_images, small_float
 from tests.helpers.trained import make_colours
 from tests.whole.test_trust import sealed_again
 
@@ -198,3 +201,55 @@ def test_what_was_made_before_is_held_out_again_and_a_share_may_be_given(study):
     assert refused.code == 1 and "has no split to evaluate on; name one" in refused.err
     val = ran("gen-masks", data, "--split", "val", *model, "--run", study / "val")
     assert "3 of 15 images" in val.err and "only these are taken" in val.err
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_split_stays_by_names_when_images_come_and_go(seed):
+    held = Held(0.3, seed)
+    before = [(f"{c}/{i}.png", c) for c in range(3) for i in range(10)]
+    out = held_names(before, held)
+    trained = frozenset(name for name, _ in before) - out
+    # The first of each part and class go, others come.
+    gone = {min(n for n in part if n[0] == str(c)) for part in (out, trained) for c in range(3)}
+    new = [(f"{c}/new{i}.png", c) for c in range(3) for i in range(20)] + [("3/a.png", 3)]
+    after = [sample for sample in before if sample[0] not in gone] + new
+    assert held_names(after, held) & trained  # without their names some would be evaluated
+    found = held_names(after, held, trained)
+    assert not found & trained and found >= out - gone
+    assert held_names(before, held, trained) == out
+
+
+def test_a_data_set_that_was_moved_and_changed_keeps_its_split(tmp_path):
+    data, f = make_images(tmp_path / "fruit", each=5), small_float()
+    (data / "pear/9.png").write_bytes(b"")  # a broken image is not new later
+    part = open_data_set(data, None, FRUIT, reading=Reading(held=Held(0.2)))
+    list(generate_masks(f, part, ["gradcam"], tmp_path / "run", Search((0.3,)), workers=0))
+    trained = {sample.name for sample in part.samples}
+    recorded = {f"{n}/{i}.png" for n in NAMES for i in range(5)} | {"pear/9.png"}
+    recorded -= trained
+
+    def val_of(place, data=None):
+        with MaskStore(tmp_path / "run/masks/small-gradcam.h5") as store:
+            reading = reread(data, Reading(), store.settings, FRUIT, [store])
+        found = open_data_set(place, "val", FRUIT, reading=reading)
+        return {s.name for s in found.samples}, " ".join(found.notes)
+
+    assert val_of(data)[0] == recorded and "changed" not in val_of(data)[1]
+    moved = data.rename(tmp_path / "moved")
+    assert val_of(moved, moved)[0] == recorded and "changed" not in val_of(moved, moved)[1]
+    more = make_images(tmp_path / "more", each=9, seed=7)
+    for name in NAMES:
+        for i in range(9):
+            (more / name / f"{i}.png").rename(moved / name / f"new{i}.png")
+    for there in (moved, data):  # in its old place too
+        if there == data:
+            moved.rename(data)
+        found, said = val_of(there, None if there == data else there)
+        assert found >= recorded and not found & trained
+        fresh = 27 - len(found - recorded)
+        assert "the data set has changed since, the split stays as it was" in said
+        assert f"and {fresh} new images are in no part of it: " in said
+    # Other pictures under these names are another data set.
+    other = make_images(tmp_path / "other", each=5, seed=9)
+    with MaskStore(tmp_path / "run/masks/small-gradcam.h5") as store:
+        assert reread(other, Reading(), store.settings, FRUIT, [store]).held is None

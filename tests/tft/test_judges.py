@@ -273,7 +273,7 @@ def test_a_judge_without_a_common_class_is_refused():
     strange = small_float()
     strange.classes = Classes(("one", "two", "three"))
     with pytest.raises(AftError, match=r"--judge strange: has none of the 3 classes.*mirror"):
-        Judge("strange", strange).check(f)
+        Judge("strange", strange).check(f, "--judge")
     # As a state dict's are: the same number of classes says nothing of their order.
     strange.classes = Classes.numbered(3)
     with pytest.raises(AftError, match=r"strange: its 3 classes have no names.*finetune.*mirror"):

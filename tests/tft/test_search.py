@@ -33,6 +33,8 @@ SETTINGS = list(itertools.product(MASKINGS, FILLS, MODES))
 class Counting:
     """A classifier that remembers every image it is asked about."""
 
+    engine = None
+
     def __init__(self, f):
         self.f, self.preprocessing, self.classes = f, f.preprocessing, f.classes
         self.images = []
@@ -49,6 +51,7 @@ class Scripted:
     """A classifier of two classes; the probability of class 0 depends on the image's mean."""
 
     classes = Classes(("first", "second"))
+    engine = None
 
     def __init__(self, probability):
         self.probability = probability
@@ -390,6 +393,19 @@ def test_equal_masks_of_several_maps_of_an_image_pass_the_network_once(masking, 
     wanted = distinct(seen) - distinct(s.x)
     assert len(f.images) == len(wanted)
     assert distinct(f.images) == wanted
+
+
+def test_passes_on_a_cpu_are_small(monkeypatch):
+    s, sizes = small("mlp"), []
+    attribution = torch.rand(1, *SIZE, dtype=torch.float64)
+    whole = fine_tune_threshold(s.f, s.x[:1], attribution, s.class_index[:1])
+    monkeypatch.setattr("aftcli.tft.search.A_THREAD", 2 * s.x[0].numel())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(s.f, "watch", sizes.append)
+    parts = fine_tune_threshold(s.f, s.x[:1], attribution, s.class_index[:1])
+    assert sizes == [1, 4, 4, 2]  # the mask of tau = 0 is whole
+    for name in ("probabilities", "rpi", "tau"):
+        assert_near(getattr(parts, name), getattr(whole, name), 1e-12)
 
 
 def test_without_a_known_probability_each_image_passes_once_more():

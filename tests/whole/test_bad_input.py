@@ -174,9 +174,6 @@ OPTIONS = {
     "--target -1": "class -1 is out of range",
     "--target": "unknown class ''",
     "--top-k 4": "--top-k 4: small has 3 classes",
-    "--top-k 2 --target plum": "--target, --target-fn and --top-k exclude each other",
-    "--threshold 0.5 --tft": "--threshold, --mute and --tft exclude each other",
-    "--threshold 0.5 --mute 50": "--threshold, --mute and --tft exclude each other",
     "--device cuda:99": "device 'cuda:99' can't be used here",
     "--classes gone.txt": "gone.txt: can't be read as class names",
     "--out file": "file: can't write there (File exists); give another --out",
@@ -202,6 +199,16 @@ WORDS = {
     "--save ,": "no output in --save",
     "--save none,map": "unknown output 'none'",
     "--layer": "a layer has a name; leave --layer out for the default one",
+}
+# So are options that exclude each other.
+TOGETHER = {
+    "--top-k 2 --target plum": "--target, --target-fn and --top-k exclude each other",
+    "--top-k 2 --target-fn f.py:f": "--target, --target-fn and --top-k exclude each other",
+    "--threshold 0.5 --tft": "--threshold, --mute and --tft exclude each other",
+    "--threshold 0.5 --mute 50": "--threshold, --mute and --tft exclude each other",
+    "--contrast plum --target-fn f.py:f": "--contrast and --target-fn exclude each other",
+    "--precision bf16 --target-fn f.py:f": "--target-fn runs in full precision",
+    "--fuse max": "--fuse max takes the maps of two layers or more: repeat --layer",
 }
 # So are numbers out of range.
 NUMBERS = {
@@ -258,6 +265,14 @@ def test_wrong_words_are_usage_errors(small, options):
     arguments = options.split() if " " in options else [options, ""]
     said = usage_error(aft("explain", CHELSEA, *arguments))
     assert said.startswith("Error Invalid value for '--") and WORDS[options] in said
+    assert leftovers(Path()) == before
+
+
+@pytest.mark.parametrize("options", TOGETHER)
+def test_options_that_exclude_each_other_are_usage_errors(small, options):
+    before = leftovers(Path())
+    said = usage_error(aft("explain", CHELSEA, *options.split()))
+    assert said.startswith(f"Error {TOGETHER[options]}")
     assert leftovers(Path()) == before
 
 

@@ -85,7 +85,6 @@ def test_explanations_import_nothing_of_other_commands(tmp_path, command):
 WRONG = {
     "explain gone.jpg": "gone.jpg: there is no such file or folder",
     "explain gone.jpg --json": "gone.jpg: there is no such file or folder",
-    "explain {photo} --target cat --top-k 2": "--target-fn and --top-k exclude each other",
     "explain {photo} --checkpoint gone.pth": "gone.pth: there is no such checkpoint file",
     "explain {photo} --classes gone.txt": "gone.txt: can't be read as class names",
     "tft gone.jpg": "gone.jpg: there is no such file or folder",
@@ -95,6 +94,7 @@ WRONG = {
 }
 # Exit code 2, as of every wrong usage.
 WORDS = {
+    "explain {photo} --target cat --top-k 2": "--target-fn and --top-k exclude each other",
     "explain . --cam nonsense": "unknown method 'nonsense'",
     "explain {photo} --masking nonsense": "'nonsense' is not one of 'binary', 'soft'",
     "explain {photo} --fill nonsense": "'nonsense' is not one of 'mean', 'black', 'blur'",
