@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aftcli.core.cam import normalise, upsample
 from aftcli.core.classifier import Classifier
-from aftcli.core.inputs import check_shape, class_indices
+from aftcli.core.inputs import at_once, check_shape, class_indices
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import THRESHOLDS, Search
@@ -33,10 +33,6 @@ from aftcli.tft.threshold import (
 )
 
 BATCH = 16  # masked images in one pass of the network
-
-# Values of x in a pass of PyTorch on a CPU, for each thread: two images of 224 x 224 pixels. The
-# system maps larger activations again in every layer (docs/method/decisions/search.md, Passes).
-A_THREAD = 2 * 3 * 224 * 224
 
 
 def areas(attribution: Tensor, cut: Tensor) -> Tensor:
@@ -117,13 +113,6 @@ def _same(
     return torch.equal(*weights)
 
 
-def _at_once(f: Classifier, x: Tensor) -> int:
-    """Return how many masked images of x's size share a pass; engines divide theirs."""
-    if f.engine or x.device.type != "cpu":
-        return BATCH
-    return min(max(A_THREAD * torch.get_num_threads() // x[0].numel(), 1), BATCH)
-
-
 @torch.no_grad()
 def masked_probabilities(
     f: Classifier,
@@ -154,8 +143,7 @@ def masked_probabilities(
     filled = FILLS[search.fill](f, x)
     rows = []
     steps = torch.tensor([t for _, t in pairs], dtype=torch.long, device=x.device)
-    size = _at_once(f, x)
-    for start in range(0, len(pairs), size):
+    for start in range(0, len(pairs), size := at_once(f.engine, x, BATCH)):
         maps, end = [n for n, _ in pairs[start : start + size]], 0
         x_hat = x.new_empty(len(maps), *x.shape[1:])
         # Map by map, so that nothing of one or its image is copied for each threshold.
