@@ -197,3 +197,21 @@ def class_indices(
             f"0..{len(f.classes) - 1}"
         )
     return classes
+
+
+# Values of x in a pass of PyTorch on a CPU, for each thread: two images of 224 x 224 pixels. The
+# system maps larger activations again in every layer (docs/method/decisions/search.md, Passes).
+A_THREAD = 2 * 3 * 224 * 224
+
+
+def at_once(engine: object, x: Tensor, most: int) -> int:
+    """Return how many images of x's size share a pass without gradients; engines divide theirs.
+
+    Args:
+        engine: the classifier's; None for PyTorch alone.
+        x: inputs, shape (N, 3, H, W).
+        most: images in a pass of an engine or a GPU.
+    """
+    if engine or x.device.type != "cpu":
+        return most
+    return min(max(A_THREAD * torch.get_num_threads() // x[0].numel(), 1), most)

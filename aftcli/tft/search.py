@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aftcli.core.cam import normalise, upsample
 from aftcli.core.classifier import Classifier, ahead
-from aftcli.core.inputs import check_shape, class_indices
+from aftcli.core.inputs import at_once, check_shape, class_indices
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import THRESHOLDS, Search
@@ -30,10 +30,6 @@ from aftcli.tft.threshold import (
 )
 
 BATCH = 16  # masked images in one pass of the network
-
-# Values of x in a pass of PyTorch on a CPU, for each thread: two images of 224 x 224 pixels. The
-# system maps larger activations again in every layer (docs/method/decisions/search.md, Passes).
-A_THREAD = 2 * 3 * 224 * 224
 
 
 def areas(attribution: Tensor, cut: Tensor) -> Tensor:
@@ -114,13 +110,6 @@ def _same(
     return torch.equal(*weights)
 
 
-def _at_once(f: Classifier, x: Tensor) -> int:
-    """Return how many masked images of x's size share a pass; engines divide theirs."""
-    if f.engine or x.device.type != "cpu":
-        return BATCH
-    return min(max(A_THREAD * torch.get_num_threads() // x[0].numel(), 1), BATCH)
-
-
 @torch.no_grad()
 def masked_probabilities(
     f: Classifier,
@@ -149,7 +138,7 @@ def masked_probabilities(
     owners = owner.tolist()
     pairs, source = distinct_masks(attribution, cut, owners, search)
     filled, of_maps = FILLS[search.fill](f, x), (attribution, cut, owners, pairs)
-    made = masked_images(x, filled, *of_maps, search.masking, _at_once(f, x))
+    made = masked_images(x, filled, *of_maps, search.masking, at_once(f.engine, x, BATCH))
 
     def passed(x_hat: Tensor) -> Tensor:
         with torch.no_grad():  # which each thread has of its own

@@ -399,7 +399,7 @@ def test_passes_on_a_cpu_are_small(monkeypatch):
     s, sizes = small("mlp"), []
     attribution = torch.rand(1, *SIZE, dtype=torch.float64)
     whole = fine_tune_threshold(s.f, s.x[:1], attribution, s.class_index[:1])
-    monkeypatch.setattr("aftcli.tft.search.A_THREAD", 2 * s.x[0].numel())
+    monkeypatch.setattr("aftcli.core.inputs.A_THREAD", 2 * s.x[0].numel())
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(s.f, "watch", sizes.append)
     parts = fine_tune_threshold(s.f, s.x[:1], attribution, s.class_index[:1])
