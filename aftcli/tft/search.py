@@ -55,8 +55,7 @@ class Distinct(NamedTuple):
 
     Attributes:
         pairs: (map, threshold) of each distinct masked image.
-        source: for each map and threshold its place in `pairs`, shape (N, |T|); WHOLE where
-            the mask keeps everything.
+        source: place in `pairs` of each map and threshold, shape (N, |T|); WHOLE of a full mask.
     """
 
     pairs: list[tuple[int, int]]
@@ -88,11 +87,10 @@ def distinct_masks(attribution: Tensor, cut: Tensor, owner: list[int], search: S
                 continue
             alike = known.setdefault((WHOLE if share_empty and not area else image, area), [])
             for place in alike:
-                other, step = pairs[place]
                 if (
-                    other == n
+                    pairs[place][0] == n
                     or not area
-                    or _same(attribution, cut, (n, t), (other, step), masking)
+                    or _same(attribution, cut, masking, (n, t), pairs[place])
                 ):
                     source[n, t] = place
                     break
@@ -103,11 +101,8 @@ def distinct_masks(attribution: Tensor, cut: Tensor, owner: list[int], search: S
     return Distinct(pairs, source)
 
 
-def _same(
-    attribution: Tensor, cut: Tensor, one: tuple[int, int], two: tuple[int, int], masking: str
-) -> bool:
-    weights = [MASKINGS[masking](attribution[n], cut[n, t]) for n, t in (one, two)]
-    return torch.equal(*weights)
+def _same(attribution: Tensor, cut: Tensor, masking: str, *at: tuple[int, int]) -> bool:
+    return torch.equal(*(MASKINGS[masking](attribution[n], cut[n, t]) for n, t in at))
 
 
 @torch.no_grad()
