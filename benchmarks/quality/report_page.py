@@ -2,9 +2,10 @@
 
     python -m benchmarks report_page [--out DIR] [--browser chromium]
 
-The data set is cut from the photographs in docs/images: four crops of each to train on, one to
-evaluate on, and twelve others to explain. Their numbers say nothing; the pictures show what the
-page of `aft evaluate --figures` and that of `aft explain --html` look like.
+The data set is cut from the photographs in docs/images: four crops of each to train on and one to
+evaluate on. Sixty pictures are explained: the 36 of docs/demo, and twelve other crops and their
+mirror images. Their numbers say nothing; the pictures show what the page of
+`aft evaluate --figures` and that of `aft explain --html` look like.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = {"n02123159": "chelsea", "n07920052": "coffee", "n03773504": "rocket"}
@@ -25,7 +26,7 @@ COMMANDS = (
     "finetune --objective tuner --epochs 3 --held-out 0.25",
     "finetune --no-masks --epochs 3 --held-out 0.25",
     "evaluate --table --figures",
-    "explain crops --tft --html",
+    f"explain crops {ROOT / 'docs/demo'} --tft --html",
 )
 
 
@@ -43,7 +44,7 @@ def make_photos(folder: Path) -> None:
 
 
 def make_crops(folder: Path) -> None:
-    """Cut the corners of the photographs, each of its own size."""
+    """Cut the corners of the photographs, each of its own size, and mirror them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in PHOTOS.values():
         with Image.open(ROOT / f"docs/images/{name}.jpg") as image:
@@ -52,7 +53,9 @@ def make_crops(folder: Path) -> None:
                 share = 0.9 - 0.1 * i
                 wide, high = round(share * width), round(share * height)
                 left, top = right * (width - wide), low * (height - high)
-                image.crop((left, top, left + wide, top + high)).save(folder / f"{name}-{i}.jpg")
+                corner = image.crop((left, top, left + wide, top + high))
+                corner.save(folder / f"{name}-{i}.jpg")
+                ImageOps.mirror(corner).save(folder / f"{name}-{i}-mirrored.jpg")
 
 
 def main() -> None:
