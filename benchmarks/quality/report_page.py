@@ -11,6 +11,7 @@ mirror images. Their numbers say nothing; the pictures show what the page of
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ COMMANDS = (
     "finetune --objective tuner --epochs 3 --held-out 0.25",
     "finetune --no-masks --epochs 3 --held-out 0.25",
     "evaluate --table --figures",
-    f"explain crops {ROOT / 'docs/demo'} --tft --html",
+    "explain crops demo --tft --html --quiet",
 )
 
 
@@ -66,6 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     make_photos(arguments.out / "photos")
     make_crops(arguments.out / "crops")
+    shutil.copytree(ROOT / "docs/demo", arguments.out / "demo", dirs_exist_ok=True)
     for command in COMMANDS:
         words = [sys.executable, "-m", "aftcli", *command.split()]
         subprocess.run(words, cwd=arguments.out, check=True)
