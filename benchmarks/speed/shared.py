@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=("together", "folder"))
     args = parser.parse_args()
     found = sorted(p for p in args.photos.rglob("*") if p.suffix.lower() in PICTURES)
+    if not found:
+        parser.error(f"no photographs in {args.photos}: name a folder that has some")
     photos = found[:: max(len(found) // args.count, 1)][: args.count]
     if not args.only or "folder" in args.only:
         folder(photos, args.runs)
