@@ -3,7 +3,8 @@
     python -m benchmarks peers --images DATA/imagenet --out peers.json --page
 
 Contestants take turns in each run, another one first each time. What the file has is not measured
-again. --page makes the file's figures those of docs/results/speed.md, also without --images. The
+again. --page makes the file's figures those of docs/results/speed.md, also without --images;
+--page again keeps those of some sections beside the full ones. The
 calls are in peers_calls.py; this process imports no torch, which would count in its children's
 memory.
 """
@@ -276,12 +277,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
+MISSING = "not measured"
+
+
 def target_rows(results: dict[str, Any]) -> Iterator[list[str]]:
     """Return each target and whether it is met; those not measured yet say so."""
     for what, place, peer, bound in TARGETS:
         section, model, group, method = place
         times = results.get(section, {}).get(model, {}).get("times")
-        relation, ratio, verdict = "<=" if what == "time" else ">=", "-", "not measured"
+        relation, ratio, verdict = "<=" if what == "time" else ">=", "-", MISSING
         if times:
             own, name = times[group][method][AFT], best_peer(times[group][method])
             other = times[group][method][name if peer == BEST else peer]
@@ -343,10 +347,14 @@ def _agreement_rows(
         yield [method, *(f"{mean(values):.3f}" if values else "-" for values in correlations)]
 
 
-def page(record: dict[str, Any]) -> str:
-    """Return the section of a markdown page."""
-    lines = ["## Against other tools", "", *machine_lines(record), RATIOS, ""]
-    lines += table(["target", "wanted", "ratio", ""], target_rows(record["results"]))
+TITLES = {"peers": "Against other tools", "again": "Some of it, measured again"}
+
+
+def page(record: dict[str, Any], part: str = "peers") -> str:
+    """Return a section of a markdown page: all targets, or those measured again."""
+    lines = [f"## {TITLES[part]}", "", *machine_lines(record), RATIOS, ""]
+    rows = [row for row in target_rows(record["results"]) if part == "peers" or row[-1] != MISSING]
+    lines += table(["target", "wanted", "ratio", ""], rows)
     for name in (name for name in SECTIONS if name in record["results"]):
         lines += section_lines(SECTIONS[name], record["results"][name])
     return "\n".join(lines)
@@ -399,11 +407,13 @@ def main() -> None:
     parser.add_argument("--slow-runs", type=int, default=1, help="of the section slow")
     parser.add_argument("--limit", type=int, default=96, help="images of masks and finetune")
     parser.add_argument("--out", type=Path, default=Path("peers.json"))
-    parser.add_argument("--page", action="store_true", help="keep as the page's figures")
+    parser.add_argument(
+        "--page", nargs="?", const="peers", choices=TITLES, help="keep as this part of the page"
+    )
     parser.add_argument("--overwrite", action="store_true", help="measure again what is there")
     args = parser.parse_args()
     record = json.loads(args.out.read_text()) if args.out.exists() else {}
     if args.images:
         measure_all(record, args)
     if args.page:
-        pages.keep("results/speed", "peers", page(record).strip())
+        pages.keep("results/speed", args.page, page(record, args.page).strip())
