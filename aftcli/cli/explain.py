@@ -197,7 +197,7 @@ def tft(
 
 
 class Question(NamedTuple):
-    """What a network is asked of each picture.
+    """Question that a network answers about each picture.
 
     Attributes:
         methods: keys of METHODS, or "map" for another tool's map.
@@ -228,7 +228,7 @@ def _question(
 
 @dataclass(frozen=True)
 class Task:
-    """What a command does with each network.
+    """Work that a command does with each network.
 
     Attributes:
         maps: the maps and classes.

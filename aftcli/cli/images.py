@@ -158,7 +158,7 @@ def _images_in(folder: Path, out: Path | None, written: Written) -> list[Path]:
 
 
 class Results(NamedTuple):
-    """Where the results of a command go.
+    """Places and forms of a command's results.
 
     Attributes:
         kinds: the files of each explanation.

@@ -349,18 +349,21 @@ class TftResult(NamedTuple):
         """Return the index of tau* in T, shape (N,)."""
         if not self.judged.numel():
             return first_maximum(self.rpi, self.probability)
-        y_hat = torch.cat([self.probabilities[:, None], self.judged], 1)
-        return first_for_all(y_hat, torch.cat([self.probability[:, None], self.judged_whole], 1))
+        return first_for_all(*self._of_everybody())
 
     @property
     def increases(self) -> Tensor:
         """Return each judge's increase of log-odds at tau*, the network's own first, (N, 1 + J)."""
-        y_hat, y = self.probabilities[:, None], self.probability[:, None]
-        if self.judged.numel():
-            y_hat = torch.cat([y_hat, self.judged], 1)
-            y = torch.cat([y, self.judged_whole], 1)
+        y_hat, y = self._of_everybody()
         at = self.best[:, None, None].expand(-1, y.shape[1], -1)
         return log_odds_increase(y_hat.gather(2, at)[..., 0], y)
+
+    def _of_everybody(self) -> tuple[Tensor, Tensor]:
+        """Return y_hat^c and y^c of the network and its judges, (N, 1 + J, |T|) and (N, 1 + J)."""
+        y_hat, y = self.probabilities[:, None], self.probability[:, None]
+        if not self.judged.numel():
+            return y_hat, y
+        return torch.cat([y_hat, self.judged], 1), torch.cat([y, self.judged_whole], 1)
 
     def rows(self, part: slice) -> TftResult:
         """Take the results of some images."""

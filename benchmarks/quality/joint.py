@@ -169,7 +169,7 @@ def shifted_curves(
 
 
 class Row(NamedTuple):
-    """What one row keeps: y_hat, shape (N, J), and the share of pixels, shape (N,)."""
+    """Figures of what one row keeps: y_hat, shape (N, J), and the share of pixels, shape (N,)."""
 
     y_hat: Tensor
     area: Tensor

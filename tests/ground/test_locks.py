@@ -131,13 +131,19 @@ def test_without_locks_a_second_process_is_refused_by_name(target, processes, wi
     assert held_files(target.parent) == []
 
 
-def test_a_killed_process_leaves_no_lock_for_ever(target, processes, without):
+def killed_holder(target, processes):
+    """Kill a process that holds a file where there are no locks."""
     held, release = processes.Event(), processes.Event()
     child = processes.Process(target=hold_without, args=(target, held, release))
     child.start()
     assert held.wait(60)
     child.kill()
     child.join()
+    return child
+
+
+def test_a_killed_process_leaves_no_lock_for_ever(target, processes, without):
+    child = killed_holder(target, processes)
     assert held_files(target.parent) == [".small-gradcam.held"]
     gone = f"was left by process {child.pid} of this machine, which no longer runs; removed"
     with pytest.warns(AftWarning, match=gone), locked(target):
@@ -164,12 +170,7 @@ def test_a_lock_of_another_machine_is_never_removed(target, monkeypatch, content
 
 
 def test_two_do_not_remove_a_lock_at_once(target, processes, without):
-    held, release = processes.Event(), processes.Event()
-    child = processes.Process(target=hold_without, args=(target, held, release))
-    child.start()
-    assert held.wait(60)
-    child.kill()
-    child.join()
+    killed_holder(target, processes)
     target.with_name(".small-gradcam.claim").touch()
     assert "delete .small-gradcam.claim if" in refused(target)
     assert ".small-gradcam.held" in held_files(target.parent)

@@ -13,26 +13,13 @@ import torch
 from PIL import Image
 
 from tests.helpers.command import aft, leftovers, usage_error, without_chance
-from tests.helpers.stored import small_float
 
 IMAGES = Path(__file__).parents[2] / "docs/images"
 CHELSEA = str(IMAGES / "chelsea.jpg")
 BLOB = np.exp(-((np.mgrid[:32, :32] - 14.0) ** 2).sum(0) / 50)
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty folder to be in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """A small classifier for the commands."""
-    f = small_float()
-    monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: f)
-    return f
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 class Evil:
@@ -98,7 +85,7 @@ PICTURES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("command", ["explain", "tft"])
-def test_pictures(small, command, name):
+def test_pictures(f, command, name):
     create, message = PICTURES[name]
     create()
     assert message in complaint(command, name)
@@ -162,7 +149,7 @@ MAPS = {
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_maps(small, name):
+def test_maps(f, name):
     create, message = MAPS[name]
     create()
     assert message in complaint("tft", CHELSEA, "--map", name)
@@ -260,7 +247,7 @@ THRESHOLDS = {
 
 
 @pytest.mark.parametrize("options", WORDS)
-def test_wrong_words_are_usage_errors(small, options):
+def test_wrong_words_are_usage_errors(f, options):
     before = leftovers(Path())
     arguments = options.split() if " " in options else [options, ""]
     said = usage_error(aft("explain", CHELSEA, *arguments))
@@ -269,7 +256,7 @@ def test_wrong_words_are_usage_errors(small, options):
 
 
 @pytest.mark.parametrize("options", TOGETHER)
-def test_options_that_exclude_each_other_are_usage_errors(small, options):
+def test_options_that_exclude_each_other_are_usage_errors(f, options):
     before = leftovers(Path())
     said = usage_error(aft("explain", CHELSEA, *options.split()))
     assert said.startswith(f"Error {TOGETHER[options]}")
@@ -285,7 +272,7 @@ def test_numbers_out_of_range_are_usage_errors_that_name_the_range(command):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_options(small, options):
+def test_options(f, options):
     make("file", b"not a folder")
     # An option without a value here gets an empty one.
     arguments = options.split() if " " in options else [options, ""]
@@ -299,7 +286,7 @@ def test_options(small, options):
 
 @pytest.mark.parametrize("text", THRESHOLDS)
 @pytest.mark.parametrize("command", ["explain", "tft"])
-def test_thresholds(small, command, text):
+def test_thresholds(f, command, text):
     message = usage_error(aft(command, CHELSEA, f"--thresholds={text}"))
     assert message.startswith(f"Error Invalid value for '--thresholds': thresholds {text!r}")
     assert THRESHOLDS[text] in message
