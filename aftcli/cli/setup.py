@@ -258,15 +258,15 @@ def methods(
     Raises:
         AftError: no method of a family fits.
     """
-    from aftcli.tft.explain import refusal
+    from aftcli.tft.explain import refusals
 
     methods, words = named(asked or [f.cam or default]), spelled(asked or [])
     of_families = [name for name in methods if name not in words] if words else []
-    reasons = {name: refusal((f, *others), name, smooth) for name in of_families}
+    reasons = refusals((f, *others), of_families, smooth)
     refused: dict[str, list[str]] = defaultdict(list)
-    for name in filter(reasons.get, of_families):
-        refused[reasons[name]].append(name)
-    found = [name for name in methods if not reasons.get(name)]
+    for name, reason in reasons.items():
+        refused[reason].append(name)
+    found = [name for name in methods if name not in reasons]
     if not found:
         raise AftError(
             f"no method of --cam {', '.join(words)} fits {f.name}: {next(iter(refused))}"

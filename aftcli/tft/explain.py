@@ -100,24 +100,36 @@ def fits(f: Classifier, method: str) -> bool:
 TRIED = 10  # passes that a method may take to be tried on a network
 
 
-def refusal(layers: Sequence[Classifier], method: str, smooth: str = "none") -> str:
-    """Say why a method can't explain a network; "" where it can.
+def refusals(
+    layers: Sequence[Classifier], methods: Sequence[str], smooth: str = "none"
+) -> dict[str, str]:
+    """Say which methods can't explain a network, and why.
 
     Methods that explain any score fit every network. Others are tried on a picture of noise, if
     that takes few passes.
 
     Args:
         layers: the network, cut at each layer whose maps are fused.
-        method: a key of METHODS.
+        methods: keys of METHODS.
         smooth: see `attribution_map`.
     """
-    f, passes = layers[0], METHODS[method].passes
-    like = next(f.parameters())
+    if not methods:
+        return {}
+    f = layers[0]
     noise = torch.randn(1, *f.preprocessing.shape, generator=torch.Generator().manual_seed(0))
-    x = noise.to(like)
+    x = noise.to(next(f.parameters()))
+    try:
+        seen = [first_activation(each, x, 1) for each in layers]
+    except AftError as error:
+        return dict.fromkeys(methods, str(error))
+    found = {method: _refusal(seen, x, method, smooth) for method in methods}
+    return {method: reason for method, reason in found.items() if reason}
+
+
+def _refusal(seen: Sequence[Seen], x: Tensor, method: str, smooth: str) -> str:
+    passes = METHODS[method].passes
     try:
         check_smooth(smooth, method)
-        seen = [first_activation(each, x, 1) for each in layers]
         check_explains(seen, x, method)
         of_any_score = takes_target(method) and method != "layercam-fusion"
         if not of_any_score and passes is not None and passes <= TRIED:
