@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import sys
+from importlib import import_module
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -128,6 +129,8 @@ def picture(folder):
 @pytest.fixture
 def f(monkeypatch):
     """The commands' classifier: a small one, the same every time."""
+    # First imported while the name is replaced, the module would keep what replaces it.
+    import_module("aftcli.engine.export")
     small = small_float()
     monkeypatch.setattr("aftcli.models.load.load_classifier", lambda *_, **__: small)
     return small
