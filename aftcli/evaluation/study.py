@@ -24,7 +24,7 @@ from aftcli.data.sets import (
 )
 from aftcli.errors import AftError
 from aftcli.evaluation.results import with_kept_names
-from aftcli.models.checkpoint import read_card
+from aftcli.models.checkpoint import read_card, trained_otherwise
 from aftcli.models.load import advice, load_classifier
 from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.judges import Judge, load_judges
@@ -240,43 +240,17 @@ def _is_start(path: Path, f: Classifier) -> bool:
     return bool(f.checkpoint) and Path(f.checkpoint) == path.resolve()
 
 
-# Entries of cards that a tuned classifier and its control must share. Of IMAGES only the first
-# difference is told: it explains the others.
-IMAGES = {
-    "images": "images",
-    "images_hash": "names or labels of images",
-    "trained_contents": "contents of images",
-}
-
-RECIPE = {
-    **{"split": "split", "held_out": "held-out share", "seed": "seed"},
-    **{"augment": "augmentation", "layer": "layer", "earlier_layers": "earlier layers"},
-    **{"trained": "trained weights", "learning_rate": "learning rate", "epochs": "epochs"},
-    **{"batch": "batch size", "patience": "patience", "optimizer": "optimizer"},
-    "precision": "precision",
-}
-
-
 def _check_pairs(f: Classifier, tuned: list[_Made]) -> None:
     """Check that the control has seen what the classifiers tuned with masks have."""
     controls = [m for m in tuned if _is_control(m, f)]  # a zero level needs none
     others = [m for m in tuned if m.card["cam"] and m.card.get("objective") != "zero-level"]
     for control, one in product(controls, others):
-        if other := _trained_otherwise(control.card, one.card):
+        if other := trained_otherwise(control.card, one.card):
             raise AftError(
                 f"{control.path}: is no control of {one.path.name}, which was trained with other "
                 f"settings: {'; '.join(other)}; train it again with aft finetune --no-masks "
                 "--overwrite and the other's options, or move it away"
             )
-
-
-def _trained_otherwise(control: dict[str, Any], card: dict[str, Any]) -> list[str]:
-    def differing(keys: dict[str, str]) -> list[str]:
-        return [k for k in keys if k in control and k in card and control[k] != card[k]]
-
-    values = {k: f" {control[k]} and {card[k]}" for k in differing({"images": ""})}
-    named = [f"{IMAGES[key]}{values.get(key, '')}" for key in differing(IMAGES)[:1]]
-    return named + [f"{RECIPE[key]} {control[key]} and {card[key]}" for key in differing(RECIPE)]
 
 
 def _is_control(made: _Made, f: Classifier) -> bool:

@@ -20,7 +20,15 @@ from torch import Tensor
 from aftcli.core.cam import class_score, scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.networks import outside_inference_mode
-from aftcli.data.blocks import Loaded, Processes, batches, load_blocks, spans_of
+from aftcli.data.blocks import (
+    Loaded,
+    Processes,
+    Used,
+    batches,
+    changed_images,
+    load_blocks,
+    spans_of,
+)
 from aftcli.data.sets import DataSet, not_its_classes
 from aftcli.errors import AftError
 from aftcli.files import file_stem, make_folder
@@ -28,7 +36,7 @@ from aftcli.locks import locked
 from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
-from aftcli.tft.masks import FORMAT_VERSION, MaskStore, changed_images, refuse_other_settings
+from aftcli.tft.masks import FORMAT_VERSION, MaskStore, refuse_other_settings
 from aftcli.tft.search import search_threshold
 from aftcli.tft.threshold import TftResult, cut_off, mask_of, threshold_map
 from aftcli.version import __version__
@@ -195,7 +203,8 @@ class _Store:
             return False
         rows, broken, settings = read
         refuse_other_settings(self.path, settings, self.settings)
-        return not changed_images(data_set, rows, broken)
+        used = Used(rows.path, rows.content, rows.stamp)
+        return not changed_images(data_set, used, broken)
 
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)

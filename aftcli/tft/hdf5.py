@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +16,7 @@ from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import Broken
 from aftcli.data.parts import check_held
 from aftcli.errors import AftError
-from aftcli.files import durable, values_hash
+from aftcli.files import durable, require_space, values_hash
 from aftcli.settings import OUTPUTS, SOFTMAX, Search
 
 # The type of each column and its axes after the first, which is the image. Equal letters are
@@ -347,7 +346,7 @@ def join_parts(path: Path, parts: Iterable[Path], settings: Mapping[str, Any]) -
     parts = list(parts)
     with durable(path) as temporary:
         # HDF5 crashes where the disk is full; parts together are larger than the whole.
-        _require_space(temporary, 2**16 + sum(p.stat().st_size for p in parts if p.exists()))
+        require_space(temporary, 2**16 + sum(p.stat().st_size for p in parts if p.exists()))
         broken: list[Broken] = []
         running = hashlib.sha256()
         with open_file(temporary, "w") as file:
@@ -381,12 +380,6 @@ def _gathered(blocks: Iterable[Rows]) -> Iterator[Rows]:
             yield Rows(*(column[:full] for column in columns))
             held = [Rows(*(column[full:] for column in columns))]
     yield Rows(*(np.concatenate(column) for column in zip(*held, strict=True)))
-
-
-def _require_space(path: Path, size: int) -> None:
-    """Fail cleanly, with OSError, if a file of that size can't be written."""
-    with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _append(file: h5py.File, rows: Rows) -> None:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from aftcli.core.cam import stretch
 from aftcli.core.classes import Preprocessing
-from aftcli.data.blocks import Broken, changed
+from aftcli.data.blocks import Used, changed_images
 from aftcli.data.images import view_of
 from aftcli.data.objects import to_rle
-from aftcli.data.picture import Picture, Size
+from aftcli.data.picture import Size
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
 from aftcli.settings import SOFTMAX
@@ -130,42 +130,6 @@ def _unreadable(path: Path, what: str, error: Exception) -> AftError:
     return AftError(
         f"{path}: {what} ({first_line(error)[:120]}); make it again with aft gen-masks --overwrite"
     )
-
-
-class Used(NamedTuple):
-    """Images that results were computed of: path, content and stamp as of `Rows`."""
-
-    path: np.ndarray
-    content: np.ndarray
-    stamp: np.ndarray
-
-
-def changed_images(
-    data_set: DataSet, rows: Rows | Used | None, broken: Sequence[Broken]
-) -> list[str]:
-    """Name the images of a data set that have changed since results were computed.
-
-    Args:
-        data_set: the images.
-        rows: results; None for none.
-        broken: images that could not be read.
-    """
-    contents = np.array([b.content for b in broken], np.int64)
-    names, stamps = [b.path for b in broken], np.full((len(broken), 2), -1)
-    if rows is not None:
-        names += [os.fsdecode(bytes(path)) for path in rows.path]
-        contents = np.concatenate([contents, rows.content])
-        stamps = np.concatenate([stamps, rows.stamp])
-
-    form = data_set.format
-
-    def picture(name: str) -> Path | Picture:
-        try:
-            return form.picture(data_set, name)
-        except AftError:  # said by who reads it
-            return data_set.root.parent
-
-    return [names[i] for i in changed(map(picture, names), contents, stamps)]
 
 
 HEAP = b"GCOL\x01\0\0\0"  # begins a heap of texts in an HDF5 file, format 1
