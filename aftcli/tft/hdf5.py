@@ -17,7 +17,7 @@ from aftcli.data.blocks import Broken
 from aftcli.data.parts import check_held
 from aftcli.errors import AftError
 from aftcli.files import durable, require_space, values_hash
-from aftcli.settings import OUTPUTS, SOFTMAX, Search
+from aftcli.settings import JUDGES, OUTPUTS, SOFTMAX, Search
 
 # The type of each column and its axes after the first, which is the image. Equal letters are
 # equal lengths.
@@ -45,6 +45,13 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("data_set", "data_kind", "split", "labels", "digest"), str),
     **dict.fromkeys(("activation_shape", "thresholds", "classes"), list),
     "preprocessing": dict,
+}
+
+JUDGE = ("name", "weights", "key")  # of each judge of a search
+
+# Of attributes that are written only where they say something.
+OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    **{"class_names": list, "output_key": str, "every": (bool, int), JUDGES: list},
 }
 
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
@@ -128,22 +135,20 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
     """
     if settings.get(SEAL) != seal_of(settings):
         raise ValueError("its attributes are not what was written")
-    for key, kind in SETTINGS.items():
+    given = {key: kind for key, kind in OPTIONAL.items() if key in settings}
+    for key, kind in (SETTINGS | given).items():
         if not isinstance(settings.get(key), kind):
             raise ValueError(f"its attribute {key} is missing or of another type")
     thresholds, shape = settings["thresholds"], settings["activation_shape"]
     if not all(isinstance(tau, float | int) for tau in thresholds):
         raise ValueError("its thresholds are not numbers")
-    names = settings.get("class_names", [])  # only where the network's user gave them
-    if not isinstance(names, list):
-        raise ValueError("its class_names are not a list")
-    if not isinstance(settings.get("output_key", ""), str):
-        raise ValueError("its output_key is not a name")
-    if not isinstance(settings.get("every", False), bool | int):
-        raise ValueError("its every is not a truth value")
     check_held(settings.get("held"))
+    names = settings.get("class_names", [])  # only where the network's user gave them
     if not all(isinstance(name, str) for name in (*settings["classes"], *names)):
         raise ValueError("its classes are not names")
+    for judge in settings.get(JUDGES, ()):
+        if not (isinstance(judge, dict) and all(isinstance(judge.get(k), str) for k in JUDGE)):
+            raise ValueError(f"its {JUDGES} are not judges")
     if settings.get("output", SOFTMAX) not in OUTPUTS[1:]:
         raise ValueError("its output is not one that a network has")
     try:

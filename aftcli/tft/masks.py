@@ -26,7 +26,7 @@ from aftcli.data.objects import to_rle
 from aftcli.data.picture import Size
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
-from aftcli.settings import SOFTMAX
+from aftcli.settings import JUDGES, SOFTMAX
 from aftcli.tft.hdf5 import (
     APPENDED,
     ROWS,
@@ -40,6 +40,7 @@ from aftcli.tft.hdf5 import (
     read_broken,
     read_settings,
 )
+from aftcli.tft.judges import judges_named
 from aftcli.tft.threshold import cut_off, mask_of, threshold_map
 
 FORMAT_VERSION = 2
@@ -62,7 +63,7 @@ INFORMATION = frozenset(
 # Settings that are written only where they are not the default.
 UNWRITTEN = {
     **{"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""},
-    **{"held": {}, "every": False},
+    **{"held": {}, "every": False, JUDGES: []},
 }
 
 # Settings that class names change, and nothing else of a store.
@@ -87,10 +88,21 @@ class MaskRecord(NamedTuple):
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Name the settings in which a store differs from what is asked for."""
     found, wanted = UNWRITTEN | dict(found), UNWRITTEN | dict(wanted)
-    return [
-        f"{key} is {_short(found.get(key))}, asked for {_short(wanted.get(key))}"
-        for key in _differing(found, wanted)
-    ]
+    told = []
+    for key in _differing(found, wanted):
+        before, now = found.get(key), wanted.get(key)
+        if key == "masks" and before and now:
+            told += [f"masks: {each}" for each in _of_masks(before, now)]
+        else:
+            told.append(f"{key} is {_short(key, before)}, asked for {_short(key, now)}")
+    return told
+
+
+def _of_masks(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name the settings in which masks that a network was tuned with differ."""
+    other = differences(before, now)
+    same = not other and before.get("digest") != now.get("digest")
+    return [*other, *(["they were made again, of other content"] if same else [])]
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -114,7 +126,9 @@ def refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[
         )
 
 
-def _short(value: object) -> str:
+def _short(key: str, value: Any) -> str:  # noqa: ANN401 - of any setting
+    if key == JUDGES:
+        return judges_named(value)
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
