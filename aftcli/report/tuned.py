@@ -123,6 +123,8 @@ def _beginning(begun: Begun) -> tuple[str, str]:
     recipe = f"{_recipe(begun)}; {begun.why}" if begun.why else _recipe(begun)
     asked = (job.made or {}).get(JUDGES)
     judged = f"; the search of the masks asked {judges_named(asked)}" if asked else ""
+    if asked and begun.settings.objective == ZERO_LEVEL:
+        judged += ", t asks the network alone"
     images = f"{begun.train} images, {begun.held_out} held out{resumed}{judged}"
     if begun.settings.objective == ZERO_LEVEL:
         first = f"{job.name}: learning the zero level at {job.f.layer_name} from {images}"

@@ -194,7 +194,7 @@ def test_masks_of_judges_are_tuned_with_and_their_judges_said(data):
     assert f"tft_judges {said}" in " ".join(shown.out.split())
 
     learned = done("finetune", "--workers", "0", "--epochs", "1", "--objective", "cam")
-    assert f"; the search of the masks asked {said}" in learned.err
+    assert f"; the search of the masks asked {said}\n" in learned.err
     card = read_card(Path("aft-run/tuned/small-gradcam.safetensors"))
     assert card["masks"]["tft_judges"] == made
 
@@ -217,6 +217,8 @@ def test_masks_of_judges_are_tuned_with_and_their_judges_said(data):
 def test_masks_of_several_methods_have_the_same_judges(data):
     done(*MASKS, "--cam", "gradcam", "--tft-judges", "mirror")
     done(*MASKS, "--cam", "layercam")
+    learned = done("finetune", "--workers", "0", "--cam", "gradcam")
+    assert "; the search of the masks asked mirror, t asks the network alone\n" in learned.err
     for command in ("finetune", "evaluate"):
         refused = aft(command, "--workers", "0")
         assert refused.code == 1 and "different --tft-judges (mirror; none)" in refused.err

@@ -171,8 +171,8 @@ def test_a_foreign_file_without_proper_judges_is_refused(run, tmp_path, judge):
         MaskStore(path)
 
 
-def test_figures_of_a_store_are_those_at_its_thresholds(run):
-    thresholds = torch.tensor(Search().thresholds)
+def test_figures_of_a_store_are_those_at_its_thresholds(images, run, tmp_path):
+    thresholds, counted = torch.tensor(Search().thresholds), 0
     for method in METHODS:
         with MaskStore(run / f"masks/small-{method}.h5") as store:
             gains, raised = [], 0
@@ -184,6 +184,8 @@ def test_figures_of_a_store_are_those_at_its_thresholds(run):
             summary = summarise(store)
             assert summary.rpi == pytest.approx(sum(gains) / len(gains), rel=1e-5)
             assert summary.raised == raised / len(gains)
+            counted += raised
+    assert counted == sum(done.raised for done in begin(images, tmp_path))
 
 
 def test_of_two_classes_that_are_taken_for_the_same_the_settings_differ():
