@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from aftcli.evaluation.study import find_studies as find_studies
     from aftcli.evaluation.tables import table3 as table3
     from aftcli.evaluation.tables import table4 as table4
+    from aftcli.masks.generate import generate_masks as generate_masks
+    from aftcli.masks.store import MaskStore as MaskStore
+    from aftcli.masks.stores import Source as Source
     from aftcli.models.checkpoint import read_card as read_card
     from aftcli.models.load import load_classifier as load_classifier
     from aftcli.models.targets import box_target as box_target
@@ -48,11 +51,8 @@ if TYPE_CHECKING:
     from aftcli.pictures.notebook import overlay as overlay
     from aftcli.settings import Search as Search
     from aftcli.tft.explain import Explanation as Explanation
-    from aftcli.tft.generate import generate_masks as generate_masks
     from aftcli.tft.judges import Judge as Judge
-    from aftcli.tft.masks import MaskStore as MaskStore
     from aftcli.tft.search import fine_tune_threshold as fine_tune_threshold
-    from aftcli.tft.stores import Source as Source
     from aftcli.tft.threshold import TftResult as TftResult
 
 _HOMES = {
@@ -64,11 +64,11 @@ _HOMES = {
     "Judge": "aftcli.tft.judges",
     "MEASURES": "aftcli.evaluation.measures",
     "METHODS": "aftcli.core.methods",
-    "MaskStore": "aftcli.tft.masks",
+    "MaskStore": "aftcli.masks.store",
     "Preprocessing": "aftcli.core.classes",
     "Recipe": "aftcli.aft.loss",
     "Search": "aftcli.settings",
-    "Source": "aftcli.tft.stores",
+    "Source": "aftcli.masks.stores",
     "Study": "aftcli.evaluation.study",
     "TftResult": "aftcli.tft.threshold",
     "Training": "aftcli.aft.training",
@@ -84,7 +84,7 @@ _HOMES = {
     "find_studies": "aftcli.evaluation.study",
     "fine_tune": "aftcli.aft.run",
     "fine_tune_threshold": "aftcli.tft.search",
-    "generate_masks": "aftcli.tft.generate",
+    "generate_masks": "aftcli.masks.generate",
     "grid": "aftcli.pictures.notebook",
     "load_classifier": "aftcli.models.load",
     "mask_job": "aftcli.aft.jobs",

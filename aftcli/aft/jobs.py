@@ -23,12 +23,9 @@ from aftcli.data.parts import AS_FOUND, Reading
 from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set, refuse_one_class
 from aftcli.errors import AftError
 from aftcli.files import file_stem
-from aftcli.models.load import advice, with_new_head
-from aftcli.settings import JUDGES
-from aftcli.tft.hdf5 import Rows, join_float
-from aftcli.tft.judges import judges_of
-from aftcli.tft.masks import MaskStore
-from aftcli.tft.stores import (
+from aftcli.masks.hdf5 import Rows, join_float
+from aftcli.masks.store import MaskStore
+from aftcli.masks.stores import (
     Source,
     StoredImages,
     check_made_for,
@@ -39,6 +36,9 @@ from aftcli.tft.stores import (
     stored_images,
     with_names_of_run,
 )
+from aftcli.models.load import advice, with_new_head
+from aftcli.settings import JUDGES
+from aftcli.tft.judges import judges_of
 from aftcli.tft.threshold import FILLS, cut_off, masked_image, threshold_map
 
 

@@ -35,8 +35,8 @@ from aftcli.files import (
     write_tensors,
 )
 from aftcli.locks import locked
+from aftcli.masks.store import refuse_other_settings
 from aftcli.models.checkpoint import card_classes, checkpoint_of, read_card
-from aftcli.tft.masks import refuse_other_settings
 from aftcli.version import __version__
 
 HEAD = "aft_state"

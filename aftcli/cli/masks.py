@@ -86,10 +86,10 @@ def gen_masks(
 
     from aftcli.data.parts import Reading
     from aftcli.data.sets import open_data_set
+    from aftcli.masks.generate import generate_masks, store_path
+    from aftcli.masks.stores import choose_held, with_names_of_run
     from aftcli.report.masks import print_stores, watch
     from aftcli.tft.explain import passes
-    from aftcli.tft.generate import generate_masks, store_path
-    from aftcli.tft.stores import choose_held, with_names_of_run
 
     keep_freed_memory()
     f = with_names_of_run(f, run.run, setup.noting(quiet))

@@ -43,8 +43,8 @@ from aftcli.evaluation.results import Images, Result, ResultFile, Unit, Wanted
 from aftcli.evaluation.study import Study, Variant
 from aftcli.files import file_stem, make_folder, tensors_hash
 from aftcli.locks import locked
+from aftcli.masks.generate import BATCH
 from aftcli.settings import SOFTMAX
-from aftcli.tft.generate import BATCH
 from aftcli.tft.threshold import MASKINGS
 
 VERSION = 2  # of what is computed: results of another one are not used

@@ -23,12 +23,12 @@ from aftcli.core.classes import Classes
 from aftcli.data.blocks import Broken, Processes
 from aftcli.data.sets import format_of
 from aftcli.errors import AftError
+from aftcli.masks.generate import Done
+from aftcli.masks.hdf5 import Rows
+from aftcli.masks.store import MaskStore
 from aftcli.report.terminal import cell, csv_cell, progress_bar, say, say_left_out, stdout_console
 from aftcli.settings import JUDGES
-from aftcli.tft.generate import Done
-from aftcli.tft.hdf5 import Rows
 from aftcli.tft.judges import judges_named
-from aftcli.tft.masks import MaskStore
 from aftcli.tft.threshold import raised
 
 

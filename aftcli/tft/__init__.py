@@ -1,1 +1,1 @@
-"""Threshold fine-tuning (§4.1): equations, search, masks of data sets."""
+"""Threshold fine-tuning (§4.1): equations, search, one image explained."""

@@ -46,10 +46,10 @@ from aftcli.evaluation.results import Images, Values, Wanted, measure
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Asked, Study
 from aftcli.files import file_stem
+from aftcli.masks.generate import BATCH
+from aftcli.masks.stores import Source
 from aftcli.models.load import find_device
-from aftcli.tft.generate import BATCH
 from aftcli.tft.judges import Judge, load_judges
-from aftcli.tft.stores import Source
 from benchmarks.quality.aft_results import aft
 from benchmarks.quality.grid_tables import keep_page
 

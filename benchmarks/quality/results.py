@@ -144,7 +144,7 @@ def tables_of(document: dict[str, Any], names: tuple[str, ...]) -> Tables:
 
 def passes(folder: Path) -> float:
     """Return the mean of masked images that TFT scores, for an image and a method of a run."""
-    from aftcli.tft.masks import MaskStore
+    from aftcli.masks.store import MaskStore
 
     counts = []
     for path in sorted((folder / "masks").glob("*.h5")):

@@ -24,8 +24,8 @@ from aftcli import load_classifier
 from aftcli.core.classifier import Classifier
 from aftcli.data.blocks import load_blocks, spans_of
 from aftcli.data.sets import DataSet, open_data_set
+from aftcli.masks.generate import generate_masks
 from aftcli.settings import Search
-from aftcli.tft.generate import generate_masks
 
 EACH = 32  # pictures a shard
 

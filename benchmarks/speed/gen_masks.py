@@ -25,8 +25,8 @@ from aftcli.cli.process import keep_freed_memory
 from aftcli.core.classifier import Classifier
 from aftcli.data.sets import DataSet, open_data_set
 from aftcli.engine.accelerate import CHOICES, accelerated
+from aftcli.masks.generate import generate_masks
 from aftcli.settings import Search
-from aftcli.tft.generate import generate_masks
 
 
 class Counted:

@@ -26,11 +26,11 @@ import torch
 from aftcli.aft.jobs import _kept as kept
 from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import spans_of
+from aftcli.masks.hdf5 import Rows, join_parts, split_float, write_part
+from aftcli.masks.store import MaskStore
+from aftcli.masks.stores import chunks_of
 from aftcli.report.masks import show_store
 from aftcli.settings import Search
-from aftcli.tft.hdf5 import Rows, join_parts, split_float, write_part
-from aftcli.tft.masks import MaskStore
-from aftcli.tft.stores import chunks_of
 
 CELLS = (7, 7)
 CLASSES = 1000

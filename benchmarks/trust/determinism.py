@@ -30,9 +30,9 @@ from safetensors.torch import load_file
 from aftcli import MaskStore, __version__, load_classifier
 from aftcli.core.methods import CAMS
 from aftcli.data.sets import open_data_set
+from aftcli.masks.generate import generate_masks
+from aftcli.masks.hdf5 import join_float
 from aftcli.settings import Search
-from aftcli.tft.generate import generate_masks
-from aftcli.tft.hdf5 import join_float
 
 PAIR = ("gradcam", "layercam")
 FORMATS = ("json", "csv", "markdown", "latex", "table")

@@ -143,7 +143,7 @@ def loaded_once() -> None:
         return real(name, checkpoint, layer, **options)
 
     from aftcli.evaluation import study
-    from aftcli.tft import stores
+    from aftcli.masks import stores
 
     for module in (models, stores, study):
         module.load_classifier = load  # type: ignore[attr-defined]
@@ -156,10 +156,10 @@ def imported() -> None:
     from aftcli.aft import run as finetune  # noqa: F401
     from aftcli.cli import app as cli  # noqa: F401
     from aftcli.engine import onnx as engine_onnx  # noqa: F401
+    from aftcli.masks import generate  # noqa: F401
     from aftcli.pages import evaluated, printed  # noqa: F401
     from aftcli.report import masks as report_masks  # noqa: F401
     from aftcli.report import tuned as report_tuned  # noqa: F401
-    from aftcli.tft import generate  # noqa: F401
 
     Image.init()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
@@ -310,7 +310,7 @@ def _runs(folder: Path, photo: bytes) -> Iterator[Kind]:
     shutil.copytree(made, whole)
     table, evaluating = command((*EVALUATE, "--json"), whole)
     explained, _ = command(("explain", str(ROOT / "docs/images/rocket.jpg"), *_SAVED), tuned)
-    killed_before("aftcli.tft.generate.join_parts", masks, cut)
+    killed_before("aftcli.masks.generate.join_parts", masks, cut)
     killed_before("aftcli.aft.run.checkpoint_of", FINETUNE, torn)
     parts = [str(p.relative_to(cut)) for p in (cut / "run/masks").glob(".*.parts/*")]
     assert len(parts) == 3 and (torn / STATE).exists()

@@ -24,7 +24,7 @@ from aftcli.aft.run import Begun, Cached, Options, fine_tune
 from aftcli.aft.training import Step, shuffled
 from aftcli.core.classes import Classes
 from aftcli.data.sets import open_data_set
-from aftcli.tft.stores import find_stores
+from aftcli.masks.stores import find_stores
 from tests.conftest import ROOT
 from tests.helpers.stored import NAMES, full_disk, small_float
 from tests.helpers.trained import (

@@ -32,9 +32,9 @@ from aftcli.core.zero_level import (
 from aftcli.data.parts import spread
 from aftcli.evaluation.study import _check_pairs, _Made
 from aftcli.files import write_tensors
+from aftcli.masks.store import MaskStore
 from aftcli.models.checkpoint import checkpoint_of, read_card, restore
 from aftcli.settings import Search
-from aftcli.tft.masks import MaskStore
 from aftcli.tft.threshold import FILLS, Tried, best_of
 from tests.aft.test_training import assert_equal, through_json
 from tests.helpers.compare import assert_near

@@ -19,11 +19,11 @@ from aftcli.core.methods import METHODS
 from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
 from aftcli.errors import AftError
+from aftcli.masks.generate import generate_masks
+from aftcli.masks.store import MaskStore
 from aftcli.models.load import load_classifier
 from aftcli.settings import Search
 from aftcli.tft.explain import explain
-from aftcli.tft.generate import generate_masks
-from aftcli.tft.masks import MaskStore
 from aftcli.tft.search import fine_tune_threshold
 from tests.helpers.compare import assert_near
 from tests.helpers.stored import NAMES, small_float

@@ -23,9 +23,9 @@ from aftcli.data.sets import (
     open_data_set,
     validation_of,
 )
+from aftcli.masks.generate import store_settings
 from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import Search
-from aftcli.tft.generate import store_settings
 from tests.helpers.command import aft
 from tests.helpers.stored import NAMES, generate, make_images, small_float
 from tests.helpers.trained import make_colours

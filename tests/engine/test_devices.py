@@ -11,8 +11,8 @@ from aftcli.cli.setup import device
 from aftcli.core.methods import DEVICES
 from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
+from aftcli.masks.generate import generate_masks
 from aftcli.settings import Search
-from aftcli.tft.generate import generate_masks
 from tests.helpers.compare import assert_near
 from tests.helpers.stored import make_images, small_float
 

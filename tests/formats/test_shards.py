@@ -19,10 +19,10 @@ from aftcli.data.names import unbraced
 from aftcli.data.parts import Reading
 from aftcli.data.sets import data_name, open_data_set, validation_of
 from aftcli.formats import shards as module
+from aftcli.masks.generate import generate_masks
 from aftcli.networks.sources import imagenet_classes
 from aftcli.report.masks import summarise
 from aftcli.settings import Search
-from aftcli.tft.generate import generate_masks
 from tests.helpers.archives import add, make_shards, pictures_below
 from tests.helpers.stored import NAMES, generate, make_images
 from tests.helpers.trained import make_colours

@@ -26,9 +26,9 @@ from aftcli.aft import run as finetune
 from aftcli.cli import app as cli
 from aftcli.data import blocks
 from aftcli.evaluation import study
+from aftcli.masks import stores
 from aftcli.models import load as models
 from aftcli.models.checkpoint import read_card, restore
-from aftcli.tft import stores
 from tests.helpers.stored import small_float
 
 COMMANDS = {

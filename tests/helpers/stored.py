@@ -17,8 +17,8 @@ from aftcli.core.classifier import cut_classifier
 from aftcli.data.blocks import Processes
 from aftcli.data.sets import open_data_set
 from aftcli.locks import locked
+from aftcli.masks.generate import generate_masks
 from aftcli.settings import Search
-from aftcli.tft.generate import generate_masks
 
 NAMES = ("apple", "pear", "plum")
 

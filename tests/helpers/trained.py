@@ -13,7 +13,7 @@ from aftcli.aft.jobs import control_job, mask_job
 from aftcli.aft.loss import ZERO_LEVEL, Batch, in_situation
 from aftcli.aft.run import Options, Tuned, fine_tune
 from aftcli.aft.training import Epoch
-from aftcli.tft.masks import MaskStore
+from aftcli.masks.store import MaskStore
 from tests.helpers.stored import NAMES, generate, small_float
 
 

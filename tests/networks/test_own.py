@@ -15,13 +15,13 @@ from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError
 from aftcli.files import write_tensors
+from aftcli.masks.generate import generate_masks
+from aftcli.masks.store import MaskStore
+from aftcli.masks.stores import Source, check_made_for, find_stores
 from aftcli.models.checkpoint import checkpoint_of
 from aftcli.models.load import load_classifier
 from aftcli.settings import Search
-from aftcli.tft.generate import generate_masks
 from aftcli.tft.judges import load_judges
-from aftcli.tft.masks import MaskStore
-from aftcli.tft.stores import Source, check_made_for, find_stores
 from tests.helpers.command import aft
 from tests.helpers.stored import NAMES, make_images
 

@@ -21,12 +21,12 @@ from aftcli.evaluation.results import measure
 from aftcli.evaluation.run import evaluate_study
 from aftcli.evaluation.study import Asked, find_studies
 from aftcli.evaluation.tables import differences, table3
+from aftcli.masks.stores import Source
 from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import MODES, Search
 from aftcli.tft import judges as judging
 from aftcli.tft.judges import Judge, judged, load_judges
 from aftcli.tft.search import judged_masks
-from aftcli.tft.stores import Source
 from aftcli.tft.threshold import FILLS, MASKINGS
 from tests.evaluation.test_run import PLAN, UNITS, run_all, same, study_of
 from tests.helpers.command import aft, usage_error

@@ -15,7 +15,7 @@ from aftcli.evaluation.run import evaluate_study
 from tests.evaluation.test_run import PLAN, run_all, same, study_of
 from tests.helpers.stored import generate, make_images, small_float
 from tests.helpers.trained import make_colours, masks_of, tune
-from tests.tft.test_generate import assert_same, content, stop_after
+from tests.masks.test_generate import assert_same, content, stop_after
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,8 @@ from aftcli.cli import setup as cli_setup
 from aftcli.data.blocks import Processes
 from aftcli.data.sets import open_data_set
 from aftcli.evaluation.run import Plan, evaluate_study
+from aftcli.masks.generate import generate_masks
 from aftcli.settings import Search
-from aftcli.tft.generate import generate_masks
 from tests.evaluation.test_run import evaluate_as_one_of, run_all, study_of
 from tests.helpers import command
 from tests.helpers.faulty import COMMANDS, aft, arguments, content

@@ -19,11 +19,11 @@ from aftcli.data.images import read_image
 from aftcli.data.maps import read_map
 from aftcli.errors import AftError
 from aftcli.formats.voc import read_xml
+from aftcli.masks.store import MaskStore
 from aftcli.options.read import OUTPUTS
 from aftcli.report import terminal as foreign
 from aftcli.report.masks import summarise
 from aftcli.settings import read_thresholds
-from aftcli.tft.masks import MaskStore
 from tests.helpers import bombs, mutants
 from tests.helpers.command import aft
 from tests.helpers.stored import generate, make_images, small_float

@@ -15,10 +15,10 @@ from aftcli.core.classes import Classes, Preprocessing
 from aftcli.data.images import read_image, to_input
 from aftcli.evaluation.study import Asked, find_studies
 from aftcli.files import write_tensors
+from aftcli.masks.store import MaskStore
 from aftcli.models.checkpoint import checkpoint_of, read_card
 from aftcli.models.load import load_classifier
 from aftcli.networks.sources import Network
-from aftcli.tft.masks import MaskStore
 from tests.helpers.command import aft
 from tests.helpers.trained import make_colours
 

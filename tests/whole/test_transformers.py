@@ -15,9 +15,9 @@ import aftcli.engine.export  # noqa: F401
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing
 from aftcli.data.images import read_image, to_input
+from aftcli.masks.store import MaskStore
 from aftcli.models.load import load_classifier
 from aftcli.networks.sources import Network
-from aftcli.tft.masks import MaskStore
 from tests.helpers.command import aft
 from tests.helpers.trained import make_colours
 

@@ -24,8 +24,8 @@ from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
 from aftcli.files import durable, inside, tensors_hash
 from aftcli.locks import locked
+from aftcli.masks.hdf5 import SEAL, Rows, fold_rows, read_settings, seal_of
 from aftcli.networks.weights import read_state_dict
-from aftcli.tft.hdf5 import SEAL, Rows, fold_rows, read_settings, seal_of
 from tests.helpers.command import aft
 from tests.helpers.stored import generate, make_images, small_float
 from tests.helpers.trained import make_colours, masks_of

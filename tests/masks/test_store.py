@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from aftcli import AftError, MaskStore, attribution_map, fine_tune_threshold, to_input
 from aftcli.data.blocks import Broken
 from aftcli.data.images import read_image
+from aftcli.masks import hdf5
+from aftcli.masks.hdf5 import Rows, join_float, read_part, split_float, write_part
 from aftcli.settings import Search
-from aftcli.tft import hdf5
-from aftcli.tft.hdf5 import Rows, join_float, read_part, split_float, write_part
 from tests.helpers.stored import generate, make_images, small_float
 
 METHODS = ("gradcam", "layercam", "ablationcam")
@@ -225,7 +225,7 @@ def test_a_store_is_the_rows_of_its_blocks_whatever_their_sizes(run, tmp_path, m
 
 
 def test_a_heap_of_texts_that_hdf5_would_walk_for_ever_is_refused(tmp_path):
-    from aftcli.tft.masks import HEAP, check_heaps
+    from aftcli.masks.store import HEAP, check_heaps
 
     def heap(*sizes, length=128):
         objects = b"".join(

@@ -16,9 +16,9 @@ from aftcli import AftError, MaskStore
 from aftcli.data.blocks import Loaded, batches, spans_of
 from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
+from aftcli.masks.generate import generate_masks, store_settings, tune_batch
+from aftcli.masks.hdf5 import Rows
 from aftcli.settings import Search
-from aftcli.tft.generate import generate_masks, store_settings, tune_batch
-from aftcli.tft.hdf5 import Rows
 from tests.conftest import ROOT
 from tests.helpers.faulty import aft
 from tests.helpers.stored import (
@@ -234,7 +234,7 @@ def test_a_full_disk_is_an_error_and_the_run_goes_on_later(images, uninterrupted
 
 def test_a_full_disk_while_joining_leaves_the_parts(images, uninterrupted, tmp_path, monkeypatch):
     torch.set_num_threads(1)
-    from aftcli.tft import generate as module
+    from aftcli.masks import generate as module
 
     def full(*_):
         with full_disk(9000):

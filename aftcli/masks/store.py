@@ -26,8 +26,7 @@ from aftcli.data.objects import to_rle
 from aftcli.data.picture import Size
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
-from aftcli.settings import JUDGES, SOFTMAX
-from aftcli.tft.hdf5 import (
+from aftcli.masks.hdf5 import (
     APPENDED,
     ROWS,
     Rows,
@@ -40,6 +39,7 @@ from aftcli.tft.hdf5 import (
     read_broken,
     read_settings,
 )
+from aftcli.settings import JUDGES, SOFTMAX
 from aftcli.tft.judges import judges_named
 from aftcli.tft.threshold import cut_off, mask_of, threshold_map
 

@@ -20,12 +20,12 @@ from aftcli.data.blocks import content_of
 from aftcli.data.parts import AS_FOUND, Held, Reading, spread
 from aftcli.data.sets import DataSet, Sample, format_of, open_data_set
 from aftcli.errors import AftError
+from aftcli.masks.hdf5 import Rows
+from aftcli.masks.store import MaskStore, differences
 from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import advice, load_classifier
 from aftcli.networks.sources import is_model, refuse_unnamed
 from aftcli.settings import AUTO, SOFTMAX
-from aftcli.tft.hdf5 import Rows
-from aftcli.tft.masks import MaskStore, differences
 
 
 class Source(NamedTuple):

@@ -12,15 +12,15 @@ from aftcli.core.classes import Classes
 from aftcli.data.blocks import Processes
 from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import open_data_set
+from aftcli.masks.generate import generate_masks, store_settings
+from aftcli.masks.hdf5 import SEAL, seal_of
+from aftcli.masks.store import differences
 from aftcli.report.masks import summarise
 from aftcli.settings import JUDGES, Search
-from aftcli.tft.generate import generate_masks, store_settings
-from aftcli.tft.hdf5 import SEAL, seal_of
 from aftcli.tft.judges import Judge, judges_named, judges_of
-from aftcli.tft.masks import differences
 from aftcli.tft.search import fine_tune_threshold
 from tests.helpers.stored import NAMES, generate, make_images, small_float
-from tests.tft.test_generate import METHODS, assert_same, content
+from tests.masks.test_generate import METHODS, assert_same, content
 from tests.tft.test_judges import MIRROR, another
 
 # The second one does not know the first class, so it is not asked about its images.

@@ -33,11 +33,11 @@ from aftcli.data.sets import DataSet, not_its_classes
 from aftcli.errors import AftError
 from aftcli.files import file_stem, make_folder
 from aftcli.locks import locked
+from aftcli.masks.hdf5 import Rows, join_parts, read_part, split_float, write_part
+from aftcli.masks.store import FORMAT_VERSION, MaskStore, refuse_other_settings
 from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import JUDGES, SOFTMAX, Search
-from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
 from aftcli.tft.judges import Judge
-from aftcli.tft.masks import FORMAT_VERSION, MaskStore, refuse_other_settings
 from aftcli.tft.search import search_threshold
 from aftcli.tft.threshold import TftResult, cut_off, mask_of, threshold_map
 from aftcli.version import __version__
