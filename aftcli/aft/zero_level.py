@@ -47,7 +47,7 @@ from aftcli.cutting.networks import copied
 from aftcli.data.parts import choose_held_out, spread
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
-from aftcli.tft.search import level_probabilities
+from aftcli.tft.scoring import level_probabilities
 from aftcli.tft.threshold import Tried, best_of, tried
 
 DECAY = 0.03  # L2 on v, which has the unit of a class's weights; t is free

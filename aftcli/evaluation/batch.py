@@ -24,7 +24,7 @@ from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, Q
 from aftcli.evaluation.results import Images, Muting, Unit, Values, Verdict, View, Wanted
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge, judged
-from aftcli.tft.search import judged_masks, masked_probabilities
+from aftcli.tft.scoring import judged_masks, masked_probabilities
 from aftcli.tft.threshold import (
     cut_off,
     drop,

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aftcli.core.cam import class_score, scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import (
@@ -38,27 +37,10 @@ from aftcli.masks.store import FORMAT_VERSION, MaskStore, refuse_other_settings
 from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import JUDGES, SOFTMAX, Search
 from aftcli.tft.judges import Judge
-from aftcli.tft.search import search_threshold
-from aftcli.tft.threshold import TftResult, cut_off, mask_of, threshold_map
+from aftcli.tft.search import Tuned, tune_batch
 from aftcli.version import __version__
 
 BATCH = 16  # images in one pass of the stem
-
-
-class Tuned(NamedTuple):
-    """Result of TFT for one batch by one method, at both sizes.
-
-    Attributes:
-        class_index: the class c that is explained, shape (N,): by default the predicted one.
-        tft: tau*, RPI and probabilities.
-        attribution: I at the activation's size, shape (N, h, w).
-        mask: M_tau* at the activation's size, shape (N, h, w), bool.
-    """
-
-    class_index: Tensor
-    tft: TftResult
-    attribution: Tensor
-    mask: Tensor
 
 
 class Done(NamedTuple):
@@ -77,51 +59,6 @@ class Done(NamedTuple):
     raised: int = 0
     maps: int = 0
     broken: int = 0
-
-
-@torch.no_grad()
-def tune_batch(
-    f: Classifier,
-    x: Tensor,
-    methods: Sequence[str],
-    settings: Search,
-    wanted: Tensor | None = None,
-    judges: Sequence[Judge] = (),
-) -> list[Tuned]:
-    """Run TFT on a batch by several methods, with one stem pass.
-
-    Args:
-        f: the classifier.
-        x: inputs, shape (N, 3, H, W).
-        methods: keys of METHODS.
-        settings: of the search.
-        wanted: the classes that are explained, shape (N,); None for the predicted ones.
-        judges: who else the search asks, see `fine_tune_threshold`.
-
-    Returns:
-        One result a method. Masks that methods share are scored once.
-    """
-    count = len(x)
-    g, activation = f.at(x)
-    p = f.probabilities(g.head(activation).float())
-    y, class_index = p.max(1)
-    if wanted is not None:
-        class_index = wanted.to(x.device)
-        y = class_score(p, class_index)
-    # The stored map is the one that is searched: I by cells, also for a map of pixels.
-    g = g.sharing(activation, class_index)
-    maps = [scaled_map(g, activation, class_index, x, method, cells=True) for method in methods]
-    low = torch.cat(maps)
-    high = upsample(low, x)
-    owner = torch.arange(count, device=x.device)
-    class_indices, y, owner = (each.repeat(len(methods)) for each in (class_index, y, owner))
-    result = search_threshold(f, x, high, class_indices, settings, y, owner, judges)
-    cut = cut_off(high, result.tau[:, None], settings.mode)[:, 0]
-    mask = mask_of(threshold_map(low, cut))
-    return [
-        Tuned(class_index, result.rows(part), low[part], mask[part])
-        for part in (slice(i, i + count) for i in range(0, len(low), count))
-    ]
 
 
 def store_path(run: Path, model: str, cam: str) -> Path:

@@ -31,7 +31,7 @@ from aftcli.data.sets import DataSet, open_data_set
 from aftcli.evaluation.metrics import estimate
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge, best_step, judged, load_judges
-from aftcli.tft.search import areas, judged_masks, masked_probabilities
+from aftcli.tft.scoring import areas, judged_masks, masked_probabilities
 from aftcli.tft.threshold import (
     cut_off,
     drop,

@@ -32,9 +32,9 @@ from aftcli.data.sets import DataSet, open_data_set
 from aftcli.engine.accelerate import accelerated
 from aftcli.errors import AftError
 from aftcli.evaluation.trials import device_name, time_map
-from aftcli.masks.generate import tune_batch
 from aftcli.settings import Search
 from aftcli.tft.explain import fits
+from aftcli.tft.search import tune_batch
 from benchmarks import pages
 from benchmarks.speed import finetune
 from benchmarks.speed.gen_masks import measure

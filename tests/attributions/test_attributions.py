@@ -18,10 +18,10 @@ from aftcli.core import methods as registry
 from aftcli.core.cam import normalise, scaled_map, to_cells
 from aftcli.core.methods import CAMS, FAMILIES, METHODS
 from aftcli.engine.export import traced
-from aftcli.masks.generate import tune_batch
 from aftcli.report import terminal as report_progress
 from aftcli.settings import THRESHOLDS, Shaping
 from aftcli.tft.explain import explain, passes
+from aftcli.tft.search import tune_batch
 from tests.helpers.command import aft
 from tests.helpers.compare import assert_near
 from tests.helpers.small import small

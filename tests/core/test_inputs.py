@@ -10,10 +10,9 @@ from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.errors import AftError
-from aftcli.masks.generate import tune_batch
 from aftcli.settings import Search
 from aftcli.tft.explain import explain, explain_map
-from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.search import fine_tune_threshold, tune_batch
 from tests.helpers.small import CLASSES, SIZE, small, small_model
 
 SETTINGS = Search((0.2, 0.5))

@@ -20,9 +20,10 @@ from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Study, Variant
 from aftcli.evaluation.tables import table2, table3, table4
 from aftcli.formats.voc import VOC_CLASSES
-from aftcli.masks.generate import generate_masks, tune_batch
+from aftcli.masks.generate import generate_masks
 from aftcli.pages import figures
 from aftcli.settings import Search
+from aftcli.tft.search import tune_batch
 from tests.helpers.command import aft, usage_error
 from tests.helpers.stored import NAMES, small_float
 from tests.helpers.voc import annotation, make_voc

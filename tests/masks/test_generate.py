@@ -16,7 +16,7 @@ from aftcli import AftError, MaskStore
 from aftcli.data.blocks import Loaded, batches, spans_of
 from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
-from aftcli.masks.generate import generate_masks, store_settings, tune_batch
+from aftcli.masks.generate import generate_masks, store_settings
 from aftcli.masks.hdf5 import Rows
 from aftcli.settings import Search
 from tests.conftest import ROOT
@@ -273,33 +273,6 @@ def test_torch_leaves_the_processors_to_the_engine(name, threads, images, tmp_pa
     finally:
         torch.set_num_threads(before)
     assert set(seen) == {threads}
-
-
-def test_methods_together_equal_each_alone():
-    f = small_float()
-    x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    methods = ("gradcam", "layercam", "cam", "ablationcam", "gradcam++")
-    together = tune_batch(f, x, methods, Search())
-    for method, shared in zip(methods, together, strict=True):
-        (alone,) = tune_batch(f, x, [method], Search())
-        assert torch.equal(shared.tft.tau, alone.tft.tau)
-        torch.testing.assert_close(shared.tft.probabilities, alone.tft.probabilities)
-        assert torch.equal(shared.mask, alone.mask)
-
-
-def test_equal_masks_of_several_methods_are_scored_once(monkeypatch):
-    f = small_float()
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    passed = []
-    forward = type(f).forward
-    monkeypatch.setattr(
-        type(f), "forward", lambda self, x: passed.append(len(x)) or forward(self, x)
-    )
-    tune_batch(f, x, ["layercam"], Search())
-    alone = sum(passed)
-    passed.clear()
-    tune_batch(f, x, ["layercam", "layercam"], Search())
-    assert sum(passed) == alone
 
 
 def test_blocks_cover_all_images_once():

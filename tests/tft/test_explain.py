@@ -9,10 +9,9 @@ import torch
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.cam import score_gradient
 from aftcli.core.methods import CAMS
-from aftcli.masks.generate import tune_batch
 from aftcli.settings import Search, Shaping
 from aftcli.tft.explain import explain, explain_map
-from aftcli.tft.search import fine_tune_threshold
+from aftcli.tft.search import fine_tune_threshold, tune_batch
 from tests.helpers.compare import assert_near
 from tests.helpers.small import SIZE, GradientPasses, small
 

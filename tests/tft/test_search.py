@@ -11,7 +11,8 @@ from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Classes
 from aftcli.errors import AftError
 from aftcli.settings import MODES, THRESHOLDS, Search
-from aftcli.tft.search import areas, fine_tune_threshold
+from aftcli.tft.scoring import areas
+from aftcli.tft.search import fine_tune_threshold, tune_batch
 from aftcli.tft.threshold import (
     FILLS,
     MASKINGS,
@@ -24,6 +25,7 @@ from aftcli.tft.threshold import (
 )
 from tests.helpers.compare import assert_near
 from tests.helpers.small import MEAN, SIZE, STD, small
+from tests.helpers.stored import small_float
 from tests.reference import paper as reference
 
 SEEDS = (0, 1, 2)
@@ -586,6 +588,36 @@ def test_by_rank_a_threshold_mutes_its_share_of_the_map(seed):
     masks = mask_of(all_thresholds(attribution, "percentile"))
     muted = 1 - masks.double().mean((2, 3))
     assert (muted - torch.tensor(THRESHOLDS)).abs().max() <= 1.001 / 1010
+
+
+# Several methods at once
+
+
+def test_methods_together_equal_each_alone():
+    f = small_float()
+    x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    methods = ("gradcam", "layercam", "cam", "ablationcam", "gradcam++")
+    together = tune_batch(f, x, methods, Search())
+    for method, shared in zip(methods, together, strict=True):
+        (alone,) = tune_batch(f, x, [method], Search())
+        assert torch.equal(shared.tft.tau, alone.tft.tau)
+        torch.testing.assert_close(shared.tft.probabilities, alone.tft.probabilities)
+        assert torch.equal(shared.mask, alone.mask)
+
+
+def test_equal_masks_of_several_methods_are_scored_once(monkeypatch):
+    f = small_float()
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    passed = []
+    forward = type(f).forward
+    monkeypatch.setattr(
+        type(f), "forward", lambda self, x: passed.append(len(x)) or forward(self, x)
+    )
+    tune_batch(f, x, ["layercam"], Search())
+    alone = sum(passed)
+    passed.clear()
+    tune_batch(f, x, ["layercam", "layercam"], Search())
+    assert sum(passed) == alone
 
 
 # Real images (float32)
