@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +33,7 @@ from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.results import ResultFile
 from aftcli.evaluation.study import Study, Variant
 from aftcli.files import durable, file_stem, make_folder
+from aftcli.models.load import device_name
 from aftcli.settings import Search
 from aftcli.tft.search import search_threshold
 from aftcli.tft.threshold import cut_off, threshold_map
@@ -294,25 +294,6 @@ class Table5Row:
         seconds = {"without": self.without, "with": self.with_tft, "delta": self.delta}
         how = {"device": self.device, "masking": self.masking, "runs": self.runs}
         return {"model": self.model, "cam": self.cam, **seconds, **how}
-
-
-def device_name(device: torch.device) -> str:
-    """Name the machine that figures were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "mps":
-        return f"{platform.processor() or platform.machine()} GPU (mps)"
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _synchronise(device: torch.device) -> None:

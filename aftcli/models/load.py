@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 import textwrap
 import warnings
@@ -281,3 +282,22 @@ def advice(f: Classifier) -> str:
         "DATASET --no-masks, then run aft gen-masks and aft finetune with the --checkpoint that "
         "this writes"
     )
+
+
+def device_name(device: torch.device) -> str:
+    """Name the machine that figures were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"{platform.processor() or platform.machine()} GPU (mps)"
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

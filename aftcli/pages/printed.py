@@ -18,7 +18,7 @@ from rich.table import Table
 from aftcli.evaluation.measures import MEASURES, QUANTUS, published_records
 from aftcli.evaluation.run import Measured, Step
 from aftcli.evaluation.tables import TABLES, Record, Sources, Tables
-from aftcli.evaluation.trials import device_name
+from aftcli.models.load import device_name
 from aftcli.pages.grids import LOOKS, Grid, Shown, grids
 from aftcli.report.terminal import (
     cell,

@@ -18,8 +18,7 @@ import time
 from pathlib import Path
 
 from aftcli.aft.zero_level import ASKED
-from aftcli.evaluation.trials import device_name
-from aftcli.models.load import find_device
+from aftcli.models.load import device_name, find_device
 
 TRAIN, VAL = 1_281_167, 50_000  # images of ImageNet-1k
 

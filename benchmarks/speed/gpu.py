@@ -31,7 +31,8 @@ from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import DataSet, open_data_set
 from aftcli.engine.accelerate import accelerated
 from aftcli.errors import AftError
-from aftcli.evaluation.trials import device_name, time_map
+from aftcli.evaluation.trials import time_map
+from aftcli.models.load import device_name
 from aftcli.settings import Search
 from aftcli.tft.explain import fits
 from aftcli.tft.search import tune_batch
