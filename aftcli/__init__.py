@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from aftcli.settings import Search as Search
     from aftcli.tft.explain import Explanation as Explanation
     from aftcli.tft.judges import Judge as Judge
+    from aftcli.tft.result import TftResult as TftResult
     from aftcli.tft.search import fine_tune_threshold as fine_tune_threshold
-    from aftcli.tft.threshold import TftResult as TftResult
 
 _HOMES = {
     "AftError": "aftcli.errors",
@@ -70,7 +70,7 @@ _HOMES = {
     "Search": "aftcli.settings",
     "Source": "aftcli.masks.stores",
     "Study": "aftcli.evaluation.study",
-    "TftResult": "aftcli.tft.threshold",
+    "TftResult": "aftcli.tft.result",
     "Training": "aftcli.aft.training",
     "accelerated": "aftcli.engine.accelerate",
     "attribution_map": "aftcli.attributions.maps",

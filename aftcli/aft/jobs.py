@@ -39,7 +39,8 @@ from aftcli.masks.stores import (
 from aftcli.models.load import advice, with_new_head
 from aftcli.settings import JUDGES
 from aftcli.tft.judges import judges_of
-from aftcli.tft.threshold import FILLS, cut_off, masked_image, threshold_map
+from aftcli.tft.masking import FILLS, cut_off
+from aftcli.tft.threshold import masked_image, threshold_map
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, Q
 from aftcli.evaluation.results import Images, Muting, Unit, Values, Verdict, View, Wanted
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge, judged
+from aftcli.tft.masking import cut_off
 from aftcli.tft.scoring import judged_masks, masked_probabilities
 from aftcli.tft.threshold import (
-    cut_off,
     drop,
     first_maximum,
     mask_of,

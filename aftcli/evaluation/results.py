@@ -27,7 +27,8 @@ from aftcli.evaluation.measures import BASELINES, MEASURES, completed
 from aftcli.files import read_sealed, values_hash, write_sealed
 from aftcli.settings import Search
 from aftcli.tft.judges import JUDGED, Judge
-from aftcli.tft.threshold import cut_off, threshold_map
+from aftcli.tft.masking import cut_off
+from aftcli.tft.threshold import threshold_map
 
 FORMAT_VERSION = 1
 

@@ -45,7 +45,7 @@ from aftcli.files import file_stem, make_folder, tensors_hash
 from aftcli.locks import locked
 from aftcli.masks.generate import BATCH
 from aftcli.settings import SOFTMAX
-from aftcli.tft.threshold import MASKINGS
+from aftcli.tft.masking import MASKINGS
 
 VERSION = 2  # of what is computed: results of another one are not used
 

@@ -35,8 +35,9 @@ from aftcli.evaluation.study import Study, Variant
 from aftcli.files import durable, file_stem, make_folder
 from aftcli.models.load import device_name
 from aftcli.settings import Search
+from aftcli.tft.masking import cut_off
 from aftcli.tft.search import search_threshold
-from aftcli.tft.threshold import cut_off, threshold_map
+from aftcli.tft.threshold import threshold_map
 from aftcli.version import __version__
 
 COMPARED = 32  # images of the sanity check, spread over the data set

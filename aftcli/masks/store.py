@@ -41,7 +41,8 @@ from aftcli.masks.hdf5 import (
 )
 from aftcli.settings import JUDGES, SOFTMAX
 from aftcli.tft.judges import judges_named
-from aftcli.tft.threshold import cut_off, mask_of, threshold_map
+from aftcli.tft.masking import cut_off
+from aftcli.tft.threshold import mask_of, threshold_map
 
 FORMAT_VERSION = 2
 

@@ -30,7 +30,7 @@ from aftcli.settings import COLORMAPS, RANGES, SOFTMAX, Search, Shaping
 from aftcli.tft import explain as explaining
 from aftcli.tft.explain import Explanation
 from aftcli.tft.judges import Judge
-from aftcli.tft.threshold import MOST_SHOWN, html_image
+from aftcli.tft.result import MOST_SHOWN, html_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

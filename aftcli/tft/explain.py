@@ -35,8 +35,8 @@ from aftcli.errors import AftError
 from aftcli.models.targets import Target, Targeted, contrasted, with_target
 from aftcli.settings import AS_COMPUTED, Search, Shaping
 from aftcli.tft.judges import Judge
+from aftcli.tft.result import TftResult
 from aftcli.tft.search import search_threshold
-from aftcli.tft.threshold import TftResult
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,8 @@ from aftcli.core.classifier import Classifier, ahead
 from aftcli.core.inputs import at_once
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge
-from aftcli.tft.threshold import (
-    FILLS,
-    MASKINGS,
-    mask_at,
-    masked_images,
-)
+from aftcli.tft.masking import FILLS, MASKINGS, masked_images
+from aftcli.tft.threshold import mask_at
 
 BATCH = 16  # masked images in one pass of the network
 

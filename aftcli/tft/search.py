@@ -16,14 +16,10 @@ from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft.judges import Judge, best_step, judged
+from aftcli.tft.masking import cut_off
+from aftcli.tft.result import TftResult
 from aftcli.tft.scoring import judged_masks, masked_probabilities
-from aftcli.tft.threshold import (
-    TftResult,
-    cut_off,
-    mask_of,
-    relative_probability_increase,
-    threshold_map,
-)
+from aftcli.tft.threshold import mask_of, relative_probability_increase, threshold_map
 
 # Steps of T, shape (N, k), to y_hat^c of the network and each judge, shape (N, 1 + J, k).
 Score = Callable[[Tensor], Tensor]

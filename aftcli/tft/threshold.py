@@ -1,20 +1,12 @@
-"""Thresholds of a map (§4.1, equations 4 to 7), and the result of a search for them."""
+"""Thresholds of a map (§4.1): equations 4 to 7, and the argmax of Algorithm 1 up to rounding."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
-
-from aftcli.core.classifier import Classifier
-
-BLUR_SIGMA = 10.0  # pixels
 
 # Rounding: a network gives the same image slightly different numbers in another batch, on another
 # engine, by another number of threads or on another CPU. No comparison may turn on that
@@ -24,6 +16,61 @@ SCORE_ROUNDING = 2.0**-20  # of a map in [0, 1]: scores that differ by less are 
 LOG_ODDS_ROUNDING = 1e-4  # of a probability: ten times what engines differed by
 
 MEASURE_ROUNDING = 1e-6  # of a mean of measures in [0, 1]
+
+
+def threshold_map(attribution: Tensor, cut: Tensor) -> Tensor:
+    """I_tau = I where I >= tau, else 0 (eq. 4).
+
+    Args:
+        attribution: I, shape (..., H, W).
+        cut: from `cut_off`, shape (...).
+
+    Returns:
+        I_tau, shape (..., H, W).
+    """
+    return torch.where(attribution >= cut[..., None, None], attribution, 0)
+
+
+def mask_of(thresholded: Tensor) -> Tensor:
+    """M_tau = 1 where I_tau != 0, else 0 (eq. 5; the paper prints I), bool."""
+    return thresholded != 0
+
+
+def mask_at(attribution: Tensor, cut: Tensor) -> Tensor:
+    """M_tau as `mask_of(threshold_map(...))`, without the map between, bool.
+
+    Args:
+        attribution: I, shape (..., H, W).
+        cut: from `cut_off`, shape (...).
+    """
+    return (attribution >= cut[..., None, None]) & (attribution != 0)
+
+
+def masked_image(x: Tensor, weight: Tensor, fill: Tensor, out: Tensor | None = None) -> Tensor:
+    """x_hat = M_tau * x, elementwise (eq. 6), muted pixels showing the fill.
+
+    Args:
+        x: inputs, shape (N, 3, H, W), or of one image (3, H, W).
+        weight: M_tau or I_tau, shape (N, H, W), in [0, 1].
+        fill: what muted pixels show, in x's shape; zeros are the mean colour.
+        out: takes the result, shape (N, 3, H, W).
+    """
+    return torch.lerp(fill, x, weight[:, None].to(x), out=out)
+
+
+def relative_probability_increase(y_hat: Tensor, y: Tensor) -> Tensor:
+    """RPI(x_hat, x) = max(y_hat^c - y^c, 0) / y^c (eq. 7).
+
+    Args:
+        y_hat: probability of class c for the masked image, in [0, 1].
+        y: the same for the whole image.
+
+    >>> relative_probability_increase(torch.tensor([0.75, 0.2]), torch.tensor([0.5, 0.5]))
+    tensor([0.5000, 0.0000])
+    """
+    rise = (y_hat - y).clamp(min=0)
+    # y = 0 happens only where a probability underflows; 0 / 0 is no increase.
+    return torch.where(rise == 0, 0, rise / y)
 
 
 def slack(y: Tensor) -> Tensor:
@@ -48,6 +95,16 @@ def rises(y_hat: Tensor, y: Tensor) -> Tensor:
     tensor([ True, False, False])
     """
     return y_hat > y * (1 + slack(y))
+
+
+def raised(rpi: Tensor, y: Tensor) -> Tensor:
+    """Return which thresholds raise the probability by more than rounding, (N, |T|), bool.
+
+    Args:
+        rpi: RPI of each threshold, shape (N, |T|); NaN, not tried, does not count.
+        y: y^c of the whole image, shape (N,).
+    """
+    return rpi > slack(y)[:, None]
 
 
 def first_maximum(rpi: Tensor, y: Tensor) -> Tensor:
@@ -116,39 +173,6 @@ def first_for_all(y_hat: Tensor, y: Tensor) -> Tensor:
     return (tried >= largest - error).int().argmax(1)
 
 
-def raised(rpi: Tensor, y: Tensor) -> Tensor:
-    """Return which thresholds raise the probability by more than rounding, (N, |T|), bool.
-
-    Args:
-        rpi: RPI of each threshold, shape (N, |T|); NaN, not tried, does not count.
-        y: y^c of the whole image, shape (N,).
-    """
-    return rpi > slack(y)[:, None]
-
-
-def relative_probability_increase(y_hat: Tensor, y: Tensor) -> Tensor:
-    """RPI(x_hat, x) = max(y_hat^c - y^c, 0) / y^c (eq. 7).
-
-    Args:
-        y_hat: probability of class c for the masked image, in [0, 1].
-        y: the same for the whole image.
-
-    >>> relative_probability_increase(torch.tensor([0.75, 0.2]), torch.tensor([0.5, 0.5]))
-    tensor([0.5000, 0.0000])
-    """
-    rise = (y_hat - y).clamp(min=0)
-    # y = 0 happens only where a probability underflows; 0 / 0 is no increase.
-    return torch.where(rise == 0, 0, rise / y)
-
-
-class Tried(NamedTuple):
-    """Average Increase and Average Drop of one t, a share of the maps' mean maximum (§5.2)."""
-
-    share: float
-    increase: float
-    drop: float
-
-
 def drop(y_hat: Tensor, y: Tensor) -> Tensor:
     """Return max(y^c - y_hat^c, 0) / y^c (§5.2), whose mean is Average Drop.
 
@@ -158,6 +182,14 @@ def drop(y_hat: Tensor, y: Tensor) -> Tensor:
     fall = (y - y_hat).clamp(min=0)
     # y = 0 happens only where a probability underflows; 0 / 0 is no drop.
     return torch.where(fall > 0, fall / y, 0)
+
+
+class Tried(NamedTuple):
+    """Average Increase and Average Drop of one t, a share of the maps' mean maximum (§5.2)."""
+
+    share: float
+    increase: float
+    drop: float
 
 
 def tried(y_hat: Tensor, y: Tensor, share: float) -> Tried:
@@ -176,225 +208,3 @@ def best_of(all_tried: Sequence[Tried]) -> Tried:
     """Return the largest Average Increase less Average Drop: of those within rounding the first."""
     largest = max(each.increase - each.drop for each in all_tried)
     return next(e for e in all_tried if e.increase - e.drop >= largest - MEASURE_ROUNDING)
-
-
-def cut_off(attribution: Tensor, tau: Tensor, mode: str = "value") -> Tensor:
-    """Return the scores below which thresholds mute, shape (N, |T|).
-
-    They lie a rounding's width below tau, or below the score of its rank, so that a pixel that
-    scores just that is kept whatever computed the map.
-
-    Args:
-        attribution: I, shape (N, H, W), in [0, 1].
-        tau: thresholds, shape (|T|,) for all images or (N, |T|), in [0, 1].
-        mode: "value", tau itself (§4.1); "percentile", the score below which the share tau of
-            the map's cells lies (the authors' code).
-    """
-    tau = tau.expand(len(attribution), -1)
-    if mode == "value":
-        return tau.to(attribution) - SCORE_ROUNDING
-    flat = attribution.flatten(1).double()
-    # In float32 a tenth is above .1, and its rank would be above a whole one.
-    ranks = tau.double().mul(1e6).round() / 1e6 * (flat.shape[1] - 1)
-    ordered = flat.sort(1).values
-    low, high = ordered.gather(1, ranks.floor().long()), ordered.gather(1, ranks.ceil().long())
-    return (low + (high - low) * ranks.frac()).to(attribution) - SCORE_ROUNDING
-
-
-def threshold_map(attribution: Tensor, cut: Tensor) -> Tensor:
-    """I_tau = I where I >= tau, else 0 (eq. 4).
-
-    Args:
-        attribution: I, shape (..., H, W).
-        cut: from `cut_off`, shape (...).
-
-    Returns:
-        I_tau, shape (..., H, W).
-    """
-    return torch.where(attribution >= cut[..., None, None], attribution, 0)
-
-
-def mask_of(thresholded: Tensor) -> Tensor:
-    """M_tau = 1 where I_tau != 0, else 0 (eq. 5; the paper prints I), bool."""
-    return thresholded != 0
-
-
-def mask_at(attribution: Tensor, cut: Tensor) -> Tensor:
-    """M_tau as `mask_of(threshold_map(...))`, without the map between, bool.
-
-    Args:
-        attribution: I, shape (..., H, W).
-        cut: from `cut_off`, shape (...).
-    """
-    return (attribution >= cut[..., None, None]) & (attribution != 0)
-
-
-def _mean_fill(f: Classifier, x: Tensor) -> Tensor:
-    return torch.zeros_like(x)
-
-
-def _black_fill(f: Classifier, x: Tensor) -> Tensor:
-    mean, std = f.preprocessing.channels(x)
-    return (-mean / std).expand_as(x)
-
-
-def _blur_fill(f: Classifier, x: Tensor) -> Tensor:
-    from torchvision.transforms.functional import gaussian_blur
-
-    # The kernel reaches three sigma, or as far as reflection at the border of a small x allows.
-    half = min(int(3 * BLUR_SIGMA), x.shape[-1] - 1, x.shape[-2] - 1)
-    return gaussian_blur(x, [2 * half + 1] * 2, [BLUR_SIGMA] * 2)  # type: ignore[no-any-return]
-
-
-# What stands in place of muted pixels, after normalisation.
-FILLS: dict[str, Callable[[Classifier, Tensor], Tensor]] = {
-    "mean": _mean_fill,
-    "black": _black_fill,
-    "blur": _blur_fill,
-}
-
-# What multiplies the image: the mask (the paper's text) or the muted map (the authors' code).
-MASKINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "binary": lambda attribution, cut: mask_at(attribution, cut).to(attribution),
-    "soft": threshold_map,
-}
-
-
-def masked_image(x: Tensor, weight: Tensor, fill: Tensor, out: Tensor | None = None) -> Tensor:
-    """x_hat = M_tau * x, elementwise (eq. 6), muted pixels showing the fill.
-
-    Args:
-        x: inputs, shape (N, 3, H, W), or of one image (3, H, W).
-        weight: M_tau or I_tau, shape (N, H, W), in [0, 1].
-        fill: what muted pixels show, in x's shape; zeros are the mean colour.
-        out: takes the result, shape (N, 3, H, W).
-    """
-    return torch.lerp(fill, x, weight[:, None].to(x), out=out)
-
-
-def masked_images(
-    x: Tensor,
-    filled: Tensor,
-    attribution: Tensor,
-    cut: Tensor,
-    owner: list[int],
-    pairs: list[tuple[int, int]],
-    masking: str,
-    batch: int,
-) -> Iterator[Tensor]:
-    """Make masked images, map by map: nothing of one or its image is copied for each threshold.
-
-    Args:
-        x: inputs, shape (M, 3, H, W).
-        filled: what muted pixels show, shape (M, 3, H, W).
-        attribution: I, shape (N, H, W).
-        cut: thresholds, from `cut_off`, shape (N, |T|).
-        owner: which input each map is of.
-        pairs: (map, threshold) of each, those of a map together.
-        masking: a key of MASKINGS.
-        batch: how many are made at a time.
-    """
-    steps = torch.tensor([t for _, t in pairs], dtype=torch.long, device=x.device)
-    for start in range(0, len(pairs), batch):
-        maps, end = [n for n, _ in pairs[start : start + batch]], 0
-        x_hat = x.new_empty(len(maps), *x.shape[1:])
-        for n, same in groupby(maps):
-            begin, end = end, end + len(list(same))
-            at = cut[n, steps[start + begin : start + end]]
-            weight, image = MASKINGS[masking](attribution[n], at), owner[n]
-            masked_image(x[image], weight, filled[image], out=x_hat[begin:end])
-        yield x_hat
-
-
-MOST_SHOWN = 8  # images in a notebook
-
-
-def html_image(image: Image.Image, kind: str = "PNG") -> str:
-    """Return a picture as an element of HTML that holds it."""
-    held = io.BytesIO()
-    image.save(held, kind, quality=90)
-    coded = base64.b64encode(held.getvalue()).decode()
-    return f'<img src="data:image/{kind.lower()};base64,{coded}" style="max-width: 100%">'
-
-
-class TftResult(NamedTuple):
-    """Result of Algorithm 1 for N images.
-
-    Attributes:
-        tau: tau*, the first threshold with the largest RPI (`first_maximum`), shape (N,); where
-            judges were asked, the first that raises the log-odds of all most (`first_for_all`).
-        rpi: RPI of each threshold, shape (N, |T|).
-        probabilities: y_hat^c of each threshold, shape (N, |T|).
-        probability: y^c of the whole image, shape (N,).
-        attribution: I_tau*, shape (N, H, W), in [0, 1].
-        mask: M_tau*, shape (N, H, W), bool.
-        judged: y_hat^c of each threshold by each judge, shape (N, J, |T|).
-        judged_whole: y^c of the whole image by each judge, shape (N, J); NaN where it does not
-            know the class.
-
-    `rpi`, `probabilities` and `judged` are NaN at thresholds that a fast search left out.
-    """
-
-    tau: Tensor
-    rpi: Tensor
-    probabilities: Tensor
-    probability: Tensor
-    attribution: Tensor
-    mask: Tensor
-    judged: Tensor = torch.empty(0)
-    judged_whole: Tensor = torch.empty(0)
-
-    @property
-    def best(self) -> Tensor:
-        """Return the index of tau* in T, shape (N,)."""
-        if not self.judged.numel():
-            return first_maximum(self.rpi, self.probability)
-        return first_for_all(*self._of_everybody())
-
-    @property
-    def increases(self) -> Tensor:
-        """Return each judge's increase of log-odds at tau*, the network's own first, (N, 1 + J)."""
-        y_hat, y = self._of_everybody()
-        at = self.best[:, None, None].expand(-1, y.shape[1], -1)
-        return log_odds_increase(y_hat.gather(2, at)[..., 0], y)
-
-    def _of_everybody(self) -> tuple[Tensor, Tensor]:
-        """Return y_hat^c and y^c of the network and its judges, (N, 1 + J, |T|) and (N, 1 + J)."""
-        y_hat, y = self.probabilities[:, None], self.probability[:, None]
-        if not self.judged.numel():
-            return y_hat, y
-        return torch.cat([y_hat, self.judged], 1), torch.cat([y, self.judged_whole], 1)
-
-    def rows(self, part: slice) -> TftResult:
-        """Take the results of some images."""
-        return TftResult(*(field[part] for field in self))
-
-    def __str__(self) -> str:
-        """Return a line of numbers for each image."""
-        kept = self.mask.flatten(1).float().mean(1)
-        columns = (self.tau, self.best, self.probability, kept)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        return "\n".join(
-            f"tau* = {tau:g}: RPI {float(self.rpi[n, best]):.3f}, probability {y:.3f} → "
-            f"{float(self.probabilities[n, best]):.3f}, {area:.1%} kept"
-            for n, (tau, best, y, area) in enumerate(rows)
-        )
-
-    def _repr_html_(self) -> str:
-        """Return the cut maps in grey and the numbers, for notebooks; MOST_SHOWN images at most."""
-        rows = []
-        lines = str(self).splitlines()
-        for attribution, line in zip(self.attribution[:MOST_SHOWN], lines, strict=False):
-            grey = attribution.detach().float().mul(255).round().byte().cpu().numpy()
-            rows.append(f"<div>{html_image(Image.fromarray(grey))}<br>{line}</div>")
-        left = len(lines) - len(rows)
-        return "\n".join([*rows, *([f"<div>… and {left} more</div>"] if left else [])])
-
-    @property
-    def helps(self) -> Tensor:
-        """Tell where a threshold raises the probability by more than rounding, (N,), bool.
-
-        Where judges were asked, tau* must.
-        """
-        found = raised(self.rpi, self.probability)
-        return found.gather(1, self.best[:, None])[:, 0] if self.judged.numel() else found.any(1)

@@ -39,8 +39,8 @@ from aftcli.evaluation import metrics
 from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.tables import Difference, Table3Row
 from aftcli.models.load import load_classifier
+from aftcli.tft.result import TftResult
 from aftcli.tft.search import fine_tune_threshold
-from aftcli.tft.threshold import TftResult
 from benchmarks import pages
 from benchmarks.quality.attributions_tables import MEASURED, NETWORKS, machine, tables
 

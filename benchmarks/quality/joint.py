@@ -31,9 +31,9 @@ from aftcli.data.sets import DataSet, open_data_set
 from aftcli.evaluation.metrics import estimate
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge, best_step, judged, load_judges
+from aftcli.tft.masking import cut_off
 from aftcli.tft.scoring import areas, judged_masks, masked_probabilities
 from aftcli.tft.threshold import (
-    cut_off,
     drop,
     first_maximum,
     log_odds_increase,

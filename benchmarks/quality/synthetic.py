@@ -31,7 +31,8 @@ from aftcli import Classifier, fine_tune_threshold
 from aftcli.core.cam import class_score, normalise, scaled_map, upsample
 from aftcli.core.outputs import probabilities
 from aftcli.evaluation import metrics
-from aftcli.tft.threshold import cut_off, mask_of, masked_image, threshold_map
+from aftcli.tft.masking import cut_off
+from aftcli.tft.threshold import mask_of, masked_image, threshold_map
 from benchmarks import pages
 from benchmarks.quality.synthetic_data import (
     PREPROCESSING,

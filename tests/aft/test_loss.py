@@ -30,8 +30,9 @@ from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.methods import METHODS
 from aftcli.report.tuned import _recipe, watch
 from aftcli.settings import OBJECTIVES as choices
+from aftcli.tft.masking import FILLS
 from aftcli.tft.search import fine_tune_threshold
-from aftcli.tft.threshold import FILLS, masked_image
+from aftcli.tft.threshold import masked_image
 from tests.aft.test_training import (
     assert_equal,
     assert_goes_on_from_any_step,

@@ -35,7 +35,8 @@ from aftcli.files import write_tensors
 from aftcli.masks.store import MaskStore
 from aftcli.models.checkpoint import checkpoint_of, read_card, restore
 from aftcli.settings import Search
-from aftcli.tft.threshold import FILLS, Tried, best_of
+from aftcli.tft.masking import FILLS
+from aftcli.tft.threshold import Tried, best_of
 from tests.aft.test_training import assert_equal, through_json
 from tests.helpers.compare import assert_near
 from tests.helpers.small import CLASSES, KINDS, POOL_LINEAR, small

@@ -28,7 +28,7 @@ from aftcli.report import names
 from aftcli.settings import THRESHOLDS, Search
 from aftcli.tft import explain as engine
 from aftcli.tft.explain import Explanation
-from aftcli.tft.threshold import TftResult
+from aftcli.tft.result import TftResult
 from tests.helpers.command import aft, leftovers, quiet_objects, usage_error
 from tests.helpers.stored import NAMES, draw, small_float
 

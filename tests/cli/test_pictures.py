@@ -16,7 +16,7 @@ from aftcli.pictures.figure import Shown, caption, figure, number
 from aftcli.pictures.overlay import Subject, captioned, shaded, wrapped
 from aftcli.settings import COLORMAPS
 from aftcli.tft.explain import Explanation
-from aftcli.tft.threshold import TftResult
+from aftcli.tft.result import TftResult
 from tests.helpers.command import objects
 from tests.helpers.grids import grid
 

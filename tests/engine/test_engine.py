@@ -24,8 +24,8 @@ from aftcli.engine.folded import FoldedTorch, folded
 from aftcli.engine.onnx import AT_ONCE, Graph, OnnxRuntime
 from aftcli.errors import AftError
 from aftcli.files import cache_folder
+from aftcli.tft.masking import MASKINGS
 from aftcli.tft.search import fine_tune_threshold
-from aftcli.tft.threshold import MASKINGS
 from tests.helpers.command import aft, usage_error
 from tests.helpers.compare import assert_near
 from tests.helpers.faulty import load_small

@@ -18,7 +18,7 @@ from aftcli.evaluation.tables import Difference, Tables, differences, table3, ta
 from aftcli.pages.grids import Shown, grids
 from aftcli.settings import MODES, Search
 from aftcli.tft.judges import Judge
-from aftcli.tft.threshold import FILLS, MASKINGS
+from aftcli.tft.masking import FILLS, MASKINGS
 from tests.evaluation.test_run import PLAN, UNITS, Processes, run_all, same, study_of
 from tests.helpers.stored import make_images
 from tests.reference import controls as slow

@@ -36,7 +36,8 @@ from aftcli.evaluation.tables import (
 from aftcli.pages.grids import LOOKS, Cell, Grid, Shown
 from aftcli.pages.printed import FORMATS
 from aftcli.settings import MODES, Search
-from aftcli.tft.threshold import MASKINGS, rises
+from aftcli.tft.masking import MASKINGS
+from aftcli.tft.threshold import rises
 from tests.helpers.compare import assert_near
 from tests.helpers.small import GradientPasses
 from tests.helpers.stored import NAMES, make_images, small_float

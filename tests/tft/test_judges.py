@@ -26,8 +26,8 @@ from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import MODES, Search
 from aftcli.tft import judges as judging
 from aftcli.tft.judges import Judge, judged, load_judges
+from aftcli.tft.masking import FILLS, MASKINGS
 from aftcli.tft.scoring import judged_masks
-from aftcli.tft.threshold import FILLS, MASKINGS
 from tests.evaluation.test_run import PLAN, UNITS, run_all, same, study_of
 from tests.helpers.command import aft, usage_error
 from tests.helpers.small import KINDS, MEAN, SIZE, STD, small_model

@@ -10,10 +10,10 @@ from aftcli.core.cam import stretch
 from aftcli.evaluation import metrics
 from aftcli.evaluation.tables import Difference
 from aftcli.settings import MODES, THRESHOLDS
+from aftcli.tft.masking import cut_off
 from aftcli.tft.threshold import (
     LOG_ODDS_ROUNDING,
     SCORE_ROUNDING,
-    cut_off,
     first_maximum,
     mask_of,
     relative_probability_increase,

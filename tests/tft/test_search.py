@@ -11,18 +11,8 @@ from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Classes
 from aftcli.errors import AftError
 from aftcli.settings import MODES, THRESHOLDS, Search
-from aftcli.tft.scoring import areas
+from aftcli.tft.masking import FILLS, MASKINGS
 from aftcli.tft.search import fine_tune_threshold, tune_batch
-from aftcli.tft.threshold import (
-    FILLS,
-    MASKINGS,
-    cut_off,
-    mask_at,
-    mask_of,
-    masked_image,
-    relative_probability_increase,
-    threshold_map,
-)
 from tests.helpers.compare import assert_near
 from tests.helpers.small import MEAN, SIZE, STD, small
 from tests.helpers.stored import small_float
@@ -114,12 +104,6 @@ def assert_same_search(found, expected):
         assert found.probability[n].item() == pytest.approx(search.y, rel=1e-6)
         assert torch.equal(found.attribution[n], torch.from_numpy(search.attribution))
         assert torch.equal(found.mask[n], torch.from_numpy(search.mask))
-
-
-def all_thresholds(attribution, mode):
-    """I_tau of all thresholds, shape (N, |T|, H, W)."""
-    tau = torch.tensor(THRESHOLDS, dtype=torch.float64)
-    return threshold_map(attribution[:, None], cut_off(attribution, tau, mode))
 
 
 def distinct(images):
@@ -449,110 +433,6 @@ def test_many_masked_images_are_run_in_several_passes():
         assert_near(found.probabilities[n].double(), search.y_hat, 1e-6)
 
 
-# Equations 4 to 7, one by one
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_cut_off_and_thresholded_map_equal_equation_4(mode, seed):
-    torch.manual_seed(seed)
-    # 101 x 10 pixels: ranks of whole tenths fall between pixels; 101: exactly on one.
-    for size in ((101, 10), (101, 1)):
-        attribution = torch.rand(2, *size, dtype=torch.float64)
-        attribution[0, :40] = 0
-        maps = all_thresholds(attribution, mode)
-        for n, t in itertools.product(range(2), range(11)):
-            expected = reference.thresholded(attribution[n].numpy(), THRESHOLDS[t], mode)
-            assert torch.equal(maps[n, t], torch.from_numpy(expected))
-
-
-def test_a_score_equal_to_the_threshold_is_kept():
-    attribution = torch.tensor([[[0.1, 0.3, 0.5, 1.0]]])
-    tau = torch.tensor([0.3, 0.5, 1.0])
-    maps = threshold_map(attribution[:, None], cut_off(attribution, tau))
-    assert maps[0, :, 0].tolist() == [
-        pytest.approx([0, 0.3, 0.5, 1]),
-        [0, 0, 0.5, 1],
-        [0, 0, 0, 1],
-    ]
-
-
-def test_each_image_may_have_its_own_threshold():
-    attribution = ramp().expand(2, -1, -1)
-    own = torch.tensor([[0.2], [0.9]], dtype=torch.float64)
-    for mode in MODES:
-        (cut,) = cut_off(attribution, own, mode).mT
-        assert mask_of(threshold_map(attribution, cut)).sum((1, 2)).tolist() == [80, 10]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_the_mask_alone_is_that_of_the_cut_map(mode):
-    torch.manual_seed(3)
-    attribution = torch.rand(3, 9, 10)
-    attribution[0, :4], attribution[1] = 0, 0
-    cut = cut_off(attribution, torch.tensor(THRESHOLDS), mode)
-    masks = mask_of(threshold_map(attribution[:, None], cut))
-    assert torch.equal(mask_at(attribution[:, None], cut), masks)
-    counted = [[sum(mask.flatten().tolist()) for mask in each] for each in masks]
-    assert areas(attribution, cut).tolist() == counted
-
-
-def test_pixels_of_score_zero_are_never_kept():
-    # Eq. 5: M is 1 where I_tau is not 0, so even tau = 0 mutes them.
-    attribution = torch.tensor([[[0.0, 0.4], [0.0, 1.0]]])
-    maps = threshold_map(attribution, torch.tensor([0.0]))
-    assert mask_of(maps)[0].tolist() == [[False, True], [False, True]]
-
-
-@pytest.mark.parametrize("fill", FILLS)
-def test_fill_equals_its_definition(fill):
-    s = small("linear", 6)
-    filled = FILLS[fill](s.f, s.x)
-    for n in range(3):
-        expected = reference.fill_of(s.x[n].numpy(), fill, MEAN, STD)
-        assert_near(filled[n], expected)
-
-
-def test_blur_reaches_three_sigma_on_an_image_that_is_large_enough():
-    torch.manual_seed(0)
-    x = torch.randn(1, 3, 40, 70, dtype=torch.float64)
-    assert_near(FILLS["blur"](small("linear").f, x)[0], reference.blur(x[0].numpy()))
-
-
-def test_black_is_the_colour_zero_before_normalisation():
-    s = small("linear")
-    black = FILLS["black"](s.f, s.x)
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
-    assert_near(black * std + mean + 1, torch.ones_like(black))
-
-
-@pytest.mark.parametrize("fill", FILLS)
-def test_a_mask_of_ones_leaves_the_image_as_it_is(fill):
-    s = small("linear")
-    ones = torch.ones(3, *SIZE, dtype=torch.float64)
-    filled = FILLS[fill](s.f, s.x)
-    assert torch.equal(masked_image(s.x, ones, filled), s.x)
-    assert torch.equal(masked_image(s.x, torch.zeros_like(ones), filled), filled)
-    found = fine_tune_threshold(s.f, s.x, ones, s.class_index, fill=fill)
-    assert_near(found.rpi, torch.zeros_like(found.rpi), 1e-6)
-    assert_near(found.probabilities, found.probability[:, None].expand(3, 11), 1e-6)
-
-
-def test_rpi_equals_equation_7():
-    torch.manual_seed(0)
-    y_hat, y = torch.rand(4, 5, dtype=torch.float64), torch.rand(4, 1, dtype=torch.float64)
-    rpi = relative_probability_increase(y_hat, y)
-    for n, t in itertools.product(range(4), range(5)):
-        expected = max(y_hat[n, t].item() - y[n].item(), 0) / y[n].item()
-        assert rpi[n, t].item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_rpi_of_a_probability_that_underflows_is_no_number_only_where_it_must_be():
-    zero = torch.tensor(0.0)
-    assert relative_probability_increase(zero, zero) == 0
-    assert relative_probability_increase(torch.tensor(0.5), zero) == float("inf")
-
-
 # Properties
 
 
@@ -566,28 +446,6 @@ def test_no_increase_is_negative(masking, fill, mode):
     assert (found.rpi >= 0).all()
     assert (found.rpi == 0).any()
     assert (found.probabilities < found.probability[:, None]).any()
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_masks_are_nested_and_their_area_falls_as_tau_grows(mode, seed):
-    s = small("mlp", seed)
-    attribution = attribution_map(s.f, s.x, s.class_index, "layercam")
-    masks = mask_of(all_thresholds(attribution, mode))
-    larger, smaller = masks[:, :-1], masks[:, 1:]
-    assert not (smaller & ~larger).any()
-    area = masks.sum((2, 3))
-    assert (area.diff(dim=1) <= 0).all()
-    assert (area[:, -1] < area[:, 0]).all()
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_by_rank_a_threshold_mutes_its_share_of_the_map(seed):
-    torch.manual_seed(seed)
-    attribution = torch.rand(2, 101, 10, dtype=torch.float64)
-    masks = mask_of(all_thresholds(attribution, "percentile"))
-    muted = 1 - masks.double().mean((2, 3))
-    assert (muted - torch.tensor(THRESHOLDS)).abs().max() <= 1.001 / 1010
 
 
 # Several methods at once

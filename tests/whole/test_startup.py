@@ -23,8 +23,7 @@ from aftcli.networks.sources import imagenet_classes
 from aftcli.options import groups, read
 from aftcli.pages.printed import FORMATS
 from aftcli.report import explain as report
-from aftcli.tft import search
-from aftcli.tft import threshold as tft
+from aftcli.tft import masking, search
 from tests.helpers.command import Result, usage_error
 from tests.helpers.preloaded import keep_from_collector
 
@@ -125,8 +124,8 @@ def test_wrong_usage_is_told_without_torch(tmp_path, command):
 
 
 def test_names_known_without_torch_are_those_of_the_registries():
-    assert settings.MASKINGS == tuple(tft.MASKINGS)
-    assert settings.FILLS == tuple(tft.FILLS)
+    assert settings.MASKINGS == tuple(masking.MASKINGS)
+    assert settings.FILLS == tuple(masking.FILLS)
     assert get_args(settings.Mode) == settings.MODES
     assert settings.SEARCHES == tuple(search.SEARCHES)
     assert get_args(evaluate.Format) == tuple(FORMATS)
