@@ -35,7 +35,7 @@ from aftcli.files import (
     write_tensors,
 )
 from aftcli.locks import locked
-from aftcli.masks.store import refuse_other_settings
+from aftcli.masks.settings import refuse_other_settings
 from aftcli.models.checkpoint import card_classes, checkpoint_of, read_card
 from aftcli.version import __version__
 

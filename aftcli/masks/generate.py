@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,23 +22,19 @@ from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import (
     Loaded,
     Processes,
-    Used,
     batches,
-    changed_images,
     load_blocks,
     spans_of,
 )
 from aftcli.data.sets import DataSet, not_its_classes
 from aftcli.errors import AftError
-from aftcli.files import file_stem, make_folder
-from aftcli.locks import locked
-from aftcli.masks.hdf5 import Rows, join_parts, read_part, split_float, write_part
-from aftcli.masks.store import FORMAT_VERSION, MaskStore, refuse_other_settings
-from aftcli.networks.sources import imagenet_classes
-from aftcli.settings import JUDGES, SOFTMAX, Search
+from aftcli.files import file_stem
+from aftcli.masks.hdf5 import Rows, split_float
+from aftcli.masks.parts import Making, join_parts, take, write_part
+from aftcli.masks.settings import store_settings
+from aftcli.settings import Search
 from aftcli.tft.judges import Judge
 from aftcli.tft.search import Tuned, tune_batch
-from aftcli.version import __version__
 
 BATCH = 16  # images in one pass of the stem
 
@@ -64,94 +60,6 @@ class Done(NamedTuple):
 def store_path(run: Path, model: str, cam: str) -> Path:
     """Return the file of a run that keeps the masks of a model and a CAM method."""
     return run / "masks" / f"{file_stem(model, cam)}.h5"
-
-
-def store_settings(
-    f: Classifier, data_set: DataSet, settings: Search, judges: Sequence[Judge] = ()
-) -> dict[str, Any]:
-    """Return a store's attributes but for the CAM: settings (docs/reference/files.md)."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "aft_version": __version__,
-        "model": f.name,
-        "weights": f.weights_hash(),
-        "checkpoint": f.checkpoint,
-        "layer": f.layer_name,
-        "activation_shape": list(f.activation_shape),
-        "thresholds": list(settings.thresholds),
-        "masking": settings.masking,
-        "fill": settings.fill,
-        "threshold_mode": settings.mode,
-        # Written only if not the default, so that older stores without them still match.
-        **({"search": settings.search} if settings.search != "exact" else {}),
-        **({JUDGES: [judge.recorded(f) for judge in judges]} if judges else {}),
-        **({"precision": f.precision} if f.precision != "no" else {}),
-        **({"output": f.output} if f.output != SOFTMAX else {}),
-        **({"output_key": f.output_key} if f.output_key else {}),
-        **({"class_names": list(f.classes.own)} if f.classes.own else {}),
-        **({"imagenet": True} if _are_imagenets(f, data_set) else {}),
-        "preprocessing": f.preprocessing.as_dict(),
-        "data_set": str(data_set.root.resolve()),
-        "data_kind": data_set.kind,
-        **data_set.record,
-        "labels": "model" if data_set.mapped else "data set",
-        "classes": [] if data_set.mapped else list(data_set.classes),
-        "images": len(data_set.samples),
-        "images_hash": data_set.fingerprint(),
-    }
-
-
-def _are_imagenets(f: Classifier, data_set: DataSet) -> bool:
-    """Tell if labels are ImageNet's classes, where the names of images do not say so."""
-    named = data_set.format.named_by_folder or not data_set.mapped
-    return not named and f.classes == imagenet_classes()
-
-
-class _Store:
-    """One store in the making: its finished file, its parts, its lock."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path, self.settings = path, settings
-        self.parts = path.with_name(f".{path.stem}.parts")
-
-    def part(self, span: range) -> Path:
-        return self.parts / f"{span.start:09d}-{span.stop:09d}"
-
-    def finished(self) -> bool:
-        """Check that the finished file exists; refuse one made with other settings."""
-        if not self.path.exists():
-            return False
-        with MaskStore(self.path) as store:
-            refuse_other_settings(self.path, store.settings, self.settings)
-        return True
-
-    def check_unchanged(self, data_set: DataSet) -> None:
-        """Refuse a finished file that was changed, or whose images have changed since."""
-        with MaskStore(self.path) as store:
-            store.verify()
-            different = store.changed(data_set, range(len(store)))
-        if different:
-            raise AftError(
-                f"{self.path}: {len(different)} images have changed since it was made (first: "
-                f"{different[0]}); --overwrite makes it again"
-            )
-
-    def has(self, span: range, data_set: DataSet) -> bool:
-        """Check that a block is stored whole and its images are unchanged.
-
-        A block of other settings is refused.
-        """
-        read = read_part(self.part(span))
-        if read is None:
-            return False
-        rows, broken, settings = read
-        refuse_other_settings(self.path, settings, self.settings)
-        used = Used(rows.path, rows.content, rows.stamp)
-        return not changed_images(data_set, used, broken)
-
-    def clear(self) -> None:
-        self.path.unlink(missing_ok=True)
-        shutil.rmtree(self.parts, ignore_errors=True)
 
 
 class _Columns(NamedTuple):
@@ -260,14 +168,14 @@ def generate_masks(
         judge.check(f, "judge")
     common = store_settings(f, data_set, settings, judges)
     stores = {
-        method: _Store(store_path(run, f.name, method), {**common, "cam": method})
+        method: Making(store_path(run, f.name, method), {**common, "cam": method})
         for method in methods
     }
     columns = _Columns.of(f, data_set, settings)
     with ExitStack() as held:
         held.enter_context(_one_thread(f))
         if processes.index == 0:
-            _take(stores, data_set, held, overwrite)
+            take(stores, data_set, held, overwrite)
         processes.wait()
         open_stores = {m: s for m, s in stores.items() if not s.finished()}
         if not open_stores:
@@ -304,20 +212,6 @@ def generate_masks(
                 join_parts(store.path, map(store.part, spans), store.settings)
                 shutil.rmtree(store.parts, ignore_errors=True)
         processes.wait()
-
-
-def _take(stores: dict[str, _Store], data_set: DataSet, held: ExitStack, overwrite: bool) -> None:
-    for store in stores.values():
-        make_folder(store.path.parent)
-        held.enter_context(locked(store.path))
-        if overwrite:
-            store.clear()
-        if store.finished():
-            store.check_unchanged(data_set)
-            # A kill may come between joining the parts and deleting them.
-            shutil.rmtree(store.parts, ignore_errors=True)
-        else:
-            store.parts.mkdir(exist_ok=True)
 
 
 def _progress(tuned: list[Tuned]) -> Done:

@@ -1,11 +1,10 @@
-"""The form of a mask store's HDF5 file, and the parts that it is joined from."""
+"""The form of a mask store's HDF5 file: columns, attributes, what is checked."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import mmap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,7 @@ from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import Broken
 from aftcli.data.parts import check_held
 from aftcli.errors import AftError
-from aftcli.files import durable, require_space, values_hash
+from aftcli.files import values_hash
 from aftcli.settings import JUDGES, OUTPUTS, SOFTMAX, Search
 
 # The type of each column and its axes after the first, which is the image. Equal letters are
@@ -65,8 +64,6 @@ FEATURES = ("v110", "v110")  # of HDF5: compact, and readable since 1.10 (2016)
 LONGEST = 2**20  # bytes of an attribute: the names of a thousand classes take 30,000
 
 MOST_CLASSES = 2**20
-
-LEVEL = 1  # of deflate: 6 takes three times as long and saves 4 % of the file
 
 SEAL = "seal"
 
@@ -275,124 +272,26 @@ def fold_rows(running: Any, rows: Rows) -> None:  # noqa: ANN401 - hashlib's obj
         running.update(np.concatenate([c.view(np.uint8) for c in flat], axis=1).tobytes())
 
 
-def _write_columns(group: h5py.Group, rows: Rows) -> None:
-    for name, values in rows._asdict().items():
-        group.create_dataset(
-            name,
-            data=values,
-            maxshape=(None, *(n or None for n in values.shape[1:])),
-            chunks=(ROWS, *(max(n, 1) for n in values.shape[1:])),
-            compression="gzip",
-            compression_opts=LEVEL,
-            shuffle=True,
-            fletcher32=True,
-        )
+HEAP = b"GCOL\x01\0\0\0"  # begins a heap of texts in an HDF5 file, format 1
+
+HEAD = 16  # bytes before the objects of a heap, and before the data of each
 
 
-def _write_broken(group: h5py.Group, broken: list[Broken]) -> None:
-    text = h5py.string_dtype()
-    for name, values in (
-        ("path", [b.path for b in broken]),
-        ("reason", [b.reason for b in broken]),
-    ):
-        clean = [v.encode("utf-8", "replace") for v in values]
-        group.create_dataset(f"broken_{name}", data=clean, dtype=text)
-    group.create_dataset("broken_content", data=np.array([b.content for b in broken], np.int64))
-
-
-def _write_settings(group: h5py.Group, settings: Mapping[str, Any]) -> None:
-    for key, value in settings.items():
-        group.attrs[key] = json.dumps(value) if isinstance(value, list | dict) else value
-
-
-def write_part(path: Path, rows: Rows, broken: list[Broken], settings: Mapping[str, Any]) -> None:
-    """Write the results of one block of images.
-
-    HDF5 builds the file in memory: a full disk then meets an ordinary write, which fails well.
-    """
-    # The image that HDF5 1.14.4 gives of an open file has a checksum of its flags while open.
-    image = io.BytesIO()
-    with h5py.File(image, "w", libver=FEATURES) as file:
-        for name, values in rows._asdict().items():
-            file.create_dataset(name, data=values)
-        _write_broken(file, broken)
-        _write_settings(file, settings)
-    content = image.getvalue()
-    # HDF5 might still open a file whose write was torn; the digest detects it.
-    digest = hashlib.sha256(content).digest()
-    with durable(path) as temporary:
-        temporary.write_bytes(content + digest)
-
-
-def read_part(path: Path, own: bool = False) -> tuple[Rows, list[Broken], dict[str, Any]] | None:
-    """Read the results of one block; None if the file is missing or damaged.
-
-    One that this run has written or checked is read without its settings.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    content, digest = data[:-32], data[-32:]
-    if hashlib.sha256(content).digest() != digest:
-        return None
-    try:
-        with h5py.File.in_memory(content) as file:
-            if not own:
-                check_form(file)
-            rows = Rows(*(file[name][:] for name in Rows._fields))
-            return rows, read_broken(file), {} if own else read_settings(file)
-    except (OSError, ValueError, KeyError):  # written by another version of aft
-        return None
-
-
-def join_parts(path: Path, parts: Iterable[Path], settings: Mapping[str, Any]) -> None:
-    """Join the blocks of a store, in their order, into one file; memory stays flat."""
-    parts = list(parts)
-    with durable(path) as temporary:
-        # HDF5 crashes where the disk is full; parts together are larger than the whole.
-        require_space(temporary, 2**16 + sum(p.stat().st_size for p in parts if p.exists()))
-        broken: list[Broken] = []
-        running = hashlib.sha256()
-        with open_file(temporary, "w") as file:
-            for rows in _gathered(_rows_of(parts, broken)):
-                _append(file, rows)
-                fold_rows(running, rows)
-            _write_broken(file, broken)
-            whole = {**settings, "digest": running.hexdigest(), "complete": True}
-            _write_settings(file, {**whole, SEAL: seal_of(whole)})
-
-
-def _rows_of(parts: Iterable[Path], broken: list[Broken]) -> Iterator[Rows]:
-    """Yield the rows of each block, and add its broken images to a list."""
-    for part in parts:
-        read = read_part(part, own=True)
-        if read is None:
-            raise AftError(f"{part}: is damaged; run the same command again")
-        rows, more, _ = read
-        broken += more
-        yield rows
-
-
-def _gathered(blocks: Iterable[Rows]) -> Iterator[Rows]:
-    """Yield the rows of blocks, whole chunks at a time: HDF5 packs each of these once."""
-    held: list[Rows] = []
-    for rows in blocks:
-        held.append(rows)
-        full = sum(len(each.path) for each in held) // APPENDED * APPENDED
-        if full:
-            columns = [np.concatenate(column) for column in zip(*held, strict=True)]
-            yield Rows(*(column[:full] for column in columns))
-            held = [Rows(*(column[full:] for column in columns))]
-    yield Rows(*(np.concatenate(column) for column in zip(*held, strict=True)))
-
-
-def _append(file: h5py.File, rows: Rows) -> None:
-    if "path" not in file:
-        _write_columns(file, rows)
-        return
-    for name, values in rows._asdict().items():
-        column = file[name]
-        start = len(column)
-        column.resize(start + len(values), axis=0)
-        column[start:] = values
+def check_heaps(path: Path) -> None:
+    """Refuse, by ValueError, damaged heaps of texts: HDF5 walks some of them for ever."""
+    if not path.is_file() or not path.stat().st_size:
+        return  # whoever opens it says so
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = data.find(HEAP)
+        while start >= 0:
+            end = start + int.from_bytes(data[start + 8 : start + HEAD], "little")
+            place = start + HEAD
+            while place + HEAD <= end:
+                kind, size = data[place : place + 2], data[place + 8 : place + HEAD]
+                length = int.from_bytes(size, "little")
+                # Free space counts its own head; data is padded to 8 bytes.
+                length = HEAD + -(-length // 8) * 8 if any(kind) else length
+                if not HEAD <= length <= end - place or end > len(data):
+                    raise ValueError("its heap of texts is damaged")
+                place += length
+            start = data.find(HEAP, start + 1)

@@ -1,15 +1,10 @@
-"""The mask store: TFT's results for a data set, in HDF5 (docs/reference/files.md).
-
-A store grows as a folder of small files, each written whole or not at all, and is joined into
-one file at the end; so whatever stops a run, the files on disk are right.
-"""
+"""The mask store: TFT's results for a data set, in HDF5 (docs/reference/files.md)."""
 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +26,7 @@ from aftcli.masks.hdf5 import (
     ROWS,
     Rows,
     check_form,
+    check_heaps,
     check_store,
     check_values,
     fold_rows,
@@ -39,36 +35,9 @@ from aftcli.masks.hdf5 import (
     read_broken,
     read_settings,
 )
-from aftcli.settings import JUDGES, SOFTMAX
-from aftcli.tft.judges import judges_named
+from aftcli.masks.settings import FORMAT_VERSION
 from aftcli.tft.masking import cut_off
 from aftcli.tft.threshold import mask_of, threshold_map
-
-FORMAT_VERSION = 2
-
-# Recorded, but not compared: a store may be resumed by another version of aft or from a moved
-# data set, and class names, which older stores lack, change no number.
-INFORMATION = frozenset(
-    {
-        "aft_version",
-        "checkpoint",
-        "class_names",
-        "data_set",
-        "complete",
-        "digest",
-        "imagenet",
-        "seal",
-    }
-)
-
-# Settings that are written only where they are not the default.
-UNWRITTEN = {
-    **{"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""},
-    **{"held": {}, "every": False, JUDGES: []},
-}
-
-# Settings that class names change, and nothing else of a store.
-NAMING = frozenset({"classes", "images_hash", "labels"})
 
 
 class MaskRecord(NamedTuple):
@@ -86,54 +55,6 @@ class MaskRecord(NamedTuple):
     areas: Tensor
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Name the settings in which a store differs from what is asked for."""
-    found, wanted = UNWRITTEN | dict(found), UNWRITTEN | dict(wanted)
-    told = []
-    for key in _differing(found, wanted):
-        before, now = found.get(key), wanted.get(key)
-        if key == "masks" and before and now:
-            told += [f"masks: {each}" for each in _of_masks(before, now)]
-        else:
-            told.append(f"{key} is {_short(key, before)}, asked for {_short(key, now)}")
-    return told
-
-
-def _of_masks(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name the settings in which masks that a network was tuned with differ."""
-    other = differences(before, now)
-    same = not other and before.get("digest") != now.get("digest")
-    return [*other, *(["they were made again, of other content"] if same else [])]
-
-
-def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    keys = sorted({*found, *wanted} - INFORMATION)
-    return [key for key in keys if found.get(key) != wanted.get(key)]
-
-
-def refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse to resume a file that was begun with other settings."""
-    named_since = (found.get("labels"), wanted.get("labels")) == ("data set", "model")
-    if named_since and NAMING.issuperset(_differing(found, wanted)):
-        raise AftError(
-            f"{path}: was begun without class names, which change no mask; leave --classes out "
-            "here and pass it to aft finetune and aft evaluate, or use --overwrite"
-        )
-    other = differences(found, wanted)
-    if other:
-        raise AftError(
-            f"{path}: was begun with other settings: {'; '.join(other)}; use the same ones, "
-            "another --run, or --overwrite"
-        )
-
-
-def _short(key: str, value: Any) -> str:  # noqa: ANN401 - of any setting
-    if key == JUDGES:
-        return judges_named(value)
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
 def _unreadable(path: Path, what: str, error: Exception) -> AftError:
     """Return the error that says why a store can't be read; the system may refuse a whole one."""
     if isinstance(error, OSError) and error.errno:
@@ -145,30 +66,6 @@ def _unreadable(path: Path, what: str, error: Exception) -> AftError:
     return AftError(
         f"{path}: {what} ({first_line(error)[:120]}); make it again with aft gen-masks --overwrite"
     )
-
-
-HEAP = b"GCOL\x01\0\0\0"  # begins a heap of texts in an HDF5 file, format 1
-HEAD = 16  # bytes before the objects of a heap, and before the data of each
-
-
-def check_heaps(path: Path) -> None:
-    """Refuse, by ValueError, damaged heaps of texts: HDF5 walks some of them for ever."""
-    if not path.is_file() or not path.stat().st_size:
-        return  # whoever opens it says so
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = data.find(HEAP)
-        while start >= 0:
-            end = start + int.from_bytes(data[start + 8 : start + HEAD], "little")
-            place = start + HEAD
-            while place + HEAD <= end:
-                kind, size = data[place : place + 2], data[place + 8 : place + HEAD]
-                length = int.from_bytes(size, "little")
-                # Free space counts its own head; data is padded to 8 bytes.
-                length = HEAD + -(-length // 8) * 8 if any(kind) else length
-                if not HEAD <= length <= end - place or end > len(data):
-                    raise ValueError("its heap of texts is damaged")
-                place += length
-            start = data.find(HEAP, start + 1)
 
 
 class MaskStore(torch.utils.data.Dataset[MaskRecord]):

@@ -21,7 +21,8 @@ from aftcli.data.parts import AS_FOUND, Held, Reading, spread
 from aftcli.data.sets import DataSet, Sample, format_of, open_data_set
 from aftcli.errors import AftError
 from aftcli.masks.hdf5 import Rows
-from aftcli.masks.store import MaskStore, differences
+from aftcli.masks.settings import differences
+from aftcli.masks.store import MaskStore
 from aftcli.models.checkpoint import card_classes, read_card
 from aftcli.models.load import advice, load_classifier
 from aftcli.networks.sources import is_model, refuse_unnamed

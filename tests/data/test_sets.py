@@ -23,7 +23,7 @@ from aftcli.data.sets import (
     open_data_set,
     validation_of,
 )
-from aftcli.masks.generate import store_settings
+from aftcli.masks.settings import store_settings
 from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import Search
 from tests.helpers.command import aft

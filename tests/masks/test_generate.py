@@ -16,8 +16,9 @@ from aftcli import AftError, MaskStore
 from aftcli.data.blocks import Loaded, batches, spans_of
 from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
-from aftcli.masks.generate import generate_masks, store_settings
+from aftcli.masks.generate import generate_masks
 from aftcli.masks.hdf5 import Rows
+from aftcli.masks.settings import store_settings
 from aftcli.settings import Search
 from tests.conftest import ROOT
 from tests.helpers.faulty import aft

@@ -12,9 +12,9 @@ from aftcli.core.classes import Classes
 from aftcli.data.blocks import Processes
 from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import open_data_set
-from aftcli.masks.generate import generate_masks, store_settings
+from aftcli.masks.generate import generate_masks
 from aftcli.masks.hdf5 import SEAL, seal_of
-from aftcli.masks.store import differences
+from aftcli.masks.settings import differences, store_settings
 from aftcli.report.masks import summarise
 from aftcli.settings import JUDGES, Search
 from aftcli.tft.judges import Judge, judges_named, judges_of

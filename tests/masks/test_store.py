@@ -14,7 +14,9 @@ from aftcli import AftError, MaskStore, attribution_map, fine_tune_threshold, to
 from aftcli.data.blocks import Broken
 from aftcli.data.images import read_image
 from aftcli.masks import hdf5
-from aftcli.masks.hdf5 import Rows, join_float, read_part, split_float, write_part
+from aftcli.masks import parts as making
+from aftcli.masks.hdf5 import Rows, join_float, split_float
+from aftcli.masks.parts import read_part, write_part
 from aftcli.settings import Search
 from tests.helpers.stored import generate, make_images, small_float
 
@@ -200,7 +202,7 @@ def test_other_files_are_refused_with_a_reason(tmp_path):
 @pytest.mark.parametrize("sizes", [(3, 5, 1, 9, 2), (4, 4), (1,), (0, 0), (0, 13, 0)])
 def test_a_store_is_the_rows_of_its_blocks_whatever_their_sizes(run, tmp_path, monkeypatch, sizes):
     """Blocks are gathered to whole chunks of 4 rows here; the digest is of the rows alone."""
-    monkeypatch.setattr(hdf5, "APPENDED", 4)
+    monkeypatch.setattr(making, "APPENDED", 4)
     with MaskStore(run / "masks/small-gradcam.h5") as store:
         settings, rows = store.settings, store.rows(0, sum(sizes))
     parts, start = [], 0
@@ -208,10 +210,10 @@ def test_a_store_is_the_rows_of_its_blocks_whatever_their_sizes(run, tmp_path, m
         parts.append(tmp_path / str(number))
         own = hdf5.Rows(*(column[start : start + size] for column in rows))
         broken = [Broken(f"{number}.png", "gone")]
-        hdf5.write_part(parts[-1], own, broken, {})
+        making.write_part(parts[-1], own, broken, {})
         start += size
     plain = {k: v for k, v in settings.items() if k not in ("digest", "seal", "complete")}
-    hdf5.join_parts(tmp_path / "joined.h5", parts, plain)
+    making.join_parts(tmp_path / "joined.h5", parts, plain)
     running = hashlib.sha256()
     hdf5.fold_rows(running, rows)
     with MaskStore(tmp_path / "joined.h5") as store:
@@ -225,7 +227,7 @@ def test_a_store_is_the_rows_of_its_blocks_whatever_their_sizes(run, tmp_path, m
 
 
 def test_a_heap_of_texts_that_hdf5_would_walk_for_ever_is_refused(tmp_path):
-    from aftcli.masks.store import HEAP, check_heaps
+    from aftcli.masks.hdf5 import HEAP, check_heaps
 
     def heap(*sizes, length=128):
         objects = b"".join(
