@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from aftcli.evaluation.tables import table4 as table4
     from aftcli.masks.generate import generate_masks as generate_masks
     from aftcli.masks.store import MaskStore as MaskStore
-    from aftcli.masks.stores import Source as Source
     from aftcli.models.checkpoint import read_card as read_card
     from aftcli.models.load import load_classifier as load_classifier
+    from aftcli.models.source import Source as Source
     from aftcli.models.targets import box_target as box_target
     from aftcli.models.targets import contrast_target as contrast_target
     from aftcli.models.targets import output_target as output_target
@@ -68,7 +68,7 @@ _HOMES = {
     "Preprocessing": "aftcli.core.classes",
     "Recipe": "aftcli.aft.loss",
     "Search": "aftcli.settings",
-    "Source": "aftcli.masks.stores",
+    "Source": "aftcli.models.source",
     "Study": "aftcli.evaluation.study",
     "TftResult": "aftcli.tft.result",
     "Training": "aftcli.aft.training",

@@ -24,19 +24,11 @@ from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set,
 from aftcli.errors import AftError
 from aftcli.files import file_stem
 from aftcli.masks.hdf5 import Rows, join_float
+from aftcli.masks.images import StoredImages, choose_held, chunks_of, stored_images
 from aftcli.masks.store import MaskStore
-from aftcli.masks.stores import (
-    Source,
-    StoredImages,
-    check_made_for,
-    choose_held,
-    chunks_of,
-    find_stores,
-    open_stores,
-    stored_images,
-    with_names_of_run,
-)
+from aftcli.masks.stores import check_made_for, find_stores, open_stores, with_names_of_run
 from aftcli.models.load import advice, with_new_head
+from aftcli.models.source import Source
 from aftcli.settings import JUDGES
 from aftcli.tft.judges import judges_of
 from aftcli.tft.masking import FILLS, cut_off

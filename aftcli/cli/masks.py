@@ -87,7 +87,8 @@ def gen_masks(
     from aftcli.data.parts import Reading
     from aftcli.data.sets import open_data_set
     from aftcli.masks.generate import generate_masks, store_path
-    from aftcli.masks.stores import choose_held, with_names_of_run
+    from aftcli.masks.images import choose_held
+    from aftcli.masks.stores import with_names_of_run
     from aftcli.report.masks import print_stores, watch
     from aftcli.tft.explain import passes
 

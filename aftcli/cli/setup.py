@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from aftcli.core.classifier import Classifier
     from aftcli.data.blocks import Processes
     from aftcli.engine.accelerate import Accelerate
-    from aftcli.masks.stores import Source
+    from aftcli.models.source import Source
     from aftcli.pictures.overlay import Subject
     from aftcli.settings import Search
     from aftcli.tft.explain import Explanation
@@ -207,7 +207,7 @@ def source(
     earlier: tuple[str, ...] = (),
 ) -> Source:
     """Say where the classifiers of a run come from."""
-    from aftcli.masks.stores import Source
+    from aftcli.models.source import Source
 
     own = names(network.classes)
     files = (network.model, network.checkpoint, layer or None)

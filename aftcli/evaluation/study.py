@@ -24,10 +24,12 @@ from aftcli.data.sets import (
 )
 from aftcli.errors import AftError
 from aftcli.evaluation.results import with_kept_names
+from aftcli.masks.images import reread, stored_contents
 from aftcli.masks.store import MaskStore
-from aftcli.masks.stores import Source, check_made_for, open_stores, reread, stored_contents
+from aftcli.masks.stores import check_made_for, open_stores
 from aftcli.models.checkpoint import read_card, trained_otherwise
 from aftcli.models.load import advice, load_classifier
+from aftcli.models.source import Source
 from aftcli.settings import SOFTMAX, Search
 from aftcli.tft.judges import Judge, judges_named, judges_of, load_judges
 

@@ -47,8 +47,8 @@ from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Asked, Study
 from aftcli.files import file_stem
 from aftcli.masks.generate import BATCH
-from aftcli.masks.stores import Source
 from aftcli.models.load import find_device
+from aftcli.models.source import Source
 from aftcli.tft.judges import Judge, load_judges
 from benchmarks.quality.aft_results import aft
 from benchmarks.quality.grid_tables import keep_page

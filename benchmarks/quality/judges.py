@@ -39,8 +39,8 @@ from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Asked
 from aftcli.evaluation.tables import values_of
-from aftcli.masks.stores import Source
 from aftcli.models.load import find_device
+from aftcli.models.source import Source
 from benchmarks import pages
 from benchmarks.quality.aft_results import aft
 from benchmarks.quality.grid_tables import number

@@ -27,9 +27,9 @@ from aftcli.aft.jobs import _kept as kept
 from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import spans_of
 from aftcli.masks.hdf5 import Rows, split_float
+from aftcli.masks.images import chunks_of
 from aftcli.masks.parts import join_parts, write_part
 from aftcli.masks.store import MaskStore
-from aftcli.masks.stores import chunks_of
 from aftcli.report.masks import show_store
 from aftcli.settings import Search
 

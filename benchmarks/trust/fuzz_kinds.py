@@ -143,9 +143,9 @@ def loaded_once() -> None:
         return real(name, checkpoint, layer, **options)
 
     from aftcli.evaluation import study
-    from aftcli.masks import stores
+    from aftcli.models import source
 
-    for module in (models, stores, study):
+    for module in (models, source, study):
         module.load_classifier = load  # type: ignore[attr-defined]
 
 

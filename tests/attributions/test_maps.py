@@ -25,7 +25,7 @@ from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import cut_classifier
 from aftcli.core.methods import METHODS
 from aftcli.errors import AftError
-from aftcli.masks.stores import Source
+from aftcli.models.source import Source
 from aftcli.settings import Search, Shaping
 from aftcli.tft.explain import explain, passes
 from aftcli.tft.search import fine_tune_threshold
@@ -549,7 +549,7 @@ def test_volumes_of_one_channel_have_a_default_layer():
 
 def test_commands_say_what_to_do_with_volumes(monkeypatch):
     f = cut_classifier(Scan(), preprocessing=Preprocessing(size=(4, 8, 8), resize=None))
-    monkeypatch.setattr("aftcli.masks.stores.load_classifier", lambda *_, **__: f)
+    monkeypatch.setattr("aftcli.models.source.load_classifier", lambda *_, **__: f)
     with pytest.raises(
         AftError, match="Scan takes volumes or videos, .N, 1, D, H, W., and comm.*Py"
     ):

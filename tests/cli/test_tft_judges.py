@@ -175,7 +175,7 @@ def data(monkeypatch):
     """A data set with a val split; later commands take the small network too."""
     for part in ("train", "val"):
         make_images(Path("data", part), each=4, seed=len(part))
-    for module in ("masks.stores", "evaluation.study"):
+    for module in ("models.source", "evaluation.study"):
         monkeypatch.setattr(f"aftcli.{module}.load_classifier", faulty.load_small)
 
 

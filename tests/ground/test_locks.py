@@ -66,7 +66,7 @@ def refused(target):
 @pytest.mark.parametrize("number", ERRORS, ids=errno.errorcode.get)
 def test_every_command_works_without_locks_and_says_so(tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
-    for module in ("models.load", "masks.stores", "evaluation.study"):
+    for module in ("models.load", "models.source", "evaluation.study"):
         monkeypatch.setattr(f"aftcli.{module}.load_classifier", faulty.load_small)
     make_colours(Path("data"))
     cams = ("--cam", "gradcam", "--cam", "layercam", "--workers", "0")

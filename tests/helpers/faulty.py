@@ -26,8 +26,8 @@ from aftcli.aft import run as finetune
 from aftcli.cli import app as cli
 from aftcli.data import blocks
 from aftcli.evaluation import study
-from aftcli.masks import stores
 from aftcli.models import load as models
+from aftcli.models import source
 from aftcli.models.checkpoint import read_card, restore
 from tests.helpers.stored import small_float
 
@@ -126,7 +126,7 @@ def limit_files(size):
 
 def _small_everything():
     torch.set_num_threads(1)
-    for module in (models, stores, study):
+    for module in (models, source, study):
         module.load_classifier = load_small
     blocks.BLOCK = features.BLOCK = 4
     finetune.Options = functools.partial(finetune.Options, save_every=0)

@@ -12,7 +12,7 @@ from aftcli.core.classes import Classes
 from aftcli.data.parts import Held, Reading, held_names
 from aftcli.data.sets import open_data_set, validation_of
 from aftcli.masks.generate import generate_masks
-from aftcli.masks.stores import reread
+from aftcli.masks.images import reread
 from aftcli.settings import Search
 from tests.helpers.command import aft
 from tests.helpers.stored import NAMES, generate, make_images, small_float

@@ -17,9 +17,10 @@ from aftcli.errors import AftError
 from aftcli.files import write_tensors
 from aftcli.masks.generate import generate_masks
 from aftcli.masks.store import MaskStore
-from aftcli.masks.stores import Source, check_made_for, find_stores
+from aftcli.masks.stores import check_made_for, find_stores
 from aftcli.models.checkpoint import checkpoint_of
 from aftcli.models.load import load_classifier
+from aftcli.models.source import Source
 from aftcli.settings import Search
 from aftcli.tft.judges import load_judges
 from tests.helpers.command import aft

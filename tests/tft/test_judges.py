@@ -21,7 +21,7 @@ from aftcli.evaluation.results import measure
 from aftcli.evaluation.run import evaluate_study
 from aftcli.evaluation.study import Asked, find_studies
 from aftcli.evaluation.tables import differences, table3
-from aftcli.masks.stores import Source
+from aftcli.models.source import Source
 from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import MODES, Search
 from aftcli.tft import judges as judging

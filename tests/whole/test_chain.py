@@ -29,7 +29,7 @@ CHECKPOINT = Path("aft-run/tuned/small-gradcam.safetensors")
 def colours(monkeypatch, tmp_path):
     """A folder to be in with a data set; the commands take a small network."""
     make_colours(tmp_path / "data")
-    for module in ("models.load", "masks.stores", "evaluation.study"):
+    for module in ("models.load", "models.source", "evaluation.study"):
         monkeypatch.setattr(f"aftcli.{module}.load_classifier", faulty.load_small)
     monkeypatch.chdir(tmp_path)
 

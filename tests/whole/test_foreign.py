@@ -70,7 +70,7 @@ def load(name=None, checkpoint=None, *_, **__):
 
 def give_odd(patch):
     """Give every command the odd network."""
-    for module in ("models.load", "masks.stores", "evaluation.study"):
+    for module in ("models.load", "models.source", "evaluation.study"):
         patch.setattr(f"aftcli.{module}.load_classifier", load)
 
 

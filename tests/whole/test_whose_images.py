@@ -18,8 +18,8 @@ from aftcli.evaluation import study as evaluate_jobs
 from aftcli.evaluation.run import Plan
 from aftcli.evaluation.study import Asked, find_studies
 from aftcli.masks.store import MaskStore
-from aftcli.masks.stores import Source
 from aftcli.models.checkpoint import read_card
+from aftcli.models.source import Source
 from aftcli.options.groups import EvaluateRun
 from aftcli.pages.grids import Shown
 from aftcli.pages.printed import as_csv, as_dict, as_text

@@ -128,7 +128,7 @@ def small_commands(monkeypatch, tmp_path):
     """A folder to be in with a small network's masks; the commands take this network."""
     make_colours(tmp_path / "data")
     masks_of(tmp_path / "data", tmp_path / "aft-run")
-    for module in ("models.load", "masks.stores"):
+    for module in ("models.load", "models.source"):
         monkeypatch.setattr(f"aftcli.{module}.load_classifier", lambda *_, **__: small_float())
     monkeypatch.chdir(tmp_path)
 
