@@ -19,10 +19,10 @@ from accelerate import Accelerator
 
 from aftcli.aft.examples import Cached, CachedExamples, Gathering, Note
 from aftcli.aft.examples import Options as Options
-from aftcli.aft.jobs import Job
+from aftcli.aft.jobs import Job, check_zero_level
 from aftcli.aft.loss import ZERO_LEVEL, Choice, InSituation, Recipe, check_settings, situation_of
 from aftcli.aft.training import Epoch, Measured, State, Step, Training
-from aftcli.aft.zero_level import Chosen, Searching, ZeroLevelTraining, check_job
+from aftcli.aft.zero_level import Chosen, Searching, ZeroLevelTraining
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import Broken, content_hash, contents_of, pack, stamp_of, unpack
 from aftcli.errors import AftError
@@ -219,7 +219,7 @@ def fine_tune(
 def _tune(job: Job, settings: Recipe, choice: Choice, gathering: Gathering) -> Iterator[Event]:
     check_settings(settings, job.cam)
     if settings.objective == ZERO_LEVEL:
-        check_job(job, gathering.options.augment)
+        check_zero_level(job, gathering.options.augment)
     run, options, accelerator = gathering.run, gathering.options, gathering.accelerator
     files = _Files(run, job, _identity(job, settings, options, accelerator, run))
     first = accelerator.process_index == 0

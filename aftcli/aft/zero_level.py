@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from aftcli.aft.jobs import Job
 from aftcli.aft.loss import Batch, Recipe, check_settings
 from aftcli.aft.tail import with_parts
 from aftcli.aft.training import (
@@ -29,8 +28,8 @@ from aftcli.aft.training import (
     _under,
     shuffled,
 )
-from aftcli.core.cam import class_score
 from aftcli.core.classifier import Classifier
+from aftcli.core.outputs import class_score
 from aftcli.core.zero_level import (
     Learned,
     check_learnable,
@@ -58,25 +57,6 @@ SHARES = (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 
 ASKED = 500  # training images that choose t, at the most
 
 BLOCK = 16  # of them that are masked together
-
-
-def check_job(job: Job, augment: bool) -> None:
-    """Check that a zero level can be learned from a job's masks.
-
-    Raises:
-        AftError: it can't.
-    """
-    check_learnable(job.f)
-    if (job.made or {}).get("masking") == "soft":
-        raise AftError(
-            f"{job.name}: a zero level needs binary masks, and these are soft, which rewards high "
-            "scores, not the kept region (on ImageNet the average increase fell from .337 to "
-            ".270); make masks with aft gen-masks --masking binary"
-        )
-    if job.earlier:
-        raise AftError("--objective zero-level tunes one layer, the masks'; give --layer once")
-    if augment:
-        raise AftError("--objective zero-level trains on maps of whole images; leave --augment out")
 
 
 class Chosen(NamedTuple):

@@ -14,17 +14,9 @@ from torch import Tensor, nn
 
 from aftcli.attributions.canonical import canonical
 from aftcli.attributions.decomposition import contrast, named, relevance
-from aftcli.core.cam import (
-    cells_of,
-    class_score,
-    layer_cam,
-    normalise,
-    score_gradient,
-    upsample,
-    weighted_sum,
-)
+from aftcli.core.cam import cells_of, layer_cam, normalise, score_gradient, upsample, weighted_sum
 from aftcli.core.classifier import Classifier
-from aftcli.core.outputs import log_probabilities
+from aftcli.core.outputs import class_score, log_probabilities
 from aftcli.core.zero_level import without_constant
 from aftcli.cutting.cut import CutPoint, cut, cut_points
 from aftcli.errors import AftError, first_line

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from aftcli.attributions.canonical import INSTEAD, Product, Sum, canonical
-from aftcli.core.cam import class_score
 from aftcli.core.classifier import Classifier
+from aftcli.core.outputs import class_score
 from aftcli.errors import AftError
 from aftcli.settings import NONE
 

@@ -22,6 +22,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.head import Score
 from aftcli.core.inputs import class_indices, first_activation
 from aftcli.core.methods import METHODS, Method, method
+from aftcli.core.outputs import class_score
 from aftcli.core.zero_level import without_constant
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError, check_name
@@ -47,11 +48,11 @@ WEIGHTS: dict[str, Method] = {
 
 # The score whose gradient in A each of these takes.
 SCORES: dict[str, Score] = {
-    "gradcam": cam.class_score,
-    "gradcam++": cam.class_score,
-    "layercam": cam.class_score,
-    "xgradcam": cam.class_score,
-    "hirescam": cam.class_score,
+    "gradcam": class_score,
+    "gradcam++": class_score,
+    "layercam": class_score,
+    "xgradcam": class_score,
+    "hirescam": class_score,
     "finercam": beyond.finer_score,
 }
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aftcli.attributions.gradient import seeded
-from aftcli.core.cam import BATCH, class_score, wide
+from aftcli.core.cam import BATCH, wide
 from aftcli.core.classifier import Classifier
+from aftcli.core.outputs import class_score
 from aftcli.errors import AftError
 
 WINDOW = 1 / 7  # of the side: 32 of 224 pixels, one cell of a 7 x 7 activation

@@ -14,19 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aftcli.core.classifier import Classifier
-from aftcli.core.head import LinearHead, Score, attention_in_steps, gradient_of
+from aftcli.core.head import (
+    Score,
+    ablated_before_mlp,
+    ablated_in_closed_form,
+    attention_in_steps,
+    gradient_of,
+)
 from aftcli.core.methods import Method
 from aftcli.core.methods import method as find_method
+from aftcli.core.outputs import class_score
 from aftcli.core.zero_level import above, without_constant
 from aftcli.cutting.watched import replaced_until_gradient
 from aftcli.errors import AftError
 
 BATCH = 64  # head or network passes at a time
-
-
-def class_score(logits: Tensor, class_index: Tensor) -> Tensor:
-    """Pick the pre-softmax score y^c, shape (N,), of classes, shape (N,), from logits (N, C)."""
-    return logits.gather(1, class_index[:, None]).squeeze(1)
 
 
 def score_gradient(
@@ -243,45 +245,6 @@ def ablated_scores(f: Classifier, activation: Tensor, class_index: Tensor) -> Te
     if f.linear_head.is_last:
         return ablated_in_closed_form(f.linear_head, activation, class_index)
     return ablated_before_mlp(f.linear_head, activation, class_index)
-
-
-def _channel_features(head: LinearHead, activation: Tensor) -> Tensor:
-    """Compute what zeroing each channel takes from the linear layer's input, shape (N, K, m)."""
-    taken = head.pool(activation) - head.pool(torch.zeros_like(activation[:1]))
-    # Not len(), which engine/export.py would take for a fixed number.
-    return taken.view(*activation.shape[:2], -1)  # type: ignore[no-any-return]
-
-
-def ablated_in_closed_form(head: LinearHead, activation: Tensor, class_index: Tensor) -> Tensor:
-    """y_k^c = y^c - W_ck . pool(A^k): for a head of pooling and one linear layer."""
-    taken = _channel_features(head, activation)
-    y = class_score(head.rest(head.linear(head.pool(activation))), class_index)
-    weight = head.weight[class_index].view_as(taken)
-    return y[:, None] - (weight * taken).sum(2)
-
-
-def ablated_before_mlp(head: LinearHead, activation: Tensor, class_index: Tensor) -> Tensor:
-    """y_k^c = rest(z - W_k pool(A^k)): subtract each channel's part of the first linear layer."""
-    taken = _channel_features(head, activation)
-    z = head.linear(head.pool(activation))
-    y = class_score(head.rest(z), class_index)
-    scores = []
-    for n, c in enumerate(class_index.tolist()):
-        alive = taken[n].any(1).nonzero().squeeze(1)
-        y_k = y[n].repeat(taken.shape[1])
-        if len(alive):
-            without = z[n] - _contributions(head.linear.weight, taken[n], alive)
-            y_k[alive] = torch.cat([head.rest(part)[:, c] for part in torch.split(without, 512)])
-        scores.append(y_k)
-    return torch.stack(scores)
-
-
-def _contributions(weight: Tensor, taken: Tensor, alive: Tensor) -> Tensor:
-    """Compute W_k pool(A^k) for the channels that are not empty, shape (len(alive), D)."""
-    by_channel = weight.view(len(weight), *taken.shape)
-    # Row by row of W: the product of all at once would be as large as W itself.
-    rows = (torch.einsum("dkm,km->dk", w, taken) for w in by_channel.split(256))
-    return torch.cat(list(rows))[:, alive].mT
 
 
 def ablated_by_batches(f: Classifier, activation: Tensor, class_index: Tensor) -> Tensor:

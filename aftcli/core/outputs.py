@@ -17,6 +17,11 @@ from aftcli.settings import AUTO, NONE, OUTPUTS, SIGMOID, SOFTMAX
 BOTH = "both_classes"  # the module's name in a head
 
 
+def class_score(logits: Tensor, class_index: Tensor) -> Tensor:
+    """Pick the pre-softmax score y^c, shape (N,), of classes, shape (N,), from logits (N, C)."""
+    return logits.gather(1, class_index[:, None]).squeeze(1)
+
+
 def probabilities(logits: Tensor, output: str = SOFTMAX) -> Tensor:
     """Compute probabilities of classes, shape (N, C), from logits (§2.1).
 

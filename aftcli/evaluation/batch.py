@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from aftcli.attributions.controls import Control, Controlled, gamma_means, shifted_areas
-from aftcli.core.cam import class_score, map_of, scaled_map, upsample
+from aftcli.core.cam import map_of, scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
+from aftcli.core.outputs import class_score
 from aftcli.data.objects import Regions
 from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, QUANTUS, Measure
 from aftcli.evaluation.results import Images, Muting, Unit, Values, Verdict, View, Wanted

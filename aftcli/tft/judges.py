@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from aftcli.core.cam import class_score
 from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
+from aftcli.core.outputs import class_score
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import read_card
 from aftcli.models.load import load_classifier

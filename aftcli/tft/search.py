@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aftcli.core.cam import class_score, scaled_map, upsample
+from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.inputs import check_shape, class_indices
+from aftcli.core.outputs import class_score
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.settings import THRESHOLDS, Search

@@ -28,8 +28,8 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from aftcli import Classifier, fine_tune_threshold
-from aftcli.core.cam import class_score, normalise, scaled_map, upsample
-from aftcli.core.outputs import probabilities
+from aftcli.core.cam import normalise, scaled_map, upsample
+from aftcli.core.outputs import class_score, probabilities
 from aftcli.evaluation import metrics
 from aftcli.tft.masking import cut_off
 from aftcli.tft.threshold import mask_of, masked_image, threshold_map

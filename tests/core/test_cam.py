@@ -10,9 +10,7 @@ from torch import nn
 
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.cam import (
-    ablated_before_mlp,
     ablated_by_batches,
-    ablated_in_closed_form,
     ablated_scores,
     normalise,
     scaled_map,
@@ -21,6 +19,7 @@ from aftcli.core.cam import (
 )
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
+from aftcli.core.head import ablated_before_mlp, ablated_in_closed_form
 from aftcli.core.methods import CAMS, METHODS, Entry, named
 from aftcli.errors import AftError
 from aftcli.models.load import load_classifier
