@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from aftcli.data.sets import open_data_set as open_data_set
     from aftcli.engine.accelerate import accelerated as accelerated
     from aftcli.errors import AftError as AftError
-    from aftcli.evaluation.measures import MEASURES as MEASURES
-    from aftcli.evaluation.metrics import Average as Average
     from aftcli.evaluation.run import evaluate_study as evaluate_study
     from aftcli.evaluation.study import Study as Study
     from aftcli.evaluation.study import find_studies as find_studies
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
     from aftcli.evaluation.tables import table4 as table4
     from aftcli.masks.generate import generate_masks as generate_masks
     from aftcli.masks.store import MaskStore as MaskStore
+    from aftcli.measures.metrics import Average as Average
+    from aftcli.measures.registry import MEASURES as MEASURES
     from aftcli.models.checkpoint import read_card as read_card
     from aftcli.models.load import load_classifier as load_classifier
     from aftcli.models.source import Source as Source
@@ -57,12 +57,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AftError": "aftcli.errors",
-    "Average": "aftcli.evaluation.metrics",
+    "Average": "aftcli.measures.metrics",
     "Classes": "aftcli.core.classes",
     "Classifier": "aftcli.core.classifier",
     "Explanation": "aftcli.tft.explain",
     "Judge": "aftcli.tft.judges",
-    "MEASURES": "aftcli.evaluation.measures",
+    "MEASURES": "aftcli.measures.registry",
     "METHODS": "aftcli.core.methods",
     "MaskStore": "aftcli.masks.store",
     "Preprocessing": "aftcli.core.classes",

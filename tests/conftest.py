@@ -103,7 +103,7 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     helpers = [f"tests.helpers.{name}" for name in ("stored", "trained", "faulty", "preloaded")]
     reports = ["aftcli.report.masks", "aftcli.report.tuned", "aftcli.pages.printed"]
-    data = ["aftcli.formats.voc", "aftcli.evaluation.metrics"]
+    data = ["aftcli.formats.voc", "aftcli.measures.metrics"]
     # Those of others that are imported late; what is not there is left out.
     late = ["timm", "typer._adapters", "matplotlib.backends.backend_agg"]
     context.set_forkserver_preload([*late, *data, *reports, *helpers])

@@ -1,1 +1,1 @@
-"""Attribution methods beyond CAMs, and Quantus' metrics of maps (extras, both)."""
+"""Attribution methods beyond CAMs."""

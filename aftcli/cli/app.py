@@ -24,7 +24,7 @@ from aftcli.cli.finetune import finetune
 from aftcli.cli.masks import gen_masks
 from aftcli.cli.process import INTERRUPTED, Stopping, flush, what_is_wrong
 from aftcli.errors import AftError, AftWarning, UsageError
-from aftcli.evaluation.measures import TABLES
+from aftcli.measures.registry import TABLES
 from aftcli.options.groups import Run
 from aftcli.options.help import epilog
 from aftcli.options.idle import idle

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
-from aftcli.evaluation.measures import (
+from aftcli.measures.registry import (
     EVALUATED,
     MEASURED,
     MEASURES,

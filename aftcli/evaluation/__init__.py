@@ -1,1 +1,1 @@
-"""Evaluation (§5): measures, tables, sanity, timing."""
+"""Evaluation (§5): studies, results, tables, sanity, timing."""

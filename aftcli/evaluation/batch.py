@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from aftcli.attributions.controls import Control, Controlled, gamma_means, shifted_areas
 from aftcli.core.cam import map_of, scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.outputs import class_score
 from aftcli.data.objects import Regions
-from aftcli.evaluation.measures import BASELINES, CONTROLS, MEASURES, OBJECTS, QUANTUS, Measure
 from aftcli.evaluation.results import Images, Muting, Unit, Values, Verdict, View, Wanted
+from aftcli.measures.controls import Control, Controlled, gamma_means, shifted_areas
+from aftcli.measures.registry import BASELINES, CONTROLS, MEASURES, OBJECTS, QUANTUS, Measure
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge, judged
 from aftcli.tft.masking import cut_off
@@ -116,7 +116,7 @@ class Given:
 
     def by_quantus(self, name: str) -> Tensor:
         """Measure by a metric of Quantus, image by image, shape (N,); NaN where undefined."""
-        from aftcli.attributions.quantus import Image, find_metric, measure_image
+        from aftcli.measures.quantus import Image, find_metric, measure_image
 
         metric, maps, values = find_metric(name), self._maps, []
         for n, (regions, seed) in enumerate(zip(maps.regions, self.seeds, strict=True)):

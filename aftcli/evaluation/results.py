@@ -23,8 +23,8 @@ from aftcli.core.classes import Classes
 from aftcli.core.classifier import Classifier
 from aftcli.data.blocks import Broken
 from aftcli.data.objects import Regions
-from aftcli.evaluation.measures import BASELINES, MEASURES, completed
 from aftcli.files import read_sealed, values_hash, write_sealed
+from aftcli.measures.registry import BASELINES, MEASURES, completed
 from aftcli.settings import Search
 from aftcli.tft.judges import JUDGED, Judge
 from aftcli.tft.masking import cut_off
@@ -47,7 +47,7 @@ class Wanted(NamedTuple):
 
     Attributes:
         search: the settings of TFT, but for masking and fill; None for plain maps only.
-        extras: of `aftcli.evaluation.measures.EXTRAS`, and "baselines".
+        extras: of `aftcli.measures.registry.EXTRAS`, and "baselines".
         fill: what muted pixels show.
         cells: maps of pixels are averaged over the activation's cells.
         judges: others than the network that say what a mask keeps, by `Judge.key`.

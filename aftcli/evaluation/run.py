@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from aftcli.attributions.controls import Controlled, equal_gamma, exchanged, nearest_shift
 from aftcli.core.methods import METHODS
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.data.blocks import (
@@ -28,9 +27,16 @@ from aftcli.data.blocks import (
 from aftcli.data.objects import Objects
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
-from aftcli.evaluation import metrics
 from aftcli.evaluation.batch import measure_batch, measure_controls, passes
-from aftcli.evaluation.measures import (
+from aftcli.evaluation.results import Images, Result, ResultFile, Unit, Wanted
+from aftcli.evaluation.study import Study, Variant
+from aftcli.files import file_stem, make_folder, tensors_hash
+from aftcli.locks import locked
+from aftcli.masks.generate import BATCH
+from aftcli.measures import metrics
+from aftcli.measures.controls import Controlled, equal_gamma, exchanged, nearest_shift
+from aftcli.measures.metrics import NOISE
+from aftcli.measures.registry import (
     BASELINES,
     CONTROLLED,
     CONTROLS,
@@ -38,12 +44,6 @@ from aftcli.evaluation.measures import (
     QUANTUS,
     SOURCES,
 )
-from aftcli.evaluation.metrics import NOISE
-from aftcli.evaluation.results import Images, Result, ResultFile, Unit, Wanted
-from aftcli.evaluation.study import Study, Variant
-from aftcli.files import file_stem, make_folder, tensors_hash
-from aftcli.locks import locked
-from aftcli.masks.generate import BATCH
 from aftcli.settings import SOFTMAX
 from aftcli.tft.masking import MASKINGS
 
@@ -56,14 +56,14 @@ class Plan:
 
     Attributes:
         maskings: keys of MASKINGS: the readings of the paper.
-        extras: what is measured beyond what costs nothing (`aftcli.evaluation.measures.extras_of`).
+        extras: what is measured beyond what costs nothing (`aftcli.measures.registry.extras_of`).
         workers: processes that decode images.
         batch: images in one pass of the stem.
         overwrite: compute again.
         block: images stored at a time; default by the number of images.
         accelerate: makes classifiers fast (`aftcli.engine.accelerate`).
         note: is told what was assumed of the images' objects.
-        controls: measure the controls of TFT and AFT too (`aftcli.attributions.controls`).
+        controls: measure the controls of TFT and AFT too (`aftcli.measures.controls`).
     """
 
     maskings: tuple[str, ...] = tuple(MASKINGS)

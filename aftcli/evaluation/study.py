@@ -38,7 +38,7 @@ class Variant(NamedTuple):
     """A classifier of a study.
 
     Attributes:
-        name: a key of `aftcli.evaluation.measures.VARIANTS`: original, aft or control.
+        name: a key of `aftcli.measures.registry.VARIANTS`: original, aft or control.
         weights: a hash of them.
         cams: methods to measure it with.
         load: gives the classifier.

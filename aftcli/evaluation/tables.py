@@ -18,12 +18,12 @@ from aftcli.core.methods import CAMS, METHODS
 from aftcli.data.blocks import Processes
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import check_name
-from aftcli.evaluation.measures import COMPARED, MEASURES, PAPER, SOURCES, VARIANTS
-from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.results import Unit, Values, classified, measure
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.evaluation.trials import Table5Row, sanity_rows, table5
+from aftcli.measures.metrics import estimate
+from aftcli.measures.registry import COMPARED, MEASURES, PAPER, SOURCES, VARIANTS
 from aftcli.settings import SELF
 from aftcli.tft.threshold import MEASURE_ROUNDING
 

@@ -29,10 +29,10 @@ from aftcli.data.blocks import Processes, content_hash
 from aftcli.data.images import read_image, to_input
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
-from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.results import ResultFile
 from aftcli.evaluation.study import Study, Variant
 from aftcli.files import durable, file_stem, make_folder
+from aftcli.measures.metrics import estimate
 from aftcli.models.load import device_name
 from aftcli.settings import Search
 from aftcli.tft.masking import cut_off

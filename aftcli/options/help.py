@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aftcli.core.methods import FAMILIES, METHODS
-from aftcli.evaluation.measures import by_group
+from aftcli.measures.registry import by_group
 
 METHODS_HELP = (
     "--cam takes all (CAMs), a family or its methods: "

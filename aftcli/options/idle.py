@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from aftcli.core.methods import METHODS, named
 from aftcli.data.names import BUILTIN
 from aftcli.errors import AftError
-from aftcli.evaluation.measures import EVALUATED, MEASURED, MEASURES, measures
+from aftcli.measures.registry import EVALUATED, MEASURED, MEASURES, measures
 from aftcli.options.read import tables, undrawn
 
 Values = Mapping[str, Any]  # of a command's options, by their first spelling

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from aftcli.errors import AftError, UsageError
-from aftcli.evaluation.measures import EVALUATED, MEASURED, MOST_JUDGES, TABLES
+from aftcli.measures.registry import EVALUATED, MEASURED, MOST_JUDGES, TABLES
 from aftcli.settings import MIRROR, SELF
 
 OUTPUTS = ("overlay", "figure", "map", "mask")  # as in aftcli.report.explain

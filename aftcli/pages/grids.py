@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from aftcli.core.methods import METHODS
 from aftcli.data.sets import format_of
-from aftcli.evaluation.measures import (
+from aftcli.evaluation.tables import Difference, Table3Row, Table4Row, Tables
+from aftcli.measures.registry import (
     CONTROLLED,
     GROUPS,
     MEASURES,
@@ -19,7 +20,6 @@ from aftcli.evaluation.measures import (
     TITLES,
     VARIANTS,
 )
-from aftcli.evaluation.tables import Difference, Table3Row, Table4Row, Tables
 from aftcli.settings import SELF
 
 READINGS = {

@@ -15,9 +15,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
-from aftcli.evaluation.measures import MEASURES, QUANTUS, published_records
 from aftcli.evaluation.run import Measured, Step
 from aftcli.evaluation.tables import TABLES, Record, Sources, Tables
+from aftcli.measures.registry import MEASURES, QUANTUS, published_records
 from aftcli.models.load import device_name
 from aftcli.pages.grids import LOOKS, Grid, Shown, grids
 from aftcli.report.terminal import (

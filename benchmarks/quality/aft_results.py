@@ -33,7 +33,7 @@ import torch
 from aftcli.cli import app as cli
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import METHODS
-from aftcli.evaluation.measures import MEASURES
+from aftcli.measures.registry import MEASURES
 from benchmarks import pages
 
 QUICK = ("average_increase", "average_drop", "complexity", "energy")

@@ -35,9 +35,9 @@ from aftcli.core.methods import METHODS
 from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
-from aftcli.evaluation import metrics
-from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.tables import Difference, Table3Row
+from aftcli.measures import metrics
+from aftcli.measures.metrics import estimate
 from aftcli.models.load import load_classifier
 from aftcli.tft.result import TftResult
 from aftcli.tft.search import fine_tune_threshold

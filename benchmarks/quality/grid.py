@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from aftcli import find_studies
-from aftcli.attributions.controls import Control, Controlled, nearest_shift, shifted, shifted_areas
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.cam import scaled_map, stretch
@@ -40,13 +39,14 @@ from aftcli.core.methods import METHODS
 from aftcli.data.blocks import batches, load_blocks, spans_of
 from aftcli.data.objects import Objects
 from aftcli.evaluation.batch import Unit, measure_controls
-from aftcli.evaluation.measures import extras_of
-from aftcli.evaluation.metrics import estimate
 from aftcli.evaluation.results import Images, Values, Wanted, measure
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Asked, Study
 from aftcli.files import file_stem
 from aftcli.masks.generate import BATCH
+from aftcli.measures.controls import Control, Controlled, nearest_shift, shifted, shifted_areas
+from aftcli.measures.metrics import estimate
+from aftcli.measures.registry import extras_of
 from aftcli.models.load import find_device
 from aftcli.models.source import Source
 from aftcli.tft.judges import Judge, load_judges

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from aftcli import load_classifier
-from aftcli.attributions.controls import SHIFTS, nearest_shift, shifted, shifted_areas
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.cam import scaled_map, stretch, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.data.blocks import batches, load_blocks, spans_of
 from aftcli.data.sets import DataSet, open_data_set
-from aftcli.evaluation.metrics import estimate
+from aftcli.measures.controls import SHIFTS, nearest_shift, shifted, shifted_areas
+from aftcli.measures.metrics import estimate
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge, best_step, judged, load_judges
 from aftcli.tft.masking import cut_off

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aftcli.evaluation.measures import TABLE5
 from aftcli.evaluation.tables import (
     Difference,
     Table1Row,
@@ -33,6 +32,7 @@ from aftcli.evaluation.tables import (
     Tables,
 )
 from aftcli.evaluation.trials import Table5Row
+from aftcli.measures.registry import TABLE5
 from aftcli.pages.grids import Shown, grids
 from aftcli.pages.printed import markdown_lines
 from benchmarks import pages

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from aftcli import Classifier, fine_tune_threshold
 from aftcli.core.cam import normalise, scaled_map, upsample
 from aftcli.core.outputs import class_score, probabilities
-from aftcli.evaluation import metrics
+from aftcli.measures import metrics
 from aftcli.tft.masking import cut_off
 from aftcli.tft.threshold import mask_of, masked_image, threshold_map
 from benchmarks import pages

@@ -18,7 +18,7 @@ from aftcli import AftError, attribution_map, cut_classifier, explain
 from aftcli.core.cam import eigen_cam
 from aftcli.core.classes import Preprocessing
 from aftcli.data.images import to_input
-from aftcli.evaluation import metrics
+from aftcli.measures import metrics
 from tests.helpers.command import aft
 from tests.helpers.compare import assert_near
 from tests.helpers.small import small

@@ -6,7 +6,7 @@ from torch import nn
 
 from aftcli import AftError, attribution_map, cut_classifier, explain
 from aftcli.core.cam import normalise
-from aftcli.evaluation import metrics
+from aftcli.measures import metrics
 from tests.helpers.compare import assert_near
 from tests.peers.networks import of_torchcam, plain, scaled, smooth_of_torchcam, tiny_cut
 

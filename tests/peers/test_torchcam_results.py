@@ -11,7 +11,7 @@ from torchcam.methods import LayerCAM
 from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
 
 from aftcli import AftError, Average, Classes, attribution_map, cut_classifier, explain
-from aftcli.evaluation import metrics
+from aftcli.measures import metrics
 from tests.helpers.compare import assert_near
 from tests.helpers.small import small
 from tests.peers.networks import plain, tiny, tiny_cut

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from aftcli import AftError, attribution_map, cut_classifier, explain
-from aftcli.evaluation import metrics
+from aftcli.measures import metrics
 from tests.helpers.compare import assert_near
 from tests.peers.networks import of_grad_cam, of_torchcam, plain, scaled
 from tests.reference import paper as reference

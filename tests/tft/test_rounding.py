@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from aftcli.core.cam import stretch
-from aftcli.evaluation import metrics
 from aftcli.evaluation.tables import Difference
+from aftcli.measures import metrics
 from aftcli.settings import MODES, THRESHOLDS
 from aftcli.tft.masking import cut_off
 from aftcli.tft.threshold import (

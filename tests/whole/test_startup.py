@@ -17,7 +17,8 @@ from aftcli.cli import evaluate, finetune
 from aftcli.cli.process import kept_from_collector
 from aftcli.engine import accelerate
 from aftcli.errors import AftError
-from aftcli.evaluation import measures, tables
+from aftcli.evaluation import tables
+from aftcli.measures import registry as measures
 from aftcli.models.load import find_device
 from aftcli.networks.sources import imagenet_classes
 from aftcli.options import groups, read

@@ -15,7 +15,7 @@ from aftcli.settings import MIRROR, SELF
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMULAS = "aftcli.evaluation.metrics"
+FORMULAS = "aftcli.measures.metrics"
 
 # The categories of Quantus (Hedström et al., JMLR 2023).
 Group = Literal[
@@ -70,7 +70,7 @@ class _Measures(dict[str, Measure]):
     def __missing__(self, name: str) -> Measure:
         if not name.startswith(QUANTUS):
             raise KeyError(name)
-        from aftcli.attributions.quantus import find_metric
+        from aftcli.measures.quantus import find_metric
 
         found = find_metric(name.removeprefix(QUANTUS))
         title, group = f"Quantus {found.kind.name}", cast("Group", found.group)
@@ -206,7 +206,7 @@ COMPARED: tuple[tuple[str, str], ...] = (
     ("control", "original"),
 )
 
-CONTROLS = "controls"  # whose maps controls are: of no variant (`aftcli.attributions.controls`)
+CONTROLS = "controls"  # whose maps controls are: of no variant (`aftcli.measures.controls`)
 
 # The columns of the controls, by the column that they control. The first two are of equal area
 # and of equal mean over the data set: a gain over Original must be one over them as well.

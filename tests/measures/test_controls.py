@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from aftcli.attributions import controls
-from aftcli.attributions.controls import (
+from aftcli.measures import controls
+from aftcli.measures.controls import (
     GAMMAS,
     SHIFTS,
     disc,

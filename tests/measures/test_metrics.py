@@ -7,9 +7,10 @@ from scipy import stats
 from torch import nn
 
 from aftcli.errors import AftError
-from aftcli.evaluation import metrics
-from aftcli.evaluation import metrics as metrics_intervals
-from aftcli.evaluation.measures import (
+from aftcli.measures import metrics
+from aftcli.measures import metrics as metrics_intervals
+from aftcli.measures.metrics import Average, estimate, impute, road
+from aftcli.measures.registry import (
     EXTRAS,
     GROUPS,
     MEASURES,
@@ -18,7 +19,6 @@ from aftcli.evaluation.measures import (
     extras_of,
     measures,
 )
-from aftcli.evaluation.metrics import Average, estimate, impute, road
 from tests.reference import metrics as slow
 
 SEEDS = (0, 1, 2)
