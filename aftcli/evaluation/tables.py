@@ -22,7 +22,7 @@ from aftcli.evaluation.results import Unit, Values, classified, measure
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.evaluation.trials import Table5Row, sanity_rows, table5
-from aftcli.measures.metrics import estimate
+from aftcli.measures.intervals import estimate
 from aftcli.measures.registry import COMPARED, MEASURES, PAPER, SOURCES, VARIANTS
 from aftcli.settings import SELF
 from aftcli.tft.threshold import MEASURE_ROUNDING

@@ -32,7 +32,7 @@ from aftcli.errors import AftError
 from aftcli.evaluation.results import ResultFile
 from aftcli.evaluation.study import Study, Variant
 from aftcli.files import durable, file_stem, make_folder
-from aftcli.measures.metrics import estimate
+from aftcli.measures.intervals import estimate
 from aftcli.models.load import device_name
 from aftcli.settings import Search
 from aftcli.tft.masking import cut_off

@@ -8,18 +8,8 @@ from typing import Any, NamedTuple
 from aftcli.core.methods import METHODS
 from aftcli.data.sets import format_of
 from aftcli.evaluation.tables import Difference, Table3Row, Table4Row, Tables
-from aftcli.measures.registry import (
-    CONTROLLED,
-    GROUPS,
-    MEASURES,
-    MODELS,
-    PAPER_VARIANTS,
-    TABLE3,
-    TABLE4,
-    TABLE5,
-    TITLES,
-    VARIANTS,
-)
+from aftcli.measures.published import MODELS, PAPER_VARIANTS, TABLE3, TABLE4, TABLE5
+from aftcli.measures.registry import CONTROLLED, GROUPS, MEASURES, TITLES, VARIANTS
 from aftcli.settings import SELF
 
 READINGS = {

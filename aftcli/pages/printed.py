@@ -17,7 +17,8 @@ from rich.table import Table
 
 from aftcli.evaluation.run import Measured, Step
 from aftcli.evaluation.tables import TABLES, Record, Sources, Tables
-from aftcli.measures.registry import MEASURES, QUANTUS, published_records
+from aftcli.measures.published import published_records
+from aftcli.measures.registry import MEASURES, QUANTUS
 from aftcli.models.load import device_name
 from aftcli.pages.grids import LOOKS, Grid, Shown, grids
 from aftcli.report.terminal import (

@@ -37,7 +37,7 @@ from aftcli.data.sets import open_data_set
 from aftcli.engine.accelerate import accelerated
 from aftcli.evaluation.tables import Difference, Table3Row
 from aftcli.measures import metrics
-from aftcli.measures.metrics import estimate
+from aftcli.measures.intervals import estimate
 from aftcli.models.load import load_classifier
 from aftcli.tft.result import TftResult
 from aftcli.tft.search import fine_tune_threshold

@@ -45,7 +45,7 @@ from aftcli.evaluation.study import Asked, Study
 from aftcli.files import file_stem
 from aftcli.masks.generate import BATCH
 from aftcli.measures.controls import Control, Controlled, nearest_shift, shifted, shifted_areas
-from aftcli.measures.metrics import estimate
+from aftcli.measures.intervals import estimate
 from aftcli.measures.registry import extras_of
 from aftcli.models.load import find_device
 from aftcli.models.source import Source

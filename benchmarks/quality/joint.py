@@ -28,7 +28,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.data.blocks import batches, load_blocks, spans_of
 from aftcli.data.sets import DataSet, open_data_set
 from aftcli.measures.controls import SHIFTS, nearest_shift, shifted, shifted_areas
-from aftcli.measures.metrics import estimate
+from aftcli.measures.intervals import estimate
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge, best_step, judged, load_judges
 from aftcli.tft.masking import cut_off

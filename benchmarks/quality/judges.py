@@ -37,7 +37,7 @@ from aftcli.evaluation.batch import Unit
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Asked
 from aftcli.evaluation.tables import values_of
-from aftcli.measures.metrics import estimate
+from aftcli.measures.intervals import estimate
 from aftcli.measures.registry import extras_of
 from aftcli.models.load import find_device
 from aftcli.models.source import Source

@@ -32,7 +32,7 @@ from aftcli.evaluation.tables import (
     Tables,
 )
 from aftcli.evaluation.trials import Table5Row
-from aftcli.measures.registry import TABLE5
+from aftcli.measures.published import TABLE5
 from aftcli.pages.grids import Shown, grids
 from aftcli.pages.printed import markdown_lines
 from benchmarks import pages

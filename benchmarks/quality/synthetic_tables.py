@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 from torch import Tensor
 
-from aftcli.measures.metrics import estimate
+from aftcli.measures.intervals import estimate
 
 Floats = NDArray[np.float64]
 

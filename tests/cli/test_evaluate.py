@@ -23,7 +23,8 @@ from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError
 from aftcli.evaluation.trials import randomised, sanity, similarity
-from aftcli.measures.registry import CONTROLLED, TABLE3, VARIANTS
+from aftcli.measures.published import TABLE3
+from aftcli.measures.registry import CONTROLLED, VARIANTS
 from aftcli.options.read import tables
 from aftcli.pages.printed import FORMATS
 from tests.helpers.command import aft, usage_error
