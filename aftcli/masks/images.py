@@ -148,7 +148,6 @@ def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
 
 COMPARED = 32  # images of a data set that may be that of masks
 
-
 VAL_SHARE = 0.2  # of a data set without a val split
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from aftcli.evaluation.seconds import Table5Row
 from aftcli.evaluation.tables import (
     Difference,
     Table1Row,
@@ -31,7 +32,6 @@ from aftcli.evaluation.tables import (
     Table4Row,
     Tables,
 )
-from aftcli.evaluation.trials import Table5Row
 from aftcli.measures.published import TABLE5
 from aftcli.pages.grids import Shown, grids
 from aftcli.pages.printed import markdown_lines

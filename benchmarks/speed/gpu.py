@@ -31,7 +31,7 @@ from aftcli.data.images import read_image, to_input
 from aftcli.data.sets import DataSet, open_data_set
 from aftcli.engine.accelerate import accelerated
 from aftcli.errors import AftError
-from aftcli.evaluation.trials import time_map
+from aftcli.evaluation.seconds import time_map
 from aftcli.models.load import device_name
 from aftcli.settings import Search
 from aftcli.tft.explain import fits

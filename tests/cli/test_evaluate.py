@@ -22,7 +22,7 @@ from aftcli.data.images import view_of
 from aftcli.data.objects import Objects
 from aftcli.data.sets import open_data_set
 from aftcli.errors import AftError
-from aftcli.evaluation.trials import randomised, sanity, similarity
+from aftcli.evaluation.sanity import randomised, sanity, similarity
 from aftcli.measures.published import TABLE3
 from aftcli.measures.registry import CONTROLLED, VARIANTS
 from aftcli.options.read import tables

@@ -14,7 +14,7 @@ from aftcli.core.classes import Classes
 from aftcli.data.objects import Objects
 from aftcli.data.parts import Reading
 from aftcli.data.sets import open_data_set
-from aftcli.evaluation import trials
+from aftcli.evaluation import sanity
 from aftcli.evaluation.results import Values, classified
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Study, Variant
@@ -217,7 +217,7 @@ def test_figures_and_the_sanity_check_explain_the_label(listed, chain, tmp_path,
     masks = aft("gen-masks", listed, "--labels", "all", "--thresholds", "0.3", *chain)
     assert masks.code in (0, None), masks.err
     drawn, compared = [], []
-    draw, compare = figures._draw_row, trials.sanity
+    draw, compare = figures._draw_row, sanity.sanity
 
     def drawing(row, subject, f, found, own):
         drawn.append((Path(subject.path).name, found.class_index))
@@ -239,7 +239,7 @@ def test_figures_and_the_sanity_check_explain_the_label(listed, chain, tmp_path,
         return found
 
     monkeypatch.setattr(figures, "_draw_row", drawing)
-    monkeypatch.setattr(trials, "sanity", comparing)
+    monkeypatch.setattr(sanity, "sanity", comparing)
     options = ("--table", "4", "--sanity", "--figures", "--masking", "binary")
     done = aft("evaluate", *options, *chain, "--image", "val3", "--json")
     assert done.code in (0, None), done.err

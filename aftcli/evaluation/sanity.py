@@ -1,4 +1,4 @@
-"""Trials of maps beside their measures: dependence on the weights, seconds a map (Table 5).
+"""The sanity check: dependence of maps on the weights.
 
 The sanity check of Adebayo et al. (NeurIPS 2018) replaces weights by random ones from the output
 towards the input: maps of a network that knows nothing must not look like those of the trained
@@ -8,37 +8,30 @@ one.
 from __future__ import annotations
 
 import contextlib
-import json
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchmetrics.functional.regression import spearman_corrcoef
 
-from aftcli.attributions.maps import attribution_map
 from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.networks import copied
 from aftcli.data.blocks import Processes, content_hash
 from aftcli.data.images import read_image, to_input
-from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
 from aftcli.evaluation.results import ResultFile
 from aftcli.evaluation.study import Study, Variant
-from aftcli.files import durable, file_stem, make_folder
+from aftcli.files import file_stem, make_folder
 from aftcli.measures.intervals import estimate
-from aftcli.models.load import device_name
 from aftcli.settings import Search
 from aftcli.tft.masking import cut_off
 from aftcli.tft.search import search_threshold
 from aftcli.tft.threshold import threshold_map
-from aftcli.version import __version__
 
 COMPARED = 32  # images of the sanity check, spread over the data set
 
@@ -46,25 +39,15 @@ SEED = 0
 
 STEM_PARTS = 4  # in which w0 is randomised
 
-TIMED = 8  # images that take turns
 
-RUNS = 20  # timed, of each
-
-WARM_UP = 2
-
-BUDGET = 20.0  # seconds a method: fewer runs are made of one that takes longer
-
-LEAST = 3  # runs that are timed however long they take
-
-
-class _Some(NamedTuple):
+class Some(NamedTuple):
     """Inputs of some images, shape (N, 3, H, W), and labels to explain, shape (N,), or None."""
 
     x: Tensor
     labels: Tensor | None
 
 
-def _some_of(study: Study, count: int) -> _Some:
+def some_of(study: Study, count: int) -> Some:
     """Read so many images, spread over a study's data set."""
     few = study.data_set.limited(count)
     inputs, labels = [], []
@@ -75,7 +58,7 @@ def _some_of(study: Study, count: int) -> _Some:
     if not inputs:
         raise AftError(f"{few.root}: holds no image that could be read")
     x = torch.cat(inputs).to(next(study.f.parameters()))
-    return _Some(x, torch.tensor(labels, device=x.device) if few.every else None)
+    return Some(x, torch.tensor(labels, device=x.device) if few.every else None)
 
 
 @dataclass(frozen=True)
@@ -214,7 +197,7 @@ def sanity_rows(
     folder = make_folder(run / "results")
     images = content_hash(few.pictures(), folder / ".contents-0.json")
     search = study.searched(masking)
-    some: _Some | None = None
+    some: Some | None = None
     for variant in study.variants:
         kinds = (("original", None), ("tft", search)) if variant.name == "original" else ()
         for name, own in kinds or ((variant.name, None),):
@@ -223,7 +206,7 @@ def sanity_rows(
                 if overwrite:
                     file.clear()
                 if file.read() is None:
-                    some = some or _some_of(study, COMPARED)
+                    some = some or some_of(study, COMPARED)
                     asked = (cam, own, SEED, study.cells, some.labels)
                     found = sanity(variant.load(), some.x, *asked)
                     # A file's tensors come back in another order than the stages'.
@@ -263,120 +246,3 @@ def _sanity_file(
     }
     stem = f"{file_stem(study.f.name, cam)}-{name}-sanity"
     return ResultFile(folder, stem, identity, frozenset())
-
-
-@dataclass(frozen=True)
-class Table5Row:
-    """Seconds a map of one image: medians of `runs`.
-
-    Attributes:
-        without: of a plain map.
-        with_tft: of a map and the search of its threshold.
-        masking: of the search.
-        device: where it was measured.
-        runs: how many of each were timed.
-    """
-
-    model: str
-    cam: str
-    without: float
-    with_tft: float
-    masking: str
-    device: str
-    runs: int
-
-    @property
-    def delta(self) -> float:
-        """Seconds that TFT takes."""
-        return self.with_tft - self.without
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the row as JSON holds it."""
-        seconds = {"without": self.without, "with": self.with_tft, "delta": self.delta}
-        how = {"device": self.device, "masking": self.masking, "runs": self.runs}
-        return {"model": self.model, "cam": self.cam, **seconds, **how}
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def _seconds(run: Callable[[int], object], image: int, device: torch.device) -> float:
-    _synchronise(device)
-    start = time.perf_counter()
-    run(image)
-    _synchronise(device)
-    return time.perf_counter() - start
-
-
-def time_map(
-    f: Classifier, inputs: list[Tensor], cam: str, search: Search, runs: int = RUNS
-) -> Table5Row:
-    """Time a method on single inputs, shape (1, 3, H, W) each, from the input to the map.
-
-    Plain maps and maps with TFT are timed in turns, so that a machine that slows down slows both.
-    """
-    classes = [f(x).argmax(1) for x in inputs]
-
-    def plain(i: int) -> Tensor:
-        return attribution_map(f, inputs[i], classes[i], cam)
-
-    def with_tft(i: int) -> object:
-        return search_threshold(f, inputs[i], plain(i), classes[i], search)
-
-    for i in range(WARM_UP):
-        with_tft(i % len(inputs))
-    times: tuple[list[float], list[float]] = ([], [])
-    begun = time.perf_counter()
-    for i in range(runs):
-        if i >= LEAST and time.perf_counter() - begun > BUDGET:
-            break
-        for kept, run in zip(times, (plain, with_tft), strict=True):
-            kept.append(_seconds(run, i % len(inputs), f.device))
-    medians = [statistics.median(each) for each in times]
-    where = (search.masking, device_name(f.device), len(times[0]))
-    return Table5Row(f.name, cam, medians[0], medians[1], *where)
-
-
-def table5(
-    study: Study,
-    run: Path,
-    masking: str,
-    overwrite: bool = False,
-    accelerate: Accelerate = as_it_is,
-) -> Iterator[Table5Row]:
-    """Time each method of a study on its first images, or reuse the figures of an earlier call."""
-    f, folder = accelerate(study.f, None), make_folder(run / "results")
-    search = study.searched(masking)
-    inputs: list[Tensor] = []
-    for cam in study.cams:
-        identity = {
-            "table": 5,
-            "aft": __version__,
-            "torch": torch.__version__,
-            "weights": study.variants[0].weights,
-            "device": device_name(f.device),
-            "engine": f.engine.name if f.engine else "",
-            "cam": cam,
-            **asdict(search),
-        }
-        # Only its name is used: figures of other settings are in another file.
-        stem = f"{file_stem(f.name, cam)}-seconds"
-        path = ResultFile(folder, stem, identity, frozenset()).path.with_suffix(".json")
-        row = None if overwrite else _known(path)
-        if row is None:
-            inputs = inputs or list(_some_of(study, TIMED).x.split(1))
-            row = time_map(f, inputs, cam, search)
-            with durable(path) as temporary:
-                temporary.write_text(json.dumps(asdict(row)), encoding="utf-8")
-        yield row
-
-
-def _known(path: Path) -> Table5Row | None:
-    try:
-        return Table5Row(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
