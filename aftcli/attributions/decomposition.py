@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from aftcli.attributions.canonical import INSTEAD, Product, Sum, canonical
+from aftcli.attributions.canonical import INSTEAD, canonical
+from aftcli.attributions.elements import Product, Sum
 from aftcli.core.classifier import Classifier
 from aftcli.core.outputs import class_score
 from aftcli.errors import AftError

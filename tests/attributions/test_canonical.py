@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from aftcli.attributions.canonical import Product, Sum, canonical
+from aftcli.attributions.canonical import canonical
+from aftcli.attributions.elements import Product, Sum
 from aftcli.core.cam import score_gradient
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
