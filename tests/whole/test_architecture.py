@@ -102,7 +102,7 @@ def test_a_folder_has_three_to_eight_files_of_at_most_400_lines():
     counts = Counter(path.parent for path in FILES if not path.name.startswith("__"))
     assert len(counts) == 19  # eighteen packages and the ground
     assert {folder.name: n for folder, n in counts.items() if not 3 <= n <= 8} == {}
-    lines = {path.name: len(path.read_text().splitlines()) for path in FILES}
+    lines = {str(path): len(path.read_text().splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count > 400} == {}
 
 
