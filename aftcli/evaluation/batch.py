@@ -8,130 +8,26 @@ of which there is only the original view.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aftcli.core.cam import map_of, scaled_map, upsample
+from aftcli.core.cam import scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.core.outputs import class_score
-from aftcli.data.objects import Regions
-from aftcli.evaluation.results import Images, Muting, Unit, Values, Verdict, View, Wanted
 from aftcli.measures.controls import Control, Controlled, gamma_means, shifted_areas
-from aftcli.measures.registry import BASELINES, CONTROLS, MEASURES, OBJECTS, QUANTUS, Measure
+from aftcli.measures.given import Given, Maps
+from aftcli.measures.registry import BASELINES, CONTROLS, MEASURES, OBJECTS, QUANTUS
+from aftcli.measures.values import Images, Muting, Unit, Values, Verdict, View, Wanted
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge, judged
 from aftcli.tft.masking import cut_off
 from aftcli.tft.scoring import judged_masks, masked_probabilities
-from aftcli.tft.threshold import (
-    drop,
-    first_maximum,
-    mask_of,
-    masked_image,
-    relative_probability_increase,
-)
-
-
-@dataclass(frozen=True)
-class _Maps:
-    """The maps of one method for a batch."""
-
-    f: Classifier
-    cam: str
-    x: Tensor
-    class_index: Tensor
-    probability: Tensor
-    index: Tensor
-    attribution: Tensor
-    regions: Sequence[Regions]
-
-    def at(self, rows: Tensor) -> _Maps:
-        """Take the rows of some images."""
-        tensors = (self.x, self.class_index, self.probability, self.index, self.attribution)
-        x, class_index, probability, index, attribution = (t[rows.to(t.device)] for t in tensors)
-        regions = [self.regions[int(i)] for i in rows]
-        return _Maps(self.f, self.cam, x, class_index, probability, index, attribution, regions)
-
-
-class Given:
-    """The arguments of measures by name (`Measure.needs`), of maps that are muted in one way.
-
-    Attributes:
-        x: inputs, shape (N, 3, H, W).
-        y: y^c, shape (N,).
-        attribution: I_tau, shape (N, H, W).
-        mask: M_tau, shape (N, H, W), bool.
-        seeds: one an image.
-    """
-
-    def __init__(self, maps: _Maps, muting: Muting, cells: bool) -> None:
-        self._maps, self._muting, self._cells = maps, muting, cells
-        self.x, self.y, self.seeds = maps.x, maps.probability, maps.index.tolist()
-        self.attribution = muting.of(maps.attribution)
-        self.mask = mask_of(self.attribution)
-
-    def probability_of(self, x: Tensor) -> Tensor:
-        """Return y^c of other inputs, shape (N,)."""
-        return class_score(
-            self._maps.f.probabilities(self._maps.f(x).float()), self._maps.class_index
-        )
-
-    @property
-    def inverse(self) -> Tensor:
-        """1 - I_tau, shape (N, H, W)."""
-        return 1 - self.attribution
-
-    @property
-    def product_map(self) -> Tensor:
-        """I_tau of x * I_tau, shape (N, H, W)."""
-        return self._product[0]
-
-    @property
-    def product_drop(self) -> Tensor:
-        """Drop of x * I_tau, shape (N,)."""
-        return self._product[1]
-
-    @cached_property
-    def _product(self) -> tuple[Tensor, Tensor]:
-        f, c, cam = self._maps.f, self._maps.class_index, self._maps.cam
-        x_hat = masked_image(self.x, self.attribution, torch.zeros_like(self.x))
-        g, activation = f.at(x_hat)
-        y_hat = class_score(f.probabilities(g.head(activation).float()), c)
-        again = map_of(g, activation, c, x_hat, cam, self._cells)
-        return self._muting.of(again), drop(y_hat, self.y)
-
-    def on_objects(self, measure: Measure) -> Tensor:
-        """Measure against objects, shape (N,); NaN where the class has none in the image."""
-        formula, values = measure.load(), torch.full((len(self.x),), torch.nan)
-        for n, region in enumerate(self._maps.regions):
-            known = region._asdict()
-            own = [known[a] if a in known else getattr(self, a)[n] for a in measure.needs]
-            if all(each is not None for each in own):
-                values[n] = formula(*(each[None].to(self.x.device) for each in own))[0]
-        return values
-
-    def by_quantus(self, name: str) -> Tensor:
-        """Measure by a metric of Quantus, image by image, shape (N,); NaN where undefined."""
-        from aftcli.measures.quantus import Image, find_metric, measure_image
-
-        metric, maps, values = find_metric(name), self._maps, []
-        for n, (regions, seed) in enumerate(zip(maps.regions, self.seeds, strict=True)):
-            seen, counted = regions.segmentation, regions.counted
-            seen = seen if seen is None or counted is None else seen & counted
-            explain = partial(self._map_of, self._muting.tau[n])
-            of_map = (int(maps.class_index[n]), self.attribution[n], seen, seed, explain)
-            plain = maps.f.with_engine(None)
-            values.append(measure_image(metric, plain, Image(self.x[n], *of_map)))
-        return torch.tensor(values)
-
-    def _map_of(self, tau: Tensor, f: Classifier, x: Tensor, class_index: Tensor) -> Tensor:
-        """Return I_tau of any inputs and network, shape (N, H, W)."""
-        maps = map_of(*f.at(x), class_index, x, self._maps.cam, self._cells)
-        return Muting(tau.expand(len(x)), self._muting.mode).of(maps)
+from aftcli.tft.threshold import first_maximum, relative_probability_increase
 
 
 def passes(wanted: Wanted, units: int) -> int:
@@ -187,7 +83,7 @@ class _Made(NamedTuple):
     `y` is each judge's p(c | x), by its key.
     """
 
-    maps: dict[str, _Maps]
+    maps: dict[str, Maps]
     cells: dict[str, Tensor]
     common: tuple[Tensor, Tensor, Tensor, Tensor]
     y: dict[str, Tensor]
@@ -206,7 +102,7 @@ def _made(f: Classifier, images: Images, units: Sequence[Unit], wanted: Wanted) 
     g = g.sharing(activation, c)
     cells = {cam: scaled_map(g, activation, c, x, cam, wanted.cells) for cam in cams}
     maps = {
-        cam: _Maps(f, cam, x, c, y, index, upsample(own, x), regions) for cam, own in cells.items()
+        cam: Maps(f, cam, x, c, y, index, upsample(own, x), regions) for cam, own in cells.items()
     }
     common = (index, images.label, c.cpu(), y.cpu())
     asked = {key: judged(judge, f, x, c) for key, judge in wanted.judges.items()}
@@ -216,7 +112,7 @@ def _made(f: Classifier, images: Images, units: Sequence[Unit], wanted: Wanted) 
 class _Masked(NamedTuple):
     """N images, masked by M maps each, shape (M * N, H, W), cut at thresholds, (M * N, |T|)."""
 
-    images: _Maps
+    images: Maps
     attribution: Tensor
     cut: Tensor
     search: Search
@@ -294,7 +190,7 @@ def _search(wanted: Wanted, masking: str) -> Search:
 
 
 def _scores(
-    maps: dict[str, _Maps], cams: Sequence[str], masking: str, wanted: Wanted
+    maps: dict[str, Maps], cams: Sequence[str], masking: str, wanted: Wanted
 ) -> dict[str, _Scored]:
     """Mask the images in all views, with one search for all methods."""
     some = maps[cams[0]]
@@ -335,7 +231,7 @@ def _scores(
 
 
 def _verdicts(
-    maps: dict[str, _Maps],
+    maps: dict[str, Maps],
     scored: dict[str, _Scored],
     masking: str,
     wanted: Wanted,
@@ -362,7 +258,7 @@ def _verdicts(
 
 
 def _of_maps(
-    maps: _Maps, muting: Muting, wanted: Wanted, known: list[tuple[Muting, dict[str, Tensor]]]
+    maps: Maps, muting: Muting, wanted: Wanted, known: list[tuple[Muting, dict[str, Tensor]]]
 ) -> dict[str, Tensor]:
     """Take the measures that do not depend on the masking; those of equal mutings are reused."""
     left = torch.ones_like(muting.tau, dtype=torch.bool)

@@ -28,7 +28,7 @@ from aftcli.data.objects import Objects
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import AftError
 from aftcli.evaluation.batch import measure_batch, measure_controls, passes
-from aftcli.evaluation.results import Images, Result, ResultFile, Unit, Wanted
+from aftcli.evaluation.results import Result, ResultFile
 from aftcli.evaluation.study import Study, Variant
 from aftcli.files import file_stem, make_folder, tensors_hash
 from aftcli.locks import locked
@@ -36,14 +36,8 @@ from aftcli.masks.generate import BATCH
 from aftcli.measures import metrics
 from aftcli.measures.controls import Controlled, equal_gamma, exchanged, nearest_shift
 from aftcli.measures.metrics import NOISE
-from aftcli.measures.registry import (
-    BASELINES,
-    CONTROLLED,
-    CONTROLS,
-    MEASURES,
-    QUANTUS,
-    SOURCES,
-)
+from aftcli.measures.registry import BASELINES, CONTROLLED, CONTROLS, MEASURES, QUANTUS, SOURCES
+from aftcli.measures.values import Images, Unit, Wanted
 from aftcli.settings import SOFTMAX
 from aftcli.tft.masking import MASKINGS
 

@@ -18,13 +18,13 @@ from aftcli.core.methods import CAMS, METHODS
 from aftcli.data.blocks import Processes
 from aftcli.engine.accelerate import Accelerate, as_it_is
 from aftcli.errors import check_name
-from aftcli.evaluation.results import Unit, Values, classified, measure
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.sanity import sanity_rows
 from aftcli.evaluation.seconds import Table5Row, table5
 from aftcli.evaluation.study import Study
 from aftcli.measures.intervals import estimate
 from aftcli.measures.registry import COMPARED, MEASURES, PAPER, SOURCES, VARIANTS
+from aftcli.measures.values import Unit, Values, classified, measure
 from aftcli.settings import SELF
 from aftcli.tft.threshold import MEASURE_ROUNDING
 

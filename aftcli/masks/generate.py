@@ -19,13 +19,7 @@ from torch import Tensor
 
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.networks import outside_inference_mode
-from aftcli.data.blocks import (
-    Loaded,
-    Processes,
-    batches,
-    load_blocks,
-    spans_of,
-)
+from aftcli.data.blocks import Loaded, Processes, batches, load_blocks, spans_of
 from aftcli.data.sets import DataSet, not_its_classes
 from aftcli.errors import AftError
 from aftcli.files import file_stem

@@ -39,7 +39,7 @@ class Measure(NamedTuple):
             an extra of its own: results without it are then measured again.
         source: its paper.
         function: its formula, of metrics.py, or "module:function"; it gives shape (N,).
-        needs: the function's arguments: attributes of `aftcli.evaluation.batch.Given`, or other
+        needs: the function's arguments: attributes of `aftcli.measures.given.Given`, or other
             measures above it.
         passes: how many images pass the network for one map, beyond those of its needs.
     """

@@ -15,12 +15,12 @@ from torch import Tensor
 from aftcli.core.methods import METHODS
 from aftcli.data.images import read_image
 from aftcli.errors import AftError
-from aftcli.evaluation.results import Unit, Values
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.evaluation.tables import Tables
 from aftcli.files import durable
 from aftcli.measures.registry import MEASURES
+from aftcli.measures.values import Unit, Values
 from aftcli.pages.figures import Picture, draw_all
 from aftcli.pages.grids import Cell, Grid, Shown, grids
 from aftcli.pages.html import head, jpeg, settings_table, table, thumb

@@ -14,10 +14,10 @@ from aftcli.core.classifier import Classifier
 from aftcli.data.images import read_image, to_input, view_of
 from aftcli.data.parts import spread
 from aftcli.errors import AftError, nearest
-from aftcli.evaluation.results import Unit
 from aftcli.evaluation.run import Measured
 from aftcli.evaluation.study import Study
 from aftcli.files import durable, file_stem, make_folder
+from aftcli.measures.values import Unit
 from aftcli.pictures.figure import best, cam_title, draw_curve, number
 from aftcli.pictures.overlay import Subject, seen_part, shaded
 from aftcli.report.names import stems

@@ -38,8 +38,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.blocks import batches, load_blocks, spans_of
 from aftcli.data.objects import Objects
-from aftcli.evaluation.batch import Unit, measure_controls
-from aftcli.evaluation.results import Images, Values, Wanted, measure
+from aftcli.evaluation.batch import measure_controls
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Asked, Study
 from aftcli.files import file_stem
@@ -47,6 +46,7 @@ from aftcli.masks.generate import BATCH
 from aftcli.measures.controls import Control, Controlled, nearest_shift, shifted, shifted_areas
 from aftcli.measures.intervals import estimate
 from aftcli.measures.registry import extras_of
+from aftcli.measures.values import Images, Unit, Values, Wanted, measure
 from aftcli.models.load import find_device
 from aftcli.models.source import Source
 from aftcli.tft.judges import Judge, load_judges

@@ -33,12 +33,12 @@ from torch import Tensor
 from aftcli import __version__, find_studies
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
-from aftcli.evaluation.batch import Unit
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Asked
 from aftcli.evaluation.tables import values_of
 from aftcli.measures.intervals import estimate
 from aftcli.measures.registry import extras_of
+from aftcli.measures.values import Unit
 from aftcli.models.load import find_device
 from aftcli.models.source import Source
 from benchmarks import pages

@@ -10,11 +10,11 @@ from aftcli.core.cam import scaled_map
 from aftcli.data.images import read_image, to_input
 from aftcli.evaluation import run as evaluate_run
 from aftcli.evaluation.batch import measure_controls
-from aftcli.evaluation.results import Unit, Wanted, measure
 from aftcli.evaluation.run import evaluate_study
 from aftcli.evaluation.tables import Difference, Tables, differences, table3, table4
 from aftcli.measures.controls import SHIFTS, Controlled
 from aftcli.measures.registry import BASELINES, CONTROLLED, CONTROLS, SOURCES, TITLES
+from aftcli.measures.values import Unit, Wanted, measure
 from aftcli.pages.grids import Shown, grids
 from aftcli.settings import MODES, Search
 from aftcli.tft.judges import Judge

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from aftcli.data.sets import open_data_set
-from aftcli.evaluation.results import Unit
 from aftcli.evaluation.run import Plan, evaluate_study
 from aftcli.evaluation.study import Study, Variant
 from aftcli.evaluation.tables import Sources, Tables, rows_of
 from aftcli.measures.registry import MEASURES, VARIANTS, extras_of
+from aftcli.measures.values import Unit
 from aftcli.pages.evaluated import EXTREME, MEANINGS, Cut, extremes, write_page
 from aftcli.pages.grids import Shown
 from aftcli.settings import Search

@@ -18,7 +18,6 @@ from aftcli.errors import AftError
 from aftcli.evaluation import batch as engine
 from aftcli.evaluation import run as evaluate_run
 from aftcli.evaluation.batch import measure_batch
-from aftcli.evaluation.results import Images, Muting, Unit, Wanted, measure
 from aftcli.evaluation.run import Measured, Plan, Step, evaluate_study
 from aftcli.evaluation.study import Study, Variant
 from aftcli.evaluation.tables import (
@@ -33,6 +32,7 @@ from aftcli.evaluation.tables import (
 )
 from aftcli.measures.metrics import NOISE, ROAD_SHARES, STEPS, blurred, impute
 from aftcli.measures.registry import EXTRAS, MEASURES, VARIANTS, Measure, extras_of
+from aftcli.measures.values import Images, Muting, Unit, Wanted, measure
 from aftcli.pages.grids import LOOKS, Cell, Grid, Shown
 from aftcli.pages.printed import FORMATS
 from aftcli.settings import MODES, Search

@@ -15,12 +15,12 @@ from aftcli.data.objects import Objects
 from aftcli.data.parts import Reading
 from aftcli.data.sets import open_data_set
 from aftcli.evaluation import sanity
-from aftcli.evaluation.results import Values, classified
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.study import Study, Variant
 from aftcli.evaluation.tables import table2, table3, table4
 from aftcli.formats.voc import VOC_CLASSES
 from aftcli.masks.generate import generate_masks
+from aftcli.measures.values import Values, classified
 from aftcli.pages import figures
 from aftcli.settings import Search
 from aftcli.tft.search import tune_batch

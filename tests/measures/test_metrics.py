@@ -9,15 +9,7 @@ from torch import nn
 from aftcli.errors import AftError
 from aftcli.measures import metrics
 from aftcli.measures.metrics import Average, impute, road
-from aftcli.measures.registry import (
-    EXTRAS,
-    GROUPS,
-    MEASURES,
-    PAPER,
-    by_group,
-    extras_of,
-    measures,
-)
+from aftcli.measures.registry import EXTRAS, GROUPS, MEASURES, PAPER, by_group, extras_of, measures
 from tests.reference import metrics as slow
 
 SEEDS = (0, 1, 2)

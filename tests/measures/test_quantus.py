@@ -12,11 +12,12 @@ from aftcli.attributions.maps import attribution_map
 from aftcli.data.blocks import Processes
 from aftcli.data.objects import Regions
 from aftcli.errors import AftError
-from aftcli.evaluation.batch import Images, Unit, Wanted, measure_batch
+from aftcli.evaluation.batch import measure_batch
 from aftcli.evaluation.run import Measured, Plan, evaluate_study
 from aftcli.evaluation.tables import differences, table3
 from aftcli.measures import quantus as ours
 from aftcli.measures.registry import GROUPS, MEASURES, extras_of, measures
+from aftcli.measures.values import Images, Unit, Wanted
 from aftcli.settings import Search
 from tests.evaluation.test_run import study_of
 from tests.helpers.stored import make_images, small_float

@@ -15,12 +15,12 @@ from aftcli.core.methods import METHODS
 from aftcli.data.blocks import Processes
 from aftcli.data.objects import Regions
 from aftcli.errors import AftError
-from aftcli.evaluation.batch import Images, Unit, Wanted, measure_batch, passes
-from aftcli.evaluation.results import measure
+from aftcli.evaluation.batch import measure_batch, passes
 from aftcli.evaluation.run import evaluate_study
 from aftcli.evaluation.study import Asked, find_studies
 from aftcli.evaluation.tables import differences, table3
 from aftcli.measures.registry import BASELINES, MOST_JUDGES, VARIANTS, judges
+from aftcli.measures.values import Images, Unit, Wanted, measure
 from aftcli.models.source import Source
 from aftcli.networks.sources import imagenet_classes
 from aftcli.settings import MODES, Search

@@ -5,9 +5,7 @@ import torch
 
 from aftcli.tft.masking import FILLS
 from aftcli.tft.search import fine_tune_threshold
-from aftcli.tft.threshold import (
-    masked_image,
-)
+from aftcli.tft.threshold import masked_image
 from tests.helpers.compare import assert_near
 from tests.helpers.small import MEAN, SIZE, STD, small
 from tests.reference import paper as reference

@@ -9,12 +9,7 @@ from aftcli.attributions.maps import attribution_map
 from aftcli.settings import MODES, THRESHOLDS
 from aftcli.tft.masking import cut_off
 from aftcli.tft.scoring import areas
-from aftcli.tft.threshold import (
-    mask_at,
-    mask_of,
-    relative_probability_increase,
-    threshold_map,
-)
+from aftcli.tft.threshold import mask_at, mask_of, relative_probability_increase, threshold_map
 from tests.helpers.small import small
 from tests.reference import paper as reference
 from tests.tft.test_search import SEEDS, ramp
