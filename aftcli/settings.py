@@ -36,7 +36,7 @@ Fuse = Literal["max", "product"]
 Colormap = Literal["viridis", "inferno", "magma", "turbo", "jet"]
 
 # What makes probabilities of a network's outputs: softmax, sigmoid, or nothing as they are some;
-# auto finds out (aftcli.core.classes.output_of).
+# auto finds out (aftcli.core.outputs.output_of).
 Output = Literal["auto", "softmax", "sigmoid", "none"]
 
 AUTO, SOFTMAX, SIGMOID, NONE = get_args(Output)
