@@ -6,9 +6,9 @@ DATA has imagenet/, with train and val, and weights/squeezenet1_0.pth. Each map 
 Lite0 keeps the same share of every image, its highest pixels, so neither a threshold nor a zero
 level nor area counts: only the order of the scores. Maps of pixels are averaged over the layer's
 cells. The question is which map could teach a fine-tuned network a better order. On training images
-RISE is asked too, of the network, and of the network and Lite1 together, on few masks. Lite2 and SqueezeNet take part in
-no map. What is there already in DIR is used. --page makes the results figures of
-docs/results/judges.md.
+RISE is asked too, of the network, and of the network and Lite1 together, on few masks. Lite2 and
+SqueezeNet take part in no map. What is there already in DIR is used. --page makes the results
+figures of docs/results/judges.md.
 """
 
 from __future__ import annotations
