@@ -243,9 +243,14 @@ def explain(
 
     Raises:
         AftError: x is no single image, a class is out of range, a class is contrasted with itself
-            or by a method of classes, or see `scaled_map` and `fine_tune_threshold`.
+            or by a method of classes, there is nothing to fix or judge, or see `scaled_map` and
+            `fine_tune_threshold`.
     """
     layers = cuts(f)
+    if fixed and (settings is None or len(settings.thresholds) != 1):
+        raise AftError("a fixed cut needs one threshold: pass settings=Search(thresholds=(T,))")
+    if judges and (settings is None or fixed):
+        raise AftError("judges take part in a search of thresholds: pass settings, not fixed")
     if target is not None:
         if isinstance(targets, int) or targets or top_k != 1:
             raise AftError("a target replaces the classes: leave targets and top_k out")

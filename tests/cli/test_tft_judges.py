@@ -12,6 +12,7 @@ from PIL import Image
 
 from aftcli.core.classes import Classes
 from aftcli.models.load import load_classifier
+from aftcli.settings import Search
 from aftcli.tft.explain import explain
 from aftcli.tft.judges import Judge
 from aftcli.tft.search import fine_tune_threshold
@@ -153,3 +154,27 @@ def test_in_python_explanations_ask_judges_too(f):
     [found] = aftcli.explain(f, inputs(f), "gradcam", tft=True, judges=[MIRROR])
     assert found.judges == ("mirror",)
     assert found.tft.judged.shape == (1, 1, 11) and torch.isfinite(found.tft.increases).all()
+
+
+@pytest.mark.parametrize(
+    "judges", ["mirror", MIRROR, ["mirror"], [MIRROR, Judge("other", "resnet18")]]
+)
+def test_in_python_judges_are_no_names(f, judges):
+    import aftcli
+
+    said = r"^judges is .*; give a list of aftcli.Judge: Judge\('mirror'\) is"
+    with pytest.raises(aftcli.AftError, match=said):
+        aftcli.explain(f, inputs(f), "gradcam", tft=True, judges=judges)
+
+
+def test_in_python_judges_need_a_search_and_a_fixed_cut_one_threshold(f):
+    import aftcli
+
+    one, several = Search((0.5,)), Search((0.2, 0.5))
+    with pytest.raises(aftcli.AftError, match="^judges take part in a search"):
+        aftcli.explain(f, inputs(f), judges=[MIRROR])
+    with pytest.raises(aftcli.AftError, match="^judges take part in a search"):
+        aftcli.explain(f, inputs(f), settings=one, fixed=True, judges=[MIRROR])
+    for settings in (None, several):
+        with pytest.raises(aftcli.AftError, match="^a fixed cut needs one threshold"):
+            aftcli.explain(f, inputs(f), settings=settings, fixed=True)
