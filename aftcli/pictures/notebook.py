@@ -156,7 +156,7 @@ def explain(
     """
     layers = cuts(f)
     first = layers[0]
-    several = isinstance(x, Sequence) and not isinstance(x, str)
+    several = isinstance(x, Sequence) and not isinstance(x, str | bytes)
     asked = (
         _methods(layers, target, methods, contrast is not None, smooth),
         _classes(first, targets),
@@ -225,7 +225,7 @@ def _read(f: Classifier, given: Picture) -> tuple[Tensor, Subject | None]:
         path = Path(getattr(given, "filename", "") or "picture")
         try:
             picture = to_rgb(given)
-        except OSError as error:  # Pillow reads the pixels only now
+        except (OSError, ValueError) as error:  # Pillow reads the pixels only now, if it is open
             raise AftError(f"{path}: can't be read as a picture ({first_line(error)})") from error
     elif isinstance(given, str | PathLike):
         path = Path(given)
@@ -235,6 +235,8 @@ def _read(f: Classifier, given: Picture) -> tuple[Tensor, Subject | None]:
             f"x is a {type(given).__name__}; give a file's name, an image of Pillow's, or an "
             "input, a tensor of shape (1, C, H, W)"
         )
+    if 0 in picture.size:
+        raise AftError(f"{path}: has no pixels ({picture.width} x {picture.height})")
     view = view_of(picture.size, f.preprocessing)
     x = to_input(picture, f.preprocessing).to(next(f.parameters()))
     return x, Subject(path, path.stem, picture, view)

@@ -272,6 +272,19 @@ def test_what_has_no_picture_is_refused_but_explained():
         aftcli.overlay(bare)
 
 
+def test_images_without_pixels_are_refused(photo):
+    f = small_float()
+    closed = Image.open(photo)
+    closed.close()
+    with pytest.raises(AftError, match=r"a\.png: can't be read as a picture \(.*closed image"):
+        aftcli.explain(f, closed)
+    for size in ((0, 0), (4, 0)):
+        with pytest.raises(AftError, match="^picture: has no pixels"):
+            aftcli.explain(f, Image.new("RGB", size))
+    with pytest.raises(AftError, match="x is a bytes"):
+        aftcli.explain(f, photo.read_bytes())
+
+
 def test_a_network_with_a_target_is_explained_by_its_score(photo):
     g = with_target(small_float(), output_target(1), "pears")
     [e] = aftcli.explain(g, photo, "gradcam")
