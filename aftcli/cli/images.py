@@ -126,7 +126,9 @@ def find_images(
                     images.append(inside(path, str(image.relative_to(path))))
                 except AftError as error:
                     leading_out.append(str(error))
-        problems += leading_out
+        if leading_out[1:]:
+            leading_out[0] += f" ({len(leading_out) - 1} more pictures there are such links)"
+        problems += leading_out[:1]
         if not images and not leading_out:
             problems.append(f"{argument or repr(argument)}: {_missing(names)}")
         found.update(dict.fromkeys(images))
