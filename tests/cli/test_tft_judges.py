@@ -1,5 +1,7 @@
 """`--tft-judges`: who is asked, what is printed and written of it."""
 
+import csv
+import io
 import json
 import math
 import re
@@ -83,6 +85,17 @@ def test_a_line_says_what_each_gains():
     assert "log-odds" not in aft("explain", "a.png", "--save", "none", "--tft").out
     [plain] = json.loads(aft("explain", "a.png", "--tft", "--save", "none", "--json").out)
     assert "judges" not in plain["tft"]
+
+
+def test_csv_says_what_each_gains():
+    options = ("explain", "a.png", "--save", "none", "--tft", "--tft-judges", "mirror")
+    [found] = json.loads(aft(*options, "--json").out)
+    [line] = csv.DictReader(io.StringIO(aft(*options, "--format", "csv").out))
+    judges = found["tft"]["judges"]
+    expected = {each["name"]: each["log_odds_increase"] for each in judges}
+    assert set(expected) == {"self", "mirror"} and json.loads(line["judges"]) == expected
+    [line] = csv.DictReader(io.StringIO(aft(*options[:-2], "--format", "csv").out))
+    assert line["judges"] == ""
 
 
 def test_files_are_named_by_their_judges():
