@@ -14,9 +14,10 @@ from typing import NamedTuple
 from aftcli.core.classes import Classes
 from aftcli.data.parts import choose_split, split_kind
 from aftcli.data.picture import Listed, Marks, is_picture
-from aftcli.data.sets import Annotations, DataSet, Format, Sample, map_to_model
+from aftcli.data.sets import Annotations, DataSet, Format, Sample
 from aftcli.errors import AftError, listed
 from aftcli.files import inside
+from aftcli.formats.listed import map_to_model
 
 EDGES = ("x1", "y1", "x2", "y2")
 

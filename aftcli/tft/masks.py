@@ -48,14 +48,8 @@ FORMAT_VERSION = 2
 # data set, and class names, which older stores lack, change no number.
 INFORMATION = frozenset(
     {
-        "aft_version",
-        "checkpoint",
-        "class_names",
-        "data_set",
-        "complete",
-        "digest",
-        "imagenet",
-        "seal",
+        *("aft_version", "checkpoint", "class_names", "complete", "data_set"),
+        *("digest", "files", "imagenet", "seal"),
     }
 )
 

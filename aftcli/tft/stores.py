@@ -288,7 +288,8 @@ def _data_set(
     kind, split = made["data_kind"], made["split"]
     held = Held(**made["held"]) if made.get("held") else None
     of = (kind, root, split, f.classes.names, True, samples, named, notes)
-    return DataSet(*of, every=bool(made.get("every")), held=held)
+    files = given.files if given else Reading.of(made).files
+    return DataSet(*of, every=bool(made.get("every")), files=files, held=held)
 
 
 COMPARED = 32  # images of a data set that may be that of masks
