@@ -25,6 +25,7 @@ from aftcli.tft.masks import MaskStore
 from aftcli.tft.stores import Source, check_made_for, find_stores
 from tests.helpers.command import aft
 from tests.helpers.stored import NAMES, make_images
+from tests.helpers.unreadable import refuse_to_read
 
 CHELSEA = Path(__file__).parents[2] / "docs/images/chelsea.jpg"
 
@@ -120,6 +121,13 @@ def runs(home):
 
 
 # What is named
+
+
+def test_code_that_can_not_be_read_is_said(home, monkeypatch):
+    refuse_to_read(monkeypatch, "nets/net.py")
+    with pytest.raises(AftError, match=r"^/.*/net\.py: can't be read \(Permission denied\)"):
+        load_classifier("nets/net.py:make")
+    assert runs(home) == 0
 
 
 @pytest.mark.parametrize("name", ["make", "Net", "Home.model", "wrapped", "fixed"])
