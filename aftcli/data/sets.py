@@ -24,7 +24,7 @@ from aftcli.data.parts import (
     spread,
 )
 from aftcli.data.picture import FilePicture, Marks, Picture
-from aftcli.errors import AftError
+from aftcli.errors import AftError, reason
 from aftcli.files import inside
 
 
@@ -298,7 +298,11 @@ def _open(
         if reading.kind or form.suits(path)
     )
     tried = (open_(path, split, classes, default) for open_ in opening)
-    found = next(filter(None, tried), None)
+    try:
+        found = next(filter(None, tried), None)
+    except OSError as error:
+        where = error.filename or path
+        raise AftError(f"{where}: can't be read ({reason(error)}); make it readable") from error
     if found is None:
         what = f"no data set of the format {reading.kind}" if reading.kind else "no data set"
         raise AftError(f"{path}: is {what}; --data-format takes {', '.join(FORMATS)}")

@@ -287,8 +287,18 @@ def _pictures_below(folder: Path) -> tuple[list[str], int]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield the pictures in a folder and each of its subfolders, by their path from it."""
-    for where, _, files in os.walk(folder):
+    """Yield the pictures in a folder and each of its subfolders, by their path from it.
+
+    Raises:
+        OSError: one of them that is not hidden can't be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        parts = Path(error.filename).relative_to(folder.parent).parts
+        if not any(map(is_hidden, parts)):
+            raise error
+
+    for where, _, files in os.walk(folder, onerror=refuse):
         names = [name for name in files if is_picture(name)]
         yield Path(where).relative_to(folder), names
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from aftcli.cli.images import find_images
 from aftcli.files import FOLLOW
+from tests.helpers.unreadable import refuse_to_read
 
 
 def test_find_images(tmp_path, monkeypatch):
@@ -64,3 +65,17 @@ def test_links_out_of_a_folder_are_said_once(tmp_path, monkeypatch):
     ]
     monkeypatch.setenv(FOLLOW, "1")
     assert len(find_images(["one", "many"])[0]) == 32
+
+
+def test_folders_that_can_not_be_read_are_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/1.jpg", "a/no/2.jpg", "a/no/deep/3.jpg", "a/.trash/4.jpg", "b/5.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x")
+    refuse_to_read(monkeypatch, "a/no", "a/.trash", "b")
+    paths, problems = find_images(["a", "b"])
+    assert paths == [Path("a/1.jpg")]
+    assert problems == [
+        "a/no: can't be read (Permission denied)",
+        "b: can't be read (Permission denied)",
+    ]
