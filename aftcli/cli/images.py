@@ -266,16 +266,17 @@ def each_image(
 ) -> None:
     """Explain every image that can be read; say of each other one what is wrong with it."""
     from aftcli.data.images import read_image, view_of
-    from aftcli.pages.results import FORMATS, STREAMED
+    from aftcli.pages.results import FORMATS, MOST, STREAMED
     from aftcli.pictures.overlay import Subject
     from aftcli.report import explain as report
     from aftcli.report.names import stems
     from aftcli.report.terminal import progress, say
 
     keep_freed_memory()
-    report.output_folder(output.out)
     grids, manifest = results.grids, results.manifest
     called, count = stems(found.paths), len(found.paths)
+    if manifest or output.html or (output.words == "table" and count > MOST):
+        report.output_folder(output.out)
     streamed = output.words in STREAMED
     # Lines on a terminal show progress themselves.
     quiet = run.quiet or (streamed and sys.stdout.isatty())

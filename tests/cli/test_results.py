@@ -114,6 +114,18 @@ def test_a_closed_stdout_fails_nothing(form, monkeypatch):
     assert len(list(Path("aft-out").glob("*.png"))) == 1
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_where_nothing_is_written_nothing_needs_a_folder(form):
+    draw(1)
+    Path("file").write_text("")
+    asked = ("explain", "in", "--out", "file/out", "--format", form)
+    result = aft(*asked, "--save", "none")
+    assert (result.code or 0, without_chance(result.err)) == (0, "")
+    for options in ((), ("--save", "none", "--html")):
+        result = aft(*asked, *options)
+        assert result.code == 1 and "file/out: can't write there (Not a directory)" in result.err
+
+
 def test_no_file_has_the_number_of_a_closed_stream(tmp_path):
     code = "import os, pathlib; from aftcli.cli.process import open_streams as o; o(); "
     code += "f = open('a', 'wb'); print(1); [os.write(n, b'native') for n in (1, 2)]; "
