@@ -162,6 +162,12 @@ def durable(path: Path) -> Iterator[Path]:
         ) from error
 
 
+def require_space(path: Path, size: int) -> None:
+    """Fail cleanly, with OSError, if a file of that size can't be written."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whole or not at all.
 

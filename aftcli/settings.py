@@ -10,6 +10,8 @@ from aftcli.errors import AftError, check_name
 
 SELF, MIRROR = "self", "mirror"  # judges: the network itself, and it on mirrored images
 
+JUDGES = "tft_judges"  # those of a search, in the settings of masks
+
 THRESHOLDS = tuple(round(0.1 * i, 1) for i in range(11))
 
 ZERO_LEVEL = "zero-level"  # the objective that trains no weights of the network

@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Tests that run side by side (pytest -n) have a core each.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Networks of tests stay on the CPU, also on a machine with a GPU; tests of a GPU name it.
+os.environ.setdefault("AFT_DEVICE", "cpu")
 
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402

@@ -24,7 +24,9 @@ from aftcli.data.sets import DataSet, format_of, not_its_classes, open_data_set,
 from aftcli.errors import AftError
 from aftcli.files import file_stem
 from aftcli.models.load import advice, with_new_head
+from aftcli.settings import JUDGES
 from aftcli.tft.hdf5 import Rows, join_float
+from aftcli.tft.judges import judges_of
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.stores import (
     Source,
@@ -101,7 +103,10 @@ def mask_jobs(
     """
     loaded: dict[Source, Classifier] = {}
     jobs = []
-    for store in find_stores(run, source.model, cams):
+    stores = find_stores(run, source.model, cams)
+    for model in dict.fromkeys(store.settings["model"] for store in stores):
+        judges_of(run, [s.settings for s in stores if s.settings["model"] == model])
+    for store in stores:
         own = source.of_masks(store.settings)
         if own not in loaded:
             loaded[own] = with_names_of_run(own.load(), run, source.note)
@@ -237,6 +242,7 @@ def mask_job(
     check_made_for(store, f)
     found = stored_images(store, f, data, limit, reading)
     searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
+    searched |= {JUDGES: made[JUDGES]} if JUDGES in made else {}
     return Job(
         f,
         found.data_set,

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from aftcli.cli import setup
 from aftcli.cli.process import keep_freed_memory
 from aftcli.core.methods import named
 from aftcli.errors import UsageError
 from aftcli.options.data import Data, LabelsOption, ValShare
-from aftcli.options.groups import EvaluateRun, LowerPrecision, Methods, Network, Printed, Thresholds
+from aftcli.options.groups import (
+    EvaluateRun,
+    JudgedThresholds,
+    LowerPrecision,
+    Methods,
+    Network,
+    Printed,
+)
 from aftcli.options.make import number, option, words
+
+if TYPE_CHECKING:
+    from aftcli.core.classifier import Classifier
+    from aftcli.tft.judges import Judge
 
 Exported = Literal["table", "json", "csv", "parquet"]  # as in aftcli.report.masks
 
@@ -52,7 +64,7 @@ def gen_masks(
     data: MaskedData,
     network: Network,
     maps: Methods,
-    thresholds: Thresholds,
+    thresholds: JudgedThresholds,
     output: MaskOutput,
     run: MaskRun,
 ) -> None:
@@ -87,9 +99,13 @@ def gen_masks(
     for text in images.notes:
         setup.noting(quiet)(text)
     methods = setup.methods(f, maps.cam, "gradcam", quiet=quiet)
+    judges = setup.judges(thresholds.asked, [f], device, quiet)
+    _say_unknown(judges, f, quiet)
     count = len(images.samples)
     # Of all processes, so that their number changes no result.
-    f = accelerate(f, count * passes(f, methods, 1, settings))
+    mirrors = setup.mirrors(judges)
+    f = accelerate(f, count * passes(f, methods, 1, settings, mirrors=mirrors))
+    judges = setup.fast_judges(judges, accelerate, count * passes(f, methods, 1, settings))
     found = generate_masks(
         f,
         images,
@@ -101,10 +117,22 @@ def gen_masks(
         strict=data.strict,
         overwrite=run.overwrite,
         processes=processes,
+        judges=judges,
     )
     watched = watch(found, count, processes, run.quiet)
     if processes.index == 0:
         print_stores([store_path(run.run, f.name, m) for m in methods], watched, output.json)
+
+
+def _say_unknown(judges: Sequence[Judge], f: Classifier, quiet: bool) -> None:
+    """Say which judges do not know all classes, so that not all images are asked about."""
+    for judge in judges:
+        unknown = (judge.matching(f) < 0).nonzero()[:, 0].tolist()
+        if unknown:
+            setup.noting(quiet)(
+                f"{judge.name} does not know {len(unknown)} of {len(f.classes)} classes (first: "
+                f"{f.classes.name(unknown[0])}), so the search of their images does not ask it"
+            )
 
 
 def _show(output: MaskOutput) -> None:

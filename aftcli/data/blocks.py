@@ -277,6 +277,40 @@ def changed(
             yield i
 
 
+class Used(NamedTuple):
+    """Images that results were computed of: path, content and stamp as of `Loaded`."""
+
+    path: np.ndarray
+    content: np.ndarray
+    stamp: np.ndarray
+
+
+def changed_images(data_set: DataSet, used: Used | None, broken: Sequence[Broken]) -> list[str]:
+    """Name the images of a data set that have changed since results were computed.
+
+    Args:
+        data_set: the images.
+        used: images with results; None for none.
+        broken: images that could not be read.
+    """
+    contents = np.array([b.content for b in broken], np.int64)
+    names, stamps = [b.path for b in broken], np.full((len(broken), 2), -1)
+    if used is not None:
+        names += [os.fsdecode(bytes(path)) for path in used.path]
+        contents = np.concatenate([contents, used.content])
+        stamps = np.concatenate([stamps, used.stamp])
+
+    form = data_set.format
+
+    def picture(name: str) -> Path | Picture:
+        try:
+            return form.picture(data_set, name)
+        except AftError:  # said by who reads it
+            return data_set.root.parent
+
+    return [names[i] for i in changed(map(picture, names), contents, stamps)]
+
+
 def content_hash(files: Iterable[Path | Picture], known_in: Path) -> str:
     """Hash files' names and contents; a content is read again only if it changed.
 

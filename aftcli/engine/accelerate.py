@@ -31,7 +31,7 @@ ENGINES = {
 
 CHOICES = ("auto", *ENGINES)
 
-ENOUGH = 500  # passes of the network from which an export pays (docs/method/decisions/network.md)
+ENOUGH = 500  # passes of the network from which an engine pays (docs/method/decisions/network.md)
 
 TOLERANCES = {"no": 1e-4, "bf16": 0.1, "fp16": 0.1}  # of the largest value, by precision
 
@@ -54,9 +54,9 @@ def accelerated(
 
     Args:
         f: the classifier, on its device; its weights must not change afterwards.
-        engine: "torch" (batch norms folded into convolutions, channels last), "compile"
-            (torch.compile), "onnxruntime" (on a CPU), or "auto": onnxruntime on a CPU for many
-            passes, f as it is for few, torch on a GPU.
+        engine: "torch" (batch norms folded into convolutions), "compile" (torch.compile),
+            "onnxruntime" (on a CPU), or "auto": for many passes onnxruntime on a CPU and torch on
+            a GPU, for few f as it is.
         passes: images that will pass the network, None for many; only "auto" looks.
         note: is told what a user should know: an export that takes time, an engine that can't
             be used and what is used instead.
@@ -103,9 +103,11 @@ def has_bf16() -> bool:
 
 def choose(f: Classifier, passes: int | None, precision: str) -> str | None:
     """Choose the engine of "auto"; None for none."""
-    if precision != "no" or f.device.type != "cpu":
+    if precision != "no":
         return "torch"
-    return "onnxruntime" if passes is None or passes >= ENOUGH else None
+    if passes is not None and passes < ENOUGH:
+        return None
+    return "onnxruntime" if f.device.type == "cpu" else "torch"
 
 
 def checked(f: Classifier, engine: Engine, tolerance: float) -> Classifier:

@@ -1,4 +1,4 @@
-"""PyTorch made faster: batch norms folded into convolutions, channels last in memory."""
+"""PyTorch made faster: batch norms folded into convolutions, a good layout in memory."""
 
 from __future__ import annotations
 
@@ -42,11 +42,18 @@ class FoldedTorch:
     name = "torch"
 
     def __init__(self, f: Classifier, note: Callable[[str], None], precision: str) -> None:
-        parts = Parts(*(_laid_out(folded(part)) for part in (f.stem, f.layer, f.head)))
-        self.before: Pass = _Before(parts)
-        self.whole: Pass = _Whole(parts)
         self.device, self.dtype = f.device, next(f.parameters()).dtype
         self.precision, self.lower = precision, LOWER[precision]
+        # In float32 on a GPU it gains nothing, and the first pass of a size takes seconds.
+        last = self.device.type == "cpu" or self.lower is not None
+        self.layout = torch.channels_last if last else torch.contiguous_format
+        made = [_laid_out(folded(part), self.layout) for part in (f.stem, f.layer, f.head)]
+        if self.lower:
+            for part in made:
+                _lowered(part, self.lower)
+        parts = Parts(*made)
+        self.before: Pass = _Before(parts)
+        self.whole: Pass = _Whole(parts)
 
     def takes(self, x: Tensor) -> bool:
         """Take inputs of the weights' type, of any size."""
@@ -61,10 +68,13 @@ class FoldedTorch:
         return self._run(self.whole, x)
 
     def _run(self, part: Pass, x: Tensor) -> Tensor:
+        count = len(x)
+        if self.device.type != "cpu":
+            x = padded(x)
         with torch.autocast(self.device.type, self.lower, enabled=self.lower is not None):
-            out = part(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+            out = part(x.contiguous(memory_format=self.layout) if x.dim() == 4 else x)
         # Maps, softmax and comparisons are in the weights' own precision.
-        return out.to(self.dtype)
+        return out.to(self.dtype)[:count]
 
 
 class CompiledTorch(FoldedTorch):
@@ -80,10 +90,27 @@ class CompiledTorch(FoldedTorch):
         )
 
 
-def _laid_out(part: nn.Module) -> nn.Module:
+def padded(x: Tensor) -> Tensor:
+    """Repeat the last input until their number is a power of two.
+
+    A GPU's library plans each layer anew for each number of inputs.
+    """
+    count = len(x)
+    more = (1 << (count - 1).bit_length()) - count if count else 0
+    return torch.cat([x, x[-1:].expand(more, *x.shape[1:])]) if more else x
+
+
+def _lowered(part: nn.Module, dtype: torch.dtype) -> None:
+    """Round once the weights that autocast rounds in each pass."""
+    for module in part.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(dtype)
+
+
+def _laid_out(part: nn.Module, layout: torch.memory_format) -> nn.Module:
     for tensor in (*part.parameters(), *part.buffers()):
         if tensor.dim() == 4:  # not of any other, as Module.to would
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            tensor.data = tensor.data.contiguous(memory_format=layout)
     return part
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -24,10 +24,10 @@ from aftcli.data.sets import (
 )
 from aftcli.errors import AftError
 from aftcli.evaluation.results import with_kept_names
-from aftcli.models.checkpoint import read_card
+from aftcli.models.checkpoint import read_card, trained_otherwise
 from aftcli.models.load import advice, load_classifier
 from aftcli.settings import SOFTMAX, Search
-from aftcli.tft.judges import Judge, load_judges
+from aftcli.tft.judges import Judge, judges_named, judges_of, load_judges
 from aftcli.tft.masks import MaskStore
 from aftcli.tft.stores import Source, check_made_for, open_stores, reread, stored_contents
 
@@ -65,6 +65,7 @@ class Study:
         train: the data set that it was tuned on, by name, split and size; None if unknown.
         cells: maps of pixels are averaged over the activation's cells.
         judges: say, beside each variant itself, what its masks keep.
+        asked: judges that the search of the masks asked, as stores record them; TFT asks none.
     """
 
     f: Classifier
@@ -75,6 +76,7 @@ class Study:
     train: tuple[str, str, int] | None
     cells: bool = False
     judges: tuple[Judge, ...] = ()
+    asked: Sequence[Mapping[str, str]] = ()
 
     @cached_property
     def judge_keys(self) -> dict[str, str]:
@@ -211,7 +213,10 @@ def _study(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked)
     made = _made_of(run, stores, tuned, asked)
     cams = tuple(cam for cam in METHODS if cam in known)
     of = _data_set(f, made, asked, *stores), cams, tuple(_variants(f, cams, tuned, asked))
-    return Study(f, *of, _search(run, stores, tuned, asked), _trained_on(made), asked.cells)
+    searched = _search(run, stores, tuned, asked)
+    return Study(
+        f, *of, searched, _trained_on(made), asked.cells, asked=_judges(run, stores, tuned, asked)
+    )
 
 
 def _start(stores: list[MaskStore], tuned: list[_Made], asked: Asked) -> Classifier:
@@ -240,43 +245,17 @@ def _is_start(path: Path, f: Classifier) -> bool:
     return bool(f.checkpoint) and Path(f.checkpoint) == path.resolve()
 
 
-# Entries of cards that a tuned classifier and its control must share. Of IMAGES only the first
-# difference is told: it explains the others.
-IMAGES = {
-    "images": "images",
-    "images_hash": "names or labels of images",
-    "trained_contents": "contents of images",
-}
-
-RECIPE = {
-    **{"split": "split", "held_out": "held-out share", "seed": "seed"},
-    **{"augment": "augmentation", "layer": "layer", "earlier_layers": "earlier layers"},
-    **{"trained": "trained weights", "learning_rate": "learning rate", "epochs": "epochs"},
-    **{"batch": "batch size", "patience": "patience", "optimizer": "optimizer"},
-    "precision": "precision",
-}
-
-
 def _check_pairs(f: Classifier, tuned: list[_Made]) -> None:
     """Check that the control has seen what the classifiers tuned with masks have."""
     controls = [m for m in tuned if _is_control(m, f)]  # a zero level needs none
     others = [m for m in tuned if m.card["cam"] and m.card.get("objective") != "zero-level"]
     for control, one in product(controls, others):
-        if other := _trained_otherwise(control.card, one.card):
+        if other := trained_otherwise(control.card, one.card):
             raise AftError(
                 f"{control.path}: is no control of {one.path.name}, which was trained with other "
                 f"settings: {'; '.join(other)}; train it again with aft finetune --no-masks "
                 "--overwrite and the other's options, or move it away"
             )
-
-
-def _trained_otherwise(control: dict[str, Any], card: dict[str, Any]) -> list[str]:
-    def differing(keys: dict[str, str]) -> list[str]:
-        return [k for k in keys if k in control and k in card and control[k] != card[k]]
-
-    values = {k: f" {control[k]} and {card[k]}" for k in differing({"images": ""})}
-    named = [f"{IMAGES[key]}{values.get(key, '')}" for key in differing(IMAGES)[:1]]
-    return named + [f"{RECIPE[key]} {control[key]} and {card[key]}" for key in differing(RECIPE)]
 
 
 def _is_control(made: _Made, f: Classifier) -> bool:
@@ -391,6 +370,19 @@ def _search(run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked
             )
         values.append(made[0][key] if value is None else value)
     return Search(tuple(values[0]), "binary", values[1], values[2])
+
+
+def _judges(
+    run: Path, stores: list[MaskStore], tuned: list[_Made], asked: Asked
+) -> list[dict[str, str]]:
+    """Return the judges that the search of all masks asked, and say that TFT does not ask them."""
+    made = [*(s.settings for s in stores), *(m.card["masks"] for m in tuned if m.card["cam"])]
+    if found := judges_of(run, made):
+        asked.source.note(
+            f"{run}: the search of its masks asked {judges_named(found)}; TFT in the tables asks "
+            "the network alone"
+        )
+    return found
 
 
 def _trained_on(made: dict[str, Any]) -> tuple[str, str, int] | None:

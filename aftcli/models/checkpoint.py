@@ -123,6 +123,34 @@ def card_classes(card: Mapping[str, Any]) -> Classes:
     return Classes(tuple(card["classes"]["names"]), tuple(card["classes"]["wnids"]))
 
 
+# Entries of cards that a tuned classifier and its control must share. Of IMAGES only the first
+# difference is told: it explains the others.
+IMAGES = {
+    "images": "images",
+    "images_hash": "names or labels of images",
+    "trained_contents": "contents of images",
+}
+
+RECIPE = {
+    **{"split": "split", "held_out": "held-out share", "seed": "seed"},
+    **{"augment": "augmentation", "layer": "layer", "earlier_layers": "earlier layers"},
+    **{"trained": "trained weights", "learning_rate": "learning rate", "epochs": "epochs"},
+    **{"batch": "batch size", "patience": "patience", "optimizer": "optimizer"},
+    "precision": "precision",
+}
+
+
+def trained_otherwise(control: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
+    """Name the settings in which the cards of a control and a tuned classifier differ."""
+
+    def differing(keys: dict[str, str]) -> list[str]:
+        return [k for k in keys if k in control and k in card and control[k] != card[k]]
+
+    values = {k: f" {control[k]} and {card[k]}" for k in differing({"images": ""})}
+    named = [f"{IMAGES[key]}{values.get(key, '')}" for key in differing(IMAGES)[:1]]
+    return named + [f"{RECIPE[key]} {control[key]} and {card[key]}" for key in differing(RECIPE)]
+
+
 def restore(f: Classifier, path: Path, card: Mapping[str, Any]) -> Tuner | None:
     """Load a checkpoint's weights into a classifier of the same architecture.
 

@@ -334,6 +334,8 @@ class Run:
             "auto (default), cpu, cuda, cuda:N or mps.",
             show_default=False,
             callback=usage(check_device),
+            envvar="AFT_DEVICE",
+            show_envvar=False,
         ),
     ] = "auto"
     engine: Annotated[

@@ -151,7 +151,7 @@ IDLE: dict[str, tuple[Idle, ...]] = {
                     "--fill",
                     "--threshold-mode",
                 ),
-                *("--labels", "--val-share", "--seed"),
+                *("--tft-judges", "--labels", "--val-share", "--seed"),
                 *("--search", "--run", "--overwrite", "--strict", "--device", "--engine"),
                 *("--precision", "--batch-size", "--workers", "--output", "--output-key"),
             ),

@@ -28,6 +28,7 @@ from aftcli.report.terminal import (
     progress_bar,
     stdout_console,
 )
+from aftcli.settings import JUDGES
 from aftcli.version import __version__
 
 
@@ -65,6 +66,7 @@ def settings_of(sources: Sources, maskings: Sequence[str]) -> dict[str, Any]:
                 "thresholds": list(study.search.thresholds),
                 "fill": study.search.fill,
                 "threshold_mode": study.search.mode,
+                **({JUDGES: [*study.asked]} if study.asked else {}),
                 "cells": study.cells,
                 "judges": [
                     {"name": judge.name, "weights": judge.weights} for judge in study.judges

@@ -17,15 +17,19 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
 from aftcli.core.classes import Classes
 from aftcli.data.blocks import Broken, Processes
 from aftcli.data.sets import format_of
 from aftcli.errors import AftError
 from aftcli.report.terminal import cell, csv_cell, progress_bar, say, say_left_out, stdout_console
+from aftcli.settings import JUDGES
 from aftcli.tft.generate import Done
+from aftcli.tft.hdf5 import Rows
+from aftcli.tft.judges import judges_named
 from aftcli.tft.masks import MaskStore
-from aftcli.tft.threshold import first_maximum, raised
+from aftcli.tft.threshold import raised
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class StoreSummary:
         images: how many.
         broken: those that could not be read.
         tau: mean tau*.
-        raised: share of images with a threshold whose RPI > 0.
+        raised: share of images with a threshold whose RPI > 0; with --tft-judges at tau*.
         rpi: mean RPI at tau*.
         probability: mean y^c.
         bytes_per_image: of the file.
@@ -72,9 +76,7 @@ def summarise(store: MaskStore, verify: bool = False) -> StoreSummary:
     labels = np.zeros(max(len(names), 1), dtype=np.int64)
     pieces = (store.rows(start, start + 4096) for start in range(0, len(store), 4096))
     for rows in store.verified() if verify else pieces:
-        rpi, y = torch.from_numpy(rows.rpi), torch.from_numpy(rows.probability)
-        best = rpi.gather(1, first_maximum(rpi, y)[:, None]) if len(rpi) else rpi.new_zeros(0)
-        helped = raised(rpi, y).any(1)
+        best, helped = _gained(store, rows)
         totals += [rows.tau.sum(), int(helped.sum()), float(best.sum()), rows.probability.sum()]
         counted = np.bincount(rows.label, minlength=len(labels))
         if len(counted) > len(labels):
@@ -100,6 +102,16 @@ def summarise(store: MaskStore, verify: bool = False) -> StoreSummary:
         },
         bool(classes.wnids),
     )
+
+
+def _gained(store: MaskStore, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return RPI at tau*, and where a threshold raises the probability, with judges tau* itself."""
+    rpi, tau = torch.from_numpy(rows.rpi), torch.from_numpy(rows.tau)
+    thresholds = tau.new_tensor(store.settings["thresholds"])
+    best = (tau[:, None] - thresholds).abs().argmin(1, keepdim=True)
+    helped = raised(rpi, torch.from_numpy(rows.probability))
+    judged = store.settings.get(JUDGES)
+    return rpi.gather(1, best)[:, 0], helped.gather(1, best)[:, 0] if judged else helped.any(1)
 
 
 class Watched(NamedTuple):
@@ -173,7 +185,8 @@ def show_store(path: Path, json_: bool) -> None:
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     for key, value in settings.items():
-        table.add_row(cell(key), cell(_shown(value)))
+        shown = judges_named(value) if key == JUDGES else _shown(value)
+        table.add_row(cell(key), cell(shown))
     stdout_console(200).print(table)
     _print_summaries([summary])
     for broken in summary.broken:
@@ -280,8 +293,7 @@ def image_rows(store: MaskStore) -> Iterator[ImageRow]:
     known = settings.get("class_names") or (labels.names if own else ())
     for start in range(0, len(store), AT_ONCE):
         rows = store.rows(start, min(start + AT_ONCE, len(store)))
-        rpi, y = torch.from_numpy(rows.rpi), torch.from_numpy(rows.probability)
-        best = rpi.gather(1, first_maximum(rpi, y)[:, None])[:, 0].numpy()
+        best = _gained(store, rows)[0].numpy()
         areas = rows.mask.reshape(len(rows.mask), -1).mean(1).tolist()
         indices = (column.tolist() for column in (rows.path, rows.label, rows.class_index))
         numbers = (_shortest(column) for column in (rows.probability, rows.tau, best))

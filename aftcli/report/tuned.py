@@ -18,6 +18,8 @@ from aftcli.aft.training import Epoch, Measured, Step
 from aftcli.aft.zero_level import Chosen, Searching
 from aftcli.files import durable
 from aftcli.report.terminal import PlainColumn, cell, say, stdout_console
+from aftcli.settings import JUDGES
+from aftcli.tft.judges import judges_named
 
 LINES = 20  # of epochs, about, after the first
 
@@ -119,7 +121,11 @@ def _beginning(begun: Begun) -> tuple[str, str]:
     tuner = "" if job.masks is None else " and the tuner"
     resumed = f", resuming after epoch {begun.epoch}" if begun.epoch else ""
     recipe = f"{_recipe(begun)}; {begun.why}" if begun.why else _recipe(begun)
-    images = f"{begun.train} images, {begun.held_out} held out{resumed}"
+    asked = (job.made or {}).get(JUDGES)
+    judged = f"; the search of the masks asked {judges_named(asked)}" if asked else ""
+    if asked and begun.settings.objective == ZERO_LEVEL:
+        judged += ", t asks the network alone"
+    images = f"{begun.train} images, {begun.held_out} held out{resumed}{judged}"
     if begun.settings.objective == ZERO_LEVEL:
         first = f"{job.name}: learning the zero level at {job.f.layer_name} from {images}"
         return first, recipe

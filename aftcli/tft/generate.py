@@ -20,15 +20,24 @@ from torch import Tensor
 from aftcli.core.cam import class_score, scaled_map, upsample
 from aftcli.core.classifier import Classifier
 from aftcli.cutting.networks import outside_inference_mode
-from aftcli.data.blocks import Loaded, Processes, batches, load_blocks, spans_of
+from aftcli.data.blocks import (
+    Loaded,
+    Processes,
+    Used,
+    batches,
+    changed_images,
+    load_blocks,
+    spans_of,
+)
 from aftcli.data.sets import DataSet, not_its_classes
 from aftcli.errors import AftError
 from aftcli.files import file_stem, make_folder
 from aftcli.locks import locked
 from aftcli.networks.sources import imagenet_classes
-from aftcli.settings import SOFTMAX, Search
+from aftcli.settings import JUDGES, SOFTMAX, Search
 from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
-from aftcli.tft.masks import FORMAT_VERSION, MaskStore, changed_images, refuse_other_settings
+from aftcli.tft.judges import Judge
+from aftcli.tft.masks import FORMAT_VERSION, MaskStore, refuse_other_settings
 from aftcli.tft.search import search_threshold
 from aftcli.tft.threshold import TftResult, cut_off, mask_of, threshold_map
 from aftcli.version import __version__
@@ -77,6 +86,7 @@ def tune_batch(
     methods: Sequence[str],
     settings: Search,
     wanted: Tensor | None = None,
+    judges: Sequence[Judge] = (),
 ) -> list[Tuned]:
     """Run TFT on a batch by several methods, with one stem pass.
 
@@ -86,6 +96,7 @@ def tune_batch(
         methods: keys of METHODS.
         settings: of the search.
         wanted: the classes that are explained, shape (N,); None for the predicted ones.
+        judges: who else the search asks, see `fine_tune_threshold`.
 
     Returns:
         One result a method. Masks that methods share are scored once.
@@ -104,7 +115,7 @@ def tune_batch(
     high = upsample(low, x)
     owner = torch.arange(count, device=x.device)
     class_indices, y, owner = (each.repeat(len(methods)) for each in (class_index, y, owner))
-    result = search_threshold(f, x, high, class_indices, settings, y, owner)
+    result = search_threshold(f, x, high, class_indices, settings, y, owner, judges)
     cut = cut_off(high, result.tau[:, None], settings.mode)[:, 0]
     mask = mask_of(threshold_map(low, cut))
     return [
@@ -118,7 +129,9 @@ def store_path(run: Path, model: str, cam: str) -> Path:
     return run / "masks" / f"{file_stem(model, cam)}.h5"
 
 
-def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[str, Any]:
+def store_settings(
+    f: Classifier, data_set: DataSet, settings: Search, judges: Sequence[Judge] = ()
+) -> dict[str, Any]:
     """Return a store's attributes but for the CAM: settings (docs/reference/files.md)."""
     return {
         "format_version": FORMAT_VERSION,
@@ -134,6 +147,7 @@ def store_settings(f: Classifier, data_set: DataSet, settings: Search) -> dict[s
         "threshold_mode": settings.mode,
         # Written only if not the default, so that older stores without them still match.
         **({"search": settings.search} if settings.search != "exact" else {}),
+        **({JUDGES: [judge.recorded(f) for judge in judges]} if judges else {}),
         **({"precision": f.precision} if f.precision != "no" else {}),
         **({"output": f.output} if f.output != SOFTMAX else {}),
         **({"output_key": f.output_key} if f.output_key else {}),
@@ -195,7 +209,8 @@ class _Store:
             return False
         rows, broken, settings = read
         refuse_other_settings(self.path, settings, self.settings)
-        return not changed_images(data_set, rows, broken)
+        used = Used(rows.path, rows.content, rows.stamp)
+        return not changed_images(data_set, used, broken)
 
     def clear(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -272,6 +287,7 @@ def generate_masks(
     overwrite: bool = False,
     processes: Processes | None = None,
     block: int | None = None,
+    judges: Sequence[Judge] = (),
 ) -> Iterator[Done]:
     """Fine-tune the thresholds of a data set and store the masks, resuming a run that stopped.
 
@@ -287,6 +303,7 @@ def generate_masks(
         overwrite: start again and replace what is there.
         processes: the processes that share the run; default this one alone.
         block: images stored at a time; default by the number of images.
+        judges: who else the search asks, see `fine_tune_threshold`; their order changes nothing.
 
     Yields:
         Progress, batch by batch; the first reports what earlier calls did.
@@ -301,7 +318,10 @@ def generate_masks(
             f"{not_its_classes(data_set, f.classes, f.name)}; --labels all explains the class of "
             "each label, so name the model's classes by --classes FILE, or leave it out"
         )
-    common = store_settings(f, data_set, settings)
+    judges = sorted(judges, key=lambda judge: judge.name)
+    for judge in judges:
+        judge.check(f, "judge")
+    common = store_settings(f, data_set, settings, judges)
     stores = {
         method: _Store(store_path(run, f.name, method), {**common, "cam": method})
         for method in methods
@@ -334,7 +354,7 @@ def generate_masks(
             moved = batches(loaded, batch, next(f.parameters()))
             for x, label in zip(moved, labels.split(batch), strict=False):
                 wanted = label if data_set.every else None
-                results.append(tune_batch(f, x, lacking, settings, wanted))
+                results.append(tune_batch(f, x, lacking, settings, wanted, judges))
                 yield _progress(results[-1])
             for i, method in enumerate(lacking):
                 store = open_stores[method]

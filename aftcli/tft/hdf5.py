@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,8 +16,8 @@ from aftcli.core.classes import Preprocessing
 from aftcli.data.blocks import Broken
 from aftcli.data.parts import check_held
 from aftcli.errors import AftError
-from aftcli.files import durable, values_hash
-from aftcli.settings import OUTPUTS, SOFTMAX, Search
+from aftcli.files import durable, require_space, values_hash
+from aftcli.settings import JUDGES, OUTPUTS, SOFTMAX, Search
 
 # The type of each column and its axes after the first, which is the image. Equal letters are
 # equal lengths.
@@ -46,6 +45,13 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("data_set", "data_kind", "split", "labels", "digest"), str),
     **dict.fromkeys(("activation_shape", "thresholds", "classes"), list),
     "preprocessing": dict,
+}
+
+JUDGE = ("name", "weights", "key")  # of each judge of a search
+
+# Of attributes that are written only where they say something.
+OPTIONAL: dict[str, type | tuple[type, ...]] = {
+    **{"class_names": list, "output_key": str, "every": (bool, int), JUDGES: list},
 }
 
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
@@ -129,22 +135,20 @@ def check_store(file: h5py.File, settings: Mapping[str, Any]) -> None:
     """
     if settings.get(SEAL) != seal_of(settings):
         raise ValueError("its attributes are not what was written")
-    for key, kind in SETTINGS.items():
+    given = {key: kind for key, kind in OPTIONAL.items() if key in settings}
+    for key, kind in (SETTINGS | given).items():
         if not isinstance(settings.get(key), kind):
             raise ValueError(f"its attribute {key} is missing or of another type")
     thresholds, shape = settings["thresholds"], settings["activation_shape"]
     if not all(isinstance(tau, float | int) for tau in thresholds):
         raise ValueError("its thresholds are not numbers")
-    names = settings.get("class_names", [])  # only where the network's user gave them
-    if not isinstance(names, list):
-        raise ValueError("its class_names are not a list")
-    if not isinstance(settings.get("output_key", ""), str):
-        raise ValueError("its output_key is not a name")
-    if not isinstance(settings.get("every", False), bool | int):
-        raise ValueError("its every is not a truth value")
     check_held(settings.get("held"))
+    names = settings.get("class_names", [])  # only where the network's user gave them
     if not all(isinstance(name, str) for name in (*settings["classes"], *names)):
         raise ValueError("its classes are not names")
+    for judge in settings.get(JUDGES, ()):
+        if not (isinstance(judge, dict) and all(isinstance(judge.get(k), str) for k in JUDGE)):
+            raise ValueError(f"its {JUDGES} are not judges")
     if settings.get("output", SOFTMAX) not in OUTPUTS[1:]:
         raise ValueError("its output is not one that a network has")
     try:
@@ -347,7 +351,7 @@ def join_parts(path: Path, parts: Iterable[Path], settings: Mapping[str, Any]) -
     parts = list(parts)
     with durable(path) as temporary:
         # HDF5 crashes where the disk is full; parts together are larger than the whole.
-        _require_space(temporary, 2**16 + sum(p.stat().st_size for p in parts if p.exists()))
+        require_space(temporary, 2**16 + sum(p.stat().st_size for p in parts if p.exists()))
         broken: list[Broken] = []
         running = hashlib.sha256()
         with open_file(temporary, "w") as file:
@@ -381,12 +385,6 @@ def _gathered(blocks: Iterable[Rows]) -> Iterator[Rows]:
             yield Rows(*(column[:full] for column in columns))
             held = [Rows(*(column[full:] for column in columns))]
     yield Rows(*(np.concatenate(column) for column in zip(*held, strict=True)))
-
-
-def _require_space(path: Path, size: int) -> None:
-    """Fail cleanly, with OSError, if a file of that size can't be written."""
-    with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _append(file: h5py.File, rows: Rows) -> None:

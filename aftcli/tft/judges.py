@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from aftcli.core.classifier import Classifier
 from aftcli.errors import AftError
 from aftcli.models.checkpoint import read_card
 from aftcli.models.load import load_classifier
-from aftcli.settings import MIRROR, SELF, SOFTMAX
+from aftcli.settings import JUDGES, MIRROR, SELF, SOFTMAX
 from aftcli.tft.threshold import first_for_all, first_maximum, relative_probability_increase
 
 JUDGED = "judge"  # begins a judge's name in columns and extras of results; no measure's does
@@ -97,6 +98,10 @@ class Judge:
         made += f" {self.classifier.output}" * (self.classifier.output != SOFTMAX)
         return JUDGED + hashlib.sha256(made.encode()).hexdigest()[:10]
 
+    def recorded(self, f: Classifier) -> dict[str, str]:
+        """Return the judge as settings of masks of f record it, plain values."""
+        return {"name": self.name, "weights": self.weights, "key": self.key(f)}
+
     @cached_property
     def weights(self) -> str:
         """A hash of the weights; "" for the network itself."""
@@ -131,6 +136,38 @@ class Judge:
                 "name or wnid, so it can't judge; name a network with the same classes, or take "
                 f"{option} {MIRROR}"
             )
+
+
+def judges_named(recorded: Sequence[Mapping[str, str]]) -> str:
+    """Name the judges of a search, networks with the start of their key.
+
+    >>> judges_named([{"name": "mirror", "weights": "", "key": "judgemirror"}]), judges_named([])
+    ('mirror', 'none')
+    """
+    named = (
+        f"{each['name']} ({each['key'].removeprefix(JUDGED)})" if each["weights"] else each["name"]
+        for each in recorded
+    )
+    return ", ".join(named) or "none"
+
+
+def judges_of(run: Path, made: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the judges of masks, as stores record them.
+
+    Args:
+        run: where the masks are.
+        made: settings of each store.
+
+    Raises:
+        AftError: they differ.
+    """
+    found = {judges_named(each.get(JUDGES, [])): each.get(JUDGES, []) for each in made}
+    if len(found) > 1:
+        raise AftError(
+            f"{run}: the masks were made with different --tft-judges ({'; '.join(sorted(found))}); "
+            "choose some by --cam, or make masks and tune again with the same ones"
+        )
+    return next(iter(found.values()), [])
 
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as a grey input is made of a picture

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from aftcli.core.cam import stretch
 from aftcli.core.classes import Preprocessing
-from aftcli.data.blocks import Broken, changed
+from aftcli.data.blocks import Used, changed_images
 from aftcli.data.images import view_of
 from aftcli.data.objects import to_rle
-from aftcli.data.picture import Picture, Size
+from aftcli.data.picture import Size
 from aftcli.data.sets import DataSet
 from aftcli.errors import AftError, first_line
-from aftcli.settings import SOFTMAX
+from aftcli.settings import JUDGES, SOFTMAX
 from aftcli.tft.hdf5 import (
     APPENDED,
     ROWS,
@@ -40,6 +40,7 @@ from aftcli.tft.hdf5 import (
     read_broken,
     read_settings,
 )
+from aftcli.tft.judges import judges_named
 from aftcli.tft.threshold import cut_off, mask_of, threshold_map
 
 FORMAT_VERSION = 2
@@ -56,7 +57,7 @@ INFORMATION = frozenset(
 # Settings that are written only where they are not the default.
 UNWRITTEN = {
     **{"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""},
-    **{"held": {}, "every": False},
+    **{"held": {}, "every": False, JUDGES: []},
 }
 
 # Settings that class names change, and nothing else of a store.
@@ -81,10 +82,21 @@ class MaskRecord(NamedTuple):
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Name the settings in which a store differs from what is asked for."""
     found, wanted = UNWRITTEN | dict(found), UNWRITTEN | dict(wanted)
-    return [
-        f"{key} is {_short(found.get(key))}, asked for {_short(wanted.get(key))}"
-        for key in _differing(found, wanted)
-    ]
+    told = []
+    for key in _differing(found, wanted):
+        before, now = found.get(key), wanted.get(key)
+        if key == "masks" and before and now:
+            told += [f"masks: {each}" for each in _of_masks(before, now)]
+        else:
+            told.append(f"{key} is {_short(key, before)}, asked for {_short(key, now)}")
+    return told
+
+
+def _of_masks(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name the settings in which masks that a network was tuned with differ."""
+    other = differences(before, now)
+    same = not other and before.get("digest") != now.get("digest")
+    return [*other, *(["they were made again, of other content"] if same else [])]
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -108,7 +120,9 @@ def refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[
         )
 
 
-def _short(value: object) -> str:
+def _short(key: str, value: Any) -> str:  # noqa: ANN401 - of any setting
+    if key == JUDGES:
+        return judges_named(value)
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
@@ -124,42 +138,6 @@ def _unreadable(path: Path, what: str, error: Exception) -> AftError:
     return AftError(
         f"{path}: {what} ({first_line(error)[:120]}); make it again with aft gen-masks --overwrite"
     )
-
-
-class Used(NamedTuple):
-    """Images that results were computed of: path, content and stamp as of `Rows`."""
-
-    path: np.ndarray
-    content: np.ndarray
-    stamp: np.ndarray
-
-
-def changed_images(
-    data_set: DataSet, rows: Rows | Used | None, broken: Sequence[Broken]
-) -> list[str]:
-    """Name the images of a data set that have changed since results were computed.
-
-    Args:
-        data_set: the images.
-        rows: results; None for none.
-        broken: images that could not be read.
-    """
-    contents = np.array([b.content for b in broken], np.int64)
-    names, stamps = [b.path for b in broken], np.full((len(broken), 2), -1)
-    if rows is not None:
-        names += [os.fsdecode(bytes(path)) for path in rows.path]
-        contents = np.concatenate([contents, rows.content])
-        stamps = np.concatenate([stamps, rows.stamp])
-
-    form = data_set.format
-
-    def picture(name: str) -> Path | Picture:
-        try:
-            return form.picture(data_set, name)
-        except AftError:  # said by who reads it
-            return data_set.root.parent
-
-    return [names[i] for i in changed(map(picture, names), contents, stamps)]
 
 
 HEAP = b"GCOL\x01\0\0\0"  # begins a heap of texts in an HDF5 file, format 1

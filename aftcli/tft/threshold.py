@@ -392,5 +392,9 @@ class TftResult(NamedTuple):
 
     @property
     def helps(self) -> Tensor:
-        """Tell where a threshold raises the probability by more than rounding, (N,), bool."""
-        return raised(self.rpi, self.probability).any(1)
+        """Tell where a threshold raises the probability by more than rounding, (N,), bool.
+
+        Where judges were asked, tau* must.
+        """
+        found = raised(self.rpi, self.probability)
+        return found.gather(1, self.best[:, None])[:, 0] if self.judged.numel() else found.any(1)

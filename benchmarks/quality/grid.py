@@ -70,6 +70,10 @@ OBJECTIVES = {
     "consistency": ("--objective", "tuner"),
     "cam": ("--objective", "cam"),
 }
+# From masks that the mirror and Lite1 chose with the network: the objective without "joint ".
+JOINT = "joint "
+OBJECTIVES |= {f"{JOINT}{name}": OBJECTIVES[name] for name in ("v", "cam")}
+ASKED = ("--tft-judges", "mirror", "--tft-judges", "efficientnet_lite1")
 
 Row = tuple[Values, str]  # values, and the view of them that is the row
 Place = tuple[int, int, int]  # the network that is mirrored, or 0; where a batch is; its images
@@ -168,9 +172,9 @@ class Grid:
             return found
         return replace(found, classifier=self.accelerate(found.classifier, None))
 
-    def run_of(self, network: str, name: str) -> Path:
-        """Make a run with the network's masks and results."""
-        run = self.out / network
+    def run_of(self, folder: str, name: str) -> Path:
+        """Make a run with the masks and results of a folder."""
+        run = self.out / folder
         for shared in ("masks", "results"):
             (run / shared).mkdir(parents=True, exist_ok=True)
             (run / name).mkdir(exist_ok=True)
@@ -181,12 +185,15 @@ class Grid:
     def tuned(self, network: str, cam: str, objective: str, seed: int) -> Path:
         """Make masks and a tuned network, and return the run."""
         common = ("--cam", cam, "--workers", str(self.workers))
-        run = self.out / network
+        joint = objective.startswith(JOINT)
+        folder = f"{network}-joint" if joint else network
+        run = self.out / folder
         if not (run / "masks" / f"{file_stem(network, cam)}.h5").exists():
             images = (str(self.data / "imagenet"), *self.given(network))
             limit = ("--limit", str(self.train)) if self.train else ()
-            aft("gen-masks", *images, "--run", str(run), *limit, *common)
-        own = self.run_of(network, f"{objective}-{seed}")
+            asked = ASKED if joint else ()
+            aft("gen-masks", *images, "--run", str(run), *limit, *asked, *common)
+        own = self.run_of(folder, f"{objective.removeprefix(JOINT)}-{seed}")
         if METHODS[cam].signed or objective not in ("t", "v"):
             learn = (*OBJECTIVES[objective], "--seed", str(seed))
             aft("finetune", "--run", str(own), *self.given(network), *learn, *common)

@@ -31,6 +31,8 @@ NAMES = {
     "equation8": "equation 8",
     "consistency": "mask consistency",
     "cam": "the CAM itself, with consistency",
+    "joint v": "v and t, masks of three judges",
+    "joint cam": "the CAM itself, masks of three judges",
 }
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -104,7 +104,8 @@ RULES: dict[str, Rule] = {
 }
 
 
-def _inputs(f: Classifier, images: DataSet, workers: int) -> Iterator[Tensor]:
+def inputs(f: Classifier, images: DataSet, workers: int) -> Iterator[Tensor]:
+    """Yield the inputs of a data set in batches."""
     spans = spans_of(len(images.samples))
     for loaded in load_blocks(f.preprocessing, images, spans, range(len(spans)), workers):
         yield from batches(loaded, BATCH, next(f.parameters()))
@@ -130,7 +131,7 @@ def _masked(
 def curves(f: Classifier, judges: Sequence[Judge], images: DataSet, workers: int) -> Curves:
     """Ask all judges about all thresholds of a data set's maps."""
     found = []
-    for x in _inputs(f, images, workers):
+    for x in inputs(f, images, workers):
         g, activation = f.at(x)
         with torch.no_grad():
             own, c = f.probabilities(g.head(activation).float()).max(1)
@@ -157,7 +158,7 @@ def shifted_curves(
 ) -> Tensor:
     """Ask all judges about what shifts of the maps keep, shape (|shifts|, N, J)."""
     found, start = [], 0
-    for x in _inputs(f, images, workers):
+    for x in inputs(f, images, workers):
         own = slice(start, start + len(x))
         start += len(x)
         maps = torch.cat([stretch(shifted(known.cells[own], t), x.shape[2:]) for t in shifts])
@@ -166,6 +167,14 @@ def shifted_curves(
         y_hat = _masked(f, judges, x, maps, maps.new_zeros(len(maps), 1), c, y, owner)
         found.append(y_hat[..., 0].view(len(shifts), len(x), -1))
     return torch.cat(found, 1)
+
+
+class Known(Protocol):
+    """Images whose y^c, shape (N, J), is known."""
+
+    @property
+    def y(self) -> Tensor:
+        """Return y^c by each judge, NaN where it does not know the class."""
 
 
 class Row(NamedTuple):
@@ -193,7 +202,7 @@ def _number(value: float, signed: bool = False) -> str:
     return (f"{value:+.3f}" if signed else f"{value:.3f}").replace("0.", ".", 1)
 
 
-def table(known: Curves, rows: dict[str, Row], judges: Sequence[str]) -> list[str]:
+def table(known: Known, rows: dict[str, Row], judges: Sequence[str]) -> list[str]:
     """Write Average Increase and Average Drop of rows by each judge."""
     lines = [f"| map | {' | '.join(judges)} | kept area |", "|---|" + "---|" * (len(judges) + 1)]
     for title, row in rows.items():
@@ -210,7 +219,7 @@ def table(known: Curves, rows: dict[str, Row], judges: Sequence[str]) -> list[st
 
 
 def differences(
-    known: Curves, pairs: dict[str, tuple[Row, Row]], judges: Sequence[str]
+    known: Known, pairs: dict[str, tuple[Row, Row]], judges: Sequence[str]
 ) -> list[str]:
     """Write differences of Average Increase and Average Drop, with 95 % intervals."""
     lines = [f"| difference | {' | '.join(judges)} |", "|---|" + "---|" * len(judges)]

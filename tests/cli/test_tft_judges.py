@@ -1,4 +1,4 @@
-"""`--tft-judges`: who is asked, what is printed and written of it."""
+"""`--tft-judges`: who is asked, what is printed and written of it, masks of data sets included."""
 
 import csv
 import io
@@ -12,14 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
+# Imported here: it takes load_classifier when it is first imported.
+import aftcli.engine.export  # noqa: F401
+from aftcli import MaskStore
 from aftcli.core.classes import Classes
+from aftcli.models.checkpoint import read_card
 from aftcli.models.load import load_classifier
 from aftcli.settings import Search
 from aftcli.tft.explain import explain
 from aftcli.tft.judges import Judge
 from aftcli.tft.search import fine_tune_threshold
+from tests.helpers import faulty
 from tests.helpers.command import aft, usage_error
-from tests.helpers.stored import NAMES, small_float
+from tests.helpers.stored import NAMES, generate, make_images, small_float
 from tests.tft.test_judges import another
 
 MIRROR = Judge("mirror")
@@ -191,3 +196,80 @@ def test_in_python_judges_need_a_search_and_a_fixed_cut_one_threshold(f):
     for settings in (None, several):
         with pytest.raises(aftcli.AftError, match="^a fixed cut needs one threshold"):
             aftcli.explain(f, inputs(f), settings=settings, fixed=True)
+
+
+def done(*arguments):
+    """A command that must succeed."""
+    found = aft(*arguments)
+    assert found.code in (0, None), found.err
+    return found
+
+
+MASKS = ("gen-masks", "data", "--workers", "0", "--val-share", "0")
+
+
+@pytest.fixture
+def data(monkeypatch):
+    """A data set with a val split; later commands take the small network too."""
+    for part in ("train", "val"):
+        make_images(Path("data", part), each=4, seed=len(part))
+    for module in ("tft.stores", "evaluation.study"):
+        monkeypatch.setattr(f"aftcli.{module}.load_classifier", faulty.load_small)
+
+
+def test_masks_of_judges_are_tuned_with_and_their_judges_said(data):
+    Path("other.pth").write_bytes(b"-")
+    done(*MASKS, "--tft-judges", "mirror", "--tft-judges", "other.pth")
+    generate("data/train", "python", ["gradcam"], judges=(MIRROR, another()), workers=0)
+    path, recorded = Path("aft-run/masks/small-gradcam.h5"), ["mirror", "other"]
+    with MaskStore(path) as store, MaskStore("python/masks/small-gradcam.h5") as wanted:
+        made = store.settings["tft_judges"]
+        assert [each["name"] for each in made] == recorded
+        assert made[1]["weights"] == another().classifier.weights_hash()
+        assert [record.tau for record in store] == [record.tau for record in wanted]
+    shown = done("gen-masks", "--show", path)
+    said = f"mirror, other ({made[1]['key'].removeprefix('judge')})"
+    assert f"tft_judges {said}" in " ".join(shown.out.split())
+
+    learned = done("finetune", "--workers", "0", "--epochs", "1", "--objective", "cam")
+    assert f"; the search of the masks asked {said}\n" in learned.err
+    card = read_card(Path("aft-run/tuned/small-gradcam.safetensors"))
+    assert card["masks"]["tft_judges"] == made
+
+    rows = ("evaluate", "--workers", "0", "--table", "4", "--json")
+    tables = done(*rows)
+    assert f"search of its masks asked {said}; TFT in the tables asks the network" in tables.err
+    [study] = json.loads(tables.out)["settings"]["studies"]
+    assert study["tft_judges"] == made
+
+    # The masks are made again without judges, and are no longer those that tuned the network.
+    refused = aft(*MASKS)
+    assert refused.code == 1 and f"tft_judges is {said}, asked for none" in refused.err
+    done(*MASKS, "--overwrite")
+    refused = aft("finetune", "--workers", "0", "--epochs", "1", "--objective", "cam")
+    assert refused.code == 1 and f"masks: tft_judges is {said}, asked for none" in refused.err
+    refused = aft(*rows)
+    assert refused.code == 1 and f"different --tft-judges ({said}; none)" in refused.err
+
+
+def test_masks_of_several_methods_have_the_same_judges(data):
+    done(*MASKS, "--cam", "gradcam", "--tft-judges", "mirror")
+    done(*MASKS, "--cam", "layercam")
+    learned = done("finetune", "--workers", "0", "--cam", "gradcam")
+    assert "; the search of the masks asked mirror, t asks the network alone\n" in learned.err
+    for command in ("finetune", "evaluate"):
+        refused = aft(command, "--workers", "0")
+        assert refused.code == 1 and "different --tft-judges (mirror; none)" in refused.err
+        assert "choose some by --cam" in refused.err
+    tables = done("evaluate", "--workers", "0", "--cam", "layercam", "--table", "4", "--json")
+    assert "asked" not in tables.err
+    assert "tft_judges" not in json.loads(tables.out)["settings"]["studies"][0]
+
+
+def test_classes_that_a_judge_does_not_know_are_counted(data, monkeypatch):
+    other = another(("else", *NAMES[1:])).classifier
+    monkeypatch.setattr("aftcli.tft.judges.load_classifier", lambda *_, **__: other)
+    made = done(*MASKS, "--tft-judges", "other", "--limit", "3")
+    said = "other does not know 1 of 3 classes (first: apple), so the search of their images does"
+    assert said in made.err
+    assert "does not know" not in done(*MASKS, "--tft-judges", "mirror", "--overwrite").err

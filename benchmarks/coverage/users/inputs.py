@@ -118,8 +118,8 @@ def bfloat16():
 
 @network(*LAST, plain=lambda model: model.module)
 def data_parallel():
-    """Wrapped by DataParallel."""
-    return nn.DataParallel(Net())
+    """Wrapped by DataParallel, which takes the network to a GPU if there is one."""
+    return nn.DataParallel(Net()).cpu()
 
 
 @network(*LAST, plain=lambda model: model._orig_mod)
@@ -155,7 +155,7 @@ def lightning():
 @network(*(f"model.{name}" for name in INNER), plain=lambda model: model.module)
 def lightning_in_data_parallel():
     """DataParallel around a wrapper around a Lightning module."""
-    return nn.DataParallel(Lightning(Lightning(Net())))
+    return nn.DataParallel(Lightning(Lightning(Net()))).cpu()
 
 
 @network(*(f"backbone.{i}" for i in (3, 4, 5)))
