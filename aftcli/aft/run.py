@@ -182,7 +182,7 @@ Event = Begun | Cached | Note | Step | Searching | Chosen | Epoch | Tuned
 @outside_inference_mode
 def fine_tune(
     jobs: Sequence[Job],
-    run: Path,
+    run: str | Path,
     settings: Recipe | Callable[[Job], Recipe],
     options: Options | None = None,
     accelerator: Accelerator | None = None,
@@ -205,7 +205,7 @@ def fine_tune(
     """
     options = options or Options()
     accelerator = accelerator or Accelerator(cpu=jobs[0].f.device.type == "cpu")
-    gathering = Gathering(run, options, accelerator)
+    gathering = Gathering(Path(run), options, accelerator)
     for job in jobs:
         own, choice = settings, Choice("")
         if isinstance(own, InSituation):

@@ -250,7 +250,7 @@ def format_of(kind: str) -> Format:
 
 
 def open_data_set(
-    path: Path,
+    path: str | Path,
     split: str | None,
     classes: Classes,
     default: str = "train",
@@ -271,7 +271,7 @@ def open_data_set(
         AftError: there is no such folder, no data set or split in it, or no image; or only
             some of its class folders are the model's.
     """
-    path = reading.place(path)
+    path = reading.place(Path(path))
     if reading.kind is None or not format_of(reading.kind).is_there(path):
         check_data_set(path)
     if reading.held is None:

@@ -38,7 +38,7 @@ from aftcli.settings import JUDGES, SOFTMAX, Search
 from aftcli.tft.hdf5 import Rows, join_parts, read_part, split_float, write_part
 from aftcli.tft.judges import Judge
 from aftcli.tft.masks import FORMAT_VERSION, MaskStore, refuse_other_settings
-from aftcli.tft.search import search_threshold
+from aftcli.tft.search import check_judges, search_threshold
 from aftcli.tft.threshold import TftResult, cut_off, mask_of, threshold_map
 from aftcli.version import __version__
 
@@ -277,8 +277,8 @@ def _one_thread(f: Classifier) -> Iterator[None]:
 def generate_masks(
     f: Classifier,
     data_set: DataSet,
-    methods: Sequence[str],
-    run: Path,
+    methods: Sequence[str] | str,
+    run: str | Path,
     settings: Search,
     *,
     workers: int = 1,
@@ -294,7 +294,7 @@ def generate_masks(
     Args:
         f: the classifier.
         data_set: the images.
-        methods: keys of METHODS; their stem passes and equal masks are shared.
+        methods: one or several of METHODS; their stem passes and equal masks are shared.
         run: where the study lives; stores are `<run>/masks/<model>-<cam>.h5`.
         settings: of the search.
         workers: processes that decode images; 0 decodes in this one.
@@ -318,9 +318,9 @@ def generate_masks(
             f"{not_its_classes(data_set, f.classes, f.name)}; --labels all explains the class of "
             "each label, so name the model's classes by --classes FILE, or leave it out"
         )
+    methods, run = [methods] if isinstance(methods, str) else methods, Path(run)
+    check_judges(judges, f)
     judges = sorted(judges, key=lambda judge: judge.name)
-    for judge in judges:
-        judge.check(f, "judge")
     common = store_settings(f, data_set, settings, judges)
     stores = {
         method: _Store(store_path(run, f.name, method), {**common, "cam": method})
