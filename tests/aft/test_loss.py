@@ -594,6 +594,7 @@ def test_nothing_is_said_of_epoch_0_where_nothing_was_measured(capsys):
 def begun(train, epochs, **settings):
     job = SimpleNamespace(
         f=SimpleNamespace(layer_name="l", classes=["a", "b"]),
+        made=None,
         name="small-gradcam",
         new_head=False,
         masks=object(),
