@@ -36,7 +36,7 @@ from aftcli.files import (
 )
 from aftcli.locks import locked
 from aftcli.models.checkpoint import card_classes, checkpoint_of, read_card
-from aftcli.tft.masks import refuse_other_settings
+from aftcli.tft.masks import UNWRITTEN, refuse_other_settings
 from aftcli.version import __version__
 
 HEAD = "aft_state"
@@ -159,7 +159,7 @@ class _Files:
             raise AftError(
                 f"{self.path}: is damaged, or was not written by aft; move it away, or --overwrite"
             )
-        found = {key: card[key] for key in self.identity if key in card}
+        found = {key: card[key] for key in {*self.identity, *UNWRITTEN} if key in card}
         refuse_other_settings(self.path, found, self.identity)
         return card
 
