@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aftcli.data.names import files_named, is_pattern
 from aftcli.errors import AftError, listed
 from aftcli.files import inside
 
@@ -72,6 +73,12 @@ class Reading(NamedTuple):
             return path
         names = [inside(path, name).relative_to(path).as_posix() for name in self.files]
         return path / (names[0] if len(names) == 1 else f"{{{','.join(names)}}}")
+
+    def is_named(self, path: Path, folder: Path | None) -> bool:
+        """Tell if a path, or a pattern, names these files of a folder; the folder if all."""
+        found = files_named(path) if is_pattern(path) else [path]
+        own = [folder / name for name in self.files] or [folder] if folder else []
+        return [each.resolve() for each in found] == own
 
 
 AS_FOUND = Reading()

@@ -13,7 +13,7 @@ from aftcli.data.parts import Held, Reading, held_names
 from aftcli.data.sets import open_data_set, validation_of
 from aftcli.settings import Search
 from aftcli.tft.generate import generate_masks
-from aftcli.tft.stores import reread
+from aftcli.tft.stores import choose_held, reread
 from tests.helpers.archives import make_shards, make_tables
 from tests.helpers.command import aft
 from tests.helpers.stored import NAMES, generate, make_images, small_float
@@ -282,6 +282,9 @@ def test_files_that_are_named_stay_the_data_set(kind, tmp_path, monkeypatch):
     held_out = {s.name for s in whole.samples} - {s.name for s in part.samples}
     assert held_out == part.held_out and len(held_out) == 6
     store = MaskStore(tmp_path / "run/masks/small-gradcam.h5")
+    # The same names again are held out as before; other files are another data set.
+    again, other = (choose_held(tmp_path / "run", f, n, None, None) for n in (own, folder))
+    assert (again, other) == (HELD.held, Held(0.2))
     found = [mask_job(store, f).data_set]
     reading = reread(None, Reading(), store.settings, FRUIT, [store])
     assert {
