@@ -96,9 +96,10 @@ def test_what_is_assumed_of_a_map_is_said(shape, said):
 def test_a_map_that_keeps_nothing_is_said():
     Image.new("RGB", (40, 30), "red").save("a.png")
     command = ("tft", "a.png", "--map", "m.npy", "--save", "none")
+    scores = np.random.default_rng(0).random((30, 40))
     maps = {
         "it has no score but 0": np.zeros((30, 40)),
-        "none of its scores is positive; --absolute takes": -np.random.default_rng(0).random((30, 40)),
+        "none of its scores is positive; --absolute takes": -scores,
     }
     for why, values in maps.items():
         np.save("m.npy", values)
