@@ -5,8 +5,8 @@
 DATA has imagenet/, with train and val, and weights/squeezenet1_0.pth. Each map of EfficientNet-
 Lite0 keeps the same share of every image, its highest pixels, so neither a threshold nor a zero
 level nor area counts: only the order of the scores. Maps of pixels are averaged over the layer's
-cells. The question is which map could teach a fine-tuned network a better order. RISE is asked of
-the network, and of the network and Lite1 together, on few masks. Lite2 and SqueezeNet take part in
+cells. The question is which map could teach a fine-tuned network a better order. On training images
+RISE is asked too, of the network, and of the network and Lite1 together, on few masks. Lite2 and SqueezeNet take part in
 no map. What is there already in DIR is used. --page makes the results figures of
 docs/results/judges.md.
 """
@@ -95,7 +95,7 @@ def rise(ask: Sequence[Ask], x: Tensor, c: Tensor, cells: Sequence[int]) -> Tens
 
 
 def maps_of(
-    f: Classifier, earlier: Classifier, ask: dict[str, Ask], x: Tensor, c: Tensor
+    f: Classifier, earlier: Classifier, ask: dict[str, Ask], x: Tensor, c: Tensor, teachers: bool
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the name of each map and its scores, before the ReLU where a method has a sign.
 
@@ -105,6 +105,7 @@ def maps_of(
         ask: who is asked, by name.
         x: inputs, shape (N, 3, H, W).
         c: classes, shape (N,).
+        teachers: maps that no command makes, too.
     """
     g, activation = f.at(x)
     size, cells = x.shape[2:], tuple(activation.shape[2:])
@@ -126,14 +127,19 @@ def maps_of(
     for name in OTHERS:
         yield METHODS[name].title, attribution_map(f, x, c, name, cells=True)
     low = standard(signed["gradcam"])
-    for title, names in ASKED.items():
+    for title, names in ASKED.items() if teachers else ():
         found = rise([ask[name] for name in names], x, c, cells)
         yield title, stretch(found, size)
         yield f"Grad-CAM + {title}", stretch(low + standard(found), size)
 
 
 def ordered(
-    f: Classifier, earlier: Classifier, judges: Sequence[Judge], images: DataSet, workers: int
+    f: Classifier,
+    earlier: Classifier,
+    judges: Sequence[Judge],
+    images: DataSet,
+    teachers: bool,
+    workers: int,
 ) -> Orders:
     """Ask all judges about all maps of some images, by the predicted class."""
     y: list[Tensor] = []
@@ -150,7 +156,7 @@ def ordered(
         for x in inputs(f, images, workers):
             c = f(x).argmax(1)
             y.append(torch.stack([each(x, c) for each in ask.values()], 1))
-            for title, scores in maps_of(f, earlier, ask, x, c):
+            for title, scores in maps_of(f, earlier, ask, x, c, teachers):
                 x_hat = x * highest(scores)[:, None]
                 said = torch.stack([each(x_hat, c) for each in ask.values()], 1)
                 y_hat.setdefault(title, []).append(said)
@@ -188,7 +194,8 @@ def main() -> None:
         path = args.out / f"{split}.pt"
         if not path.exists():
             images = open_data_set(args.data / "imagenet", split, f.classes).limited(limit)
-            found = ordered(fast(f, None), fast(earlier, None), judges, images, args.workers)
+            own = fast(f, None), fast(earlier, None), judges, images
+            found = ordered(*own, split == "train", args.workers)
             torch.save(tuple(found), path)
         found = Orders(*torch.load(path))
         text = f"{len(found.y)} images.\n\n{measure(found)}"
