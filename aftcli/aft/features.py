@@ -130,9 +130,11 @@ class Cache:
         for loaded in load_blocks(self.f.preprocessing, self.data_set, spans, todo, self.workers):
             if loaded.broken and (self.strict or self.how == "off"):
                 first = loaded.broken[0]
+                without = "make the masks again without it, aft gen-masks --overwrite"
                 raise AftError(
                     f"{self.data_set.root / first.path}: {first.reason}; the image is needed for "
-                    "training: restore it, or take it out of the data set"
+                    "training: restore it, or "
+                    f"{without if self.strict else 'take it out of the data set'}"
                 )
             yield loaded
 

@@ -212,7 +212,7 @@ def _control_of_masks(
 def mask_job(
     store: MaskStore,
     f: Classifier,
-    data: Path | None = None,
+    data: str | Path | None = None,
     limit: int | None = None,
     earlier: Sequence[str] = (),
     reading: Reading = AS_FOUND,
@@ -233,7 +233,7 @@ def mask_job(
     """
     made = store.settings
     check_made_for(store, f)
-    found = stored_images(store, f, data, limit, reading)
+    found = stored_images(store, f, None if data is None else Path(data), limit, reading)
     searched = {k: made[k] for k in ("thresholds", "masking", "fill", "threshold_mode", "digest")}
     searched |= {JUDGES: made[JUDGES]} if JUDGES in made else {}
     return Job(
@@ -295,7 +295,7 @@ def kept_image(
 @outside_inference_mode
 def control_job(
     f: Classifier,
-    data: Path,
+    data: str | Path,
     split: str | None,
     limit: int | None,
     seed: int = 0,

@@ -35,7 +35,7 @@ from aftcli.files import (
     write_tensors,
 )
 from aftcli.locks import locked
-from aftcli.masks.settings import refuse_other_settings
+from aftcli.masks.settings import UNWRITTEN, refuse_other_settings
 from aftcli.models.checkpoint import card_classes, checkpoint_of, read_card
 from aftcli.version import __version__
 
@@ -159,7 +159,7 @@ class _Files:
             raise AftError(
                 f"{self.path}: is damaged, or was not written by aft; move it away, or --overwrite"
             )
-        found = {key: card[key] for key in self.identity if key in card}
+        found = {key: card[key] for key in {*self.identity, *UNWRITTEN} if key in card}
         refuse_other_settings(self.path, found, self.identity)
         return card
 
@@ -182,7 +182,7 @@ Event = Begun | Cached | Note | Step | Searching | Chosen | Epoch | Tuned
 @outside_inference_mode
 def fine_tune(
     jobs: Sequence[Job],
-    run: Path,
+    run: str | Path,
     settings: Recipe | Callable[[Job], Recipe],
     options: Options | None = None,
     accelerator: Accelerator | None = None,
@@ -205,7 +205,7 @@ def fine_tune(
     """
     options = options or Options()
     accelerator = accelerator or Accelerator(cpu=jobs[0].f.device.type == "cpu")
-    gathering = Gathering(run, options, accelerator)
+    gathering = Gathering(Path(run), options, accelerator)
     for job in jobs:
         own, choice = settings, Choice("")
         if isinstance(own, InSituation):

@@ -7,7 +7,7 @@ components is pytorch-grad-cam's, by noise that of Smooth Grad-CAM++ (Omeiza et 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -132,23 +132,32 @@ SMOOTHINGS: dict[str, Callable[[str], Method] | None] = {
 COPIES = {"none": 0, "eigen": 0, "aug": 2 * len(FACTORS), "noise": NOISY}
 
 
+# What a way needs that these methods have; other ways smooth every method.
+NEEDS: dict[str, tuple[Collection[str], str]] = {
+    "eigen": (WEIGHTS, "is no weighted sum of channels, so it has no principal component"),
+    "noise": (SCORES, "takes no gradient by the activation, which noise could smooth"),
+}
+
+
+def can_smooth(smooth: str, name: str) -> bool:
+    """Tell if a method's maps can be smoothed in this way."""
+    return smooth not in NEEDS or name in NEEDS[smooth][0]
+
+
+def smoothed_by(smooth: str) -> str:
+    """Say which methods a way smooths."""
+    return f"--smooth {smooth} takes {', '.join(NEEDS[smooth][0])}, --smooth aug every method"
+
+
 def check_smooth(smooth: str, name: str) -> None:
     """Check that a method's maps can be smoothed in this way.
 
     Raises:
-        AftError: the way is unknown, or needs weighted channels, which the method has not.
+        AftError: the way is unknown, or needs what the method has not.
     """
     check_name("smoothing", smooth, SMOOTHINGS)
-    if smooth == "eigen" and name not in WEIGHTS:
-        raise AftError(
-            f"{method(name).title} is no weighted sum of channels, so it has no principal "
-            f"component; --smooth eigen takes {', '.join(WEIGHTS)}, --smooth aug every method"
-        )
-    if smooth == "noise" and name not in SCORES:
-        raise AftError(
-            f"{method(name).title} takes no gradient by the activation, which noise could smooth; "
-            f"--smooth noise takes {', '.join(SCORES)}, --smooth aug every method"
-        )
+    if not can_smooth(smooth, name):
+        raise AftError(f"{method(name).title} {NEEDS[smooth][1]}; {smoothed_by(smooth)}")
 
 
 class Signed(NamedTuple):

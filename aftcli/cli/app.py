@@ -22,7 +22,7 @@ from aftcli.cli.evaluate import evaluate
 from aftcli.cli.explain import explain, tft
 from aftcli.cli.finetune import finetune
 from aftcli.cli.masks import gen_masks
-from aftcli.cli.process import INTERRUPTED, Stopping, flush, what_is_wrong
+from aftcli.cli.process import INTERRUPTED, Stopping, flush, open_streams, what_is_wrong
 from aftcli.errors import AftError, AftWarning, UsageError
 from aftcli.measures.registry import TABLES
 from aftcli.options.groups import Run
@@ -129,6 +129,7 @@ for command in (explain, tft, gen_masks, finetune, evaluate):
 
 def main() -> None:
     """Run the command line; every error ends here."""
+    open_streams()
     if "--debug" not in sys.argv:
         _silence_libraries()
     else:

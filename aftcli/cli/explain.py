@@ -383,7 +383,7 @@ def _fitted(
 ) -> Tensor:
     """Fit another tool's map to an image; say what it is taken to cover where that is assumed."""
     from aftcli.data.images import read_turn
-    from aftcli.data.maps import already_scaled, assumed, fit_map, place_of
+    from aftcli.data.maps import already_scaled, assumed, fit_map, nothing_in, place_of
 
     turn = read_turn(subject.path)
     size, (high, wide) = (values.shape[1], values.shape[0]), f.preprocessing.size
@@ -391,6 +391,8 @@ def _fitted(
     said = [assumed(size, place, turn)]
     if place.frame == "view" and size == (wide, high) and already_scaled(values):
         said.append("its scores are scaled already, as --save map writes them, and are kept")
+    found = fit_map(values, x, subject.picture.size, subject.view, maps.absolute, turn)
+    said.append(nothing_in(found, values, maps.absolute))
     if any(said):
         setup.noting(quiet)(f"{maps.map_}: for {subject.path}, {'; '.join(filter(None, said))}")
-    return fit_map(values, x, subject.picture.size, subject.view, maps.absolute, turn)
+    return found

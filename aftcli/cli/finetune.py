@@ -206,7 +206,8 @@ def finetune(
     events = fine_tune(jobs, run.run, settings, options, accelerator)
     tuned = watch(events, run.quiet or not first)
     if first:
-        exported = [export(t.path, network.model) for t in tuned] if output.export else []
+        done = tuned if output.export else []
+        exported = [export(each.path, network.model, run.quiet) for each in done]
         print_tuned(tuned, exported, output.json)
 
 

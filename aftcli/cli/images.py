@@ -117,17 +117,20 @@ def find_images(
     for argument in arguments:
         names = [argument] if os.path.lexists(argument) else glob.glob(argument, recursive=True)
         images, leading_out = [], []
+        unread: list[str] = []
         for path in sorted(map(Path, names)):
             if not path.is_dir():
                 images.append(path)
                 continue
-            for image in _images_in(path, out, written):
+            for image in _images_in(path, out, written, unread):
                 try:
                     images.append(inside(path, str(image.relative_to(path))))
                 except AftError as error:
                     leading_out.append(str(error))
-        problems += leading_out
-        if not images and not leading_out:
+        if leading_out[1:]:
+            leading_out[0] += f" ({len(leading_out) - 1} more pictures there are such links)"
+        problems += leading_out[:1] + unread
+        if not images and not leading_out and not unread:
             problems.append(f"{argument or repr(argument)}: {_missing(names)}")
         found.update(dict.fromkeys(images))
     return list(found), problems
@@ -140,21 +143,30 @@ def _missing(names: Sequence[str]) -> str:
     return f"there is no {'image in this folder' if names else 'such file or folder'}"
 
 
-def _images_in(folder: Path, out: Path | None, written: Written) -> list[Path]:
-    """List the images below a folder, sorted; none that is hidden, below `out` or a result."""
-    results = None
+def _images_in(
+    folder: Path, out: Path | None, written: Written, unread: list[str] | None = None
+) -> list[Path]:
+    """List the images below a folder, sorted; none that is hidden, below `out` or a result.
+
+    Folders that can't be read are told to `unread`.
+    """
+    results, found = None, []
     written = cache(written)
     if out and folder.resolve() in out.resolve().parents:
         results = folder / out.resolve().relative_to(folder.resolve())
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if is_picture(path.name)
-        and not path.is_dir()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not (results and path.is_relative_to(results))
-        and path.name not in written(path.parent)
-    )
+
+    def refuse(error: OSError) -> None:
+        if unread is not None:
+            unread.append(f"{error.filename}: can't be read ({error.strerror})")
+
+    for where, folders, files in os.walk(folder, onerror=refuse):
+        here = Path(where)
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and here / name != results
+        ]
+        names = [name for name in files if is_picture(name) and not name.startswith(".")]
+        found += [here / name for name in names if name not in written(here)]
+    return sorted(found)
 
 
 class Results(NamedTuple):
@@ -254,16 +266,17 @@ def each_image(
 ) -> None:
     """Explain every image that can be read; say of each other one what is wrong with it."""
     from aftcli.data.images import read_image, view_of
-    from aftcli.pages.results import FORMATS, STREAMED
+    from aftcli.pages.results import FORMATS, MOST, STREAMED
     from aftcli.pictures.overlay import Subject
     from aftcli.report import explain as report
     from aftcli.report.names import stems
     from aftcli.report.terminal import progress, say
 
     keep_freed_memory()
-    report.output_folder(output.out)
     grids, manifest = results.grids, results.manifest
     called, count = stems(found.paths), len(found.paths)
+    if manifest or output.html or (output.words == "table" and count > MOST):
+        report.output_folder(output.out)
     streamed = output.words in STREAMED
     # Lines on a terminal show progress themselves.
     quiet = run.quiet or (streamed and sys.stdout.isatty())

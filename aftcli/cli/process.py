@@ -128,6 +128,22 @@ def what_is_wrong(error: Exception) -> str:
     )
 
 
+def open_streams() -> None:
+    """Open what the caller closed of stdin, stdout and stderr again, as files that keep nothing.
+
+    Otherwise the next file that is opened has the number of stdout, and native code, which writes
+    to numbers, writes into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
+
 def flush() -> None:
     """Print what is still to be printed, while it can be said that this fails.
 

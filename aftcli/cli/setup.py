@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aftcli.cli.process import kept_from_collector
-from aftcli.core.methods import METHODS, named, spelled
+from aftcli.core.methods import METHODS, spelled
 from aftcli.data.names import check_data_set
 from aftcli.errors import AftError, UsageError
 from aftcli.files import check_checkpoint
@@ -256,21 +256,14 @@ def methods(
     Those that do not fit are named on stderr. A method that is asked for by name must fit.
 
     Raises:
-        AftError: no method of a family fits.
+        AftError: no method of a family fits, or one can't be smoothed in this way.
     """
-    from aftcli.tft.explain import refusals
+    from aftcli.tft.explain import choose_methods
 
-    methods, words = named(asked or [f.cam or default]), spelled(asked or [])
-    of_families = [name for name in methods if name not in words] if words else []
-    reasons = refusals((f, *others), of_families, smooth)
+    found, reasons = choose_methods((f, *others), asked or (), default, smooth, "--cam")
     refused: dict[str, list[str]] = defaultdict(list)
     for name, reason in reasons.items():
         refused[reason].append(name)
-    found = [name for name in methods if name not in reasons]
-    if not found:
-        raise AftError(
-            f"no method of --cam {', '.join(words)} fits {f.name}: {next(iter(refused))}"
-        )
     for reason, names in refused.items():
         noting(quiet)(f"skipped {', '.join(names)}: {reason}")
     return found
@@ -363,8 +356,8 @@ def contrast(
     found = f.classes.index(other)
     if found in targets:
         raise AftError(f"--contrast {other}: it is the class explained; give another one")
-    fitting = [name for name in methods if takes_target(name)]
-    refused = [name for name in methods if name not in fitting and name in (asked or [])]
+    fitting, words = [name for name in methods if takes_target(name)], spelled(asked or [])
+    refused = [name for name in methods if name not in fitting and name in words]
     if refused or not fitting:
         raise AftError(
             f"--contrast: {', '.join(refused or methods)} can't explain a difference of classes; "

@@ -224,6 +224,21 @@ def _check_shape(shape: tuple[int, ...], path: Path) -> None:
         )
 
 
+def nothing_in(fitted: Tensor, values: Tensor, absolute: bool) -> str:
+    """Say that a map keeps nothing, and why; "" where it keeps something.
+
+    Args:
+        fitted: from `fit_map`.
+        values: the map as it was given.
+        absolute: see `fit_map`.
+    """
+    if fitted.any():
+        return ""
+    if (values < 0).any() and not absolute:
+        return "it keeps nothing: none of its scores is positive; --absolute takes magnitudes"
+    return "it keeps nothing: it has no score but 0"
+
+
 def fit_map(
     values: Tensor,
     x: Tensor,

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aftcli.data.names import files_named, is_pattern
 from aftcli.errors import AftError, listed
+from aftcli.files import inside
 
 # Usual names of splits, whatever the case; the first is what `--split` and defaults are named by.
 SPLITS = {
@@ -43,22 +45,47 @@ class Reading(NamedTuple):
             is as masks were made, otherwise one.
         held: what is held out where there is no val split; None holds out nothing.
         trained: names of the images that were not held out, where the data set has changed since.
+        files: names of the files that it is, below its folder; none for all that are there.
     """
 
     kind: str | None = None
     every: bool | None = None
     held: Held | None = None
     trained: frozenset[str] = frozenset()
+    files: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, made: Mapping[str, Any]) -> Reading:
         """Return the choices that a mask store or a checkpoint records."""
         held = made.get("held")
         kept = Held(held["share"], held["seed"]) if held else None
-        return cls(made["data_kind"], bool(made.get("every")), kept)
+        given = made.get("files")  # of a file that may be anybody's
+        files = tuple(map(str, given)) if isinstance(given, list) else ()
+        return cls(made["data_kind"], bool(made.get("every")), kept, files=files)
+
+    def place(self, path: Path) -> Path:
+        """Return the name of the files in a folder: the folder where they are all.
+
+        Raises:
+            AftError: a file lies outside it.
+        """
+        if not self.files or not path.is_dir():
+            return path
+        names = [inside(path, name).relative_to(path).as_posix() for name in self.files]
+        return path / (names[0] if len(names) == 1 else f"{{{','.join(names)}}}")
+
+    def is_named(self, path: Path, folder: Path | None) -> bool:
+        """Tell if a path, or a pattern, names these files of a folder; the folder if all."""
+        found = files_named(path) if is_pattern(path) else [path]
+        own = [folder / name for name in self.files] or [folder] if folder else []
+        return [each.resolve() for each in found] == own
 
 
 AS_FOUND = Reading()
+
+LONGEST = 2**17  # characters of names of files that a store records
+
+SPECIAL = frozenset("{},*?[")  # in patterns of names
 
 
 def split_kind(name: str) -> str:
@@ -98,11 +125,13 @@ class Chosen(NamedTuple):
         root: the folder that they lie in or below.
         split: the word for it in their names; "" where they have none.
         files: names below the root, with forward slashes.
+        named: the files, where the user named them and they are of no split; none otherwise.
     """
 
     root: Path
     split: str
     files: list[str]
+    named: tuple[str, ...] = ()
 
 
 def choose_files(path: Path, found: Sequence[Path], split: str | None, default: str) -> Chosen:
@@ -130,7 +159,10 @@ def choose_files(path: Path, found: Sequence[Path], split: str | None, default: 
                 f"{path}: no name of a file says its split, so there is no {split!r}; leave "
                 "--split out, or call the files train-..., val-..."
             )
-        return Chosen(root, "", files)
+        text = "\0".join(files)
+        # Names with braces would be read as a pattern of others.
+        kept = named and len(text) <= LONGEST and not SPECIAL.intersection(text)
+        return Chosen(root, "", files, tuple(files) if kept else ())
     if "" in words:
         raise AftError(
             f"{path}: {files[words.index('')]} is of no split, but {files[words.index(known[0])]} "

@@ -24,7 +24,7 @@ from aftcli.data.parts import (
     spread,
 )
 from aftcli.data.picture import FilePicture, Marks, Picture
-from aftcli.errors import AftError
+from aftcli.errors import AftError, reason
 from aftcli.files import inside
 
 
@@ -56,6 +56,7 @@ class DataSet:
         notes: what was skipped or guessed when it was opened, for its user to know.
         class_of: the class of each label, where a file lists labels.
         every: there is a sample for each image and class that it shows.
+        files: names of its files below the root, where the user named some that say no split.
         held: what is held out of a data set without a val split; None where nothing is.
         held_out: names of the images that are held out.
     """
@@ -70,6 +71,7 @@ class DataSet:
     notes: tuple[str, ...] = ()
     class_of: Mapping[str, int] = field(default_factory=dict)
     every: bool = False
+    files: tuple[str, ...] = ()
     held: Held | None = None
     held_out: frozenset[str] = frozenset()
 
@@ -82,7 +84,8 @@ class DataSet:
     def record(self) -> dict[str, Any]:
         """Plain values that a store or checkpoint records of how it was read."""
         held = {"held": self.held._asdict()} if self.held else {}
-        return {"split": self.split, **held, **({"every": True} if self.every else {})}
+        files = {"files": [*self.files]} if self.files else {}
+        return {"split": self.split, **held, **files, **({"every": True} if self.every else {})}
 
     @property
     def format(self) -> Format:
@@ -247,7 +250,7 @@ def format_of(kind: str) -> Format:
 
 
 def open_data_set(
-    path: Path,
+    path: str | Path,
     split: str | None,
     classes: Classes,
     default: str = "train",
@@ -268,6 +271,7 @@ def open_data_set(
         AftError: there is no such folder, no data set or split in it, or no image; or only
             some of its class folders are the model's.
     """
+    path = reading.place(Path(path))
     if reading.kind is None or not format_of(reading.kind).is_there(path):
         check_data_set(path)
     if reading.held is None:
@@ -294,7 +298,11 @@ def _open(
         if reading.kind or form.suits(path)
     )
     tried = (open_(path, split, classes, default) for open_ in opening)
-    found = next(filter(None, tried), None)
+    try:
+        found = next(filter(None, tried), None)
+    except OSError as error:
+        where = error.filename or path
+        raise AftError(f"{where}: can't be read ({reason(error)}); make it readable") from error
     if found is None:
         what = f"no data set of the format {reading.kind}" if reading.kind else "no data set"
         raise AftError(f"{path}: is {what}; --data-format takes {', '.join(FORMATS)}")
@@ -353,7 +361,7 @@ def validation_of(data_set: DataSet, classes: Classes) -> Validation:
     if split_kind(data_set.part) != "train" or not there:
         return Validation()
     try:
-        same = Reading(data_set.kind, data_set.every, data_set.held)
+        same = Reading(data_set.kind, data_set.every, data_set.held, files=data_set.files)
         found = open_data_set(root, "val", classes, reading=same)
     except AftError as error:
         return Validation(reason=str(error))
@@ -381,12 +389,6 @@ def refuse_one_class(data_set: DataSet) -> None:
             f"{data_set.root}: has one class folder, {data_set.classes[0]}, and one class alone "
             "can't be trained or evaluated; put the folders of other classes beside it"
         )
-
-
-def map_to_model(names: Sequence[str], classes: Classes) -> list[int] | None:
-    """Find the model's class of each name; None where not all of them are its classes."""
-    found = [index for index in classes.match(names) if index is not None]
-    return found if len(found) == len(names) else None
 
 
 def data_name(root: Path, kind: str, split: str) -> str:

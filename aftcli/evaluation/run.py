@@ -98,7 +98,7 @@ class Measured(NamedTuple):
 
 @outside_inference_mode
 def evaluate_study(
-    study: Study, run: Path, plan: Plan | None = None, processes: Processes | None = None
+    study: Study, run: str | Path, plan: Plan | None = None, processes: Processes | None = None
 ) -> Iterator[Step | Measured]:
     """Measure all variants of a study.
 
@@ -115,7 +115,7 @@ def evaluate_study(
         AftError: another process works on the same results, or a file can't be written.
     """
     plan, processes = plan or Plan(), processes or Processes()
-    folder = make_folder(run / "results")
+    folder = make_folder(Path(run) / "results")
     objects = Objects(study.data_set, study.f.preprocessing, plan.note)
     _check_segmentations(study, plan, objects)
     known_in = folder / f".contents-{processes.index}.json"

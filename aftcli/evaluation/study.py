@@ -135,7 +135,7 @@ class _Made(NamedTuple):
     card: dict[str, Any]
 
 
-def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
+def find_studies(run: str | Path, asked: Asked | None = None) -> list[Study]:
     """Find the studies that a run has to evaluate.
 
     Args:
@@ -146,7 +146,7 @@ def find_studies(run: Path, asked: Asked | None = None) -> list[Study]:
         AftError: there are neither masks nor tuned classifiers, they do not belong together,
             there are no images with labels among the classes, or a judge knows none of these.
     """
-    studies = _studies(run, asked := asked or Asked())
+    studies = _studies(Path(run), asked := asked or Asked())
     loaded = load_judges(asked.judges, asked.source.device, asked.source.note)
     found = []
     for study in studies:

@@ -14,9 +14,10 @@ from typing import NamedTuple
 from aftcli.core.classes import Classes
 from aftcli.data.parts import choose_split, split_kind
 from aftcli.data.picture import Listed, Marks, is_picture
-from aftcli.data.sets import Annotations, DataSet, Format, Sample, map_to_model
+from aftcli.data.sets import Annotations, DataSet, Format, Sample
 from aftcli.errors import AftError, listed
 from aftcli.files import inside
+from aftcli.formats.listed import map_to_model
 
 EDGES = ("x1", "y1", "x2", "y2")
 
@@ -286,8 +287,18 @@ def _pictures_below(folder: Path) -> tuple[list[str], int]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield the pictures in a folder and each of its subfolders, by their path from it."""
-    for where, _, files in os.walk(folder):
+    """Yield the pictures in a folder and each of its subfolders, by their path from it.
+
+    Raises:
+        OSError: one of them that is not hidden can't be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        parts = Path(error.filename).relative_to(folder.parent).parts
+        if not any(map(is_hidden, parts)):
+            raise error
+
+    for where, _, files in os.walk(folder, onerror=refuse):
         names = [name for name in files if is_picture(name)]
         yield Path(where).relative_to(folder), names
 

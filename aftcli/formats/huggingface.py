@@ -116,7 +116,7 @@ class Head(NamedTuple):
 
 def _data_set(chosen: Chosen, heads: Sequence[Head], classes: Classes) -> DataSet:
     """Join the rows of files, in their order."""
-    (root, split, files), head = chosen, heads[0]
+    (root, split, files, named), head = chosen, heads[0]
     for file, other in zip(files, heads, strict=True):
         if other != head:
             raise AftError(f"{root / file}: has other columns or classes than {files[0]}")
@@ -150,8 +150,8 @@ def _data_set(chosen: Chosen, heads: Sequence[Head], classes: Classes) -> DataSe
         for name, label in zip(names, labels, strict=True)
         if label is not None
     ]
-    kind = "huggingface"
-    return DataSet(kind, root, split, found.names, found.mapped, samples, notes=tuple(notes))
+    of = ("huggingface", root, split, found.names, found.mapped, samples)
+    return DataSet(*of, notes=tuple(notes), files=named)
 
 
 def _refuse_paths(file: Path) -> None:

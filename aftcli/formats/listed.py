@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aftcli.core.classes import Classes
-from aftcli.data.sets import DataSet, Format, Sample, map_to_model
+from aftcli.data.sets import DataSet, Format, Sample
 from aftcli.errors import MOST_NAMED, AftError, listed
 
 ODD = {"", ".", ".."}  # parts of a path that is not plain
@@ -95,6 +95,12 @@ def below(root: Path, text: str) -> str:
             "picture there, or correct the path"
         )
     return path.as_posix()
+
+
+def map_to_model(names: Sequence[str], classes: Classes) -> list[int] | None:
+    """Find the model's class of each name; None where not all of them are its classes."""
+    found = [index for index in classes.match(names) if index is not None]
+    return found if len(found) == len(names) else None
 
 
 def label_classes(

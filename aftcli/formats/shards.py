@@ -156,7 +156,7 @@ def _shards(path: Path) -> list[Path]:
 
 def _data_set(chosen: Chosen, indices: Sequence[Index], classes: Classes) -> DataSet:
     """Join the indices of shards: their order and that in them is kept."""
-    root, split, shards = chosen
+    root, split, shards, named = chosen
     skipped: dict[str, list[str]] = defaultdict(list)
     from_files = any(label is not None for index in indices for label in index.labels)
     labels: list[str | None] = []
@@ -190,7 +190,8 @@ def _data_set(chosen: Chosen, indices: Sequence[Index], classes: Classes) -> Dat
         if label is not None
     ]
     notes += [f"{root}: {note}" for note in found.notes]
-    return DataSet("shards", root, split, found.names, found.mapped, samples, notes=tuple(notes))
+    of = ("shards", root, split, found.names, found.mapped, samples)
+    return DataSet(*of, notes=tuple(notes), files=named)
 
 
 def _folder_of(member: str) -> str | None:

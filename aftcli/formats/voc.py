@@ -14,9 +14,10 @@ from xml.parsers import expat
 from aftcli.core.classes import Classes
 from aftcli.data.images import image_labels, open_picture
 from aftcli.data.picture import Listed, Marks
-from aftcli.data.sets import Annotations, DataSet, Format, Sample, map_to_model
+from aftcli.data.sets import Annotations, DataSet, Format, Sample
 from aftcli.errors import AftError, reason
 from aftcli.files import inside, read_bounded, read_text
+from aftcli.formats.listed import map_to_model
 
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "

@@ -28,7 +28,7 @@ from aftcli.masks.parts import Making, join_parts, take, write_part
 from aftcli.masks.settings import store_settings
 from aftcli.settings import Search
 from aftcli.tft.judges import Judge
-from aftcli.tft.search import Tuned, tune_batch
+from aftcli.tft.search import Tuned, check_judges, tune_batch
 
 BATCH = 16  # images in one pass of the stem
 
@@ -116,8 +116,8 @@ def _one_thread(f: Classifier) -> Iterator[None]:
 def generate_masks(
     f: Classifier,
     data_set: DataSet,
-    methods: Sequence[str],
-    run: Path,
+    methods: Sequence[str] | str,
+    run: str | Path,
     settings: Search,
     *,
     workers: int = 1,
@@ -133,7 +133,7 @@ def generate_masks(
     Args:
         f: the classifier.
         data_set: the images.
-        methods: keys of METHODS; their stem passes and equal masks are shared.
+        methods: one or several of METHODS; their stem passes and equal masks are shared.
         run: where the study lives; stores are `<run>/masks/<model>-<cam>.h5`.
         settings: of the search.
         workers: processes that decode images; 0 decodes in this one.
@@ -157,9 +157,9 @@ def generate_masks(
             f"{not_its_classes(data_set, f.classes, f.name)}; --labels all explains the class of "
             "each label, so name the model's classes by --classes FILE, or leave it out"
         )
+    methods, run = [methods] if isinstance(methods, str) else methods, Path(run)
+    check_judges(judges, f)
     judges = sorted(judges, key=lambda judge: judge.name)
-    for judge in judges:
-        judge.check(f, "judge")
     common = store_settings(f, data_set, settings, judges)
     stores = {
         method: Making(store_path(run, f.name, method), {**common, "cam": method})

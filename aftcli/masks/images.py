@@ -129,7 +129,8 @@ def _data_set(
     kind, split = made["data_kind"], made["split"]
     held = Held(**made["held"]) if made.get("held") else None
     of = (kind, root, split, f.classes.names, True, samples, named, notes)
-    return DataSet(*of, every=bool(made.get("every")), held=held)
+    files = given.files if given else Reading.of(made).files
+    return DataSet(*of, every=bool(made.get("every")), files=files, held=held)
 
 
 def _labels(store: MaskStore, f: Classifier) -> np.ndarray | None:
@@ -165,8 +166,9 @@ def choose_held(
     """
     if share is None:
         for made in _made(run, f):
-            if data.resolve() == _above(made):
-                before = Reading.of(made).held
+            reading = Reading.of(made)
+            if reading.is_named(data, _above(made)):
+                before = reading.held
                 return before and before._replace(seed=before.seed if seed is None else seed)
     share = VAL_SHARE if share is None else share
     return Held(share, seed or 0) if share else None
@@ -212,7 +214,7 @@ def reread(
     place, other = data or _above(made), reading._replace(held=before.held)
     if before.held is None or place is None:
         return reading
-    same = place.resolve() == _above(made)
+    same = data is None or before.is_named(data, _above(made))
     with contextlib.suppress(AftError):
         part = open_data_set(place, made["held"]["part"], classes, reading=other)
         if part.limited(int(made["images"])).fingerprint() == made["images_hash"]:

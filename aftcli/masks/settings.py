@@ -20,14 +20,8 @@ FORMAT_VERSION = 2
 # data set, and class names, which older stores lack, change no number.
 INFORMATION = frozenset(
     {
-        "aft_version",
-        "checkpoint",
-        "class_names",
-        "data_set",
-        "complete",
-        "digest",
-        "imagenet",
-        "seal",
+        *("aft_version", "checkpoint", "class_names", "complete", "data_set"),
+        *("digest", "files", "imagenet", "seal"),
     }
 )
 
@@ -35,6 +29,16 @@ INFORMATION = frozenset(
 UNWRITTEN = {
     **{"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""},
     **{"held": {}, "every": False, JUDGES: []},
+}
+
+# Settings that users know by other words.
+WORDS = {"every": "--labels", "held": "what is held out"}
+
+# Settings whose values, hashes, say nothing to users.
+HASHES = {
+    "contents": "contents of images differ",
+    "images_hash": "names or labels of images differ",
+    "start": "weights that the training starts from differ",
 }
 
 # Settings that class names change, and nothing else of a store.
@@ -49,8 +53,11 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         before, now = found.get(key), wanted.get(key)
         if key == "masks" and before and now:
             told += [f"masks: {each}" for each in _of_masks(before, now)]
+        elif key in HASHES:
+            told.append(HASHES[key])
         else:
-            told.append(f"{key} is {_short(key, before)}, asked for {_short(key, now)}")
+            word = WORDS.get(key, key)
+            told.append(f"{word} is {_short(key, before)}, asked for {_short(key, now)}")
     return told
 
 
@@ -85,6 +92,10 @@ def refuse_other_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[
 def _short(key: str, value: Any) -> str:  # noqa: ANN401 - of any setting
     if key == JUDGES:
         return judges_named(value)
+    if key == "every":
+        return "all" if value else "largest"
+    if key == "held":
+        return f"{value['share']:g} of each class by seed {value['seed']}" if value else "nothing"
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 

@@ -55,7 +55,7 @@ def checkpoint_of(
     return tensors, {CARD: json.dumps(sealed, sort_keys=True)}
 
 
-def read_card(path: Path) -> dict[str, Any] | None:
+def read_card(path: str | Path) -> dict[str, Any] | None:
     """Read what a file of `aft finetune` says of itself, without its tensors.
 
     Args:
@@ -67,6 +67,7 @@ def read_card(path: Path) -> dict[str, Any] | None:
     Raises:
         AftError: the card is damaged or of a format that this version can't read.
     """
+    path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     try:

@@ -124,6 +124,8 @@ def load_classifier(
         AftError: model, layer or checkpoint is unknown, damaged, does not fit or can't be had;
             or a checkpoint needs somebody's own code, or a hub, that `name` does not name.
     """
+    if isinstance(classes, str | Path):
+        raise AftError(f"classes is {classes!r}; give the names themselves, in the outputs' order")
     own = tuple(classes.names if isinstance(classes, Classes) else classes or ())
     card = read_card(Path(checkpoint)) if checkpoint else None
     if checkpoint and card:

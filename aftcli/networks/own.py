@@ -92,7 +92,11 @@ def _module(name: str, home: str) -> ModuleType:
     path = Path(home)
     if not path.is_file():
         raise AftError(f"{path}: there is no such file; --model takes FILE.py:NAME")
-    digest = hashlib.sha256(bytes(path) + path.read_bytes()).hexdigest()[:10]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise AftError(f"{path}: can't be read ({error.strerror}); make it readable") from error
+    digest = hashlib.sha256(bytes(path) + content).hexdigest()[:10]
     own = f"aft_model_{digest}"  # changed code is another module
     if own in sys.modules:
         return sys.modules[own]

@@ -197,7 +197,8 @@ def refuse_unnamed(name: str, of: str | Path) -> None:
     Raises:
         AftError: the name is one of code, or `hf:` without a folder here.
     """
-    again = f"add --model {shlex.quote(name)} (a judge: --judge MODEL=FILE)"
+    judge = f" (a judge: {shlex.quote(f'{name}={of}')})" if isinstance(of, Path) else ""
+    again = f"add --model {shlex.quote(name)}{judge}"
     if CODE.fullmatch(name) and not name.startswith(tuple(SOURCES)):
         raise AftError(
             f"{of}: the network is code, {name}, and code runs only if you name it yourself; if "

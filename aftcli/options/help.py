@@ -5,10 +5,12 @@ from __future__ import annotations
 from aftcli.core.methods import FAMILIES, METHODS
 from aftcli.measures.registry import by_group
 
+# A family that is called as one of its methods has another word: --cam cam is CAM alone.
 METHODS_HELP = (
-    "--cam takes all (CAMs), a family or its methods: "
-    + "; ".join(
-        f"{family}: {', '.join(n for n, e in METHODS.items() if e.family == family)}"
+    "--cam takes a method, or several by a word: "
+    + ", ".join(
+        f"{'all' if family in METHODS else family} "
+        f"({', '.join(n for n, e in METHODS.items() if e.family == family)})"
         for family in FAMILIES
     )
     + "."

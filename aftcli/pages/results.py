@@ -50,6 +50,7 @@ COLUMNS = (
     ),
     *("probability", "tau", "threshold", "rpi", "masked_probability", "area", "masking", "fill"),
     *("threshold_mode", "search", "smooth", "zero_level", "cells", "target", "contrast"),
+    "judges",
     *("overlay", "figure", "map", "mask", "grid"),
 )
 
@@ -71,6 +72,8 @@ def line_of(result: Result) -> dict[str, Any]:
     line = {name: value for name, value in {**cut, **result}.items() if name in COLUMNS}
     line |= {"tau": numbers.tau if "tft" in result else None, "rpi": numbers.rpi}
     line |= {"masked_probability": numbers.masked, "layers": ";".join(result.get("layers", ()))}
+    increases = {each["name"]: each["log_odds_increase"] for each in cut.get("judges", ())}
+    line["judges"] = json.dumps(increases) if increases else None
     line["contrast"] = result.get("contrast", {}).get("class_name")
     line |= {kind: path for kind, path in result["outputs"].items() if kind in COLUMNS}
     return {name: csv_cell("" if value is None else value) for name, value in line.items()}

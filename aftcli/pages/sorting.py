@@ -3,7 +3,7 @@
 STYLE = """
 .overview { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: flex-end;
   justify-content: space-between; }
-.overview > div { max-width: 28rem; } .overview th, .overview td { padding: 0.25rem 0.35rem; }
+.overview > div { max-width: 34rem; } .overview th, .overview td { padding: 0.25rem 0.35rem; }
 .histogram { margin: 0; } .histogram rect { fill: #3b6ea5; } .histogram line { stroke: #444; }
 .histogram text { font-size: 11px; text-anchor: middle; fill: #333; }
 .results { width: 100%; } .results td { vertical-align: middle; }
@@ -14,7 +14,8 @@ STYLE = """
 .results th[aria-sort=ascending] button::after { content: " \\25b2"; }
 .results th[aria-sort=descending] button::after { content: " \\25bc"; }
 .results input { width: 4rem; font-size: 0.8rem; box-sizing: border-box; }
-.results th, .results td { padding: 0.25rem 0.4rem; } .overview td.text { overflow-wrap: anywhere; }
+.results th, .results td { padding: 0.25rem 0.4rem; } .overview td.text { overflow-wrap: anywhere;
+  min-width: 6.5rem; }
 .results .text input { width: 100%; min-width: 4rem; }
 .results th[data-name=image] { min-width: 15rem; }
 .results th[data-name=network] { min-width: 9rem; }

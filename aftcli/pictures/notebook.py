@@ -18,7 +18,7 @@ from torch import Tensor
 from aftcli.attributions.maps import Layers, cuts, takes_target
 from aftcli.core.classes import Classes, Preprocessing
 from aftcli.core.classifier import Classifier
-from aftcli.core.methods import named
+from aftcli.core.methods import METHODS, spelled
 from aftcli.data.images import View, read_image, to_input, to_rgb, view_of
 from aftcli.errors import AftError, check_name, first_line
 from aftcli.models.targets import Target, Targeted, with_target
@@ -154,10 +154,11 @@ def explain(
         AftError: a file is no picture, a class is unknown or contrasted with itself, a method does
             not fit, or see `attribution_map` and `fine_tune_threshold`.
     """
-    first = cuts(f)[0]
-    several = isinstance(x, Sequence) and not isinstance(x, str)
+    layers = cuts(f)
+    first = layers[0]
+    several = isinstance(x, Sequence) and not isinstance(x, str | bytes)
     asked = (
-        _methods(first, methods, contrast is not None),
+        _methods(layers, target, methods, contrast is not None, smooth),
         _classes(first, targets),
         *(top_k, settings or (Search() if tft else None)),
         Shaping(cells, zero_level, smooth, fuse),
@@ -183,16 +184,29 @@ def explain(
     return found
 
 
-def _methods(f: Classifier, words: Sequence[str] | str, is_contrast: bool) -> list[str]:
+def _methods(
+    layers: Sequence[Classifier],
+    target: Target | None,
+    words: Sequence[str] | str,
+    is_contrast: bool,
+    smooth: str,
+) -> list[str]:
     """Return the methods that words stand for; words for several leave out what does not fit."""
-    asked = [words] if isinstance(words, str) else list(words)
-    found = named(asked or [f.cam or ("gradcam" if is_contrast else "layercam")])
-    return [
-        name
-        for name in found
-        if name in (asked or found)
-        or (explaining.fits(f, name) and (takes_target(name) or not is_contrast))
-    ]
+    if target is not None:
+        layers = [with_target(each, target) for each in layers]
+    asked = spelled([words] if isinstance(words, str) else words)
+    default = "gradcam" if is_contrast else "layercam"
+    found, _ = explaining.choose_methods(layers, asked, default, smooth)
+    if not is_contrast:
+        return found
+    # By its own name a method must fit.
+    kept = [name for name in found if takes_target(name) or name in asked or not asked]
+    if not kept:
+        raise AftError(
+            f"no method of {', '.join(asked)} can explain a difference of classes; take one of "
+            f"{', '.join(filter(takes_target, METHODS))}"
+        )
+    return kept
 
 
 def _classes(f: Classifier, targets: Sequence[int | str] | int | str) -> Sequence[int] | int:
@@ -211,7 +225,7 @@ def _read(f: Classifier, given: Picture) -> tuple[Tensor, Subject | None]:
         path = Path(getattr(given, "filename", "") or "picture")
         try:
             picture = to_rgb(given)
-        except OSError as error:  # Pillow reads the pixels only now
+        except (OSError, ValueError) as error:  # Pillow reads the pixels only now, if it is open
             raise AftError(f"{path}: can't be read as a picture ({first_line(error)})") from error
     elif isinstance(given, str | PathLike):
         path = Path(given)
@@ -221,6 +235,8 @@ def _read(f: Classifier, given: Picture) -> tuple[Tensor, Subject | None]:
             f"x is a {type(given).__name__}; give a file's name, an image of Pillow's, or an "
             "input, a tensor of shape (1, C, H, W)"
         )
+    if 0 in picture.size:
+        raise AftError(f"{path}: has no pixels ({picture.width} x {picture.height})")
     view = view_of(picture.size, f.preprocessing)
     x = to_input(picture, f.preprocessing).to(next(f.parameters()))
     return x, Subject(path, path.stem, picture, view)

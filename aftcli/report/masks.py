@@ -142,7 +142,11 @@ def watch(steps: Iterator[Done], total: int, processes: Processes, quiet: bool) 
 
 
 def print_stores(paths: list[Path], watched: Watched, json_: bool) -> None:
-    """Print what a run of gen-masks has made: a table, the class counts, the broken images."""
+    """Print what a run of gen-masks has made: a table, the class counts, the broken images.
+
+    Raises:
+        AftError: no image could be read.
+    """
     summaries = []
     for path in paths:
         with MaskStore(path) as store:
@@ -157,6 +161,11 @@ def print_stores(paths: list[Path], watched: Watched, json_: bool) -> None:
         if speed:
             say(f"{watched.images} images in {watched.seconds:.0f} s, {speed:.2f} images/s")
     say_left_out(summaries[0].broken)
+    if not any(summary.images for summary in summaries):
+        raise AftError(
+            f"{paths[0]}: holds no image, for none could be read; mend or replace them, then run "
+            "the same command with --overwrite"
+        )
 
 
 def show_store(path: Path, json_: bool) -> None:

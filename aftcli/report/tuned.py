@@ -279,12 +279,13 @@ def draw_losses(path: Path, card: dict[str, Any]) -> None:
     figure.savefig(path, format="png")
 
 
-def export(path: Path, model: str | None = None) -> Path:
+def export(path: Path, model: str | None = None, quiet: bool = False) -> Path:
     """Write a checkpoint's network, of a model's name, and plain map as one graph beside it."""
     from aftcli.engine.export import export_onnx
 
     target = path.with_suffix(".onnx")
-    say(f"exporting {target}", aside=True)
+    if not quiet:
+        say(f"exporting {target}", aside=True)
     with durable(target) as temporary:
         export_onnx(path, temporary, model)
     return target

@@ -14,11 +14,13 @@ from aftcli.attributions.maps import (
     Layers,
     Seen,
     Signed,
+    can_smooth,
     check_explains,
     check_smooth,
     cuts,
     map_of_layers,
     signed_maps,
+    smoothed_by,
     takes_target,
 )
 from aftcli.core.cam import wide
@@ -29,7 +31,7 @@ from aftcli.core.inputs import (
     class_indices,
     first_activation,
 )
-from aftcli.core.methods import METHODS
+from aftcli.core.methods import METHODS, named, spelled
 from aftcli.cutting.networks import outside_inference_mode
 from aftcli.errors import AftError
 from aftcli.models.targets import Target, Targeted, contrasted, with_target
@@ -100,6 +102,41 @@ def fits(f: Classifier, method: str) -> bool:
 TRIED = 10  # passes that a method may take to be tried on a network
 
 
+def choose_methods(
+    layers: Sequence[Classifier],
+    words: Sequence[str],
+    default: str,
+    smooth: str = "none",
+    option: str = "",
+) -> tuple[list[str], dict[str, str]]:
+    """Find the methods that words stand for; `all` and families leave out what does not fit.
+
+    Args:
+        layers: the network, cut at each layer whose maps are fused.
+        words: names, families or "all"; none for the network's own method.
+        default: the method of networks without one.
+        smooth: see `attribution_map`.
+        option: in messages, what gave the words.
+
+    Returns:
+        The methods, and why others were left out, by their names.
+
+    Raises:
+        AftError: no method fits, or one of the names can't be smoothed in this way.
+    """
+    f, asked = layers[0], spelled(words)
+    found = named(asked or [f.cam or default])
+    own = [name for name in found if name in asked or not asked]
+    for name in own:
+        check_smooth(smooth, name)
+    reasons = refusals(layers, [name for name in found if name not in own], smooth)
+    kept = [name for name in found if name not in reasons]
+    if not kept:
+        which = " ".join(filter(None, [option, ", ".join(asked)]))
+        raise AftError(f"no method of {which} fits {f.name}: {next(iter(reasons.values()))}")
+    return kept, reasons
+
+
 def refusals(
     layers: Sequence[Classifier], methods: Sequence[str], smooth: str = "none"
 ) -> dict[str, str]:
@@ -128,8 +165,9 @@ def refusals(
 
 def _refusal(seen: Sequence[Seen], x: Tensor, method: str, smooth: str) -> str:
     passes = METHODS[method].passes
+    if not can_smooth(smooth, method):
+        return smoothed_by(smooth)
     try:
-        check_smooth(smooth, method)
         check_explains(seen, x, method)
         of_any_score = takes_target(method) and method != "layercam-fusion"
         if not of_any_score and passes is not None and passes <= TRIED:
@@ -205,9 +243,14 @@ def explain(
 
     Raises:
         AftError: x is no single image, a class is out of range, a class is contrasted with itself
-            or by a method of classes, or see `scaled_map` and `fine_tune_threshold`.
+            or by a method of classes, there is nothing to fix or judge, or see `scaled_map` and
+            `fine_tune_threshold`.
     """
     layers = cuts(f)
+    if fixed and (settings is None or len(settings.thresholds) != 1):
+        raise AftError("a fixed cut needs one threshold: pass settings=Search(thresholds=(T,))")
+    if judges and (settings is None or fixed):
+        raise AftError("judges take part in a search of thresholds: pass settings, not fixed")
     if target is not None:
         if isinstance(targets, int) or targets or top_k != 1:
             raise AftError("a target replaces the classes: leave targets and top_k out")

@@ -121,6 +121,27 @@ def _check_unit(f: Classifier | Judge, y: Tensor) -> None:
         )
 
 
+def check_judges(judges: Sequence[Judge], f: Classifier) -> None:
+    """Check that judges are no names, and that each knows some of f's classes.
+
+    Raises:
+        AftError: one is no Judge with a classifier, or see `Judge.check`.
+    """
+    found: Sequence[object] = () if isinstance(judges, str | Judge) else judges
+    known = [
+        hasattr(each, "matching")
+        and isinstance(getattr(each, "classifier", None), Classifier | None)
+        for each in found
+    ]
+    if (judges and not found) or not all(known):
+        raise AftError(
+            f"judges is {judges!r}; give a list of aftcli.Judge: Judge('mirror') is the network on "
+            "the mirrored image, Judge(NAME, aftcli.load_classifier(NAME)) another"
+        )
+    for judge in judges:
+        judge.check(f, "judge")
+
+
 @outside_inference_mode
 def search_threshold(
     f: Classifier,
@@ -134,8 +155,7 @@ def search_threshold(
 ) -> TftResult:
     """Find each image's threshold: `fine_tune_threshold` with its settings as one `Search`."""
     check_shape(x)
-    for judge in judges:
-        judge.check(f, "judge")
+    check_judges(judges, f)
     owner = torch.arange(len(x), device=x.device) if owner is None else owner
     count = len(owner)
     if attribution.shape != (count, *x.shape[2:]):

@@ -365,7 +365,8 @@ def test_an_image_of_the_masks_that_is_gone_is_an_error(tmp_path):
     images = make_colours(tmp_path / "colours")
     masks_of(images, tmp_path / "run").close()
     (images / "train/pear/3.png").unlink()
-    with pytest.raises(AftError, match=r"pear/3\.png: .*needed for training"):
+    said = r"pear/3\.png: .*needed for training: restore it, or make the masks again without it"
+    with pytest.raises(AftError, match=said):
         tune(images, tmp_path / "run")
 
 

@@ -129,6 +129,7 @@ REFUSED = [
     (("--target", A, "--contrast", A), f"--contrast {A}: it is the class explained"),
     (("--contrast", "nothing"), "unknown class 'nothing'"),
     (("--contrast", A, "--target", B, "--cam", "cam"), "cam can't explain a difference"),
+    (("--contrast", A, "--target", B, "--cam", "CAM,gradcam"), "cam can't explain a difference"),
     (("--contrast", A, "--top-k", "3"), f"{A} is the class explained; contrast it with another"),
 ]
 

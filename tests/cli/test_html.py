@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from aftcli.core.methods import CAMS
 from aftcli.data.images import view_of
 from aftcli.pages.explained import Page
 from aftcli.pages.html import flat, histogram, jpeg, of_values, thumb, thumb_size
@@ -277,6 +278,27 @@ def test_a_page_of_thousands_of_images_holds_none_of_them(f):
         assert [entry["image"] for entry, _ in page.entries()][::50] == ["first", "49.png"] + [
             *("99.png", "149.png")
         ]
+
+
+@pytest.mark.slow
+def test_a_browser_breaks_no_name_of_a_method(folder):
+    chromium()
+    draw("in/a.png")
+    page_and_results("in", "--tft", "--cam", "all")
+    script = """<script>
+    const broken = [...document.querySelectorAll(".overview td.text")].map(each => {
+      const range = document.createRange();
+      range.selectNodeContents(each);
+      return range.getClientRects().length;
+    });
+    document.title = `lines: ${broken}`;
+    </script></body>"""
+    path = Path("aft-out/index.html")
+    # The page's policy lets no other script run.
+    text = re.sub("<meta http-equiv=.*>", "", path.read_text())
+    path.write_text(text.replace("</body>", script))
+    shown = browse(path.resolve().as_uri(), folder, "--window-size=1200,900", "--dump-dom")
+    assert f"<title>lines: {','.join('1' * len(CAMS))}</title>" in shown
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import typer
 from PIL import Image
 
 from aftcli.cli.app import app
+from aftcli.core.methods import FAMILIES, named
 from aftcli.data.images import read_image, to_input
+from aftcli.options.help import METHODS_HELP
 from aftcli.pages.grids import Tables
 from tests.helpers.command import aft, leftovers, objects, usage_error
 from tests.helpers.stored import NAMES
@@ -358,3 +361,10 @@ def test_help_shows_few_options_at_once(name, monkeypatch):
     *_, example = [line for line in lines if line.strip()]
     assert f"{example.rstrip()} ".startswith(f" $ aft {name} ")
     assert "   " not in "".join("-" if row.startswith("│ --") else " " for row in rows)
+
+
+def test_a_word_of_the_help_stands_for_the_methods_after_it():
+    said = dict(re.findall(r"(\w+) \(([^)]*)\)", METHODS_HELP))
+    assert list(said) == ["all", *list(FAMILIES)[1:]]
+    for word, methods in said.items():
+        assert named([word]) == methods.split(", ")

@@ -118,6 +118,20 @@ def test_what_a_family_keeps_explains_and_what_it_skips_does_not(f, family):
     assert skipped == expected[family]
 
 
+def test_what_a_way_of_smoothing_does_not_fit_is_said_once(f):
+    # By its own name it must fit, which is known before pictures are read.
+    for way, reason in (("noise", "takes no gradient"), ("eigen", "is no weighted sum")):
+        done = aft("explain", "a.png", "b.png", "--cam", "all,Eigen-CAM", "--smooth", way)
+        (line,) = done.err.splitlines()
+        assert done.code == 1 and line.startswith(f"aft: Eigen-CAM {reason}")
+    assert not Path("aft-out").exists()
+    done, found = explained("a.png", "--cam", "all", "--smooth", "noise")
+    assert found == ["gradcam", "gradcam++", "layercam", "xgradcam", "hirescam", "finercam"]
+    (line,) = done.err.splitlines()
+    left_out = "cam, scorecam, ablationcam, eigencam"
+    assert line.startswith(f"aft: skipped {left_out}: --smooth noise takes gradcam, ")
+
+
 def test_a_family_of_which_nothing_fits_is_refused(f):
     pytest.importorskip("zennit")
     done = aft("explain", "a.png", "--cam", "decomposition")

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import shlex
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 from aftcli.cli.images import Format
+from aftcli.cli.process import open_streams
 from aftcli.pages import results as printed
 from aftcli.pages.results import COLUMNS, FORMATS, MOST, STREAMED, elided, line_of
 from aftcli.report.explain import OUTPUTS
@@ -95,6 +98,42 @@ def test_results_are_printed_as_they_come(form, monkeypatch):
     head = form == "csv"
     assert seen == [head, head + 1, head + 2]
     assert written.getvalue().count(b"\n") == head + 3
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_closed_stdout_fails_nothing(form, monkeypatch):
+    draw(1)
+
+    def closed():
+        sys.stdout = None  # as Python has it then; the helper puts another back
+        open_streams()
+
+    monkeypatch.setattr("aftcli.cli.app.open_streams", closed)
+    done = aft("explain", "in", "--format", form)
+    assert (done.code or 0, done.out, done.err) == (0, "", "")
+    assert len(list(Path("aft-out").glob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_where_nothing_is_written_nothing_needs_a_folder(form):
+    draw(1)
+    Path("file").write_text("")
+    asked = ("explain", "in", "--out", "file/out", "--format", form)
+    result = aft(*asked, "--save", "none")
+    assert (result.code or 0, without_chance(result.err)) == (0, "")
+    for options in ((), ("--save", "none", "--html")):
+        result = aft(*asked, *options)
+        assert result.code == 1 and "file/out: can't write there (Not a directory)" in result.err
+
+
+def test_no_file_has_the_number_of_a_closed_stream(tmp_path):
+    code = "import os, pathlib; from aftcli.cli.process import open_streams as o; o(); "
+    code += "f = open('a', 'wb'); print(1); [os.write(n, b'native') for n in (1, 2)]; "
+    code += "pathlib.Path('b').write_text(f'{f.fileno() > 2} {os.read(0, 1)}')"
+    command = f"{shlex.join([sys.executable, '-c', code])} <&- >&- 2>&-"
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert (tmp_path / "b").read_text() == "True b''"
+    assert (tmp_path / "a").read_bytes() == b""
 
 
 @pytest.mark.parametrize("form", STREAMED)

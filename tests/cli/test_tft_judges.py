@@ -1,5 +1,7 @@
 """`--tft-judges`: who is asked, what is printed and written of it, masks of data sets included."""
 
+import csv
+import io
 import json
 import math
 import re
@@ -16,6 +18,7 @@ from aftcli import MaskStore
 from aftcli.core.classes import Classes
 from aftcli.models.checkpoint import read_card
 from aftcli.models.load import load_classifier
+from aftcli.settings import Search
 from aftcli.tft.explain import explain
 from aftcli.tft.judges import Judge
 from aftcli.tft.search import fine_tune_threshold
@@ -89,6 +92,17 @@ def test_a_line_says_what_each_gains():
     assert "judges" not in plain["tft"]
 
 
+def test_csv_says_what_each_gains():
+    options = ("explain", "a.png", "--save", "none", "--tft", "--tft-judges", "mirror")
+    [found] = json.loads(aft(*options, "--json").out)
+    [line] = csv.DictReader(io.StringIO(aft(*options, "--format", "csv").out))
+    judges = found["tft"]["judges"]
+    expected = {each["name"]: each["log_odds_increase"] for each in judges}
+    assert set(expected) == {"self", "mirror"} and json.loads(line["judges"]) == expected
+    [line] = csv.DictReader(io.StringIO(aft(*options[:-2], "--format", "csv").out))
+    assert line["judges"] == ""
+
+
 def test_files_are_named_by_their_judges():
     options = ("--tft", "--target", "pear", "--save", "overlay", "--json")
     [found] = json.loads(aft("explain", "a.png", *options, "--tft-judges", "mirror").out)
@@ -158,6 +172,30 @@ def test_in_python_explanations_ask_judges_too(f):
     [found] = aftcli.explain(f, inputs(f), "gradcam", tft=True, judges=[MIRROR])
     assert found.judges == ("mirror",)
     assert found.tft.judged.shape == (1, 1, 11) and torch.isfinite(found.tft.increases).all()
+
+
+@pytest.mark.parametrize(
+    "judges", ["mirror", MIRROR, ["mirror"], [MIRROR, Judge("other", "resnet18")]]
+)
+def test_in_python_judges_are_no_names(f, judges):
+    import aftcli
+
+    said = r"^judges is .*; give a list of aftcli.Judge: Judge\('mirror'\) is"
+    with pytest.raises(aftcli.AftError, match=said):
+        aftcli.explain(f, inputs(f), "gradcam", tft=True, judges=judges)
+
+
+def test_in_python_judges_need_a_search_and_a_fixed_cut_one_threshold(f):
+    import aftcli
+
+    one, several = Search((0.5,)), Search((0.2, 0.5))
+    with pytest.raises(aftcli.AftError, match="^judges take part in a search"):
+        aftcli.explain(f, inputs(f), judges=[MIRROR])
+    with pytest.raises(aftcli.AftError, match="^judges take part in a search"):
+        aftcli.explain(f, inputs(f), settings=one, fixed=True, judges=[MIRROR])
+    for settings in (None, several):
+        with pytest.raises(aftcli.AftError, match="^a fixed cut needs one threshold"):
+            aftcli.explain(f, inputs(f), settings=settings, fixed=True)
 
 
 def done(*arguments):

@@ -93,6 +93,22 @@ def test_what_is_assumed_of_a_map_is_said(shape, said):
     assert aft("tft", "turned.jpg", "--map", "m.npy", "--save", "none", "--quiet").err == ""
 
 
+def test_a_map_that_keeps_nothing_is_said():
+    Image.new("RGB", (40, 30), "red").save("a.png")
+    command = ("tft", "a.png", "--map", "m.npy", "--save", "none")
+    scores = np.random.default_rng(0).random((30, 40))
+    maps = {
+        "it has no score but 0": np.zeros((30, 40)),
+        "none of its scores is positive; --absolute takes": -scores,
+    }
+    for why, values in maps.items():
+        np.save("m.npy", values)
+        done = aft(*command)
+        assert done.code in (0, None) and f"m.npy: for a.png, it keeps nothing: {why}" in done.err
+        assert "keeps nothing" not in aft(*command, "--quiet").err
+    assert "keeps nothing" not in aft(*command, "--absolute").err
+
+
 @pytest.mark.parametrize("cam", CAMS)
 def test_a_map_that_we_saved_gives_the_same_numbers_read_back(cam):
     Image.effect_noise((120, 80), 90).resize((60, 40)).convert("RGB").save("a.png")

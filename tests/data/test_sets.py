@@ -29,6 +29,7 @@ from aftcli.settings import Search
 from tests.helpers.command import aft
 from tests.helpers.stored import NAMES, generate, make_images, small_float
 from tests.helpers.trained import make_colours
+from tests.helpers.unreadable import refuse_to_read
 from tests.whole.test_trust import sealed_again
 
 FRUIT = Classes(NAMES)
@@ -142,6 +143,22 @@ def test_hidden_and_empty_folders_are_skipped_and_said(tmp_path, stray):
     assert data.classes == NAMES
     done = aft("gen-masks", root, "--run", tmp_path / "run", "--thresholds", "0.5")
     assert done.code in (0, None) and f"{stray}\n" in done.err
+
+
+@pytest.mark.parametrize("folder", [".", "train", "train/pear", "train/pear/deep"])
+def test_a_folder_that_can_not_be_read_is_refused_by_name(tmp_path, monkeypatch, folder):
+    """Without its pictures others would be taken for the data set."""
+    make_images(tmp_path / "train", each=2)
+    for hidden in ("lost+found", "train/.cache", "train/pear/.thumbs"):
+        (tmp_path / hidden).mkdir()
+        (tmp_path / hidden / "a.png").write_bytes(b"")
+        refuse_to_read(monkeypatch, tmp_path / hidden)
+    (tmp_path / "train/pear/deep").mkdir()
+    assert len(open_data_set(tmp_path, None, Classes(NAMES)).samples) == 6
+    refuse_to_read(monkeypatch, tmp_path / folder)
+    said = f"^{tmp_path / folder}: can't be read \\(Permission denied\\); make it readable$"
+    with pytest.raises(AftError, match=said):
+        open_data_set(tmp_path, None, Classes(NAMES))
 
 
 def test_a_class_folder_that_the_model_does_not_know_is_refused_by_name(tmp_path):

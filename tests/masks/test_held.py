@@ -7,13 +7,14 @@ import shutil
 import h5py
 import pytest
 
-from aftcli import AftError, MaskStore
+from aftcli import AftError, MaskStore, mask_job
 from aftcli.core.classes import Classes
 from aftcli.data.parts import Held, Reading, held_names
 from aftcli.data.sets import open_data_set, validation_of
 from aftcli.masks.generate import generate_masks
-from aftcli.masks.images import reread
+from aftcli.masks.images import choose_held, reread
 from aftcli.settings import Search
+from tests.helpers.archives import make_shards, make_tables
 from tests.helpers.command import aft
 from tests.helpers.stored import NAMES, generate, make_images, small_float
 from tests.helpers.trained import make_colours
@@ -194,7 +195,8 @@ def test_what_was_made_before_is_held_out_again_and_a_share_may_be_given(study):
     again = ran("gen-masks", data, *model, *run, "--cam", "layercam")
     assert "(--val-share 0.4, seed 2)" in again.err
     other = aft("gen-masks", data, *model, *run, "--val-share", "0")
-    assert other.code == 1 and "held is {'share': 0.4, 'seed': 2" in other.err
+    said = "what is held out is 0.4 of each class by seed 2, asked for nothing"
+    assert other.code == 1 and said in other.err
     every = ran("gen-masks", data, *model, "--run", study / "all", "--val-share", "0")
     assert "held out" not in every.err
     refused = aft("evaluate", *model[:2], "--run", study / "all")
@@ -253,3 +255,51 @@ def test_a_data_set_that_was_moved_and_changed_keeps_its_split(tmp_path):
     other = make_images(tmp_path / "other", each=5, seed=9)
     with MaskStore(tmp_path / "run/masks/small-gradcam.h5") as store:
         assert reread(other, Reading(), store.settings, FRUIT, [store]).held is None
+
+
+def pack(kind, data, folder, stem):
+    """Pack class folders into two files or more; return a pattern that names them."""
+    if kind == "shards":
+        make_shards(data, folder, each=8, stem=stem)
+        return folder / f"{stem}-*.tar"
+    pytest.importorskip("pyarrow")
+    make_tables(data, folder, ".parquet", each=8, stem=stem)
+    return folder / f"{stem}-*.parquet"
+
+
+@pytest.mark.parametrize("kind", ["shards", "huggingface"])
+def test_files_that_are_named_stay_the_data_set(kind, tmp_path, monkeypatch):
+    """Files of another data set beside them are in no part of it, also where they are moved."""
+    monkeypatch.setenv("AFT_CACHE", str(tmp_path / "cache"))
+    f, folder = small_float(), tmp_path / "packed"
+    own = pack(kind, make_images(tmp_path / "fruit", each=5), folder, "own")
+    pack(kind, make_images(tmp_path / "other", each=5, seed=7), folder, "an-other")
+    pack(kind, make_images(tmp_path / "more", each=5, seed=8), folder, "z")
+    whole = open_data_set(own, None, FRUIT)
+    assert len(whole.samples) == 15 and len({s.name.split("/")[0] for s in whole.samples}) == 2
+    part = open_data_set(own, None, FRUIT, reading=HELD)
+    list(generate_masks(f, part, ["gradcam"], tmp_path / "run", Search((0.3,)), workers=0))
+    held_out = {s.name for s in whole.samples} - {s.name for s in part.samples}
+    assert held_out == part.held_out and len(held_out) == 6
+    store = MaskStore(tmp_path / "run/masks/small-gradcam.h5")
+    # The same names again are held out as before; other files are another data set.
+    again, other = (choose_held(tmp_path / "run", f, n, None, None) for n in (own, folder))
+    assert (again, other) == (HELD.held, Held(0.2))
+    found = [mask_job(store, f).data_set]
+    reading = reread(None, Reading(), store.settings, FRUIT, [store])
+    assert {
+        s.name for s in open_data_set(folder, "val", FRUIT, reading=reading).samples
+    } == held_out
+    folder.rename(tmp_path / "moved")
+    moved = mask_job(store, f, tmp_path / "moved" / own.name).data_set
+    for data in (*found, moved):
+        assert {s.name for s in data.samples} == {s.name for s in part.samples}
+    assert {s.name for s in validation_of(moved, FRUIT).data_set.samples} == held_out
+    # What a store says leads nowhere else.
+    outside = Reading.of({**store.settings, "files": ["../secret.tar"]})
+    with pytest.raises(AftError, match="leads out of"):
+        open_data_set(tmp_path / "moved", None, FRUIT, reading=outside)
+    assert Reading.of({**store.settings, "files": 7}).files == ()
+    one = open_data_set(tmp_path / "moved" / whole.files[0], None, FRUIT)
+    assert one.record["files"] == [whole.files[0]]
+    assert "files" not in open_data_set(tmp_path / "moved", None, FRUIT).record

@@ -17,6 +17,7 @@ from aftcli.masks import hdf5
 from aftcli.masks import parts as making
 from aftcli.masks.hdf5 import Rows, join_float, split_float
 from aftcli.masks.parts import read_part, write_part
+from aftcli.masks.settings import differences
 from aftcli.settings import Search
 from tests.helpers.stored import generate, make_images, small_float
 
@@ -103,6 +104,25 @@ def test_settings_say_what_the_masks_were_made_with(run):
     assert settings["thresholds"] == [round(0.1 * i, 1) for i in range(11)]
     assert settings["weights"] == small_float().weights_hash()
     assert settings["preprocessing"]["size"] == [32, 32]
+
+
+def test_differences_are_told_in_words_of_users():
+    held = {"share": 0.2, "seed": 0, "part": "train"}
+    hashes = {"images_hash": "1f", "contents": "2e", "start": "3d"}
+    made = {"images": 9, "every": True, "held": held, "masking": "soft", "files": ["a"], **hashes}
+    assert differences(made, made) == []
+    assert differences(made, {**made, "held": {**held, "seed": 3}}) == [
+        "what is held out is 0.2 of each class by seed 0, asked for 0.2 of each class by seed 3"
+    ]
+    # What is not recorded is as by default.
+    assert differences(made, {"images": 6, "masking": "soft"}) == [
+        "contents of images differ",
+        "--labels is all, asked for largest",
+        "what is held out is 0.2 of each class by seed 0, asked for nothing",
+        "images is 9, asked for 6",
+        "names or labels of images differ",
+        "weights that the training starts from differ",
+    ]
 
 
 def test_a_store_is_a_data_set_for_loaders_with_workers(run):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from aftcli.settings import Search
 from aftcli.tft.judges import load_judges
 from tests.helpers.command import aft
 from tests.helpers.stored import NAMES, make_images
+from tests.helpers.unreadable import refuse_to_read
 
 CHELSEA = Path(__file__).parents[2] / "docs/images/chelsea.jpg"
 
@@ -120,6 +122,13 @@ def runs(home):
 
 
 # What is named
+
+
+def test_code_that_can_not_be_read_is_said(home, monkeypatch):
+    refuse_to_read(monkeypatch, "nets/net.py")
+    with pytest.raises(AftError, match=r"^/.*/net\.py: can't be read \(Permission denied\)"):
+        load_classifier("nets/net.py:make")
+    assert runs(home) == 0
 
 
 @pytest.mark.parametrize("name", ["make", "Net", "Home.model", "wrapped", "fixed"])
@@ -287,8 +296,10 @@ def test_a_card_or_a_store_never_runs_code_that_it_names(made):
         load_classifier(checkpoint="own.safetensors")
     with pytest.raises(AftError, match=f"the masks: {message}"):
         Source().of_masks(store.settings)
-    with pytest.raises(AftError, match="--judge MODEL=FILE"):
-        load_judges(["own.safetensors"])
+    for option in ("--judge", "--tft-judges"):
+        again = rf"^{option} own.safetensors: .*\(a judge: {re.escape(name)}=own.safetensors\)$"
+        with pytest.raises(AftError, match=again):
+            load_judges(["own.safetensors"], option=option)
     np.save("x.npy", np.eye(8))
     commands = [
         ("explain", "data/apple/0.png", "--checkpoint", "own.safetensors"),
@@ -314,7 +325,8 @@ def test_a_card_that_names_any_module_is_refused(made, module, monkeypatch):
     tensors, metadata = checkpoint_of(f, None, {})
     write_tensors(Path("own.safetensors"), tensors, metadata)
     count = runs(made)
-    with pytest.raises(AftError, match=f"add --model {module}"):
+    again = rf"add --model {module} \(a judge: {module}=own\.safetensors\)$"
+    with pytest.raises(AftError, match=again):
         load_classifier(checkpoint="own.safetensors")
     assert runs(made) == count
 

@@ -88,6 +88,32 @@ def test_names_stand_for_classes_methods_and_defaults(photo):
     assert repr(e).startswith("output 2 ") and "chance" not in repr(e)
 
 
+@pytest.mark.parametrize("smooth", ["noise", "eigen"])
+def test_words_for_several_methods_leave_out_what_can_not_be_smoothed(photo, smooth):
+    f = small_float()
+    cams = [e.cam for e in aftcli.explain(f, photo, "all", 0, smooth=smooth)]
+    assert "gradcam" in cams and "eigencam" not in cams
+    assert ("scorecam" in cams) == (smooth == "eigen")
+    with pytest.raises(AftError, match="^Eigen-CAM "):
+        aftcli.explain(f, photo, ["all", "eigencam"], 0, smooth=smooth)
+
+
+@pytest.mark.parametrize("word", ["cam", "CAM", "gradcam, Cam"])
+def test_a_method_that_is_named_must_fit_however_it_is_spelled(photo, word):
+    f = small("mixing").f
+    with pytest.raises(AftError, match="cam needs a head of global average pooling"):
+        aftcli.explain(f, photo, word)
+
+
+def test_words_of_which_no_method_fits_are_refused(photo):
+    f = small_float()
+    pytest.importorskip("zennit")
+    with pytest.raises(AftError, match="^no method of decomposition can explain a difference"):
+        aftcli.explain(f, photo, "decomposition", 0, contrast=1)
+    with pytest.raises(AftError, match="^no method of gradient fits .*: --smooth noise takes"):
+        aftcli.explain(f, photo, "gradient", 0, smooth="noise")
+
+
 def test_the_picture_of_an_input_is_the_input_without_its_normalisation():
     s = small("linear", 0)
     pixels = torch.rand(3, *SIZE, dtype=torch.float64)
@@ -244,6 +270,19 @@ def test_what_has_no_picture_is_refused_but_explained():
     assert bare._repr_html_() == f"<div>{bare!r}</div>"
     with pytest.raises(AftError, match="has no picture"):
         aftcli.overlay(bare)
+
+
+def test_images_without_pixels_are_refused(photo):
+    f = small_float()
+    closed = Image.open(photo)
+    closed.close()
+    with pytest.raises(AftError, match=r"a\.png: can't be read as a picture \(.*closed image"):
+        aftcli.explain(f, closed)
+    for size in ((0, 0), (4, 0)):
+        with pytest.raises(AftError, match="^picture: has no pixels"):
+            aftcli.explain(f, Image.new("RGB", size))
+    with pytest.raises(AftError, match="x is a bytes"):
+        aftcli.explain(f, photo.read_bytes())
 
 
 def test_a_network_with_a_target_is_explained_by_its_score(photo):

@@ -102,7 +102,8 @@ def test_a_control_of_changed_images_is_another_one(tmp_path):
         os.utime(path, (9, 9))
     assert tune(images, tmp_path / "run", lam=None)[-1].before
     repaint(images / "train/pear/2.png")
-    with pytest.raises(AftError, match="other settings: contents is .*overwrite"):
+    said = "other settings: contents of images differ; use .*overwrite"
+    with pytest.raises(AftError, match=said):
         tune(images, tmp_path / "run", lam=None)
 
 
