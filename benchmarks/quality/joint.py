@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,14 +169,6 @@ def shifted_curves(
     return torch.cat(found, 1)
 
 
-class Known(Protocol):
-    """Images whose y^c, shape (N, J), is known."""
-
-    @property
-    def y(self) -> Tensor:
-        """Return y^c by each judge, NaN where it does not know the class."""
-
-
 class Row(NamedTuple):
     """Figures of what one row keeps: y_hat, shape (N, J), and the share of pixels, shape (N,)."""
 
@@ -202,7 +194,7 @@ def _number(value: float, signed: bool = False) -> str:
     return (f"{value:+.3f}" if signed else f"{value:.3f}").replace("0.", ".", 1)
 
 
-def table(known: Known, rows: dict[str, Row], judges: Sequence[str]) -> list[str]:
+def table(known: Curves, rows: dict[str, Row], judges: Sequence[str]) -> list[str]:
     """Write Average Increase and Average Drop of rows by each judge."""
     lines = [f"| map | {' | '.join(judges)} | kept area |", "|---|" + "---|" * (len(judges) + 1)]
     for title, row in rows.items():
@@ -219,7 +211,7 @@ def table(known: Known, rows: dict[str, Row], judges: Sequence[str]) -> list[str
 
 
 def differences(
-    known: Known, pairs: dict[str, tuple[Row, Row]], judges: Sequence[str]
+    known: Curves, pairs: dict[str, tuple[Row, Row]], judges: Sequence[str]
 ) -> list[str]:
     """Write differences of Average Increase and Average Drop, with 95 % intervals."""
     lines = [f"| difference | {' | '.join(judges)} |", "|---|" + "---|" * len(judges)]

@@ -28,9 +28,12 @@ from aftcli.core.cam import stretch
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.sets import DataSet, open_data_set
+from aftcli.measures.intervals import estimate
 from aftcli.tft.judges import Judge, judged, load_judges
+from aftcli.tft.threshold import drop, rises
 from benchmarks import pages
-from benchmarks.quality.joint import JUDGES, NETWORK, Row, differences, inputs, table
+from benchmarks.quality.grid_tables import number
+from benchmarks.quality.joint import JUDGES, NETWORK, inputs
 from benchmarks.quality.judges import machine
 
 SHARE = 0.5  # of an image's pixels that a map keeps
@@ -164,12 +167,29 @@ def ordered(
     return Orders(torch.cat(y), {title: torch.cat(parts) for title, parts in y_hat.items()})
 
 
+def sign(better: Tensor) -> str:
+    """Write + where one map is better than Grad-CAM beyond a 95 % interval, - where it is worse."""
+    found = estimate(better)
+    return "+" * bool(found.low > 0) + "-" * bool(found.high < 0)
+
+
 def measure(found: Orders) -> str:
-    """Write increase and drop by each judge, and the differences from Grad-CAM."""
-    area = torch.full((len(found.y),), SHARE)
-    rows = {title: Row(y_hat, area) for title, y_hat in found.y_hat.items()}
-    pairs = {title: (row, rows[PLAIN]) for title, row in rows.items() if title != PLAIN}
-    return "\n".join([*table(found, rows, JUDGES), "", *differences(found, pairs, JUDGES)])
+    """Write increase and drop by each judge, with the signs of their differences."""
+    lines = [f"| map | {' | '.join(JUDGES)} |", "|---|" + "---|" * len(JUDGES)]
+    for title, y_hat in found.y_hat.items():
+        cells = []
+        for j in range(len(JUDGES)):
+            known = ~found.y[:, j].isnan()
+            y = found.y[known, j]
+            own, plain = y_hat[known, j], found.y_hat[PLAIN][known, j]
+            parts = []
+            for of, direction in ((rises, 1), (drop, -1)):
+                values = of(own, y).double()
+                better = direction * (values - of(plain, y).double())
+                parts.append(number(float(values.mean())) + sign(better))
+            cells.append(" / ".join(parts))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -198,7 +218,7 @@ def main() -> None:
             found = ordered(*own, split == "train", args.workers)
             torch.save(tuple(found), path)
         found = Orders(*torch.load(path))
-        text = f"{len(found.y)} images.\n\n{measure(found)}"
+        text = f"{len(found.y)} images of the {split} split:\n\n{measure(found)}"
         print(f"{split}\n{text}\n")
         if args.page:
             pages.keep("results/judges", f"order_{split}", text)
