@@ -119,16 +119,16 @@ def named(f: Classifier, name: Named) -> Rules:
     """Return rules by name; the box rule's pixels lie between f's black and white."""
     from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, ZPlus
 
-    box, ratio, norm, epsilon = pixel_box(f), by_magnitude(), Norm(EPSILON), Epsilon(EPSILON)
+    box, magnitudes, norm, epsilon = pixel_box(f), by_magnitude(), Norm(EPSILON), Epsilon(EPSILON)
     plus = ZPlus(EPSILON, zero_params="bias")
     two_one = AlphaBeta(2, 1, EPSILON)
     rules = {
-        "composite": Rules(Flat(EPSILON), ZPlus(EPSILON), epsilon, None, ratio),
+        "composite": Rules(Flat(EPSILON), ZPlus(EPSILON), epsilon, None, magnitudes),
         "epsilon": Rules(epsilon, epsilon, epsilon, None, norm),
-        "gamma": Rules(box, Gamma(GAMMA, EPSILON), epsilon, None, ratio),
-        "alpha-beta": Rules(two_one, two_one, epsilon, None, ratio),
-        "z-plus": Rules(plus, plus, plus, None, ratio),
-        "z-plus-box": Rules(box, plus, plus, None, ratio),
+        "gamma": Rules(box, Gamma(GAMMA, EPSILON), epsilon, None, magnitudes),
+        "alpha-beta": Rules(two_one, two_one, epsilon, None, magnitudes),
+        "z-plus": Rules(plus, plus, plus, None, magnitudes),
+        "z-plus-box": Rules(box, plus, plus, None, magnitudes),
     }
     return rules[name]
 
