@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from aftcli.attributions.canonical import INSTEAD, canonical
 from aftcli.attributions.elements import Product, Sum
+from aftcli.core.cam import ratio
 from aftcli.core.classifier import Classifier
 from aftcli.core.outputs import class_score
 from aftcli.errors import AftError
@@ -118,16 +119,16 @@ def named(f: Classifier, name: Named) -> Rules:
     """Return rules by name; the box rule's pixels lie between f's black and white."""
     from zennit.rules import AlphaBeta, Epsilon, Flat, Gamma, Norm, ZPlus
 
-    box, ratio, norm, epsilon = pixel_box(f), by_magnitude(), Norm(EPSILON), Epsilon(EPSILON)
+    box, magnitudes, norm, epsilon = pixel_box(f), by_magnitude(), Norm(EPSILON), Epsilon(EPSILON)
     plus = ZPlus(EPSILON, zero_params="bias")
     two_one = AlphaBeta(2, 1, EPSILON)
     rules = {
-        "composite": Rules(Flat(EPSILON), ZPlus(EPSILON), epsilon, None, ratio),
+        "composite": Rules(Flat(EPSILON), ZPlus(EPSILON), epsilon, None, magnitudes),
         "epsilon": Rules(epsilon, epsilon, epsilon, None, norm),
-        "gamma": Rules(box, Gamma(GAMMA, EPSILON), epsilon, None, ratio),
-        "alpha-beta": Rules(two_one, two_one, epsilon, None, ratio),
-        "z-plus": Rules(plus, plus, plus, None, ratio),
-        "z-plus-box": Rules(box, plus, plus, None, ratio),
+        "gamma": Rules(box, Gamma(GAMMA, EPSILON), epsilon, None, magnitudes),
+        "alpha-beta": Rules(two_one, two_one, epsilon, None, magnitudes),
+        "z-plus": Rules(plus, plus, plus, None, magnitudes),
+        "z-plus-box": Rules(box, plus, plus, None, magnitudes),
     }
     return rules[name]
 
@@ -294,23 +295,18 @@ def _magnitude(logits: Tensor, class_index: Tensor) -> Tensor:
     return score_of_class(logits, class_index).abs()
 
 
-def _over(a: Tensor, b: Tensor) -> Tensor:
-    """Return a / b, and 0 where b is 0."""
-    return torch.where(b != 0, a / torch.where(b != 0, b, 1), 0)
-
-
 def _influence(r: Tensor, outputs: list[Tensor]) -> list[Tensor]:
     """R_j / (P_j + N_j), for |c_ij|."""
     raising, lowering = outputs[0] + outputs[1], -outputs[2] - outputs[3]
-    share = _over(r, raising + lowering)
+    share = ratio(r, raising + lowering)
     return [share, share, -share, -share]
 
 
 def _relative(r: Tensor, outputs: list[Tensor]) -> list[Tensor]:
     """R_j^+ / P_j for c_ij^+, R_j^- / N_j + R_j / (P_j + N_j) for |c_ij^-|."""
     raising, lowering = outputs[0] + outputs[1], -outputs[2] - outputs[3]
-    relevant = _over(r.clamp(min=0), raising)
-    irrelevant = _over(r.clamp(max=0), lowering) + _over(r, raising + lowering)
+    relevant = ratio(r.clamp(min=0), raising)
+    irrelevant = ratio(r.clamp(max=0), lowering) + ratio(r, raising + lowering)
     return [relevant, relevant, -irrelevant, -irrelevant]
 
 
@@ -339,7 +335,7 @@ def _rules(f: Classifier) -> Rules:
             (q,) = super().backward(module, grad_input, grad_output)
             active = q != 0
             excess = q.flatten(1).sum(1) - grad_output[0].flatten(1).sum(1)
-            shift = _over(excess, active.flatten(1).sum(1).to(q))
+            shift = ratio(excess, active.flatten(1).sum(1).to(q))
             return (q - active * shift.view(-1, *[1] * (q.dim() - 1)),)
 
     relative = Shifted(gradient_mapper=_relative, **settings)

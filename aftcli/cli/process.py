@@ -129,10 +129,10 @@ def what_is_wrong(error: Exception) -> str:
 
 
 def open_streams() -> None:
-    """Open what the caller closed of stdin, stdout and stderr again, as files that keep nothing.
+    """Open those of stdin, stdout and stderr that the caller closed, as files that keep nothing.
 
-    Otherwise the next file that is opened has the number of stdout, and native code, which writes
-    to numbers, writes into it.
+    Otherwise the next file that is opened gets stdout's number, and native code, which prints to
+    that number, writes into the file.
     """
     for number in range(3):
         try:

@@ -46,7 +46,7 @@ def check(network: Weights, data: Data | None = None) -> None:
 
 
 def device(name: str) -> torch.device:
-    """The device of a name; see `find_device`. On a GPU convolutions keep the bits of float32.
+    """Find the device of a name (`find_device`). On a GPU convolutions keep the bits of float32.
 
     TensorFloat32, torch's default there, moves activations by 5e-3 and probabilities by .1
     or more; --precision is the way to ask for less.
@@ -65,7 +65,7 @@ def workers(wanted: int | None) -> int:
 
 
 def processes(device: str) -> tuple[Processes, str]:
-    """The processes that torchrun or accelerate launch started, and this one's device."""
+    """Return the processes that torchrun or accelerate launch started, and this one's device."""
     from aftcli.data.blocks import Processes
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -49,7 +49,7 @@ def score_gradient(
     return known[score]
 
 
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
+def ratio(a: Tensor, b: Tensor) -> Tensor:
     """Compute A / b, and 0 where b is 0, in the gradient too."""
     return torch.where(b != 0, a / torch.where(b != 0, b, 1), 0)
 
@@ -120,7 +120,7 @@ def plus_plus_weights(f: Classifier, activation: Tensor, class_index: Tensor, x:
     """Return Grad-CAM++'s alpha, shape (N, K)."""
     g = score_gradient(f, activation, class_index)
     denominator = 2 + activation.sum(cells_of(activation), keepdim=True) * g
-    s = _ratio(torch.ones_like(g), torch.where(g != 0, denominator, 0))
+    s = ratio(torch.ones_like(g), torch.where(g != 0, denominator, 0))
     return (s * g.relu()).sum(cells_of(activation))
 
 
@@ -137,7 +137,7 @@ def x_grad_cam_weights(f: Classifier, activation: Tensor, class_index: Tensor, x
     """Return XGrad-CAM's alpha, shape (N, K)."""
     g = score_gradient(f, activation, class_index)
     cells = cells_of(activation)
-    return _ratio((g * activation).sum(cells), activation.sum(cells))
+    return ratio((g * activation).sum(cells), activation.sum(cells))
 
 
 def layer_cam(f: Classifier, activation: Tensor, class_index: Tensor, x: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ def normalise(attribution: Tensor) -> Tensor:
     axes = tuple(range(1, attribution.dim()))
     low = attribution.amin(axes, keepdim=True)
     span = attribution.amax(axes, keepdim=True) - low
-    return _ratio(attribution - low, span)
+    return ratio(attribution - low, span)
 
 
 def upsample(attribution: Tensor, x: Tensor) -> Tensor:

@@ -213,7 +213,7 @@ def at_once(engine: object, x: Tensor, most: int) -> int:
     Args:
         engine: the classifier's; None for PyTorch alone.
         x: inputs, shape (N, 3, H, W).
-        most: images in a pass of an engine on a CPU; the fewest in one of a GPU.
+        most: the largest number on a CPU, and the smallest on a GPU.
     """
     if x.device.type != "cpu":
         return max(ON_A_GPU // x[0].numel(), most)

@@ -213,11 +213,6 @@ def at_path(out: Any, path: Sequence[str | int]) -> Any:  # noqa: ANN401 - a str
     return out
 
 
-def logits_of(out: object, key: str | None = None) -> Tensor:
-    """Return the logits, shape (N, C), in what a network returns; see `find_output`."""
-    return at_path(out, find_output(out, key).path)  # type: ignore[no-any-return]
-
-
 class Logits(SameModules):
     """A network, or a head, that returns only the logits of another one, with the same modules.
 

@@ -45,7 +45,7 @@ class Reading(NamedTuple):
             is as masks were made, otherwise one.
         held: what is held out where there is no val split; None holds out nothing.
         trained: names of the images that were not held out, where the data set has changed since.
-        files: names of the files that it is, below its folder; none for all that are there.
+        files: names of its files, below its folder; empty for all that are there.
     """
 
     kind: str | None = None
@@ -64,7 +64,7 @@ class Reading(NamedTuple):
         return cls(made["data_kind"], bool(made.get("every")), kept, files=files)
 
     def place(self, path: Path) -> Path:
-        """Return the name of the files in a folder: the folder where they are all.
+        """Return the name, or pattern, of these files in a folder; the folder itself for all.
 
         Raises:
             AftError: a file lies outside it.
@@ -75,7 +75,7 @@ class Reading(NamedTuple):
         return path / (names[0] if len(names) == 1 else f"{{{','.join(names)}}}")
 
     def is_named(self, path: Path, folder: Path | None) -> bool:
-        """Tell if a path, or a pattern, names these files of a folder; the folder if all."""
+        """Tell if a path, or a pattern, names just these files; for all, the folder itself."""
         found = files_named(path) if is_pattern(path) else [path]
         own = [folder / name for name in self.files] or [folder] if folder else []
         return [each.resolve() for each in found] == own
@@ -125,7 +125,7 @@ class Chosen(NamedTuple):
         root: the folder that they lie in or below.
         split: the word for it in their names; "" where they have none.
         files: names below the root, with forward slashes.
-        named: the files, where the user named them and they are of no split; none otherwise.
+        named: the files, where the user named them and they are of no split; empty otherwise.
     """
 
     root: Path

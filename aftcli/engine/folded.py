@@ -44,9 +44,10 @@ class FoldedTorch:
     def __init__(self, f: Classifier, note: Callable[[str], None], precision: str) -> None:
         self.device, self.dtype = f.device, next(f.parameters()).dtype
         self.precision, self.lower = precision, LOWER[precision]
-        # In float32 on a GPU it gains nothing, and the first pass of a size takes seconds.
-        last = self.device.type == "cpu" or self.lower is not None
-        self.layout = torch.channels_last if last else torch.contiguous_format
+        # In float32 on a GPU channels last saves no time, and its first pass of each number of
+        # images takes seconds.
+        usual = self.device.type != "cpu" and self.lower is None
+        self.layout = torch.contiguous_format if usual else torch.channels_last
         made = [_laid_out(folded(part), self.layout) for part in (f.stem, f.layer, f.head)]
         if self.lower:
             for part in made:
@@ -91,9 +92,9 @@ class CompiledTorch(FoldedTorch):
 
 
 def padded(x: Tensor) -> Tensor:
-    """Repeat the last input until their number is a power of two.
+    """Repeat the last input until the number of inputs is a power of two.
 
-    A GPU's library plans each layer anew for each number of inputs.
+    A GPU's library plans each layer again for each number of inputs.
     """
     count = len(x)
     more = (1 << (count - 1).bit_length()) - count if count else 0

@@ -39,7 +39,7 @@ class Done(NamedTuple):
     Attributes:
         images: how many.
         tau: the sum of their tau*, over methods.
-        raised: how many maps have a threshold with RPI > 0, over methods.
+        raised: how many maps have a threshold with RPI > 0 (with judges: tau*), over methods.
         maps: how many maps.
         broken: how many of the images could not be read.
     """

@@ -48,9 +48,12 @@ SETTINGS: dict[str, type | tuple[type, ...]] = {
 
 JUDGE = ("name", "weights", "key")  # of each judge of a search
 
-# Of attributes that are written only where they say something.
+# The types of attributes that are written only where they are not the default.
 OPTIONAL: dict[str, type | tuple[type, ...]] = {
-    **{"class_names": list, "output_key": str, "every": (bool, int), JUDGES: list},
+    "class_names": list,
+    "output_key": str,
+    "every": (bool, int),
+    JUDGES: list,
 }
 
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}

@@ -158,8 +158,8 @@ def choose_held(
     """Choose what is held out of a data set, if it has no val split.
 
     Args:
-        run: whose masks of the same data set, and
-        f: the classifier, whose checkpoint say what was held out before.
+        run: its masks of the same data set say what was held out before.
+        f: the classifier; its checkpoint says so too.
         data: the data set.
         share: of the images; None for as before, otherwise VAL_SHARE; 0 holds out nothing.
         seed: chooses which; None for as before, otherwise 0.

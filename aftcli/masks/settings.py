@@ -20,15 +20,27 @@ FORMAT_VERSION = 2
 # data set, and class names, which older stores lack, change no number.
 INFORMATION = frozenset(
     {
-        *("aft_version", "checkpoint", "class_names", "complete", "data_set"),
-        *("digest", "files", "imagenet", "seal"),
+        "aft_version",
+        "checkpoint",
+        "class_names",
+        "complete",
+        "data_set",
+        "digest",
+        "files",
+        "imagenet",
+        "seal",
     }
 )
 
 # Settings that are written only where they are not the default.
 UNWRITTEN = {
-    **{"search": "exact", "precision": "no", "output": SOFTMAX, "output_key": ""},
-    **{"held": {}, "every": False, JUDGES: []},
+    "search": "exact",
+    "precision": "no",
+    "output": SOFTMAX,
+    "output_key": "",
+    "held": {},
+    "every": False,
+    JUDGES: [],
 }
 
 # Settings that users know by other words.

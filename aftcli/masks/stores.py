@@ -14,7 +14,6 @@ from aftcli.masks.store import MaskStore
 from aftcli.models.checkpoint import read_card
 from aftcli.models.source import Source
 from aftcli.networks.sources import is_model
-from aftcli.settings import SOFTMAX
 
 
 def with_names_of_run(f: Classifier, run: Path, note: Callable[[str], None]) -> Classifier:
@@ -80,10 +79,9 @@ def check_made_for(store: MaskStore, f: Classifier) -> None:
         "activation_shape": list(f.activation_shape),
         "preprocessing": f.preprocessing.as_dict(),
         "output": f.output,
+        "output_key": f.output_key,
     }
-    asked["output_key"] = f.output_key
-    unwritten = {"output": SOFTMAX, "output_key": ""}
-    other = differences({key: made.get(key, unwritten.get(key)) for key in asked}, asked)
+    other = differences({key: made[key] for key in asked if key in made}, asked)
     if other:
         raise AftError(
             f"{store.path}: the masks were made for another classifier: {'; '.join(other)}; pass "

@@ -1,4 +1,4 @@
-"""Where a classifier comes from: what was asked for, filled in by what files say."""
+"""Sources of classifiers: what was asked for, filled in by what files say."""
 
 from __future__ import annotations
 

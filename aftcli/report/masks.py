@@ -105,7 +105,7 @@ def summarise(store: MaskStore, verify: bool = False) -> StoreSummary:
 
 
 def _gained(store: MaskStore, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return RPI at tau*, and where a threshold raises the probability, with judges tau* itself."""
+    """Return RPI at tau*, and if a threshold (with judges: tau*) raises the probability, (N,)."""
     rpi, tau = torch.from_numpy(rows.rpi), torch.from_numpy(rows.tau)
     thresholds = tau.new_tensor(store.settings["thresholds"])
     best = (tau[:, None] - thresholds).abs().argmin(1, keepdim=True)

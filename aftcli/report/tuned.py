@@ -280,7 +280,7 @@ def draw_losses(path: Path, card: dict[str, Any]) -> None:
 
 
 def export(path: Path, model: str | None = None, quiet: bool = False) -> Path:
-    """Write a checkpoint's network, of a model's name, and plain map as one graph beside it."""
+    """Write a checkpoint's network and plain map as one ONNX graph beside it."""
     from aftcli.engine.export import export_onnx
 
     target = path.with_suffix(".onnx")

@@ -1,4 +1,4 @@
-"""Ask judges about maps of four networks, five methods and five objectives of fine-tuning.
+"""Ask judges about maps of four networks, five methods and seven objectives of fine-tuning.
 
     python -m benchmarks grid DATA [--out DIR] [--networks a,b] [--methods a,b] [--page]
     python -m benchmarks grid DATA --objectives t,v,equation8,consistency,cam --seeds 0,1,2
@@ -70,7 +70,7 @@ OBJECTIVES = {
     "consistency": ("--objective", "tuner"),
     "cam": ("--objective", "cam"),
 }
-# From masks that the mirror and Lite1 chose with the network: the objective without "joint ".
+# "joint v" and "joint cam" are v and cam by masks that the mirror and Lite1 chose with the network.
 JOINT = "joint "
 OBJECTIVES |= {f"{JOINT}{name}": OBJECTIVES[name] for name in ("v", "cam")}
 ASKED = ("--tft-judges", "mirror", "--tft-judges", "efficientnet_lite1")

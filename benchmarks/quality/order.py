@@ -6,9 +6,9 @@ DATA has imagenet/, with train and val, and weights/squeezenet1_0.pth. Each map 
 Lite0 keeps the same share of every image, its highest pixels, so neither a threshold nor a zero
 level nor area counts: only the order of the scores. Maps of pixels are averaged over the layer's
 cells. The question is which map could teach a fine-tuned network a better order. On training images
-RISE is asked too, of the network, and of the network and Lite1 together, on few masks. Lite2 and
-SqueezeNet take part in no map. What is there already in DIR is used. --page makes the results
-figures of docs/results/judges.md.
+RISE is measured too, with few masks: by the network's scores, and by those of the network and
+Lite1. Lite2 and SqueezeNet take part in no map. Results that are in DIR already are reused. --page
+makes the results figures of docs/results/judges.md.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ Ask = Callable[[Tensor, Tensor], Tensor]  # inputs and their classes to probabil
 
 
 class Orders(NamedTuple):
-    """What judges say of maps that keep the same share of N images.
+    """Probabilities by J judges of N images, whole and masked by maps that keep the same share.
 
     Attributes:
         y: y^c of whole images, shape (N, J).
-        y_hat: by map, shape (N, J).
+        y_hat: y_hat^c by the name of the map, each of shape (N, J).
     """
 
     y: Tensor
     y_hat: dict[str, Tensor]
 
 
-def highest(attribution: Tensor, share: float = SHARE) -> Tensor:
-    """Return the mask of an image's highest pixels, shape (N, H, W); of equal ones the first."""
+def highest(attribution: Tensor) -> Tensor:
+    """Return the mask of each image's highest pixels, shape (N, H, W); of equal ones the first."""
     order = attribution.flatten(1).argsort(dim=1, descending=True, stable=True)
-    kept = order[:, : round(share * order.shape[1])]
+    kept = order[:, : round(SHARE * order.shape[1])]
     mask = torch.zeros_like(order, dtype=torch.bool).scatter_(1, kept, True)
     return mask.view_as(attribution)
 
@@ -108,7 +108,7 @@ def maps_of(
         ask: who is asked, by name.
         x: inputs, shape (N, 3, H, W).
         c: classes, shape (N,).
-        teachers: maps that no command makes, too.
+        teachers: yield RISE and its sums with Grad-CAM too.
     """
     g, activation = f.at(x)
     size, cells = x.shape[2:], tuple(activation.shape[2:])
@@ -214,8 +214,8 @@ def main() -> None:
         path = args.out / f"{split}.pt"
         if not path.exists():
             images = open_data_set(args.data / "imagenet", split, f.classes).limited(limit)
-            own = fast(f, None), fast(earlier, None), judges, images
-            found = ordered(*own, split == "train", args.workers)
+            given = fast(f, None), fast(earlier, None), judges, images
+            found = ordered(*given, split == "train", args.workers)
             torch.save(tuple(found), path)
         found = Orders(*torch.load(path))
         text = f"{len(found.y)} images of the {split} split:\n\n{measure(found)}"

@@ -1,4 +1,4 @@
-"""What fine-tuning minimises beyond equation 8, and what it trains beyond one layer."""
+"""Losses of fine-tuning beyond equation 8, and what it trains beyond one layer."""
 
 import copy
 import math

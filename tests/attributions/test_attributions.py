@@ -1,4 +1,4 @@
-"""What holds for every method beyond CAMs: the contract, the command line, masks, tables."""
+"""Properties of every method beyond CAMs: the contract, the command line, masks, tables."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def test_a_map_is_of_its_class(method):
 @pytest.mark.slow
 @extra
 def test_methods_explain_lite0_from_the_command_line(tmp_path):
-    """Those that are quick; the others differ in nothing but the name."""
+    """Run those that are quick; the others differ in nothing but the name."""
     quick = ["relevancecam", "layercam-fusion", "guidedbackprop", "deeplift"]
     words = [word for name in (*quick, "decomposition") for word in ("--cam", name)]
     done = aft("explain", CHELSEA, *words, "--tft", "--json", "--save", "map", "--out", tmp_path)

@@ -74,7 +74,7 @@ def functional():
 
 
 def every(f):
-    """What must stay the same: modules, their settings, weights."""
+    """Return what must stay the same: modules, their settings, weights."""
     tensors = {name: t.clone() for name, t in f.state_dict().items()}
     settings = [
         (type(m), m.training, getattr(m, "inplace", None), len(m._forward_hooks), dir(m))

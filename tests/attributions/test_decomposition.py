@@ -144,7 +144,7 @@ def test_a_bias_keeps_its_share():
 
 
 class Plain(nn.Module):
-    """What captum can take: no sums, no ReLU6, no flattening module."""
+    """A network that captum can take: no sums, no ReLU6, no flattening module."""
 
     def __init__(self):
         super().__init__()

@@ -59,7 +59,7 @@ def literal_objective(model, x, c, mask):
 
 
 def literal_path(model, x, c, mask, noise):
-    """What the direction is the gradient of."""
+    """Compute the function whose gradient the direction is."""
     dim, p, steps = blurred(x[None])[0], probability(model, x, c), len(noise)
     total = 0
     for k, n in enumerate(noise, 1):

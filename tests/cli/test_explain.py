@@ -140,7 +140,7 @@ def panels(path, count):
 
 
 def runs(flags):
-    """Where at least 200 flags in a row are set."""
+    """Find where at least 200 flags in a row are set."""
     steps = np.diff(flags.astype(int), prepend=0, append=0)
     edges = zip(np.flatnonzero(steps == 1), np.flatnonzero(steps == -1), strict=True)
     return [slice(start, end) for start, end in edges if end - start > 200]
@@ -502,7 +502,7 @@ def test_json_is_a_list_even_of_nothing(f):
 
 
 def test_json_and_figure_of_an_infinite_rpi(f, folder):
-    """Where y^c underflows RPI is infinite, which JSON can't say."""
+    """RPI is infinite where y^c underflows, which JSON can't say."""
     x_hat = torch.tensor([[0.0, 1e-9]])
     rpi = torch.tensor([[0.0, float("inf")]])
     map_ = torch.linspace(0, 1, 1024).view(32, 32)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aftcli.attributions.maps import attribution_map
 from aftcli.core.classes import Preprocessing
 from aftcli.core.classifier import cut_classifier
-from aftcli.cutting.outputs import logits_of
+from aftcli.cutting.outputs import at_path, find_output
 from aftcli.errors import AftError
 
 PREPROCESSING = Preprocessing(size=(32, 32), resize=36)
@@ -126,6 +126,11 @@ def test_what_was_picked_of_several_is_said(name):
         assert notes == []
     else:
         assert len(notes) == 1 and f"{key} is taken for the logits, not " in notes[0]
+
+
+def logits_of(out, key=None):
+    """Return the logits in what a network returns."""
+    return at_path(out, find_output(out, key).path)
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

@@ -139,7 +139,7 @@ def _large(side=SIDE, mode="RGB", **options):
 
 
 def _plain(side, mode, **options):
-    """Of one colour: some encoders take minutes for a photograph of this size."""
+    """Return a maker of plain pictures: some encoders take minutes for a large photograph."""
     colour = (10, 200, 30, 99)[: len(mode)]
     return lambda path: Image.new(mode, (side, side), colour).save(path, **options)
 

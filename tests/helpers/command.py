@@ -14,7 +14,7 @@ from aftcli.cli import app as cli
 
 
 class Result(NamedTuple):
-    """What a command left behind: its exit code, stdout and stderr."""
+    """Result of a command: its exit code, stdout and stderr."""
 
     code: int
     out: str

@@ -1,4 +1,4 @@
-"""How the tests compare."""
+"""Comparisons of the tests."""
 
 import torch
 

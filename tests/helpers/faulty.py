@@ -42,7 +42,7 @@ COMMANDS = {
 
 
 def arguments(command, data, workers=1):
-    """What a command is called with."""
+    """Return the arguments that a command is called with."""
     given = (command, str(data)) if command == "gen-masks" else (command,)
     return (*given, *COMMANDS[command], "--run", "run", "--quiet", "--workers", str(workers))
 
@@ -154,7 +154,7 @@ def _count_events(act, at):
 
 
 def run_aft(folder, arguments, act=None, at=None, before=None):
-    """What the process does: `aft` in a folder, which its output goes to as well."""
+    """Run `aft` in this process, in a folder that its output goes to as well."""
     os.setsid()
     # What a shell runs in the background, as tests may be, ignores it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -177,7 +177,7 @@ def main():
 
 
 class Ended(NamedTuple):
-    """How a process ended: its exit code, what it said, its events, who outlived it."""
+    """End of a process: its exit code, what it said, its events, who outlived it."""
 
     code: int
     out: str

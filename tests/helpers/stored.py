@@ -76,7 +76,7 @@ def generate(root, run, methods=("gradcam", "layercam"), settings=None, **option
 
 
 def generate_and_exit(root, run, workers=0):
-    """What a process that will be killed does."""
+    """Make masks in a process that will be killed."""
     torch.set_num_threads(1)
     generate(root, run, workers=workers)
 

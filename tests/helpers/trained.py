@@ -95,7 +95,7 @@ def epochs(events):
 
 
 def tune_and_exit(root, run, cache="memory"):
-    """What a process that will be killed does."""
+    """Tune in a process that will be killed."""
     torch.set_num_threads(1)
     tune(root, run, options=Options(cache, workers=0, save_every=0))
 

@@ -189,7 +189,7 @@ def test_figures_of_a_store_are_those_at_its_thresholds(images, run, tmp_path):
 
 
 def test_of_two_classes_that_are_taken_for_the_same_the_settings_differ():
-    """What a judge is asked depends on how its classes match."""
+    """The question to a judge depends on how its classes match."""
     f = small_float()
     f.classes = Classes(("pear", "apple", "plum"))
     assert another().recorded(f)["key"] != another().recorded(small_float())["key"]

@@ -1,4 +1,4 @@
-"""What the shell completes, and names as people write them."""
+"""Completion by the shell, and names as people write them."""
 
 import os
 import subprocess

@@ -97,7 +97,7 @@ def ratio(a, b):
 
 
 def relevant(c, bias, w):
-    """Of a neuron with positive relevance (RAP)."""
+    """Return the share of each input of a neuron with positive relevance (RAP)."""
     up, down = sum(plus(c)), -sum(minus(c))
     return [ratio(max(v, 0.0), up) + ratio(max(-v, 0.0), up + down) for v in c]
 

@@ -262,7 +262,7 @@ def attribution_map(model, layer, x, c, method):
 
 
 class Found(NamedTuple):
-    """What Algorithm 1 finds for one image; x_hat holds all masked images."""
+    """Result of Algorithm 1 for one image; x_hat holds all masked images."""
 
     tau: float
     rpi: np.ndarray
@@ -295,7 +295,7 @@ def blur(x, sigma=10):
 
 
 def fill_of(x, fill, mean, std):
-    """What muted pixels show: the mean colour is zero after normalisation."""
+    """Return what muted pixels show: the mean colour is zero after normalisation."""
     if fill == "mean":
         return np.zeros_like(x)
     if fill == "black":

@@ -1,4 +1,4 @@
-"""What `aft gen-masks` prints at its end, and how it ends."""
+"""The end of `aft gen-masks`: what it prints, and its exit code."""
 
 import json
 

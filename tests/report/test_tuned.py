@@ -1,4 +1,4 @@
-"""What `aft finetune` says beside its table."""
+"""Messages of `aft finetune` beside its table."""
 
 from pathlib import Path
 

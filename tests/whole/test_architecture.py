@@ -1,4 +1,4 @@
-"""What may import what; no hooks; a command line that starts without torch."""
+"""Imports that are allowed; no hooks; a command line that starts without torch."""
 
 import ast
 import importlib

@@ -30,7 +30,7 @@ class Evil:
 
 
 def complaint(*arguments):
-    """What a failing command says: one line, and nothing else anywhere."""
+    """Return what a failing command says: one line, and nothing else anywhere."""
     before = leftovers(Path())
     result = aft(*arguments)
     assert result.code == 1, result

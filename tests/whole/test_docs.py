@@ -204,7 +204,7 @@ def test_links_resolve(page):
 
 
 def anchors(text):
-    """What GitHub makes of headings: small letters, no punctuation, hyphens for spaces."""
+    """Write headings as GitHub's anchors: small letters, no punctuation, hyphens for spaces."""
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -164,7 +164,7 @@ def test_a_page_that_does_not_fit_is_told(tmp_path):
 
 
 def probed(site, tmp_path):
-    """What is wrong with the pages of a folder, as Chromium shows them."""
+    """List what is wrong with the pages of a folder, as Chromium shows them."""
     pages = [page.relative_to(site).as_posix() for page in sorted(site.rglob("*.html"))]
     told = queue.Queue()
 

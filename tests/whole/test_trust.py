@@ -65,7 +65,7 @@ def store(whole, tmp_path):
 
 
 def sealed_again(path):
-    """What a stranger who knows the format does after a change."""
+    """Seal a file as a stranger who knows the format would after a change."""
     with h5py.File(path, "r+") as file:
         rows = Rows(*(file[name][:] for name in Rows._fields))
         running = hashlib.sha256()
