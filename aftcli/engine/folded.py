@@ -104,7 +104,7 @@ def padded(x: Tensor) -> Tensor:
 def _lowered(part: nn.Module, dtype: torch.dtype) -> None:
     """Round once the weights that autocast rounds in each pass."""
     for module in part.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if type(module) in (nn.Conv2d, nn.Linear):  # others may compute their weights
             module.to(dtype)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import onnx
 import pytest
 import torch
+from timm.layers import ScaledStdConv2d
 from torch import nn
 
 from aftcli.aft.tail import earlier_layers
@@ -208,6 +209,15 @@ def test_weights_are_rounded_once():
     kinds = {m.weight.dtype for m in fast.engine.whole.modules() if isinstance(m, nn.Conv2d)}
     assert kinds == {torch.bfloat16}
     assert {p.dtype for p in f.parameters()} == {torch.float32}
+
+
+def test_weights_that_a_convolution_computes_are_not_rounded_before():
+    layers = ScaledStdConv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    f = cut_classifier(model.eval(), "2", preprocessing=Preprocessing(size=SIZE))
+    fast = accelerated(f, "torch", note=silent, precision="bf16")
+    found = {type(m): m.weight.dtype for m in fast.engine.whole.modules() if hasattr(m, "weight")}
+    assert found[ScaledStdConv2d] == torch.float32 and found[nn.Conv2d] == torch.bfloat16
 
 
 def test_batch_norms_are_folded_into_convolutions():
