@@ -214,9 +214,13 @@ def at_once(engine: object, x: Tensor, most: int) -> int:
         engine: the classifier's; None for PyTorch alone.
         x: inputs, shape (N, 3, H, W).
         most: the largest number on a CPU, and the smallest on a GPU.
+
+    Returns:
+        The number; on a GPU a power of two, or `most`: to others its engine adds inputs.
     """
     if x.device.type != "cpu":
-        return max(ON_A_GPU // x[0].numel(), most)
+        fitting = max(ON_A_GPU // x[0].numel(), 1)
+        return max(1 << fitting.bit_length() - 1, most)
     if engine:
         return most
     return min(max(A_THREAD * torch.get_num_threads() // x[0].numel(), 1), most)

@@ -197,7 +197,9 @@ def test_a_gpu_gets_few_sizes_of_passes(monkeypatch):
     assert seen == [1, 2, 4, 4, 8, 8, 16]
 
 
-@pytest.mark.parametrize(("size", "count"), [(224, 64), (448, 16), (112, 256), (600, 16)])
+@pytest.mark.parametrize(
+    ("size", "count"), [(224, 64), (448, 16), (112, 256), (600, 16), (260, 32), (2000, 16)]
+)
 def test_a_pass_of_a_gpu_has_as_many_images_as_pixels_allow(size, count):
     x = torch.empty(1, 3, size, size, device="meta")
     assert at_once(None, x, 16) == at_once("an engine", x, 16) == count
