@@ -116,6 +116,13 @@ def store_settings(
     f: Classifier, data_set: DataSet, settings: Search, judges: Sequence[Judge] = ()
 ) -> dict[str, Any]:
     """Return a store's attributes but for the CAM: settings (docs/reference/files.md)."""
+    seldom = {
+        "search": settings.search,
+        JUDGES: [judge.recorded(f) for judge in judges],
+        "precision": f.precision,
+        "output": f.output,
+        "output_key": f.output_key,
+    }
     return {
         "format_version": FORMAT_VERSION,
         "aft_version": __version__,
@@ -128,12 +135,8 @@ def store_settings(
         "masking": settings.masking,
         "fill": settings.fill,
         "threshold_mode": settings.mode,
-        # Written only if not the default, so that older stores without them still match.
-        **({"search": settings.search} if settings.search != "exact" else {}),
-        **({JUDGES: [judge.recorded(f) for judge in judges]} if judges else {}),
-        **({"precision": f.precision} if f.precision != "no" else {}),
-        **({"output": f.output} if f.output != SOFTMAX else {}),
-        **({"output_key": f.output_key} if f.output_key else {}),
+        # So that older stores without them still match.
+        **{key: value for key, value in seldom.items() if value != UNWRITTEN[key]},
         **({"class_names": list(f.classes.own)} if f.classes.own else {}),
         **({"imagenet": True} if _are_imagenets(f, data_set) else {}),
         "preprocessing": f.preprocessing.as_dict(),
