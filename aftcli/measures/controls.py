@@ -121,14 +121,14 @@ def exchanged(values: Tensor) -> Tensor | None:
     return found
 
 
-def _first(order: Tensor, share: float, size: Sequence[int]) -> Tensor:
+def first_pixels(order: Tensor, share: float, size: Sequence[int]) -> Tensor:
     """Mark so many pixels, the first in an order, shape (H, W), 1 or 0."""
     marked = torch.zeros(len(order))
     marked[order[: round(share * len(order))]] = 1
     return marked.view(*size)
 
 
-def _order_of(scores: Tensor) -> Tensor:
+def order_of(scores: Tensor) -> Tensor:
     """Sort pixels from the highest score down, shape (H W,); of equal ones the first is first."""
     return scores.flatten().argsort(descending=True, stable=True)
 
@@ -138,13 +138,13 @@ def _order_of(scores: Tensor) -> Tensor:
 def _random_order(cells: tuple[int, int], size: tuple[int, int], seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(1, *cells, generator=generator, dtype=torch.double)
-    return _order_of(stretch(scores, size))
+    return order_of(stretch(scores, size))
 
 
 @lru_cache(maxsize=4)
 def _disc_order(size: tuple[int, int]) -> Tensor:
     down, across = (2 * torch.arange(side) + 1 - side for side in size)
-    return _order_of(-((down[:, None] * size[1]) ** 2 + (across * size[0]) ** 2))
+    return order_of(-((down[:, None] * size[1]) ** 2 + (across * size[0]) ** 2))
 
 
 def random_cells(cells: Sequence[int], size: Sequence[int], share: float, seed: int) -> Tensor:
@@ -159,7 +159,7 @@ def random_cells(cells: Sequence[int], size: Sequence[int], share: float, seed: 
         seed: of the scores.
     """
     (h, w), (high, wide) = cells, size
-    return _first(_random_order((h, w), (high, wide), seed), share, size)
+    return first_pixels(_random_order((h, w), (high, wide), seed), share, size)
 
 
 def disc(size: Sequence[int], share: float) -> Tensor:
@@ -170,7 +170,7 @@ def disc(size: Sequence[int], share: float) -> Tensor:
         share: of the pixels, in [0, 1]; met to one pixel.
     """
     high, wide = size
-    return _first(_disc_order((high, wide)), share, size)
+    return first_pixels(_disc_order((high, wide)), share, size)
 
 
 class Control(NamedTuple):

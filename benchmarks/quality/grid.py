@@ -185,7 +185,7 @@ class Grid:
     def tuned(self, network: str, cam: str, objective: str, seed: int) -> Path:
         """Make masks and a tuned network, and return the run."""
         common = ("--cam", cam, "--workers", str(self.workers))
-        joint = objective.startswith(JOINT)
+        joint, objective = objective.startswith(JOINT), objective.removeprefix(JOINT)
         folder = f"{network}-joint" if joint else network
         run = self.out / folder
         if not (run / "masks" / f"{file_stem(network, cam)}.h5").exists():
@@ -193,7 +193,7 @@ class Grid:
             limit = ("--limit", str(self.train)) if self.train else ()
             asked = ASKED if joint else ()
             aft("gen-masks", *images, "--run", str(run), *limit, *asked, *common)
-        own = self.run_of(folder, f"{objective.removeprefix(JOINT)}-{seed}")
+        own = self.run_of(folder, f"{objective}-{seed}")
         if METHODS[cam].signed or objective not in ("t", "v"):
             learn = (*OBJECTIVES[objective], "--seed", str(seed))
             aft("finetune", "--run", str(own), *self.given(network), *learn, *common)

@@ -293,9 +293,7 @@ def main() -> None:
 
     passes = 10_000
     quick = fast(f, passes)
-    others = [
-        Judge(judge.name, judge.classifier and fast(judge.classifier, passes)) for judge in judges
-    ]
+    others = setup.fast_judges(judges, fast, passes)
     parts: dict[str, Any] = {"joint_rules": choose(known("imagenet", "train", TRAINED)[0])}
     for name in filter(None, args.sets.split(",")):
         found, images = known(name, "val", None)

@@ -28,6 +28,7 @@ from aftcli.core.cam import stretch
 from aftcli.core.classifier import Classifier
 from aftcli.core.methods import METHODS
 from aftcli.data.sets import DataSet, open_data_set
+from aftcli.measures.controls import first_pixels, order_of
 from aftcli.measures.intervals import estimate
 from aftcli.tft.judges import Judge, judged, load_judges
 from aftcli.tft.threshold import drop, rises
@@ -66,10 +67,7 @@ class Orders(NamedTuple):
 
 def highest(attribution: Tensor) -> Tensor:
     """Return the mask of each image's highest pixels, shape (N, H, W); of equal ones the first."""
-    order = attribution.flatten(1).argsort(dim=1, descending=True, stable=True)
-    kept = order[:, : round(SHARE * order.shape[1])]
-    mask = torch.zeros_like(order, dtype=torch.bool).scatter_(1, kept, True)
-    return mask.view_as(attribution)
+    return torch.stack([first_pixels(order_of(m), SHARE, m.shape) for m in attribution])
 
 
 def standard(cells: Tensor) -> Tensor:
@@ -206,10 +204,7 @@ def main() -> None:
     quiet, fast = setup.noting(True), setup.engine("auto", "no", True)
     f, earlier = (load_classifier(NETWORK, layer=name, note=quiet) for name in (None, EARLIER))
     squeezenet = f"squeezenet1_0={args.data / 'weights' / 'squeezenet1_0.pth'}"
-    judges = [
-        Judge(judge.name, judge.classifier and fast(judge.classifier, None))
-        for judge in load_judges([*JUDGES[1:-1], squeezenet], note=quiet)
-    ]
+    judges = setup.fast_judges(load_judges([*JUDGES[1:-1], squeezenet], note=quiet), fast, None)
     for split, limit in (("train", TRAINED), ("val", args.limit)):
         path = args.out / f"{split}.pt"
         if not path.exists():
